@@ -1,0 +1,159 @@
+//! Attachments: upload and download (WIRE section 9).
+
+mod conditions;
+
+use std::ops::Range;
+
+use axum::body::Body;
+use axum::extract::State;
+use axum::http::{HeaderMap, Method, StatusCode, header};
+use axum::response::{IntoResponse, Response};
+use serde::Serialize;
+use tokio_util::sync::CancellationToken;
+use tracing::{error, warn};
+
+use crate::api::attachments::conditions::{Part, entity_tag, is_known, requested_part};
+use crate::api::error::ApiError;
+use crate::api::extract::{Caller, PathId};
+use crate::app::App;
+use crate::blobs::UploadError;
+use crate::clock::Timestamp;
+use crate::config;
+use crate::model::ids::{AttachmentId, UserId};
+use crate::store::Reserved;
+
+/// Where a stored attachment is, and until when.
+#[derive(Debug, Serialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Attachment {
+    /// What a download asks for.
+    pub id: String,
+    /// Unix seconds.
+    pub expires_at: i64,
+}
+
+/// `POST /v1/attachments`: stores the body, which is streamed to where it stays.
+pub async fn upload(
+    State(app): State<App>,
+    caller: Caller,
+    headers: HeaderMap,
+    body: Body,
+) -> Result<impl IntoResponse, ApiError> {
+    let size = content_length(&headers).ok_or(ApiError::LengthRequired)?;
+    check_size(size, &app.config.attachments)?;
+    if !app.disk.room_for_attachments() {
+        return Err(ApiError::DiskFull);
+    }
+    let upload = Upload { id: AttachmentId::random(), user: caller.user, size, began: app.clock.now() };
+    let attachment =
+        Attachment { id: upload.id.to_string(), expires_at: (upload.began + app.config.retention).seconds() };
+
+    // From here on there is something to tidy up, also when the client hangs up or the time is over. So the work is
+    // done elsewhere, and hears of it when this future is dropped.
+    let abandoned = CancellationToken::new();
+    let _guard = abandoned.clone().drop_guard();
+    app.tasks.finish(upload.run(app.clone(), body, abandoned)).await?;
+    Ok((StatusCode::CREATED, axum::Json(attachment)))
+}
+
+/// `GET /v1/attachments/{id}`: the bytes, or the part of them that `Range` asks for.
+pub async fn download(
+    State(app): State<App>,
+    _: Caller,
+    PathId(id): PathId<AttachmentId>,
+    method: Method,
+    headers: HeaderMap,
+) -> Result<Response, ApiError> {
+    let size = app.store.attachment(id, app.clock.now()).await?.ok_or(ApiError::NotFound)?.size;
+    if is_known(&headers, id) {
+        return Ok((StatusCode::NOT_MODIFIED, [(header::ETAG, entity_tag(id))]).into_response());
+    }
+    // Ranges are defined for GET alone; a HEAD announces the whole.
+    let part = if method == Method::GET { requested_part(&headers, id, size) } else { Part::Whole };
+    let range = match part {
+        Part::Whole => None,
+        Part::Range(range) => Some(range),
+        Part::Unsatisfiable => return Err(ApiError::RangeNotSatisfiable { size }),
+    };
+    let Some(blob) = app.blobs.read(id, range.clone()).await?.filter(|blob| blob.size == size) else {
+        error!("an attachment that should be in the storage is not there, or not whole");
+        return Err(ApiError::NotFound);
+    };
+    let fields = [
+        (header::CONTENT_TYPE, "application/octet-stream".to_owned()),
+        (header::ACCEPT_RANGES, "bytes".to_owned()),
+        (header::ETAG, entity_tag(id)),
+    ];
+    let body = Body::from_stream(blob.bytes);
+    let Some(Range { start, end }) = range else {
+        return Ok((fields, [(header::CONTENT_LENGTH, size.to_string())], body).into_response());
+    };
+    let content_range = format!("bytes {start}-{}/{size}", end - 1);
+    let part = [(header::CONTENT_LENGTH, (end - start).to_string()), (header::CONTENT_RANGE, content_range)];
+    Ok((StatusCode::PARTIAL_CONTENT, fields, part, body).into_response())
+}
+
+/// The length that the client announced. A chunked body has none.
+fn content_length(headers: &HeaderMap) -> Option<u64> {
+    if headers.contains_key(header::TRANSFER_ENCODING) {
+        return None;
+    }
+    headers.get(header::CONTENT_LENGTH)?.to_str().ok()?.parse().ok()
+}
+
+fn check_size(size: u64, limits: &config::Attachments) -> Result<(), ApiError> {
+    if size < limits.min_size_bytes {
+        return Err(ApiError::bad_request(format!("An attachment has at least {} bytes", limits.min_size_bytes)));
+    }
+    if size > limits.max_size_bytes {
+        return Err(ApiError::TooLarge("Payload too large".into()));
+    }
+    Ok(())
+}
+
+/// An upload that passed the checks.
+struct Upload {
+    id: AttachmentId,
+    user: UserId,
+    size: u64,
+    began: Timestamp,
+}
+
+impl Upload {
+    /// Stores the attachment, row and bytes, or leaves nothing. It is durable when this returns.
+    async fn run(self, app: App, body: Body, abandoned: CancellationToken) -> Result<(), ApiError> {
+        let quota = app.config.attachments.quota_bytes;
+        match app.store.reserve_attachment(self.user, self.id, self.size, quota, self.began).await? {
+            Reserved::Yes => {}
+            Reserved::QuotaExceeded => {
+                return Err(ApiError::TooLarge("The account has no room left for this attachment".into()));
+            }
+        }
+        let stored = self.store(&app, body, &abandoned).await;
+        if stored.is_err() || abandoned.is_cancelled() {
+            self.undo(&app).await;
+        }
+        stored
+    }
+
+    async fn store(&self, app: &App, body: Body, abandoned: &CancellationToken) -> Result<(), ApiError> {
+        let broken_off = || ApiError::bad_request("The upload was broken off or has not the announced length");
+        let staging = app.blobs.stage(self.id, self.size, body.into_data_stream());
+        let staged = match abandoned.run_until_cancelled(staging).await {
+            Some(Ok(staged)) => staged,
+            Some(Err(UploadError::Storage(error))) => return Err(error.into()),
+            Some(Err(UploadError::Body)) | None => return Err(broken_off()),
+        };
+        staged.publish().await?;
+        if app.store.attachment_stored(self.id).await? { Ok(()) } else { Err(broken_off()) }
+    }
+
+    /// Removes bytes and row, in this order. What can't be removed now is found by a sweep.
+    async fn undo(&self, app: &App) {
+        if let Some((_, error)) = app.blobs.delete(&[self.id]).await.failed {
+            warn!(%error, "an upload that came to nothing could not be removed; a sweep will try again");
+        } else if let Err(error) = app.store.forget_attachments(&[self.id]).await {
+            warn!(%error, "an upload that came to nothing could not be forgotten; a sweep will try again");
+        }
+    }
+}

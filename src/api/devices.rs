@@ -1,0 +1,132 @@
+//! Devices of an account: link, list, delete.
+
+use axum::extract::State;
+use axum::http::StatusCode;
+use serde::{Deserialize, Serialize};
+
+use crate::api::device_keys::{DeviceKeysBody, OneTimePreKeyBody, PqPreKeyBody, PreKeysBody, SignedPreKeyBody};
+use crate::api::error::ApiError;
+use crate::api::extract::{Caller, Json, PathId};
+use crate::api::sessions::{AuthResponse, NewSession};
+use crate::app::App;
+use crate::auth::tokens::OpaqueSecret;
+use crate::bus::Signal;
+use crate::model::ids::{Address, DeviceId};
+use crate::store::{DeviceRow, Linked, NewDevice, NewLink, Removed};
+
+/// `POST /v1/devices`
+#[derive(Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct LinkDeviceRequest {
+    /// The id of an approved link session.
+    pub link_session_id: String,
+    /// What the owner calls the device.
+    pub name: Option<String>,
+    /// The account's identity key.
+    pub identity_key: String,
+    /// The device's installation, as it names it.
+    pub registration_id: i32,
+    /// The device's signed prekey.
+    pub signed_pre_key: SignedPreKeyBody,
+    /// Its one-time prekeys.
+    pub one_time_pre_keys: Vec<OneTimePreKeyBody>,
+    /// Its last-resort Kyber prekey.
+    pub pq_last_resort_pre_key: Option<PqPreKeyBody>,
+    /// Its one-time Kyber prekeys.
+    pub pq_pre_keys: Option<Vec<PqPreKeyBody>>,
+}
+
+/// `GET /v1/devices`
+#[derive(Serialize)]
+#[serde(rename_all = "camelCase")]
+pub struct DeviceList {
+    /// Oldest first.
+    pub devices: Vec<Device>,
+}
+
+/// A device in the list.
+#[derive(Serialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Device {
+    /// Its id.
+    pub device_id: String,
+    /// What the owner calls it.
+    pub name: Option<String>,
+    /// Whether it is the account's primary device.
+    pub is_primary: bool,
+}
+
+/// Makes a device for whoever holds an approved link session, and logs it in.
+pub async fn link(
+    State(app): State<App>,
+    Json(request): Json<LinkDeviceRequest>,
+) -> Result<(StatusCode, axum::Json<AuthResponse>), ApiError> {
+    let hash = OpaqueSecret::hash_of(&request.link_session_id);
+    let keys = request.into_keys().check(app.config.prekeys.max).await?;
+    let now = app.clock.now();
+    let session = NewSession::begin(&app.tokens, now);
+    let (id, identity) = (DeviceId::random(), keys.identity);
+    let device = NewDevice { id, name: keys.name, registration_id: keys.registration_id, prekeys: keys.prekeys };
+    match app.store.link_device(&NewLink { hash, identity, device, session: session.grant }, now).await? {
+        Linked::Device { user, .. } => {
+            let answer = session.answer(&app.tokens, user, id, app.tokens.latest_access_expiry(now));
+            Ok((StatusCode::CREATED, axum::Json(answer)))
+        }
+        Linked::SessionInvalid => Err(ApiError::forbidden("Invalid link session")),
+        Linked::LimitReached { max } => {
+            Err(ApiError::forbidden(format!("Device limit reached. Maximum allowed is {max}.")))
+        }
+        Linked::IdentityDiffers => Err(ApiError::forbidden("Identity key does not match the account identity")),
+    }
+}
+
+/// The devices of the caller's account.
+pub async fn list(State(app): State<App>, caller: Caller) -> Result<axum::Json<DeviceList>, ApiError> {
+    let devices = app.store.devices(caller.user).await?;
+    Ok(axum::Json(DeviceList { devices: devices.into_iter().map(Device::from).collect() }))
+}
+
+/// Removes a linked device of the caller's account.
+pub async fn delete(
+    State(app): State<App>,
+    caller: Caller,
+    PathId(target): PathId<DeviceId>,
+) -> Result<StatusCode, ApiError> {
+    if !caller.is_primary && caller.device != target {
+        return Err(ApiError::forbidden("Only the primary device can delete other devices"));
+    }
+    app.tasks.clone().finish(remove(app, caller, target)).await
+}
+
+async fn remove(app: App, caller: Caller, target: DeviceId) -> Result<StatusCode, ApiError> {
+    match app.store.remove_device(caller.user, target).await? {
+        Removed::Device(device) => {
+            app.bus.wake(&[Address { user: caller.user, device }], Signal::Standing).await;
+            Ok(StatusCode::NO_CONTENT)
+        }
+        Removed::Unknown => Err(ApiError::NotFound),
+        Removed::Primary => Err(ApiError::forbidden("The primary device cannot be deleted; reset the account instead")),
+    }
+}
+
+impl LinkDeviceRequest {
+    fn into_keys(self) -> DeviceKeysBody {
+        DeviceKeysBody {
+            name: self.name,
+            identity_key: self.identity_key,
+            registration_id: self.registration_id,
+            prekeys: PreKeysBody {
+                signed: self.signed_pre_key,
+                one_time: self.one_time_pre_keys,
+                pq_last_resort: self.pq_last_resort_pre_key,
+                pq_one_time: self.pq_pre_keys,
+            },
+        }
+    }
+}
+
+impl From<DeviceRow> for Device {
+    fn from(row: DeviceRow) -> Self {
+        Self { device_id: row.id.to_string(), name: row.name, is_primary: row.is_primary }
+    }
+}

@@ -1,0 +1,267 @@
+//! What handlers take from a request: who is calling, and what exactly they said.
+//!
+//! Axum runs extractors in the order of a handler's arguments. `Caller` comes first everywhere, so that a missing or
+//! void token wins over anything else that is wrong.
+
+use axum::body::Body;
+use axum::extract::{FromRequest, FromRequestParts, RawPathParams, Request};
+use axum::http::request::Parts;
+use axum::http::{HeaderMap, header};
+use bytes::{Bytes, BytesMut};
+use http_body_util::BodyExt;
+use prost::Message;
+use serde::de::DeserializeOwned;
+use serde_json::error::Category;
+
+use crate::api::error::ApiError;
+use crate::app::App;
+use crate::model::ids::{Address, AttachmentId, DeviceId, DeviceNo, IdempotencyKey, UserId};
+
+/// The largest body that is read into memory: JSON, sends and link-session approvals. Attachments are streamed.
+pub const MAX_BODY_BYTES: usize = 2 << 20;
+
+/// The device that calls, proven by its access token. The device exists and its session has not been ended.
+#[derive(Clone, Copy, Debug)]
+pub struct Caller {
+    /// The account.
+    pub user: UserId,
+    /// The device.
+    pub device: DeviceId,
+    /// The device's number.
+    pub no: DeviceNo,
+    /// Whether it is the account's primary device.
+    pub is_primary: bool,
+    /// The Unix second in which the access token expires. By it the store tells whether the token is still good.
+    pub token_expires_at: i64,
+}
+
+impl Caller {
+    /// Where signals for this device go.
+    pub fn address(&self) -> Address {
+        Address { user: self.user, device: self.no }
+    }
+}
+
+impl FromRequestParts<App> for Caller {
+    type Rejection = ApiError;
+
+    async fn from_request_parts(parts: &mut Parts, app: &App) -> Result<Self, ApiError> {
+        let token = bearer_token(&parts.headers).ok_or(ApiError::Unauthorized)?;
+        let claims = app.tokens.verify_access_token(token, app.clock.now()).ok_or(ApiError::Unauthorized)?;
+        let standing = app.store.standing(claims.device).await?.ok_or(ApiError::Unauthorized)?;
+        if standing.user != claims.user || claims.expires_at <= standing.tokens_void_to {
+            return Err(ApiError::Unauthorized);
+        }
+        Ok(Self {
+            user: claims.user,
+            device: claims.device,
+            no: standing.no,
+            is_primary: standing.is_primary,
+            token_expires_at: claims.expires_at,
+        })
+    }
+}
+
+fn bearer_token(headers: &HeaderMap) -> Option<&str> {
+    headers.get(header::AUTHORIZATION)?.to_str().ok()?.strip_prefix("Bearer ")
+}
+
+/// A JSON body of type `T`, read strictly (WIRE section 1.3).
+#[derive(Debug)]
+pub struct Json<T>(pub T);
+
+impl<T: DeserializeOwned> FromRequest<App> for Json<T> {
+    type Rejection = ApiError;
+
+    async fn from_request(request: Request, _: &App) -> Result<Self, ApiError> {
+        if !is_json(request.headers()) {
+            return Err(ApiError::UnsupportedMediaType);
+        }
+        let body = read_body(request.into_body()).await?;
+        match serde_json::from_slice(&body) {
+            Ok(value) => Ok(Self(value)),
+            // The message of a data error names members and types, never the value of a secret: see `describe`.
+            Err(error) if error.classify() == Category::Data => Err(ApiError::Unprocessable(describe(&error))),
+            Err(_) => Err(ApiError::bad_request("The body is not well-formed JSON")),
+        }
+    }
+}
+
+/// True for `application/json` and `application/<x>+json`, with or without parameters.
+fn is_json(headers: &HeaderMap) -> bool {
+    let Some(value) = headers.get(header::CONTENT_TYPE).and_then(|value| value.to_str().ok()) else { return false };
+    let essence = value.split(';').next().unwrap_or_default().trim().to_ascii_lowercase();
+    essence == "application/json"
+        || essence.strip_prefix("application/").is_some_and(|subtype| subtype.len() > 5 && subtype.ends_with("+json"))
+}
+
+/// Says what is wrong with a JSON body without repeating what it contains.
+fn describe(error: &serde_json::Error) -> String {
+    let message = error.to_string();
+    if message.starts_with("missing field") || message.starts_with("duplicate field") {
+        return message;
+    }
+    format!("The JSON body does not have the expected shape at line {} column {}", error.line(), error.column())
+}
+
+/// A body of at most [`MAX_BODY_BYTES`]. Its content type is not looked at.
+#[derive(Debug)]
+pub struct RawBody(pub Bytes);
+
+impl FromRequest<App> for RawBody {
+    type Rejection = ApiError;
+
+    async fn from_request(request: Request, _: &App) -> Result<Self, ApiError> {
+        read_body(request.into_body()).await.map(Self)
+    }
+}
+
+/// Reads a whole body of at most [`MAX_BODY_BYTES`].
+pub async fn read_body(mut body: Body) -> Result<Bytes, ApiError> {
+    let too_large = || ApiError::TooLarge("Payload too large".into());
+    let announced = axum::body::HttpBody::size_hint(&body).lower();
+    if announced > MAX_BODY_BYTES as u64 {
+        return Err(too_large());
+    }
+    let mut whole = BytesMut::with_capacity(announced as usize);
+    while let Some(frame) = body.frame().await {
+        let frame = frame.map_err(|_| ApiError::bad_request("The body could not be read"))?;
+        let Ok(data) = frame.into_data() else { continue };
+        if whole.len() + data.len() > MAX_BODY_BYTES {
+            return Err(too_large());
+        }
+        whole.extend_from_slice(&data);
+    }
+    Ok(whole.freeze())
+}
+
+/// A protobuf answer.
+#[derive(Debug)]
+pub struct Protobuf<T>(pub T);
+
+impl<T: Message> axum::response::IntoResponse for Protobuf<T> {
+    fn into_response(self) -> axum::response::Response {
+        ([(header::CONTENT_TYPE, "application/x-protobuf")], self.0.encode_to_vec()).into_response()
+    }
+}
+
+/// The only segment of a path that varies, read as an id.
+#[derive(Clone, Copy, Debug)]
+pub struct PathId<T>(pub T);
+
+/// An id that can stand in a path.
+pub trait FromPath: Sized {
+    /// Reads it; `None` when it is malformed.
+    fn from_segment(segment: &str) -> Option<Self>;
+}
+
+impl FromPath for UserId {
+    fn from_segment(segment: &str) -> Option<Self> {
+        Self::parse(segment)
+    }
+}
+
+impl FromPath for DeviceId {
+    fn from_segment(segment: &str) -> Option<Self> {
+        Self::parse(segment)
+    }
+}
+
+impl FromPath for AttachmentId {
+    fn from_segment(segment: &str) -> Option<Self> {
+        Self::parse(segment)
+    }
+}
+
+impl<T: FromPath> FromRequestParts<App> for PathId<T> {
+    type Rejection = ApiError;
+
+    async fn from_request_parts(parts: &mut Parts, app: &App) -> Result<Self, ApiError> {
+        let [segment] = &path_segments(parts, app).await?[..] else { return Err(malformed_path()) };
+        T::from_segment(segment).map(Self).ok_or_else(malformed_path)
+    }
+}
+
+/// The two varying segments of a path, read as ids.
+#[derive(Clone, Copy, Debug)]
+pub struct PathIds<T, U>(pub T, pub U);
+
+impl<T: FromPath, U: FromPath> FromRequestParts<App> for PathIds<T, U> {
+    type Rejection = ApiError;
+
+    async fn from_request_parts(parts: &mut Parts, app: &App) -> Result<Self, ApiError> {
+        let [first, second] = &path_segments(parts, app).await?[..] else { return Err(malformed_path()) };
+        match (T::from_segment(first), U::from_segment(second)) {
+            (Some(first), Some(second)) => Ok(Self(first, second)),
+            _ => Err(malformed_path()),
+        }
+    }
+}
+
+async fn path_segments(parts: &mut Parts, app: &App) -> Result<Vec<String>, ApiError> {
+    let params = RawPathParams::from_request_parts(parts, app).await.map_err(|_| malformed_path())?;
+    Ok(params.iter().map(|(_, value)| value.to_owned()).collect())
+}
+
+fn malformed_path() -> ApiError {
+    ApiError::bad_request("The path does not hold a valid id")
+}
+
+/// The `Idempotency-Key` header, where one is required. A plain function, because its check comes after the body's.
+pub fn required_key(headers: &HeaderMap) -> Result<IdempotencyKey, ApiError> {
+    idempotency_key(headers)?.ok_or_else(|| ApiError::bad_request("The Idempotency-Key header is missing"))
+}
+
+/// The `Idempotency-Key` header, where one may be given.
+#[derive(Clone, Copy, Debug)]
+pub struct OptionalKey(pub Option<IdempotencyKey>);
+
+impl FromRequestParts<App> for OptionalKey {
+    type Rejection = ApiError;
+
+    async fn from_request_parts(parts: &mut Parts, _: &App) -> Result<Self, ApiError> {
+        idempotency_key(&parts.headers).map(Self)
+    }
+}
+
+fn idempotency_key(headers: &HeaderMap) -> Result<Option<IdempotencyKey>, ApiError> {
+    let Some(value) = headers.get("idempotency-key") else { return Ok(None) };
+    let key = value.to_str().ok().and_then(IdempotencyKey::parse);
+    key.map(Some).ok_or_else(|| ApiError::bad_request("The Idempotency-Key header must be a UUID"))
+}
+
+#[cfg(test)]
+mod tests {
+    use axum::http::HeaderValue;
+
+    use super::*;
+
+    #[test]
+    fn only_json_content_types_count_as_json() {
+        let mut headers = HeaderMap::new();
+        assert!(!is_json(&headers));
+        for (value, expected) in [
+            ("application/json", true),
+            ("Application/JSON; charset=utf-8", true),
+            ("application/problem+json", true),
+            ("application/+json", false),
+            ("text/json", false),
+            ("application/jsonp", false),
+            ("", false),
+        ] {
+            headers.insert(header::CONTENT_TYPE, HeaderValue::from_static(value));
+            assert_eq!(is_json(&headers), expected, "{value}");
+        }
+    }
+
+    #[test]
+    fn only_the_exact_bearer_scheme_is_read() {
+        let mut headers = HeaderMap::new();
+        for (value, expected) in
+            [("Bearer abc", Some("abc")), ("bearer abc", None), ("Bearer", None), ("Basic abc", None)]
+        {
+            headers.insert(header::AUTHORIZATION, HeaderValue::from_static(value));
+            assert_eq!(bearer_token(&headers), expected, "{value}");
+        }
+    }
+}

@@ -1,0 +1,156 @@
+//! Prekeys: refill, count, fetch bundles.
+
+use axum::extract::State;
+use axum::http::StatusCode;
+use serde::{Deserialize, Serialize};
+
+use crate::api::device_keys::{OneTimePreKeyBody, PqPreKeyBody, PreKeysBody, SignedPreKeyBody};
+use crate::api::error::ApiError;
+use crate::api::extract::{Caller, Json, PathId, PathIds};
+use crate::app::App;
+use crate::bus::Signal;
+use crate::model::ids::{DeviceId, UserId};
+use crate::model::keys::{OneTimePreKey, PqPreKey, SignedPreKey};
+use crate::store::{Bundle, Refilled};
+
+/// `POST /v1/keys`
+#[derive(Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct RefillRequest {
+    /// Replaces the stored one. Its id has to be above that of the stored one.
+    pub signed_pre_key: SignedPreKeyBody,
+    /// Added to the stored ones.
+    pub one_time_pre_keys: Vec<OneTimePreKeyBody>,
+    /// Replaces the stored one, which stays when this is absent.
+    pub pq_last_resort_pre_key: Option<PqPreKeyBody>,
+    /// Added to the stored ones.
+    pub pq_pre_keys: Option<Vec<PqPreKeyBody>>,
+}
+
+/// `GET /v1/keys`
+#[derive(Serialize)]
+#[serde(rename_all = "camelCase")]
+pub struct KeyCounts {
+    /// Elliptic-curve one-time prekeys.
+    pub one_time_pre_key_count: u32,
+    /// Post-quantum one-time prekeys.
+    pub pq_pre_key_count: u32,
+}
+
+/// `GET /v1/keys/{userId}`
+#[derive(Serialize)]
+#[serde(rename_all = "camelCase")]
+pub struct BundleList {
+    /// Oldest device first.
+    pub bundles: Vec<BundleBody>,
+}
+
+/// What it takes to start a session with a device. The order of the members is that of protocol level 0.10.0, and the
+/// last one is missing for devices without such keys: clients of that level get what they always got.
+#[derive(Serialize)]
+#[serde(rename_all = "camelCase")]
+pub struct BundleBody {
+    /// The device.
+    pub device_id: String,
+    /// Its installation, as it named it.
+    pub registration_id: i32,
+    /// The account's identity key.
+    pub identity_key: String,
+    /// The device's signed prekey.
+    pub signed_pre_key: SignedPreKeyBody,
+    /// A prekey that nobody else gets, or `null`.
+    pub one_time_pre_key: Option<OneTimePreKeyBody>,
+    /// A Kyber prekey.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub pq_pre_key: Option<PqPreKeyBody>,
+}
+
+/// Stores new keys of the calling device.
+pub async fn refill(
+    State(app): State<App>,
+    caller: Caller,
+    Json(request): Json<RefillRequest>,
+) -> Result<StatusCode, ApiError> {
+    let identity = app.store.identity(caller.no).await?.ok_or(ApiError::Unauthorized)?;
+    let keys = request.into_keys().check(identity, app.config.prekeys.max).await?;
+    match app.store.refill(caller.no, &keys).await? {
+        Refilled::Stored => Ok(StatusCode::NO_CONTENT),
+        Refilled::SignedIdNotRising => {
+            Err(ApiError::bad_request("signedPreKey.keyId must be greater than that of the stored signed prekey"))
+        }
+        Refilled::LastResortMissing => {
+            Err(ApiError::bad_request("pqPreKeys needs a pqLastResortPreKey, stored or beside it"))
+        }
+        Refilled::DeviceGone => Err(ApiError::Unauthorized),
+    }
+}
+
+/// How many one-time prekeys the calling device has left.
+pub async fn counts(State(app): State<App>, caller: Caller) -> Result<axum::Json<KeyCounts>, ApiError> {
+    let counts = app.store.prekey_counts(caller.no).await?;
+    Ok(axum::Json(KeyCounts { one_time_pre_key_count: counts.ec, pq_pre_key_count: counts.pq }))
+}
+
+/// A bundle for each device of a user.
+pub async fn bundles(
+    State(app): State<App>,
+    _: Caller,
+    PathId(user): PathId<UserId>,
+) -> Result<axum::Json<BundleList>, ApiError> {
+    let bundles = app.tasks.clone().finish(hand_out(app, user, None)).await?;
+    Ok(axum::Json(BundleList { bundles }))
+}
+
+/// The bundle of one device of a user.
+pub async fn bundle(
+    State(app): State<App>,
+    _: Caller,
+    PathIds(user, device): PathIds<UserId, DeviceId>,
+) -> Result<axum::Json<BundleBody>, ApiError> {
+    let mut bundles = app.tasks.clone().finish(hand_out(app, user, Some(device))).await?;
+    bundles.pop().map(axum::Json).ok_or(ApiError::NotFound)
+}
+
+/// Takes the bundles out, and tells the devices that have few keys left.
+async fn hand_out(app: App, user: UserId, device: Option<DeviceId>) -> Result<Vec<BundleBody>, ApiError> {
+    let threshold = app.config.prekeys.refill_threshold;
+    let handed_out = app.store.bundles(user, device, threshold).await?.ok_or(ApiError::NotFound)?;
+    app.bus.wake(&handed_out.low, Signal::KeysLow).await;
+    Ok(handed_out.bundles.into_iter().map(BundleBody::from).collect())
+}
+
+impl RefillRequest {
+    fn into_keys(self) -> PreKeysBody {
+        PreKeysBody {
+            signed: self.signed_pre_key,
+            one_time: self.one_time_pre_keys,
+            pq_last_resort: self.pq_last_resort_pre_key,
+            pq_one_time: self.pq_pre_keys,
+        }
+    }
+}
+
+impl From<Bundle> for BundleBody {
+    fn from(bundle: Bundle) -> Self {
+        Self {
+            device_id: bundle.device.to_string(),
+            registration_id: bundle.registration_id.0,
+            identity_key: bundle.identity.to_base64(),
+            signed_pre_key: signed(&bundle.signed),
+            one_time_pre_key: bundle.one_time.as_ref().map(one_time),
+            pq_pre_key: bundle.pq.as_ref().map(pq),
+        }
+    }
+}
+
+fn signed(key: &SignedPreKey) -> SignedPreKeyBody {
+    SignedPreKeyBody { key_id: key.id.0, public_key: key.public_key.to_base64(), signature: key.signature.to_base64() }
+}
+
+fn one_time(key: &OneTimePreKey) -> OneTimePreKeyBody {
+    OneTimePreKeyBody { key_id: key.id.0, public_key: key.public_key.to_base64() }
+}
+
+fn pq(key: &PqPreKey) -> PqPreKeyBody {
+    PqPreKeyBody { key_id: key.id.get(), public_key: key.public_key.to_base64(), signature: key.signature.to_base64() }
+}

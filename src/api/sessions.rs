@@ -1,0 +1,160 @@
+//! Sessions: log in, refresh, log out.
+
+use axum::extract::State;
+use axum::http::StatusCode;
+use serde::{Deserialize, Deserializer, Serialize, de};
+use tracing::warn;
+
+use crate::api::error::ApiError;
+use crate::api::extract::{Caller, Json, OptionalKey};
+use crate::app::App;
+use crate::auth::tokens::{RefreshToken, Tokens};
+use crate::bus::Signal;
+use crate::clock::Timestamp;
+use crate::model::ids::{DeviceId, UserId};
+use crate::store::{Refresh, Refreshed, SessionGrant, StoreError};
+
+/// Longer passwords can't be set, so they need not be tried.
+pub const MAX_PASSWORD_BYTES: usize = 1024;
+
+/// `POST /v1/session`
+#[derive(Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct LogInRequest {
+    /// The account's name, in any case.
+    pub username: String,
+    /// Its password.
+    pub password: String,
+    /// The device that logs in.
+    #[serde(deserialize_with = "device_id")]
+    pub device_id: DeviceId,
+}
+
+/// `POST /v1/session/refresh`
+#[derive(Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct RefreshRequest {
+    /// The device's refresh token.
+    pub refresh_token: String,
+}
+
+/// What a device gets that has logged in, one way or another.
+#[derive(Serialize)]
+#[serde(rename_all = "camelCase")]
+pub struct AuthResponse {
+    /// The access token.
+    pub token: String,
+    /// The refresh token.
+    pub refresh_token: String,
+    /// The Unix second in which the access token expires.
+    pub expires_at: i64,
+    /// The account.
+    pub user_id: String,
+    /// The device.
+    pub device_id: String,
+}
+
+/// Logs in a device that the account already has.
+pub async fn log_in(
+    State(app): State<App>,
+    Json(request): Json<LogInRequest>,
+) -> Result<axum::Json<AuthResponse>, ApiError> {
+    let user = authenticate(&app, &request.username, request.password).await?;
+    let now = app.clock.now();
+    let session = NewSession::begin(&app.tokens, now);
+    let Some(device) = app.store.log_in(user, request.device_id, &session.grant).await? else {
+        return Err(ApiError::Conflict("Device does not belong to this account".into()));
+    };
+    let expires_at = app.tokens.access_expiry(now, device.tokens_void_to);
+    Ok(axum::Json(session.answer(&app.tokens, user, device.device, expires_at)))
+}
+
+/// Exchanges a refresh token for new tokens.
+pub async fn refresh(
+    State(app): State<App>,
+    OptionalKey(key): OptionalKey,
+    Json(request): Json<RefreshRequest>,
+) -> Result<axum::Json<AuthResponse>, ApiError> {
+    let used = RefreshToken::parse(&request.refresh_token).ok_or(ApiError::Unauthorized)?;
+    let now = app.clock.now();
+    let next = NewSession::with(app.tokens.successor(&used, key), &app.tokens, now);
+    let void_to = app.tokens.latest_access_expiry(now);
+    let wish = Refresh { secret_hash: used.secret_hash(), key, next: next.grant, void_to };
+    let (device, exchanged_at) = match app.tasks.finish(exchange(app.clone(), wish, now)).await? {
+        Refreshed::Rotated(device) => (device, now),
+        Refreshed::Repeated { holder, used_at } => (holder, used_at),
+        Refreshed::Refused | Refreshed::Stolen(_) => return Err(ApiError::Unauthorized),
+    };
+    let expires_at = app.tokens.access_expiry(exchanged_at, device.tokens_void_to);
+    Ok(axum::Json(next.answer(&app.tokens, device.user, device.device, expires_at)))
+}
+
+/// Ends the session of the calling device.
+pub async fn log_out(State(app): State<App>, caller: Caller) -> Result<StatusCode, ApiError> {
+    let void_to = app.tokens.latest_access_expiry(app.clock.now());
+    app.tasks
+        .clone()
+        .finish(async move {
+            app.store.log_out(caller.no, void_to).await?;
+            app.bus.wake(&[caller.address()], Signal::Standing).await;
+            Ok(StatusCode::NO_CONTENT)
+        })
+        .await
+}
+
+/// The account whose name and password these are; otherwise 401, after the same work whether or not the name exists.
+pub async fn authenticate(app: &App, username: &str, password: String) -> Result<UserId, ApiError> {
+    if username.contains('\0') {
+        return Err(ApiError::bad_request("The username must not contain a NUL character"));
+    }
+    if password.len() > MAX_PASSWORD_BYTES {
+        return Err(ApiError::Unauthorized);
+    }
+    let found = app.store.credentials(&username.to_ascii_lowercase()).await?;
+    let (user, hash) = found.map(|found| (found.user, found.password_hash)).unzip();
+    let is_right = app.passwords.verify(password, hash).await?;
+    user.filter(|_| is_right).ok_or(ApiError::Unauthorized)
+}
+
+/// A session that is about to begin, or to go on, with a new refresh token.
+pub struct NewSession {
+    token: RefreshToken,
+    /// What the store keeps of it.
+    pub grant: SessionGrant,
+}
+
+impl NewSession {
+    /// A session from `now` on.
+    pub fn begin(tokens: &Tokens, now: Timestamp) -> Self {
+        Self::with(RefreshToken::random(), tokens, now)
+    }
+
+    fn with(token: RefreshToken, tokens: &Tokens, now: Timestamp) -> Self {
+        let expires_at = tokens.refresh_expiry(now);
+        Self { token, grant: SessionGrant { family: token.family(), secret_hash: token.secret_hash(), expires_at } }
+    }
+
+    /// What the device is told, whose access token shall expire at `expires_at`: see [`Tokens::access_expiry`].
+    pub fn answer(&self, tokens: &Tokens, user: UserId, device: DeviceId, expires_at: i64) -> AuthResponse {
+        AuthResponse {
+            token: tokens.issue_access_token(user, device, expires_at),
+            refresh_token: self.token.text(),
+            expires_at,
+            user_id: user.to_string(),
+            device_id: device.to_string(),
+        }
+    }
+}
+
+async fn exchange(app: App, wish: Refresh, now: Timestamp) -> Result<Refreshed, StoreError> {
+    let refreshed = app.store.refresh(&wish, now).await?;
+    if let Refreshed::Stolen(address) = refreshed {
+        warn!("a used refresh token came again, so somebody else has it: the session of its device was ended");
+        app.bus.wake(&[address], Signal::Standing).await;
+    }
+    Ok(refreshed)
+}
+
+fn device_id<'de, D: Deserializer<'de>>(deserializer: D) -> Result<DeviceId, D::Error> {
+    DeviceId::parse(&String::deserialize(deserializer)?).ok_or_else(|| de::Error::custom("not a UUID"))
+}

@@ -1,0 +1,39 @@
+//! `App`: what every request and session may use.
+
+use std::sync::Arc;
+
+use crate::auth::passwords::Passwords;
+use crate::auth::tokens::Tokens;
+use crate::blobs::Blobs;
+use crate::bus::Bus;
+use crate::clock::Clock;
+use crate::config::Config;
+use crate::disk::Disk;
+use crate::mailroom::Mailroom;
+use crate::store::Store;
+use crate::tasks::Tasks;
+
+/// Everything a request, session or job may use. Cloning is cheap.
+#[derive(Clone)]
+pub struct App {
+    /// Takes sends and acks.
+    pub mailroom: Mailroom,
+    /// What must survive a restart.
+    pub store: Store,
+    /// Signals between sessions.
+    pub bus: Bus,
+    /// Attachments.
+    pub blobs: Blobs,
+    /// Hashes and checks passwords.
+    pub passwords: Passwords,
+    /// Makes and checks tokens.
+    pub tokens: Tokens,
+    /// Whether there is room to grow.
+    pub disk: Disk,
+    /// What time it is.
+    pub clock: Clock,
+    /// Owner of everything that runs in the background.
+    pub tasks: Tasks,
+    /// The limits and intervals of the rooms that answer clients.
+    pub config: Arc<Config>,
+}

@@ -1,0 +1,4 @@
+//! Who somebody is: passwords and tokens.
+
+pub mod passwords;
+pub mod tokens;

@@ -1,0 +1,220 @@
+use std::convert::Infallible;
+use std::os::unix::fs::PermissionsExt;
+use std::time::Duration;
+
+use futures_util::{FutureExt, poll};
+use tempfile::TempDir;
+
+use crate::config::Config;
+
+use super::*;
+
+fn settings(folder: &Path, prefix: &str) -> config::Attachments {
+    let mut attachments = Config::embedded(folder).unwrap().attachments;
+    attachments.endpoint = Some(format!("file:{}", folder.display()));
+    attachments.prefix = prefix.to_owned();
+    attachments
+}
+
+fn open(folder: &TempDir) -> Blobs {
+    Blobs::open(&settings(folder.path(), "attachments/")).unwrap()
+}
+
+fn body(chunks: &[&'static str]) -> impl Stream<Item = Result<Bytes, Infallible>> + use<> {
+    stream::iter(chunks.iter().map(|chunk| Ok(Bytes::from_static(chunk.as_bytes()))).collect::<Vec<_>>())
+}
+
+/// The names of all files in the folder, folders excluded.
+fn files(folder: &TempDir) -> Vec<String> {
+    let objects = fs::read_dir(folder.path().join("attachments")).unwrap();
+    objects.map(|entry| entry.unwrap().file_name().into_string().unwrap()).collect()
+}
+
+async fn until_empty(folder: &TempDir) {
+    let empty = async {
+        while !files(folder).is_empty() {
+            tokio::task::yield_now().await;
+        }
+    };
+    tokio::time::timeout(Duration::from_secs(10), empty).await.expect("something stays in the folder");
+}
+
+async fn put(blobs: &Blobs, text: &'static str) -> AttachmentId {
+    let id = AttachmentId::random();
+    let staged = blobs.stage(id, text.len() as u64, body(&[text])).await.unwrap();
+    staged.publish().await.unwrap();
+    id
+}
+
+async fn get(blobs: &Blobs, id: AttachmentId, range: Option<Range<u64>>) -> Option<Vec<u8>> {
+    let blob = blobs.read(id, range).await.unwrap()?;
+    Some(blob.bytes.try_collect::<Vec<_>>().await.unwrap().concat())
+}
+
+#[tokio::test]
+async fn bytes_come_back_whole_and_in_part() {
+    let folder = tempfile::tempdir().unwrap();
+    let blobs = open(&folder);
+    let id = AttachmentId::random();
+    blobs.stage(id, 10, body(&["01", "", "234567", "89"])).await.unwrap().publish().await.unwrap();
+    assert_eq!(files(&folder), [id.to_string()]);
+    assert_eq!(blobs.read(id, None).await.unwrap().unwrap().size, 10);
+    assert_eq!(get(&blobs, id, None).await.unwrap(), b"0123456789");
+    assert_eq!(get(&blobs, id, Some(3..7)).await.unwrap(), b"3456");
+    assert_eq!(get(&blobs, AttachmentId::random(), None).await, None);
+}
+
+#[tokio::test]
+async fn many_parts_and_none_at_all_are_put_together() {
+    let folder = tempfile::tempdir().unwrap();
+    let blobs = open(&folder);
+    let chunk = Bytes::from((0..100_000u32).flat_map(u32::to_le_bytes).collect::<Vec<_>>());
+    for chunks in [0, 1, 7] {
+        let id = AttachmentId::random();
+        let body = stream::iter(vec![Ok::<_, Infallible>(chunk.clone()); chunks]);
+        blobs.stage(id, (chunk.len() * chunks) as u64, body).await.unwrap().publish().await.unwrap();
+        assert_eq!(get(&blobs, id, None).await.unwrap(), chunk.repeat(chunks));
+    }
+}
+
+#[tokio::test]
+async fn a_body_of_another_length_than_announced_leaves_nothing() {
+    let folder = tempfile::tempdir().unwrap();
+    let blobs = open(&folder);
+    for size in [0, 3, 5, u64::MAX] {
+        let staged = blobs.stage(AttachmentId::random(), size, body(&["ab", "cd"])).await;
+        assert!(matches!(staged.err(), Some(UploadError::Body)), "{size}");
+    }
+    until_empty(&folder).await;
+}
+
+#[tokio::test]
+async fn a_body_that_breaks_off_leaves_nothing() {
+    let folder = tempfile::tempdir().unwrap();
+    let body = stream::iter([Ok(Bytes::from_static(b"ab")), Err("gone")]);
+    let staged = open(&folder).stage(AttachmentId::random(), 4, body).await;
+    assert!(matches!(staged.err(), Some(UploadError::Body)));
+    until_empty(&folder).await;
+}
+
+#[tokio::test]
+async fn an_upload_dropped_in_the_middle_or_before_it_is_published_leaves_nothing() {
+    let folder = tempfile::tempdir().unwrap();
+    let blobs = open(&folder);
+    let endless = stream::iter([Ok::<_, Infallible>(Bytes::from_static(b"ab"))]).chain(stream::pending());
+    let mut staging = blobs.stage(AttachmentId::random(), 4, endless).boxed();
+    assert!(poll!(&mut staging).is_pending());
+    assert_eq!(files(&folder).len(), 1);
+    drop(staging);
+    until_empty(&folder).await;
+
+    let staged = blobs.stage(AttachmentId::random(), 2, body(&["ab"])).await.unwrap();
+    assert_eq!(files(&folder).len(), 1);
+    drop(staged);
+    until_empty(&folder).await;
+}
+
+#[tokio::test]
+async fn a_publication_that_fails_leaves_nothing() {
+    let folder = tempfile::tempdir().unwrap();
+    let blobs = open(&folder);
+    let id = AttachmentId::random();
+    let staged = blobs.stage(id, 2, body(&["ab"])).await.unwrap();
+    // A folder in its place can't be replaced by a file.
+    let in_the_way = folder.path().join("attachments").join(id.to_string());
+    fs::create_dir(&in_the_way).unwrap();
+    staged.publish().await.unwrap_err();
+    fs::remove_dir(in_the_way).unwrap();
+    blobs.delete(&[id]).await;
+    assert!(files(&folder).is_empty());
+}
+
+#[tokio::test]
+async fn deleting_removes_published_and_staged_bytes_and_passes_over_failures() {
+    let folder = tempfile::tempdir().unwrap();
+    let blobs = open(&folder);
+    let published = put(&blobs, "abc").await;
+    let (staged, unknown, stuck) = (AttachmentId::random(), AttachmentId::random(), AttachmentId::random());
+    let objects = folder.path().join("attachments");
+    fs::write(objects.join(format!("{staged}#1")), "left").unwrap();
+    fs::create_dir(objects.join(stuck.to_string())).unwrap();
+
+    let deleted = blobs.delete(&[published, stuck, staged, unknown]).await;
+    assert_eq!(deleted.gone, [published, staged, unknown]);
+    assert_eq!(deleted.failed.unwrap().0, 1);
+    assert_eq!(files(&folder), [stuck.to_string()]);
+    assert_eq!(get(&blobs, published, None).await, None);
+}
+
+#[tokio::test]
+async fn what_a_crash_left_is_removed_when_the_storage_is_opened() {
+    let folder = tempfile::tempdir().unwrap();
+    let kept = put(&open(&folder), "abc").await;
+    let objects = folder.path().join("attachments");
+    for name in [format!("{}#1", AttachmentId::random()), format!("{}#27", AttachmentId::random())] {
+        fs::write(objects.join(name), "half").unwrap();
+    }
+    fs::write(objects.join("notes#1"), "not ours").unwrap();
+    let blobs = open(&folder);
+    let mut left = files(&folder);
+    left.sort_by_key(String::len);
+    assert_eq!(left, ["notes#1".to_owned(), kept.to_string()]);
+    assert_eq!(get(&blobs, kept, None).await.unwrap(), b"abc");
+}
+
+#[test]
+fn a_new_folder_is_for_this_user_alone() {
+    let folder = tempfile::tempdir().unwrap();
+    let root = folder.path().join("some").join("where");
+    Blobs::open(&settings(&root, "deep/er/")).unwrap();
+    for made in ["some", "some/where", "some/where/deep", "some/where/deep/er"] {
+        assert_eq!(fs::metadata(folder.path().join(made)).unwrap().permissions().mode() & 0o777, 0o700, "{made}");
+    }
+}
+
+#[tokio::test]
+async fn a_prefix_begins_the_name_of_an_object() {
+    let folder = tempfile::tempdir().unwrap();
+    let blobs = Blobs::open(&settings(folder.path(), "a/b-")).unwrap();
+    let id = put(&blobs, "abc").await;
+    assert!(folder.path().join("a").join(format!("b-{id}")).is_file());
+    let leftover = folder.path().join("a").join(format!("b-{id}#1"));
+    fs::write(&leftover, "half").unwrap();
+    Blobs::open(&settings(folder.path(), "a/b-")).unwrap();
+    assert!(!leftover.exists());
+}
+
+#[test]
+fn what_cannot_be_opened_is_told_in_one_sentence() {
+    let folder = tempfile::tempdir().unwrap();
+    let file = folder.path().join("file");
+    fs::write(&file, "").unwrap();
+    let mut bucket = settings(folder.path(), "");
+    bucket.endpoint = None;
+    for (settings, expected) in [
+        (settings(&file, ""), "the attachment folder"),
+        (settings(&file.join("below"), ""), "the attachment folder"),
+        (settings(folder.path(), "../"), "--attachment-prefix \"../\""),
+        (bucket, "--data-dir"),
+    ] {
+        let told = Blobs::open(&settings).unwrap_err().to_string();
+        assert!(told.contains(expected) && !told.contains('\n'), "{told}");
+    }
+}
+
+#[tokio::test]
+async fn the_check_fails_without_the_folder() {
+    let folder = tempfile::tempdir().unwrap();
+    let blobs = open(&folder);
+    blobs.check().await.unwrap();
+    fs::remove_dir(folder.path().join("attachments")).unwrap();
+    blobs.check().await.unwrap_err();
+}
+
+#[test]
+fn a_full_disk_is_told_apart_from_other_trouble() {
+    let error = |kind: ErrorKind| BlobError::from(io::Error::from(kind));
+    assert!(error(ErrorKind::StorageFull).is_full());
+    assert!(error(ErrorKind::QuotaExceeded).is_full());
+    assert!(!error(ErrorKind::PermissionDenied).is_full());
+}

@@ -1,0 +1,172 @@
+//! The sleepers of this process. A sleeper's mailbox is one byte, so nothing can overflow.
+
+use std::collections::HashMap;
+use std::future::poll_fn;
+use std::sync::atomic::{AtomicU8, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::task::Poll;
+
+use futures_util::task::AtomicWaker;
+
+use crate::bus::{Signal, Signals};
+use crate::model::ids::DeviceNo;
+
+/// The map is cut into this many parts, each with a lock of its own.
+const SHARDS: usize = 16;
+
+type Shard = HashMap<DeviceNo, Vec<Arc<Sleeper>>>;
+
+#[derive(Default)]
+struct Sleeper {
+    signals: AtomicU8,
+    waker: AtomicWaker,
+}
+
+impl Sleeper {
+    fn wake(&self, signal: Signal) {
+        self.signals.fetch_or(signal as u8, Ordering::AcqRel);
+        self.waker.wake();
+    }
+}
+
+#[derive(Clone)]
+pub(super) struct LocalBus {
+    shards: Arc<[Mutex<Shard>; SHARDS]>,
+    sockets_per_device: usize,
+}
+
+impl LocalBus {
+    pub(super) fn new(sockets_per_device: usize) -> Self {
+        Self { shards: Arc::default(), sockets_per_device }
+    }
+
+    pub(super) fn subscribe(&self, device: DeviceNo) -> Wakeups {
+        let sleeper = Arc::<Sleeper>::default();
+        let mut shard = self.shard(device);
+        let sleepers = shard.entry(device).or_insert_with(|| Vec::with_capacity(1));
+        if sleepers.len() >= self.sockets_per_device {
+            sleepers.remove(0).wake(Signal::Superseded);
+        }
+        sleepers.push(sleeper.clone());
+        drop(shard);
+        Wakeups { device, sleeper, bus: self.clone() }
+    }
+
+    pub(super) fn wake(&self, device: DeviceNo, signal: Signal) {
+        for sleeper in self.shard(device).get(&device).into_iter().flatten() {
+            sleeper.wake(signal);
+        }
+    }
+
+    pub(super) fn listening(&self) -> usize {
+        self.shards.iter().map(|shard| lock(shard).len()).sum()
+    }
+
+    fn unsubscribe(&self, device: DeviceNo, sleeper: &Arc<Sleeper>) {
+        let mut shard = self.shard(device);
+        let Some(sleepers) = shard.get_mut(&device) else { return };
+        sleepers.retain(|other| !Arc::ptr_eq(other, sleeper));
+        if sleepers.is_empty() {
+            shard.remove(&device);
+        }
+    }
+
+    fn shard(&self, device: DeviceNo) -> MutexGuard<'_, Shard> {
+        lock(&self.shards[device.0.unsigned_abs() as usize % SHARDS])
+    }
+}
+
+/// No code panics while it holds a shard, and a shard is whole after each statement.
+fn lock(shard: &Mutex<Shard>) -> MutexGuard<'_, Shard> {
+    shard.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// The signals to one session of a device. Dropping it ends the subscription.
+pub struct Wakeups {
+    device: DeviceNo,
+    sleeper: Arc<Sleeper>,
+    bus: LocalBus,
+}
+
+impl Wakeups {
+    /// Waits for a signal, and answers everything signalled since the last call. Dropping the future loses nothing.
+    pub async fn next(&self) -> Signals {
+        poll_fn(|context| {
+            self.sleeper.waker.register(context.waker());
+            match self.sleeper.signals.swap(0, Ordering::AcqRel) {
+                0 => Poll::Pending,
+                signals => Poll::Ready(Signals(signals)),
+            }
+        })
+        .await
+    }
+}
+
+impl Drop for Wakeups {
+    fn drop(&mut self) {
+        self.bus.unsubscribe(self.device, &self.sleeper);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use futures_util::FutureExt;
+
+    use super::*;
+
+    const DEVICE: DeviceNo = DeviceNo(7);
+
+    #[test]
+    fn signals_before_the_look_are_merged_into_one_answer() {
+        let bus = LocalBus::new(8);
+        let wakeups = bus.subscribe(DEVICE);
+        bus.wake(DEVICE, Signal::Mail);
+        bus.wake(DEVICE, Signal::Mail);
+        bus.wake(DEVICE, Signal::KeysLow);
+        let signals = wakeups.next().now_or_never().unwrap();
+        assert!(signals.has(Signal::Mail) && signals.has(Signal::KeysLow) && !signals.has(Signal::Standing));
+        assert!(wakeups.next().now_or_never().is_none());
+    }
+
+    #[test]
+    fn a_signal_reaches_every_session_of_the_device_and_no_other() {
+        let bus = LocalBus::new(8);
+        let (first, second, other) = (bus.subscribe(DEVICE), bus.subscribe(DEVICE), bus.subscribe(DeviceNo(8)));
+        bus.wake(DEVICE, Signal::Mail);
+        assert!(first.next().now_or_never().is_some());
+        assert!(second.next().now_or_never().is_some());
+        assert!(other.next().now_or_never().is_none());
+    }
+
+    #[test]
+    fn nothing_is_kept_for_a_device_without_sessions() {
+        let bus = LocalBus::new(8);
+        let (first, second) = (bus.subscribe(DEVICE), bus.subscribe(DEVICE));
+        drop(first);
+        bus.wake(DEVICE, Signal::Mail);
+        assert!(second.next().now_or_never().is_some());
+        drop(second);
+        assert_eq!(bus.listening(), 0);
+    }
+
+    #[test]
+    fn one_socket_too_many_supersedes_the_oldest() {
+        let bus = LocalBus::new(2);
+        let sockets = [bus.subscribe(DEVICE), bus.subscribe(DEVICE), bus.subscribe(DEVICE)];
+        assert!(sockets[0].next().now_or_never().is_some_and(|signals| signals.has(Signal::Superseded)));
+        assert!(sockets[1].next().now_or_never().is_none());
+        bus.wake(DEVICE, Signal::Mail);
+        assert!(sockets[0].next().now_or_never().is_none());
+        assert!(sockets[2].next().now_or_never().is_some());
+    }
+
+    #[tokio::test]
+    async fn a_signal_wakes_a_session_that_is_already_waiting() {
+        let bus = LocalBus::new(8);
+        let wakeups = bus.subscribe(DEVICE);
+        let mut waiting = Box::pin(wakeups.next());
+        assert!(futures_util::poll!(&mut waiting).is_pending());
+        bus.wake(DEVICE, Signal::Mail);
+        assert!(waiting.await.has(Signal::Mail));
+    }
+}

@@ -1,0 +1,331 @@
+//! The settings as the rest of the server sees them: one struct for each room, units in the types.
+
+use std::{
+    net::IpAddr,
+    path::{Path, PathBuf},
+    time::Duration,
+};
+
+use ipnet::IpNet;
+
+use crate::config::Secret;
+
+/// Everything that can be set, checked. Each room gets its own group; only `main` and `server` see all of it.
+#[derive(Clone, Debug)]
+pub struct Config {
+    /// The folder of embedded mode; `None` means distributed.
+    pub data_dir: Option<PathBuf>,
+    /// Where accounts, keys and queued messages are.
+    pub database: Database,
+    /// The two ports and who may hold how many connections.
+    pub server: Server,
+    /// Tokens and devices.
+    pub auth: Auth,
+    /// Requests per client address.
+    pub rate_limits: RateLimits,
+    /// How long a readiness check may take.
+    pub health: Health,
+    /// Age at which messages and attachments are deleted; at least a day.
+    pub retention: Duration,
+    /// Sends and inboxes.
+    pub messaging: Messaging,
+    /// One-time prekeys.
+    pub prekeys: Prekeys,
+    /// Signals to connected devices and pushes to sleeping ones.
+    pub notifications: Notifications,
+    /// The wire between nodes.
+    pub pubsub: Pubsub,
+    /// Open sockets.
+    pub gateway: Gateway,
+    /// Encrypted attachments and where they are kept.
+    pub attachments: Attachments,
+    /// Firebase Cloud Messaging.
+    pub fcm: Fcm,
+    /// Logs, traces and metrics.
+    pub telemetry: Telemetry,
+    /// New messages are refused when the data folder's disk has less free space than this, new attachments below twice
+    /// that; 0 turns it off.
+    pub disk_reserve_bytes: u64,
+}
+
+/// The database and its pool.
+#[derive(Clone, Debug)]
+pub struct Database {
+    /// `postgres:`, `postgresql:` or `sqlite:`.
+    pub url: Secret,
+    /// Pool maximum, at least 1.
+    pub max_connections: u32,
+    /// Idle connections kept, at most `max_connections`.
+    pub min_connections: u32,
+    /// Longest wait for a connection.
+    pub acquire_timeout: Duration,
+    /// A connection idle for this long is closed.
+    pub idle_timeout: Duration,
+    /// A connection this old is replaced.
+    pub max_lifetime: Duration,
+}
+
+impl Database {
+    /// The file of a `sqlite:` URL, `None` for a database server. `sqlite:a.db`, `sqlite://a.db` and `sqlite:///a.db` are
+    /// understood as usual; whatever follows a `?` is left out.
+    pub fn file(&self) -> Option<&Path> {
+        let path = self.url.expose().strip_prefix("sqlite:")?;
+        let path = path.strip_prefix("//").unwrap_or(path);
+        path.split('?').next().map(Path::new)
+    }
+}
+
+/// The API port and the management port.
+#[derive(Clone, Debug)]
+pub struct Server {
+    /// Bind address of both ports.
+    pub host: IpAddr,
+    /// API and WebSocket; 0 takes any free port.
+    pub port: u16,
+    /// Health and metrics; 0 takes any free port.
+    pub management_port: u16,
+    /// Time for tasks to finish at shutdown; may be zero.
+    pub shutdown_timeout: Duration,
+    /// From request head to response head, for all routes but attachments.
+    pub request_timeout: Duration,
+    /// The same for every route, on top of the narrower timeouts.
+    pub global_timeout: Duration,
+    /// Time for a request head to arrive.
+    pub header_timeout: Duration,
+    /// Networks whose forwarded addresses are believed; may be empty.
+    pub trusted_proxies: Vec<IpNet>,
+    /// Open connections on the API port.
+    pub max_connections: usize,
+    /// Open connections of one client address (IPv6: of one /64); trusted proxies are exempt.
+    pub max_connections_per_address: usize,
+}
+
+/// Tokens and devices of an account.
+#[derive(Clone, Debug)]
+pub struct Auth {
+    /// Signs access tokens. Empty in embedded mode until `Config::open_data_dir` has filled it in.
+    pub jwt_secret: Secret,
+    /// Lifetime of an access token; zero means dead on arrival, but for the leeway.
+    pub access_token_lifetime: Duration,
+    /// Lifetime of a refresh token; zero means dead on arrival.
+    pub refresh_token_lifetime: Duration,
+    /// Pause between two removals of expired refresh tokens.
+    pub refresh_token_cleanup_interval: Duration,
+    /// Devices of one account, the primary included.
+    pub max_devices_per_user: u32,
+}
+
+/// Token buckets per client address. Never zero: a 0 given counts as 1.
+#[derive(Clone, Debug)]
+pub struct RateLimits {
+    /// API requests that come back each second.
+    pub per_second: u32,
+    /// API requests available at first.
+    pub burst: u32,
+    /// Sign-up and log-in requests that come back each second.
+    pub auth_per_second: u32,
+    /// Sign-up and log-in requests available at first.
+    pub auth_burst: u32,
+}
+
+/// How long each part of the readiness check may take.
+#[derive(Clone, Debug)]
+pub struct Health {
+    /// For the database.
+    pub database_timeout: Duration,
+    /// For the attachment storage.
+    pub storage_timeout: Duration,
+    /// For Valkey.
+    pub pubsub_timeout: Duration,
+}
+
+/// Sends and inboxes.
+#[derive(Clone, Debug)]
+pub struct Messaging {
+    /// Pending messages of one device, at least 1.
+    pub max_inbox_size: u32,
+    /// Pause between two removals of expired messages.
+    pub cleanup_interval: Duration,
+    /// Messages in one database read and one frame.
+    pub batch_limit: u32,
+    /// Recipients, and submissions, of one send.
+    pub send_batch_limit: usize,
+    /// How long the outcome of a send is kept for a repeat.
+    pub idempotency_lifetime: Duration,
+}
+
+/// One-time prekeys of a device.
+#[derive(Clone, Debug)]
+pub struct Prekeys {
+    /// With fewer than this left, the device is told; 0 never tells. At most `max`.
+    pub refill_threshold: u32,
+    /// Stored per device, and accepted in one upload.
+    pub max: u32,
+}
+
+/// Signals to connected devices and pushes to sleeping ones.
+#[derive(Clone, Debug)]
+pub struct Notifications {
+    /// Pause between two removals of state nobody listens to.
+    pub gc_interval: Duration,
+    /// Signals waiting between Valkey and the local dispatcher.
+    pub global_channel_capacity: usize,
+    /// Events waiting for one connected device.
+    pub user_channel_capacity: usize,
+    /// Grace before a push; may be zero.
+    pub push_delay: Duration,
+    /// Pause between two looks at the push queue.
+    pub worker_interval: Duration,
+    /// Concurrent pushes, also the jobs leased in one look.
+    pub worker_concurrency: usize,
+    /// Valkey key of the push queue.
+    pub push_queue_key: String,
+    /// Valkey pub/sub channel prefix; may be empty.
+    pub channel_prefix: String,
+    /// Lease of a push job.
+    pub visibility_timeout: Duration,
+    /// Pause between two removals of dead push tokens.
+    pub janitor_interval: Duration,
+    /// Dead push tokens removed in one statement.
+    pub janitor_batch_size: usize,
+    /// Dead push tokens waiting to be removed.
+    pub janitor_channel_capacity: usize,
+}
+
+/// The wire between nodes.
+#[derive(Clone, Debug)]
+pub struct Pubsub {
+    /// `redis:`, `rediss:`, `valkey:` or `valkeys:`; `local:` is the bus inside this process.
+    pub url: Secret,
+    /// First pause before reconnecting.
+    pub min_backoff: Duration,
+    /// Longest pause before reconnecting, at least `min_backoff`.
+    pub max_backoff: Duration,
+    /// A connection that held this long starts over at `min_backoff` when lost.
+    pub stable_after: Duration,
+}
+
+/// Open sockets.
+#[derive(Clone, Debug)]
+pub struct Gateway {
+    /// Frames waiting to be written to one socket.
+    pub outbound_buffer_size: usize,
+    /// Acks waiting per socket.
+    pub ack_buffer_size: usize,
+    /// Acks in one database write.
+    pub ack_batch_size: usize,
+    /// Longest time an ack waits for company; never zero.
+    pub ack_flush_interval: Duration,
+    /// From the first low-prekey event to its frame; never zero.
+    pub prekey_debounce: Duration,
+    /// Pause between two pings; never zero: a 0 given means a second.
+    pub ping_interval: Duration,
+    /// Silence allowed beyond the ping interval.
+    pub ping_timeout: Duration,
+    /// A frame is closed before its envelopes would pass this; one larger envelope travels alone.
+    pub max_batch_bytes: usize,
+    /// How long failed reads of the inbox are retried; may be zero.
+    pub fetch_retry_budget: Duration,
+    /// Lifetime of a gateway ticket.
+    pub ticket_lifetime: Duration,
+    /// A socket whose client accepts no byte for this long is closed.
+    pub write_timeout: Duration,
+    /// Pause between two looks at the inbox that cover a lost signal.
+    pub look_interval: Duration,
+    /// Open sockets of one device; the oldest is closed when passed.
+    pub max_connections_per_device: usize,
+}
+
+/// Encrypted attachments and where they are kept.
+#[derive(Clone, Debug)]
+pub struct Attachments {
+    /// Bucket; without meaning for a folder.
+    pub bucket: String,
+    /// Region of the bucket.
+    pub region: String,
+    /// `http:` or `https:` URL of an S3-compatible service, `file:PATH` for a folder, `None` for Amazon's own.
+    pub endpoint: Option<String>,
+    /// Given exactly when `secret_key` is; without both, the surroundings are asked for credentials.
+    pub access_key: Option<Secret>,
+    /// See `access_key`.
+    pub secret_key: Option<Secret>,
+    /// The bucket goes into the path instead of the host name; MinIO needs it.
+    pub force_path_style: bool,
+    /// Put before the id to name an object; may be empty.
+    pub prefix: String,
+    /// Smallest attachment, at most `max_size_bytes`.
+    pub min_size_bytes: u64,
+    /// Largest attachment.
+    pub max_size_bytes: u64,
+    /// Pause between two removals of expired attachments.
+    pub cleanup_interval: Duration,
+    /// Expired attachments removed at a time.
+    pub cleanup_batch_size: u32,
+    /// From request head to response head of an upload or download.
+    pub timeout: Duration,
+    /// Stored attachment bytes of one account; 0 means no limit.
+    pub quota_bytes: u64,
+}
+
+impl Attachments {
+    /// The folder of a `file:` endpoint, `None` for a bucket. Everything after the scheme is the path, as it stands.
+    pub fn folder(&self) -> Option<&Path> {
+        self.endpoint.as_deref()?.strip_prefix("file:").map(Path::new)
+    }
+}
+
+/// Firebase Cloud Messaging. Without a project pushes are only logged.
+#[derive(Clone, Debug)]
+pub struct Fcm {
+    /// Project of the credentials.
+    pub project_id: Option<String>,
+    /// Service account key, a JSON file.
+    pub credentials_file: Option<PathBuf>,
+    /// How long the provider keeps a push for a phone it cannot reach.
+    pub ttl: Duration,
+}
+
+/// Logs, traces and metrics.
+#[derive(Clone, Debug)]
+pub struct Telemetry {
+    /// `http:` or `https:` URL of a collector; `None` exports nothing.
+    pub otlp_endpoint: Option<String>,
+    /// How a log line looks.
+    pub log_format: LogFormat,
+    /// Share of traces that is kept, from 0 to 1.
+    pub trace_sampling_ratio: f64,
+    /// Pause between two exports of metrics.
+    pub metrics_export_interval: Duration,
+    /// Longest time one export may take.
+    pub export_timeout: Duration,
+}
+
+/// How a log line looks.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum LogFormat {
+    /// One line for people.
+    Text,
+    /// One JSON object for machines.
+    Json,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::config::Config;
+
+    #[test]
+    fn a_sqlite_url_names_a_file_in_the_usual_spellings() {
+        let mut database = Config::embedded(Path::new("/var/data")).unwrap().database;
+        assert_eq!(database.file(), Some(Path::new("/var/data/obscura.db")));
+        for (url, file) in [
+            ("sqlite:a.db", Some("a.db")),
+            ("sqlite://a.db?mode=rwc", Some("a.db")),
+            ("sqlite:///a.db", Some("/a.db")),
+            ("postgres://db/a", None),
+        ] {
+            database.url = Secret::new(url);
+            assert_eq!(database.file(), file.map(Path::new), "{url}");
+        }
+    }
+}

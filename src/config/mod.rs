@@ -1,0 +1,23 @@
+//! Every flag and variable, grouped; the only place that reads the environment.
+//!
+//! `table` lists the options, `option` says what one is, `given` finds what was given and checks it, `groups` are the
+//! typed settings that the rest of the server sees, `read` fills them in.
+
+mod given;
+mod groups;
+mod option;
+mod read;
+mod reference;
+mod secret;
+mod table;
+
+pub use given::ConfigError;
+pub use groups::{
+    Attachments, Auth, Config, Database, Fcm, Gateway, Health, LogFormat, Messaging, Notifications, Prekeys, Pubsub,
+    RateLimits, Server, Telemetry,
+};
+pub use option::{Group, Opt, Takes, Value};
+pub use read::{Loaded, environment};
+pub use reference::reference_page;
+pub use secret::Secret;
+pub use table::GROUPS;

@@ -1,0 +1,375 @@
+//! From arguments and variables to the typed settings.
+
+use std::{ffi::OsString, path::Path, time::Duration};
+
+use clap::{Arg, ArgAction, ArgMatches, Command};
+
+use crate::config::{
+    Attachments, Auth, Config, ConfigError, Database, Fcm, Gateway, Health, LogFormat, Messaging, Notifications,
+    Prekeys, Pubsub, RateLimits, Secret, Server, Telemetry,
+    given::Given,
+    option::{Opt, Takes},
+    table::GROUPS,
+};
+
+/// A configuration that was found good.
+#[derive(Clone, Debug)]
+pub struct Loaded {
+    /// The settings.
+    pub config: Config,
+    /// Sentences to log once logging has started.
+    pub warnings: Vec<String>,
+}
+
+/// A variable of the real environment. Nothing else in the server reads it.
+pub fn environment(name: &str) -> Option<OsString> {
+    std::env::var_os(name)
+}
+
+impl Config {
+    /// The grammar of the command line, to which subcommands may be added: they take every option too.
+    pub fn command() -> Command {
+        let command = Command::new("obscura-server")
+            .version(env!("CARGO_PKG_VERSION"))
+            .about(env!("CARGO_PKG_DESCRIPTION"))
+            .before_help("To try it on this machine alone: obscura-server --data-dir ./data")
+            .after_help(
+                "Every option is also read from the variable behind `env`; flags win, and a blank variable counts as \
+                 not given.\nA variable marked [_FILE] may instead be given with _FILE at the end of its name: it then \
+                 names a file with the value.",
+            )
+            .next_line_help(true);
+        GROUPS.iter().fold(command, |command, group| {
+            let command = command.next_help_heading(group.title);
+            group.options.iter().fold(command, |command, option| {
+                let alias = option.alias_flag.map(|flag| argument(option, flag).hide(true));
+                command.arg(argument(option, option.flag).help(help(option))).args(alias)
+            })
+        })
+    }
+
+    /// Reads this process's own arguments and variables.
+    pub fn load() -> Result<Loaded, ConfigError> {
+        Self::parse_from(std::env::args_os(), environment)
+    }
+
+    /// The settings that these arguments, the program's name first, and these variables make.
+    pub fn parse_from<T: Into<OsString> + Clone>(
+        arguments: impl IntoIterator<Item = T>,
+        variable: impl Fn(&str) -> Option<OsString>,
+    ) -> Result<Loaded, ConfigError> {
+        Self::read(&Self::command().try_get_matches_from(arguments)?, variable)
+    }
+
+    /// The settings of a command line that was matched by `Config::command()` or by a subcommand of it.
+    pub fn read(matches: &ArgMatches, variable: impl Fn(&str) -> Option<OsString>) -> Result<Loaded, ConfigError> {
+        let mut given = Given::find(matches, &variable)?;
+        check_together(&mut given)?;
+        let config = Self {
+            data_dir: given.optional("data-dir").map(Into::into),
+            database: database(&given),
+            server: server(&given),
+            auth: auth(&given),
+            rate_limits: rate_limits(&given),
+            health: health(&given),
+            retention: given.duration("ttl-days"),
+            messaging: messaging(&given),
+            prekeys: prekeys(&given),
+            notifications: notifications(&given),
+            pubsub: pubsub(&given),
+            gateway: gateway(&given),
+            attachments: attachments(&given),
+            fcm: fcm(&given),
+            telemetry: telemetry(&given),
+            disk_reserve_bytes: given.number("disk-reserve-bytes"),
+        };
+        Ok(Loaded { config, warnings: given.warnings })
+    }
+
+    /// The defaults of embedded mode in this folder. It is not touched before `open_data_dir`.
+    pub fn embedded(data_dir: &Path) -> Result<Self, ConfigError> {
+        let arguments = ["obscura-server".as_ref(), "--data-dir".as_ref(), data_dir.as_os_str()];
+        Ok(Self::parse_from(arguments, |_| None)?.config)
+    }
+}
+
+/// Both spellings are arguments of their own: only so can it be told which one was used.
+fn argument(option: &Opt, flag: &'static str) -> Arg {
+    let argument = Arg::new(flag).long(flag).value_name(option.takes.placeholder()).global(true);
+    match option.takes {
+        Takes::YesNo => argument.num_args(0..=1).default_missing_value("true"),
+        Takes::Networks => argument.action(ArgAction::Append),
+        // A negative number then reaches our own check, which says what is allowed.
+        _ => argument.allow_negative_numbers(true),
+    }
+}
+
+fn help(option: &Opt) -> String {
+    let mut help = format!("{}\n[env: {}]", option.sentence(), option.variable);
+    if option.secret {
+        help += " [_FILE]";
+    }
+    if let Some(default) = option.default {
+        help += &format!(" [default: {default}]");
+    }
+    if let Some(embedded) = option.embedded.filter(|embedded| !embedded.is_empty()) {
+        help += &format!(" [with --data-dir: {embedded}]");
+    }
+    if let Some(alias) = option.alias_flag {
+        help += &format!("\n[alias: --{alias}]");
+    }
+    if let Some(alias) = option.alias_variable {
+        help += &format!(" [alias: {alias}]");
+    }
+    help
+}
+
+fn check_together(given: &mut Given) -> Result<(), ConfigError> {
+    given.keep_order("db-min-connections", "db-max-connections")?;
+    given.keep_order("pre-key-refill-threshold", "max-pre-keys")?;
+    given.keep_order("pubsub-min-backoff-secs", "pubsub-max-backoff-secs")?;
+    given.keep_order("attachment-min-size-bytes", "storage-max-size-bytes")?;
+
+    let ports = ["server-port", "mgmt-port"].map(|flag| given.number::<u16>(flag));
+    if ports[0] == ports[1] && ports[0] != 0 {
+        let (flag, other) =
+            if given.is_written("mgmt-port") { ("mgmt-port", "server-port") } else { ("server-port", "mgmt-port") };
+        return Err(given.refuse(flag, &format!("another port than --{other}")));
+    }
+    let is_bucket = !given.optional("storage-endpoint").is_some_and(|url| url.starts_with("file:"));
+    for (one, other) in [("storage-access-key", "storage-secret-key"), ("storage-secret-key", "storage-access-key")] {
+        if is_bucket && given.is_written(one) && !given.is_written(other) {
+            return Err(given.refuse(one, &format!("--{other} beside it")));
+        }
+    }
+    Ok(())
+}
+
+fn database(given: &Given) -> Database {
+    Database {
+        url: given.secret("db-url"),
+        max_connections: given.number("db-max-connections"),
+        min_connections: given.number("db-min-connections"),
+        acquire_timeout: given.duration("db-acquire-timeout-secs"),
+        idle_timeout: given.duration("db-idle-timeout-secs"),
+        max_lifetime: given.duration("db-max-lifetime-secs"),
+    }
+}
+
+fn server(given: &Given) -> Server {
+    Server {
+        host: given.address("server-host"),
+        port: given.number("server-port"),
+        management_port: given.number("mgmt-port"),
+        shutdown_timeout: given.duration("shutdown-timeout-secs"),
+        request_timeout: given.duration("server-request-timeout-secs"),
+        global_timeout: given.duration("server-global-timeout-secs"),
+        header_timeout: given.duration("server-header-timeout-secs"),
+        trusted_proxies: given.networks("trusted-proxies"),
+        max_connections: given.number("server-max-connections"),
+        max_connections_per_address: given.number("server-max-connections-per-address"),
+    }
+}
+
+fn auth(given: &Given) -> Auth {
+    Auth {
+        jwt_secret: given.secret("jwt-secret"),
+        access_token_lifetime: given.duration("access-token-ttl-secs"),
+        refresh_token_lifetime: given.duration("refresh-token-ttl-days"),
+        refresh_token_cleanup_interval: given.duration("auth-refresh-token-cleanup-interval-secs"),
+        max_devices_per_user: given.number("auth-max-devices-per-user"),
+    }
+}
+
+fn rate_limits(given: &Given) -> RateLimits {
+    let at_least_one = |flag| given.number::<u32>(flag).max(1);
+    RateLimits {
+        per_second: at_least_one("rate-limit-per-second"),
+        burst: at_least_one("rate-limit-burst"),
+        auth_per_second: at_least_one("auth-rate-limit-per-second"),
+        auth_burst: at_least_one("auth-rate-limit-burst"),
+    }
+}
+
+fn health(given: &Given) -> Health {
+    Health {
+        database_timeout: given.duration("db-timeout-ms"),
+        storage_timeout: given.duration("storage-timeout-ms"),
+        pubsub_timeout: given.duration("pubsub-timeout-ms"),
+    }
+}
+
+fn messaging(given: &Given) -> Messaging {
+    Messaging {
+        max_inbox_size: given.number("max-inbox-size"),
+        cleanup_interval: given.duration("messaging-cleanup-interval-secs"),
+        batch_limit: given.number("batch-limit"),
+        send_batch_limit: given.number("messaging-send-batch-limit"),
+        idempotency_lifetime: given.duration("messaging-idempotency-ttl-secs"),
+    }
+}
+
+fn prekeys(given: &Given) -> Prekeys {
+    Prekeys { refill_threshold: given.number("pre-key-refill-threshold"), max: given.number("max-pre-keys") }
+}
+
+fn notifications(given: &Given) -> Notifications {
+    Notifications {
+        gc_interval: given.duration("gc-interval-secs"),
+        global_channel_capacity: given.number("global-channel-capacity"),
+        user_channel_capacity: given.number("user-channel-capacity"),
+        push_delay: given.duration("push-delay-secs"),
+        worker_interval: given.duration("worker-interval-secs"),
+        worker_concurrency: given.number("worker-concurrency"),
+        push_queue_key: given.text("push-queue-key"),
+        channel_prefix: given.text("channel-prefix"),
+        visibility_timeout: given.duration("visibility-timeout-secs"),
+        janitor_interval: given.duration("janitor-interval-secs"),
+        janitor_batch_size: given.number("janitor-batch-size"),
+        janitor_channel_capacity: given.number("janitor-channel-capacity"),
+    }
+}
+
+fn pubsub(given: &Given) -> Pubsub {
+    Pubsub {
+        url: given.secret("pubsub-url"),
+        min_backoff: given.duration("pubsub-min-backoff-secs"),
+        max_backoff: given.duration("pubsub-max-backoff-secs"),
+        stable_after: given.duration("pubsub-stable-after-secs"),
+    }
+}
+
+fn gateway(given: &Given) -> Gateway {
+    Gateway {
+        outbound_buffer_size: given.number("ws-outbound-buffer-size"),
+        ack_buffer_size: given.number("ws-ack-buffer-size"),
+        ack_batch_size: given.number("ws-ack-batch-size"),
+        ack_flush_interval: given.duration("ws-ack-flush-interval-ms").max(Duration::from_millis(1)),
+        prekey_debounce: given.duration("ws-prekey-debounce-interval-ms").max(Duration::from_millis(1)),
+        ping_interval: given.duration("ws-ping-interval-secs").max(Duration::from_secs(1)),
+        ping_timeout: given.duration("ws-ping-timeout-secs"),
+        max_batch_bytes: given.number("ws-max-batch-bytes"),
+        fetch_retry_budget: given.duration("ws-fetch-retry-budget-ms"),
+        ticket_lifetime: given.duration("ws-ticket-ttl-secs"),
+        write_timeout: given.duration("ws-write-timeout-secs"),
+        look_interval: given.duration("ws-look-interval-secs"),
+        max_connections_per_device: given.number("ws-max-connections-per-device"),
+    }
+}
+
+fn attachments(given: &Given) -> Attachments {
+    Attachments {
+        bucket: given.text("storage-bucket"),
+        region: given.text("storage-region"),
+        endpoint: given.optional("storage-endpoint").map(|url| match url.strip_prefix("file://") {
+            Some(path) => format!("file:{path}"),
+            None => url,
+        }),
+        access_key: given.optional("storage-access-key").map(Secret::new),
+        secret_key: given.optional("storage-secret-key").map(Secret::new),
+        force_path_style: given.is_on("storage-force-path-style"),
+        prefix: given.text("attachment-prefix"),
+        min_size_bytes: given.number("attachment-min-size-bytes"),
+        max_size_bytes: given.number("storage-max-size-bytes"),
+        cleanup_interval: given.duration("storage-cleanup-interval-secs"),
+        cleanup_batch_size: given.number("storage-cleanup-batch-size"),
+        timeout: given.duration("attachment-timeout-secs"),
+        quota_bytes: given.number("attachment-quota-bytes"),
+    }
+}
+
+fn fcm(given: &Given) -> Fcm {
+    Fcm {
+        project_id: given.optional("fcm-project-id"),
+        credentials_file: given.optional("fcm-credentials-file").map(Into::into),
+        ttl: given.duration("fcm-ttl-secs"),
+    }
+}
+
+fn telemetry(given: &Given) -> Telemetry {
+    Telemetry {
+        otlp_endpoint: given.optional("otlp-endpoint"),
+        log_format: if given.text("log-format") == "json" { LogFormat::Json } else { LogFormat::Text },
+        trace_sampling_ratio: given.ratio("trace-sampling-ratio"),
+        metrics_export_interval: given.duration("metrics-export-interval-secs"),
+        export_timeout: given.duration("export-timeout-secs"),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn read(arguments: &[&str]) -> Result<Config, String> {
+        let loaded = Config::parse_from([&["obscura-server"], arguments].concat(), |_| None);
+        loaded.map(|loaded| loaded.config).map_err(|error| error.to_string())
+    }
+
+    #[test]
+    fn the_command_line_holds_together() {
+        Config::command().subcommand(Command::new("after-restore")).debug_assert();
+    }
+
+    #[test]
+    fn options_stand_before_or_behind_a_subcommand() {
+        let command = Config::command().subcommand(Command::new("after-restore"));
+        for arguments in [["x", "--ttl-days", "2", "after-restore"], ["x", "after-restore", "--ttl-days", "2"]] {
+            let matches = command.clone().try_get_matches_from(arguments).unwrap();
+            let matches = matches.subcommand_matches("after-restore").unwrap();
+            assert_eq!(Config::read(matches, |_| None).unwrap().config.retention, Duration::from_hours(48));
+        }
+    }
+
+    #[test]
+    fn a_zero_counts_as_one_where_it_would_spin_and_clients_expect_it_to_work() {
+        let zero = ["--ws-ping-interval-secs=0", "--rate-limit-burst=0", "--ws-ack-flush-interval-ms=0"];
+        let config = read(&zero).unwrap();
+        assert_eq!(config.gateway.ping_interval, Duration::from_secs(1));
+        assert_eq!(config.rate_limits.burst, 1);
+        assert_eq!(config.gateway.ack_flush_interval, Duration::from_millis(1));
+    }
+
+    #[test]
+    fn a_minimum_that_was_not_given_gives_way_to_its_maximum() {
+        let database = read(&["--db-max-connections", "3"]).unwrap().database;
+        assert_eq!((database.min_connections, database.max_connections), (3, 3));
+    }
+
+    #[test]
+    fn a_minimum_above_its_maximum_is_refused() {
+        assert_eq!(
+            read(&["--db-min-connections", "30"]).unwrap_err(),
+            "--db-min-connections: \"30\" is not allowed; it takes at most the 20 of --db-max-connections"
+        );
+    }
+
+    #[test]
+    fn the_two_ports_differ_unless_both_are_free_ones() {
+        assert!(read(&["--server-port", "9090"]).unwrap_err().ends_with("another port than --mgmt-port"));
+        assert!(read(&["--mgmt-port", "3000"]).unwrap_err().ends_with("another port than --server-port"));
+        read(&["--mgmt-port", "0", "--server-port", "0"]).unwrap();
+    }
+
+    #[test]
+    fn the_storage_keys_come_together_for_a_bucket() {
+        assert_eq!(
+            read(&["--storage-access-key", "id"]).unwrap_err(),
+            "--storage-access-key: \"***\" is not allowed; it takes --storage-secret-key beside it"
+        );
+        read(&["--storage-access-key", "id", "--data-dir", "data"]).unwrap();
+    }
+
+    #[test]
+    fn a_flag_that_means_yes_may_stand_alone() {
+        assert!(read(&["--storage-force-path-style"]).unwrap().attachments.force_path_style);
+        assert!(!read(&["--storage-force-path-style=false"]).unwrap().attachments.force_path_style);
+    }
+
+    #[test]
+    fn a_folder_url_may_have_slashes_before_an_absolute_path() {
+        for url in ["file:/var/data", "file:///var/data"] {
+            let attachments = read(&["--storage-endpoint", url]).unwrap().attachments;
+            assert_eq!(attachments.folder(), Some(Path::new("/var/data")));
+        }
+    }
+}

@@ -1,0 +1,132 @@
+//! Whether there is room to grow, so that a full disk is met early and on purpose, and not by accident.
+
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::time::Instant;
+
+use tracing::warn;
+
+/// How long an answer of the file system is good for, in milliseconds.
+const FRESH_MILLIS: u64 = 1000;
+
+/// The disk that holds the data. Cloning gives the same disk.
+#[derive(Clone, Debug)]
+pub struct Disk {
+    inner: Arc<Inner>,
+}
+
+#[derive(Debug)]
+struct Inner {
+    folder: Option<PathBuf>,
+    reserve_bytes: u64,
+    opened: Instant,
+    /// When the file system was last asked, in milliseconds since `opened`.
+    asked_at: AtomicU64,
+    free_bytes: AtomicU64,
+    warned: AtomicBool,
+}
+
+impl Disk {
+    /// The disk of `folder`, of which `reserve_bytes` stay free for acks, deletions and the database's own upkeep.
+    /// Without a folder, or with a reserve of zero, there always is room.
+    pub fn new(folder: Option<PathBuf>, reserve_bytes: u64) -> Self {
+        let inner = Inner {
+            folder: folder.filter(|_| reserve_bytes > 0),
+            reserve_bytes,
+            opened: Instant::now(),
+            asked_at: AtomicU64::new(0),
+            free_bytes: AtomicU64::new(u64::MAX),
+            warned: AtomicBool::new(false),
+        };
+        inner.ask();
+        Self { inner: Arc::new(inner) }
+    }
+
+    /// Whether messages may still be taken in.
+    pub fn room_for_messages(&self) -> bool {
+        self.inner.free_bytes() >= self.inner.reserve_bytes
+    }
+
+    /// Whether attachments may still be taken in. They stop earlier, so that messages go on for longer.
+    pub fn room_for_attachments(&self) -> bool {
+        self.inner.free_bytes() >= self.inner.reserve_bytes.saturating_mul(2)
+    }
+}
+
+impl Inner {
+    /// The free space as it was at most about a second ago. One caller in a second asks the file system.
+    fn free_bytes(&self) -> u64 {
+        let now = u64::try_from(self.opened.elapsed().as_millis()).unwrap_or(u64::MAX);
+        let asked_at = self.asked_at.load(Ordering::Relaxed);
+        let is_stale = now.saturating_sub(asked_at) >= FRESH_MILLIS;
+        let may_ask = || self.asked_at.compare_exchange(asked_at, now, Ordering::Relaxed, Ordering::Relaxed).is_ok();
+        if is_stale && may_ask() {
+            self.ask();
+        }
+        self.free_bytes.load(Ordering::Relaxed)
+    }
+
+    fn ask(&self) {
+        let Some(folder) = &self.folder else { return };
+        let free = match rustix::fs::statvfs(folder) {
+            Ok(found) => found.f_bavail.saturating_mul(found.f_frsize),
+            Err(error) => {
+                if !self.warned.swap(true, Ordering::Relaxed) {
+                    warn!(%error, "the free disk space can't be found out, so nothing is refused for lack of it");
+                }
+                u64::MAX
+            }
+        };
+        self.free_bytes.store(free, Ordering::Relaxed);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn free_bytes(folder: &std::path::Path) -> u64 {
+        let found = rustix::fs::statvfs(folder).unwrap();
+        found.f_bavail * found.f_frsize
+    }
+
+    #[test]
+    fn messages_are_taken_for_longer_than_attachments() {
+        let folder = tempfile::tempdir().unwrap();
+        let free = free_bytes(folder.path());
+        let room = |reserve| {
+            let disk = Disk::new(Some(folder.path().to_owned()), reserve);
+            (disk.room_for_messages(), disk.room_for_attachments())
+        };
+        assert_eq!(room(free / 4), (true, true));
+        assert_eq!(room(free / 4 * 3), (true, false));
+        assert_eq!(room(free.saturating_mul(2)), (false, false));
+        assert_eq!(room(u64::MAX), (false, false));
+    }
+
+    #[test]
+    fn no_reserve_or_no_folder_means_room() {
+        let folder = tempfile::tempdir().unwrap();
+        for disk in [Disk::new(Some(folder.path().to_owned()), 0), Disk::new(None, u64::MAX / 2)] {
+            assert!(disk.room_for_messages() && disk.room_for_attachments());
+        }
+    }
+
+    #[test]
+    fn a_file_system_that_does_not_answer_has_room() {
+        let disk = Disk::new(Some("/nowhere/at/all".into()), u64::MAX / 2);
+        assert!(disk.room_for_messages() && disk.room_for_attachments());
+        assert!(disk.inner.warned.load(Ordering::Relaxed));
+    }
+
+    #[test]
+    fn an_answer_is_used_for_about_a_second() {
+        let folder = tempfile::tempdir().unwrap();
+        let disk = Disk::new(Some(folder.path().to_owned()), 1);
+        disk.inner.free_bytes.store(0, Ordering::Relaxed);
+        let asked_just_now = disk.inner.opened.elapsed().as_millis() as u64;
+        disk.inner.asked_at.store(asked_just_now, Ordering::Relaxed);
+        assert!(!disk.room_for_messages());
+    }
+}

@@ -1,0 +1,123 @@
+//! Acks on their way from one socket to the database. None is ever dropped: what can't be written is tried again, and
+//! while too many wait the socket isn't read.
+
+use std::time::Duration;
+
+use futures_util::future::{BoxFuture, pending};
+use tokio::time::Instant;
+use tracing::warn;
+
+use crate::app::App;
+use crate::config;
+use crate::model::ids::{DeviceNo, MessageId, Position};
+
+/// The pause after a failed write.
+const RETRY: Duration = Duration::from_millis(500);
+/// How long acks of a socket that has ended are kept trying.
+const LAST_TRIES: Duration = Duration::from_secs(30);
+
+/// What became of a write: whether it is durable.
+pub(super) type Stored = bool;
+
+/// The acks of one socket.
+#[derive(Default)]
+pub(super) struct Acks {
+    waiting: Vec<Ack>,
+    due: Option<Instant>,
+    /// The write under way, and what it writes in case it fails.
+    storing: Option<(Vec<Ack>, BoxFuture<'static, Stored>)>,
+}
+
+#[derive(Clone, Copy)]
+struct Ack {
+    id: MessageId,
+    /// Unknown when this socket didn't send the message, or has forgotten that it did.
+    position: Option<Position>,
+}
+
+impl Acks {
+    /// Takes an ack in; it is to be written at `due` at the latest.
+    pub(super) fn add(&mut self, id: MessageId, position: Option<Position>, due: Instant) {
+        self.waiting.push(Ack { id, position });
+        self.due.get_or_insert(due);
+    }
+
+    /// True when the socket should not be read until some have been written.
+    pub(super) fn are_full(&self, config: &config::Gateway) -> bool {
+        self.waiting.len() >= config.ack_buffer_size
+    }
+
+    /// True when a write should start.
+    pub(super) fn are_due(&self, now: Instant, config: &config::Gateway) -> bool {
+        let enough = config.ack_batch_size.min(config.ack_buffer_size);
+        self.storing.is_none() && (self.waiting.len() >= enough || self.due.is_some_and(|due| due <= now))
+    }
+
+    /// When the next write is due, if nothing comes before that.
+    pub(super) fn due(&self) -> Option<Instant> {
+        if self.storing.is_some() { None } else { self.due }
+    }
+
+    /// Starts to write a batch.
+    pub(super) fn store(&mut self, app: &App, device: DeviceNo) {
+        let batch_size = self.waiting.len().min(app.config.gateway.ack_batch_size);
+        let batch: Vec<Ack> = self.waiting.drain(..batch_size).collect();
+        if self.waiting.is_empty() {
+            (self.waiting, self.due) = (Vec::new(), None);
+        }
+        let write = write(app.clone(), device, batch.clone());
+        self.storing = Some((batch, Box::pin(write)));
+    }
+
+    /// Waits for the write under way. Dropping the future loses nothing.
+    pub(super) async fn stored(&mut self) -> Stored {
+        match &mut self.storing {
+            Some((_, write)) => write.await,
+            None => pending().await,
+        }
+    }
+
+    /// Takes note of how the write under way has ended. What wasn't written waits again.
+    pub(super) fn settle(&mut self, stored: Stored) {
+        let Some((mut batch, _)) = self.storing.take() else { return };
+        if !stored {
+            batch.append(&mut self.waiting);
+            self.waiting = batch;
+            self.due = Some(Instant::now() + RETRY);
+        }
+    }
+
+    /// Writes everything, though the socket is gone.
+    pub(super) async fn finish(mut self, app: &App, device: DeviceNo) {
+        let give_up = Instant::now() + LAST_TRIES;
+        while Instant::now() < give_up {
+            if self.storing.is_none() {
+                if self.waiting.is_empty() {
+                    return;
+                }
+                self.store(app, device);
+            }
+            let stored = self.stored().await;
+            self.settle(stored);
+            if !stored {
+                tokio::time::sleep(RETRY).await;
+            }
+        }
+        warn!(acks = self.waiting.len(), "acks could not be written; their messages will be delivered again");
+    }
+}
+
+async fn write(app: App, device: DeviceNo, batch: Vec<Ack>) -> Stored {
+    let mut positions: Vec<Position> = batch.iter().filter_map(|ack| ack.position).collect();
+    let unknown: Vec<MessageId> = batch.iter().filter(|ack| ack.position.is_none()).map(|ack| ack.id).collect();
+    if !unknown.is_empty() {
+        match app.store.positions(device, &unknown).await {
+            Ok(found) => positions.extend(found),
+            Err(error) => {
+                warn!(%error, "acks could not be looked up; they will be tried again");
+                return false;
+            }
+        }
+    }
+    positions.is_empty() || app.mailroom.acknowledge(device, positions).await.is_ok()
+}

@@ -1,0 +1,9 @@
+//! One task for each open socket: delivers the inbox of its device and takes its acks.
+
+mod acks;
+mod inflight;
+mod pipe;
+mod session;
+
+pub use pipe::{Progress, limited};
+pub use session::run;

@@ -1,0 +1,132 @@
+//! A WebSocket that is read while it is being written, with one frame of ours under way at the most.
+
+use std::future::poll_fn;
+use std::pin::Pin;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::task::{Context, Poll};
+use std::time::Duration;
+
+use axum::extract::WebSocketUpgrade;
+use axum::extract::ws::{CloseFrame, Message, WebSocket};
+use bytes::Bytes;
+use futures_util::{Sink, Stream, StreamExt};
+
+/// The largest frame, and the largest message of several frames, that a client may send.
+const MAX_INBOUND_BYTES: usize = 256 << 10;
+/// Idle sockets keep their read buffer, so it is small. Frames of clients are small too.
+const READ_BUFFER_BYTES: usize = 1024;
+/// How long a client may take to take notice of our goodbye.
+const GOODBYE: Duration = Duration::from_secs(1);
+
+/// How many bytes the kernel has accepted for one connection; it tells a slow reader from one that doesn't read.
+#[derive(Debug, Default)]
+pub struct Progress(AtomicU64);
+
+impl Progress {
+    /// Counts bytes that were written.
+    pub fn add(&self, bytes: usize) {
+        self.0.fetch_add(bytes as u64, Ordering::Relaxed);
+    }
+
+    fn bytes(&self) -> u64 {
+        self.0.load(Ordering::Relaxed)
+    }
+}
+
+/// Sets the buffers and limits of a socket before its handshake is answered.
+pub fn limited(upgrade: WebSocketUpgrade) -> WebSocketUpgrade {
+    upgrade
+        .read_buffer_size(READ_BUFFER_BYTES)
+        .write_buffer_size(0)
+        .max_frame_size(MAX_INBOUND_BYTES)
+        .max_message_size(MAX_INBOUND_BYTES)
+}
+
+/// What happened on a socket.
+#[derive(Debug)]
+pub(super) enum Event {
+    /// The client sent a frame with bytes.
+    Binary(Bytes),
+    /// The client sent something that only shows that it is alive.
+    Alive,
+    /// The frame under way has been handed to the kernel.
+    Written,
+    /// The connection has ended.
+    Closed,
+}
+
+/// The socket of one session.
+pub(super) struct Pipe {
+    socket: WebSocket,
+    progress: Arc<Progress>,
+    writing: bool,
+    written_before: u64,
+}
+
+impl Pipe {
+    pub(super) fn new(socket: WebSocket, progress: Arc<Progress>) -> Self {
+        Self { socket, progress, writing: false, written_before: 0 }
+    }
+
+    /// True while a frame of ours is under way. Another one may be started only when it is not.
+    pub(super) fn is_writing(&self) -> bool {
+        self.writing
+    }
+
+    /// True when the kernel has accepted bytes since the last call.
+    pub(super) fn has_moved(&mut self) -> bool {
+        let written = self.progress.bytes();
+        std::mem::replace(&mut self.written_before, written) != written
+    }
+
+    /// Starts to write a frame; [`Pipe::next`] goes on with it. The error is that of a closed connection.
+    pub(super) fn start(&mut self, message: Message) -> Result<(), axum::Error> {
+        debug_assert!(!self.writing, "one frame at a time");
+        Pin::new(&mut self.socket).start_send(message)?;
+        self.writing = true;
+        Ok(())
+    }
+
+    /// Waits for the next event while writing what is under way. Reads only if `reading`. Dropping the future loses
+    /// nothing. Pongs and the answer to a client's close are sent on the way.
+    pub(super) async fn next(&mut self, reading: bool) -> Event {
+        poll_fn(|context| self.poll_next(context, reading)).await
+    }
+
+    fn poll_next(&mut self, context: &mut Context<'_>, reading: bool) -> Poll<Event> {
+        if self.writing {
+            match Pin::new(&mut self.socket).poll_flush(context) {
+                Poll::Ready(Ok(())) => {
+                    self.writing = false;
+                    return Poll::Ready(Event::Written);
+                }
+                Poll::Ready(Err(_)) => return Poll::Ready(Event::Closed),
+                Poll::Pending => {}
+            }
+        }
+        if !reading {
+            return Poll::Pending;
+        }
+        loop {
+            return match std::task::ready!(Pin::new(&mut self.socket).poll_next(context)) {
+                Some(Ok(Message::Binary(bytes))) => Poll::Ready(Event::Binary(bytes)),
+                // After a close nothing but the end of the stream follows; reading on sends our answer to it.
+                Some(Ok(Message::Close(_))) => continue,
+                Some(Ok(Message::Text(_) | Message::Ping(_) | Message::Pong(_))) => Poll::Ready(Event::Alive),
+                Some(Err(_)) | None => Poll::Ready(Event::Closed),
+            };
+        }
+    }
+
+    /// Says goodbye and waits a moment for the client to take notice.
+    pub(super) async fn close(mut self, frame: Option<CloseFrame>) {
+        let goodbye = async {
+            if self.socket.send(Message::Close(frame)).await.is_ok() {
+                while let Some(Ok(_)) = self.socket.next().await {}
+            }
+        };
+        // A client that doesn't read isn't waited for.
+        let _ = tokio::time::timeout(GOODBYE, goodbye).await;
+    }
+}

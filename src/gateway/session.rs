@@ -1,0 +1,323 @@
+//! The life of one socket. Everything that is under way lives in [`Session`], so a branch of the `select!` that loses
+//! loses nothing.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use axum::extract::ws::{CloseFrame, Message, WebSocket, close_code};
+use bytes::Bytes;
+use tokio::time::Instant;
+use tracing::{debug, warn};
+
+use crate::app::App;
+use crate::bus::{Signal, Signals, Wakeups};
+use crate::gateway::acks::Acks;
+use crate::gateway::inflight::Inflight;
+use crate::gateway::pipe::{Event, Pipe, Progress};
+use crate::model::ids::{DeviceNo, Position};
+use crate::store::{Result, TicketHolder};
+use crate::tasks::jittered;
+use crate::wire;
+
+/// The first pause after a failed read of the database; it doubles up to [`SLOWEST_RETRY`].
+const FIRST_RETRY: Duration = Duration::from_millis(100);
+/// The longest pause while the retry budget lasts. After that it is as long as the budget.
+const SLOWEST_RETRY: Duration = Duration::from_secs(1);
+/// No single look at the database may hold a session up for longer.
+const LOOK_TIMEOUT: Duration = Duration::from_secs(5);
+
+/// Why a session ends.
+enum End {
+    /// The client is gone.
+    Gone,
+    /// The client has not been heard of for too long, or doesn't take what it is sent.
+    Silent,
+    /// The device was removed or logged out, or has opened newer sockets instead.
+    Dismissed,
+    /// The server stops.
+    Stopping,
+}
+
+/// Serves one socket from its handshake to its end.
+pub async fn run(app: App, holder: TicketHolder, socket: WebSocket, progress: Arc<Progress>) {
+    // Subscribed before the first read: what is queued from here on is either read or signalled.
+    let wakeups = app.bus.subscribe(holder.no);
+    let mut session = Session::new(app, &holder, Pipe::new(socket, progress));
+    let end = session.serve(&wakeups).await;
+    drop(wakeups);
+    let Session { app, device, pipe, acks, .. } = session;
+    let closing = async {
+        match end {
+            End::Gone => {}
+            End::Silent | End::Dismissed => pipe.close(None).await,
+            End::Stopping => {
+                let reason = "Server shutting down".into();
+                pipe.close(Some(CloseFrame { code: close_code::AWAY, reason })).await;
+            }
+        }
+    };
+    // Acks that have arrived count, whatever became of the socket.
+    tokio::join!(closing, Box::pin(acks.finish(&app, device)));
+}
+
+struct Session {
+    app: App,
+    device: DeviceNo,
+    /// The device's `tokens_void_to` at the handshake. It changes when the device is logged out.
+    epoch: i64,
+    pipe: Pipe,
+    inflight: Inflight,
+    acks: Acks,
+    /// The inbox has been sent up to here.
+    sent_to: Position,
+    mail_wanted: bool,
+    status_wanted: bool,
+    standing_wanted: bool,
+    /// Set while prekey signals are being gathered.
+    status_due: Option<Instant>,
+    retry: Option<Retry>,
+    ping_due: Instant,
+    look_due: Instant,
+    last_heard: Instant,
+    /// When the kernel last took bytes of the frame under way, and when to look again.
+    last_moved: Instant,
+    moving_due: Instant,
+}
+
+/// A failing database is asked again, ever more slowly.
+#[derive(Clone, Copy)]
+struct Retry {
+    since: Instant,
+    pause: Duration,
+    due: Instant,
+}
+
+impl Session {
+    fn new(app: App, holder: &TicketHolder, pipe: Pipe) -> Self {
+        let now = Instant::now();
+        let config = &app.config.gateway;
+        let (ping_due, look_due) = (now + config.ping_interval, now + jittered(config.look_interval));
+        Self {
+            app,
+            device: holder.no,
+            epoch: holder.tokens_void_to,
+            pipe,
+            inflight: Inflight::default(),
+            acks: Acks::default(),
+            sent_to: Position::default(),
+            mail_wanted: true,
+            status_wanted: true,
+            // The device may have been removed between the redeemed ticket and our subscription.
+            standing_wanted: true,
+            status_due: None,
+            retry: None,
+            ping_due,
+            look_due,
+            last_heard: now,
+            last_moved: now,
+            moving_due: now,
+        }
+    }
+
+    async fn serve(&mut self, wakeups: &Wakeups) -> End {
+        let tasks = self.app.tasks.clone();
+        let timer = tokio::time::sleep_until(self.last_heard);
+        tokio::pin!(timer);
+        loop {
+            // Boxed, so that an idle session doesn't keep room for what a busy one needs.
+            if let Err(end) = Box::pin(self.work()).await {
+                return end;
+            }
+            let due = self.next_due();
+            if timer.deadline() != due {
+                timer.as_mut().reset(due);
+            }
+            let reading = self.is_reading();
+            tokio::select! {
+                biased;
+                () = tasks.stopping() => return End::Stopping,
+                signals = wakeups.next() => if let Some(end) = self.signalled(signals) { return end },
+                stored = self.acks.stored() => self.acks.settle(stored),
+                event = self.pipe.next(reading) => match event {
+                    Event::Binary(frame) => self.heard(frame),
+                    Event::Alive => self.last_heard = Instant::now(),
+                    Event::Written => self.last_moved = Instant::now(),
+                    Event::Closed => return End::Gone,
+                },
+                () = &mut timer => if let Some(end) = self.tick() { return end },
+            }
+        }
+    }
+
+    /// Starts what can be started now: the next acks to be written, and the next frame out.
+    async fn work(&mut self) -> std::result::Result<(), End> {
+        let now = Instant::now();
+        if self.acks.are_due(now, &self.app.config.gateway) {
+            self.acks.store(&self.app, self.device);
+        }
+        if self.ping_due <= now && !self.pipe.is_writing() {
+            self.ping_due = now + self.app.config.gateway.ping_interval;
+            return self.start(Message::Ping(Bytes::new()));
+        }
+        if self.retry.is_some_and(|retry| retry.due > now) {
+            return Ok(());
+        }
+        match self.look().await {
+            Ok(Some(frame)) => {
+                self.retry = None;
+                self.start(frame)
+            }
+            Ok(None) => {
+                self.retry = None;
+                Ok(())
+            }
+            Err(NoFrame::Dismissed) => Err(End::Dismissed),
+            Err(NoFrame::Failed) => {
+                self.failed();
+                Ok(())
+            }
+        }
+    }
+
+    fn start(&mut self, frame: Message) -> std::result::Result<(), End> {
+        let now = Instant::now();
+        self.last_moved = now;
+        self.moving_due = now + self.moving_step();
+        self.pipe.start(frame).map_err(|_| End::Gone)
+    }
+
+    /// Looks at what has been asked to be looked at, until there is something to send.
+    async fn look(&mut self) -> std::result::Result<Option<Message>, NoFrame> {
+        if self.standing_wanted {
+            if timely(self.app.store.epoch(self.device)).await? != Some(self.epoch) {
+                return Err(NoFrame::Dismissed);
+            }
+            self.standing_wanted = false;
+        }
+        if self.pipe.is_writing() {
+            return Ok(None);
+        }
+        if self.status_wanted {
+            let counts = timely(self.app.store.prekey_counts(self.device)).await?;
+            self.status_wanted = false;
+            let threshold = self.app.config.prekeys.refill_threshold;
+            if counts.is_below(threshold) {
+                return Ok(Some(Message::Binary(wire::prekey_status(counts.ec, counts.pq, threshold))));
+            }
+        }
+        if self.mail_wanted { self.next_batch().await } else { Ok(None) }
+    }
+
+    async fn next_batch(&mut self) -> std::result::Result<Option<Message>, NoFrame> {
+        let (limit, max_bytes) = (self.app.config.messaging.batch_limit, self.app.config.gateway.max_batch_bytes);
+        let now = self.app.clock.now();
+        let page = timely(self.app.store.unsent(self.device, self.sent_to, now, limit, max_bytes)).await?;
+        self.mail_wanted = page.more;
+        let Some(last) = page.envelopes.last() else { return Ok(None) };
+        self.sent_to = last.position;
+        page.envelopes.iter().for_each(|envelope| self.inflight.sent(envelope.id, envelope.position));
+        Ok(Some(Message::Binary(wire::envelope_batch(page.envelopes))))
+    }
+
+    fn failed(&mut self) {
+        let now = Instant::now();
+        let (since, pause) = match self.retry {
+            Some(retry) => (retry.since, (retry.pause * 2).min(SLOWEST_RETRY)),
+            None => (now, FIRST_RETRY),
+        };
+        let budget = self.app.config.gateway.fetch_retry_budget;
+        let pause = if now.duration_since(since) < budget { pause } else { budget.max(SLOWEST_RETRY) };
+        self.retry = Some(Retry { since, pause, due: now + jittered(pause) });
+    }
+
+    fn signalled(&mut self, signals: Signals) -> Option<End> {
+        self.mail_wanted |= signals.has(Signal::Mail);
+        self.standing_wanted |= signals.has(Signal::Standing);
+        if signals.has(Signal::KeysLow) && self.status_due.is_none() {
+            self.status_due = Some(Instant::now() + self.app.config.gateway.prekey_debounce);
+        }
+        signals.has(Signal::Superseded).then_some(End::Dismissed)
+    }
+
+    fn heard(&mut self, frame: Bytes) {
+        self.last_heard = Instant::now();
+        let due = self.last_heard + self.app.config.gateway.ack_flush_interval;
+        for id in wire::acknowledged(frame) {
+            self.acks.add(id, self.inflight.take(id), due);
+        }
+    }
+
+    /// What has become due with time.
+    fn tick(&mut self) -> Option<End> {
+        let now = Instant::now();
+        if self.pipe.is_writing() && self.moving_due <= now {
+            self.moving_due = now + self.moving_step();
+            if self.pipe.has_moved() {
+                // Bytes of a long frame are being taken, so somebody is there.
+                (self.last_moved, self.last_heard) = (now, now);
+            }
+        }
+        if !self.is_reading() {
+            // We don't listen at the moment, so silence says nothing.
+            self.last_heard = now;
+        }
+        let config = &self.app.config.gateway;
+        let is_stuck = self.pipe.is_writing() && now.duration_since(self.last_moved) >= config.write_timeout;
+        if is_stuck || now >= self.silent_at() {
+            debug!(is_stuck, "a silent client is being disconnected");
+            return Some(End::Silent);
+        }
+        if self.look_due <= now {
+            self.look_due = now + jittered(config.look_interval);
+            (self.mail_wanted, self.standing_wanted) = (true, true);
+        }
+        if self.status_due.is_some_and(|due| due <= now) {
+            (self.status_due, self.status_wanted) = (None, true);
+        }
+        None
+    }
+
+    fn is_reading(&self) -> bool {
+        !self.acks.are_full(&self.app.config.gateway)
+    }
+
+    /// When a client that says nothing from now on is given up.
+    fn silent_at(&self) -> Instant {
+        self.last_heard + self.app.config.gateway.ping_interval + self.app.config.gateway.ping_timeout
+    }
+
+    /// How often a frame under way is looked at.
+    fn moving_step(&self) -> Duration {
+        let config = &self.app.config.gateway;
+        config.write_timeout.min(config.ping_interval + config.ping_timeout) / 4
+    }
+
+    fn next_due(&self) -> Instant {
+        let writing = if self.pipe.is_writing() { self.moving_due } else { self.ping_due };
+        let waits = [self.status_due, self.retry.map(|retry| retry.due), self.acks.due()];
+        let due = self.look_due.min(self.silent_at()).min(writing);
+        waits.into_iter().flatten().fold(due, Instant::min)
+    }
+}
+
+/// Why there is no frame to send.
+enum NoFrame {
+    /// The device is gone or logged out.
+    Dismissed,
+    /// The database failed or took too long. It has been logged.
+    Failed,
+}
+
+async fn timely<T>(look: impl Future<Output = Result<T>>) -> std::result::Result<T, NoFrame> {
+    match tokio::time::timeout(LOOK_TIMEOUT, look).await {
+        Ok(Ok(value)) => Ok(value),
+        Ok(Err(error)) => {
+            warn!(%error, "a session could not read the database; it will try again");
+            Err(NoFrame::Failed)
+        }
+        Err(_) => {
+            warn!("a session waited too long for the database; it will try again");
+            Err(NoFrame::Failed)
+        }
+    }
+}

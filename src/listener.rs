@@ -1,0 +1,147 @@
+//! Accepts connections and serves HTTP on them, each within bounds.
+
+use std::io;
+use std::net::SocketAddr;
+use std::pin::Pin;
+use std::sync::Arc;
+use std::task::{Context, Poll};
+use std::time::Duration;
+
+use axum::Router;
+use axum::body::Body;
+use axum::extract::{ConnectInfo, Request};
+use hyper::body::Incoming;
+use hyper::server::conn::http1;
+use hyper::service::service_fn;
+use hyper_util::rt::{TokioIo, TokioTimer};
+use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+use tokio::net::{TcpListener, TcpStream};
+use tower::ServiceExt;
+use tracing::{debug, error};
+
+use crate::api::connections::{Connections, Permit};
+use crate::gateway::Progress;
+use crate::tasks::Tasks;
+
+/// The most that hyper buffers of a connection: bounds the request head and what is read ahead of a body.
+const BUFFER_BYTES: usize = 64 << 10;
+/// After accepting has failed (no descriptors left, say), before it is tried again.
+const PAUSE_AFTER_FAILURE: Duration = Duration::from_millis(100);
+
+/// Serves `router` on every connection that comes in, until shutdown. A client gets `head_timeout` for each request
+/// head, and for the pause before it.
+pub async fn serve(
+    listener: TcpListener,
+    router: Router,
+    connections: Connections,
+    head_timeout: Duration,
+    tasks: Tasks,
+) {
+    loop {
+        let accepted = tokio::select! {
+            () = tasks.stopping() => return,
+            accepted = listener.accept() => accepted,
+        };
+        let (stream, peer) = match accepted {
+            Ok(accepted) => accepted,
+            Err(error) => {
+                error!(%error, "a connection could not be accepted");
+                tokio::time::sleep(PAUSE_AFTER_FAILURE).await;
+                continue;
+            }
+        };
+        // Above the caps a connection is closed at once: answering would cost what the cap is there to save.
+        let Some(permit) = connections.admit(peer.ip()) else { continue };
+        tasks.attend(converse(stream, peer, permit, router.clone(), head_timeout, tasks.clone()));
+    }
+}
+
+/// One connection, from its first request to its last.
+async fn converse(
+    stream: TcpStream,
+    peer: SocketAddr,
+    permit: Permit,
+    router: Router,
+    head_timeout: Duration,
+    tasks: Tasks,
+) {
+    let _ = stream.set_nodelay(true);
+    let progress = Arc::<Progress>::default();
+    let stream = Counted { stream, progress: progress.clone(), _permit: permit };
+    let service = service_fn(move |request: Request<Incoming>| {
+        let mut request = request.map(Body::new);
+        request.extensions_mut().insert(ConnectInfo(peer));
+        request.extensions_mut().insert(progress.clone());
+        router.clone().oneshot(request)
+    });
+    let connection = http1::Builder::new()
+        .timer(TokioTimer::new())
+        .header_read_timeout(head_timeout)
+        .max_buf_size(BUFFER_BYTES)
+        .serve_connection(TokioIo::new(stream), service)
+        .with_upgrades();
+    let mut connection = std::pin::pin!(connection);
+    let ended = tokio::select! {
+        ended = connection.as_mut() => ended,
+        () = tasks.stopping() => {
+            connection.as_mut().graceful_shutdown();
+            connection.await
+        }
+    };
+    if let Err(error) = ended {
+        debug!(%error, "a connection ended early");
+    }
+}
+
+/// A connection that counts the bytes the kernel takes, and holds its place among the open ones for as long as it
+/// lives, also as a WebSocket.
+struct Counted {
+    stream: TcpStream,
+    progress: Arc<Progress>,
+    _permit: Permit,
+}
+
+impl Counted {
+    fn count(&self, written: Poll<io::Result<usize>>) -> Poll<io::Result<usize>> {
+        if let Poll::Ready(Ok(bytes)) = &written {
+            self.progress.add(*bytes);
+        }
+        written
+    }
+}
+
+impl AsyncRead for Counted {
+    fn poll_read(self: Pin<&mut Self>, context: &mut Context<'_>, buffer: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.get_mut().stream).poll_read(context, buffer)
+    }
+}
+
+impl AsyncWrite for Counted {
+    fn poll_write(self: Pin<&mut Self>, context: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
+        let this = self.get_mut();
+        let written = Pin::new(&mut this.stream).poll_write(context, bytes);
+        this.count(written)
+    }
+
+    fn poll_write_vectored(
+        self: Pin<&mut Self>,
+        context: &mut Context<'_>,
+        bytes: &[io::IoSlice<'_>],
+    ) -> Poll<io::Result<usize>> {
+        let this = self.get_mut();
+        let written = Pin::new(&mut this.stream).poll_write_vectored(context, bytes);
+        this.count(written)
+    }
+
+    fn is_write_vectored(&self) -> bool {
+        self.stream.is_write_vectored()
+    }
+
+    fn poll_flush(self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.get_mut().stream).poll_flush(context)
+    }
+
+    fn poll_shutdown(self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.get_mut().stream).poll_shutdown(context)
+    }
+}

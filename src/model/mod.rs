@@ -1,0 +1,6 @@
+//! Plain values of the domain. No I/O, no HTTP, no SQL statements.
+
+pub mod ids;
+pub mod keys;
+pub mod mail;
+pub mod xeddsa;

@@ -1,0 +1,205 @@
+//! Builds the parts, opens both ports, starts the tasks, shuts down in order.
+
+use std::fs::File;
+use std::net::SocketAddr;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
+
+use anyhow::{Context, Result, bail};
+use tokio::net::TcpListener;
+use tracing::{info, warn};
+
+use crate::api::connections::Connections;
+use crate::api::limits::Limits;
+use crate::api::{self, management};
+use crate::app::App;
+use crate::auth::passwords::Passwords;
+use crate::auth::tokens::Tokens;
+use crate::blobs::Blobs;
+use crate::bus::Bus;
+use crate::clock::Clock;
+use crate::config::{self, Config};
+use crate::disk::Disk;
+use crate::listener;
+use crate::mailroom::Mailroom;
+use crate::store::{self, Store};
+use crate::sweeps;
+use crate::tasks::Tasks;
+
+/// Connections to the management port: a few probes, never the public.
+const MANAGEMENT_CONNECTIONS: usize = 64;
+/// How long an unused server address is tried before the start is given up.
+const PROBE_TIMEOUT: Duration = Duration::from_secs(3);
+
+/// A running server.
+pub struct Server {
+    app: App,
+    /// Tasks that outlive the entrances: the mailroom, whose callers are all of them, and the management port.
+    keepers: Tasks,
+    api_address: SocketAddr,
+    management_address: SocketAddr,
+    /// Held for as long as the server runs: nobody else may use the data folder.
+    _lock: Option<File>,
+}
+
+impl Server {
+    /// Starts a server. When it returns, both ports answer. Errors are sentences for whoever started it.
+    pub async fn start(mut config: Config, clock: Clock) -> Result<Self> {
+        let file = database_file(&config.database).await?;
+        config.open_data_dir()?;
+        config.check_secret()?;
+        let lock = config.data_dir.as_deref().map(lock_folder).transpose()?;
+        let config = Arc::new(config);
+        let store = Store::open(&file, &config.database, store::Limits::of(&config)).await?;
+        let blobs = Blobs::open(&config.attachments)?;
+        let (tasks, keepers) = (Tasks::new(), Tasks::new());
+        let bus = Bus::local(config.gateway.max_connections_per_device);
+        let app = App {
+            mailroom: Mailroom::open(store.clone(), bus.clone(), clock.clone(), &keepers),
+            store,
+            bus,
+            blobs,
+            passwords: Passwords::new(),
+            tokens: Tokens::new(
+                &config.auth.jwt_secret,
+                config.auth.access_token_lifetime,
+                config.auth.refresh_token_lifetime,
+            ),
+            disk: Disk::new(file.parent().map(Path::to_owned), config.disk_reserve_bytes),
+            clock,
+            tasks,
+            config,
+        };
+        let (api, management) =
+            (bind(&app, app.config.server.port).await?, bind(&app, app.config.server.management_port).await?);
+        let (api_address, management_address) = (api.local_addr()?, management.local_addr()?);
+        open(&app, &keepers, api, management).await;
+        info!(port = api_address.port(), management_port = management_address.port(), "the server is ready");
+        Ok(Self { app, keepers, api_address, management_address, _lock: lock })
+    }
+
+    /// Where the API listens.
+    pub fn api_address(&self) -> SocketAddr {
+        self.api_address
+    }
+
+    /// Where health is told.
+    pub fn management_address(&self) -> SocketAddr {
+        self.management_address
+    }
+
+    /// What requests use.
+    pub fn app(&self) -> &App {
+        &self.app
+    }
+
+    /// Ends when a background task has died, which is a defect; the server then has to stop.
+    pub async fn failed(&self) {
+        tokio::select! {
+            () = self.app.tasks.failed() => {}
+            () = self.keepers.failed() => {}
+        }
+    }
+
+    /// Stops in order, within the shutdown timeout: no new connections, requests answered, sockets told (1001), their
+    /// acks written, the last groups stored, the database closed.
+    pub async fn stop(self) {
+        let limit = self.app.config.server.shutdown_timeout;
+        if tokio::time::timeout(limit, self.wind_down()).await.is_err() {
+            warn!("not everything ended within the shutdown timeout; what is stored is safe");
+        }
+    }
+
+    async fn wind_down(self) {
+        // A share of the time is kept for the steps behind the clients, who may not hang up.
+        let clients = self.app.config.server.shutdown_timeout.mul_f64(0.7);
+        self.app.tasks.stop();
+        if tokio::time::timeout(clients, self.app.tasks.ended()).await.is_err() {
+            warn!("some clients did not let go in time");
+        }
+        self.keepers.stop();
+        self.keepers.ended().await;
+        self.app.store.close().await;
+        info!("the server has stopped");
+    }
+}
+
+async fn open(app: &App, keepers: &Tasks, api: TcpListener, management: TcpListener) {
+    let server = &app.config.server;
+    let limits = Limits::new(&app.config.rate_limits, server.trusted_proxies.clone());
+    let connections =
+        Connections::new(server.max_connections, server.max_connections_per_address, server.trusted_proxies.clone());
+    let forgetful = limits.clone();
+    sweeps::start(app, move || forgetful.sweep()).await;
+    let router = api::router(app.clone(), &limits);
+    let head_timeout = server.header_timeout;
+    app.tasks.spawn("api", listener::serve(api, router, connections, head_timeout, app.tasks.clone()));
+    let few = Connections::new(MANAGEMENT_CONNECTIONS, MANAGEMENT_CONNECTIONS, Vec::new());
+    let router = management::router(app.clone());
+    keepers.spawn("management", listener::serve(management, router, few, head_timeout, keepers.clone()));
+}
+
+async fn bind(app: &App, port: u16) -> Result<TcpListener> {
+    let address = SocketAddr::new(app.config.server.host, port);
+    TcpListener::bind(address).await.with_context(|| {
+        format!(
+            "can't listen on {address}; stop what uses that port, or choose another with --server-port or --mgmt-port"
+        )
+    })
+}
+
+/// The file of the embedded database. A database server is asked whether it is there, so that the sentence about it is
+/// the right one.
+async fn database_file(database: &config::Database) -> Result<PathBuf> {
+    if let Some(file) = database.file() {
+        return Ok(file.to_owned());
+    }
+    let try_alone = "to try Obscura Server on this machine alone, start it with --data-dir DIR";
+    let Some(address) = server_address(database.url.expose()) else {
+        bail!("--db-url: this is not a URL of a database this server knows; {try_alone}");
+    };
+    let answers = tokio::time::timeout(PROBE_TIMEOUT, tokio::net::TcpStream::connect(&address)).await;
+    if !matches!(answers, Ok(Ok(_))) {
+        bail!("no database answers at {address} (--db-url); start it or name another, or, {try_alone}");
+    }
+    bail!(
+        "--db-url: this version stores in SQLite only and can't use the PostgreSQL server at {address} yet; {try_alone}"
+    )
+}
+
+/// Host and port of `scheme://user:password@host:port/name`, without the secrets in it.
+fn server_address(url: &str) -> Option<String> {
+    let (_, rest) = url.split_once("://")?;
+    let authority = rest.split(['/', '?']).next()?;
+    let host = authority.rsplit('@').next()?;
+    let has_port = host.rsplit_once(':').is_some_and(|(_, port)| port.parse::<u16>().is_ok());
+    Some(if has_port { host.to_owned() } else { format!("{host}:5432") })
+}
+
+/// Makes sure that no other process serves from this folder: they would not see each other's signals.
+pub(crate) fn lock_folder(folder: &Path) -> Result<File> {
+    let path = folder.join("lock");
+    let file = File::create(&path).with_context(|| format!("--data-dir: can't write {}", path.display()))?;
+    if file.try_lock().is_err() {
+        bail!("--data-dir: another server is already running on {}; stop it, or name another folder", folder.display());
+    }
+    Ok(file)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_address_in_a_url_is_found_without_its_secrets() {
+        for (url, address) in [
+            ("postgres://user:p%40ss@db.example:6543/name?x=1", Some("db.example:6543")),
+            ("postgres://user:password@localhost/signal_server", Some("localhost:5432")),
+            ("postgres://[::1]/name", Some("[::1]:5432")),
+            ("nonsense", None),
+        ] {
+            assert_eq!(server_address(url).as_deref(), address);
+        }
+    }
+}

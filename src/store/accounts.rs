@@ -1,0 +1,98 @@
+//! Accounts: names, passwords' hashes, identity keys.
+
+use sqlx::FromRow;
+
+use crate::model::ids::{Address, DeviceNo, UserId};
+use crate::model::keys::PublicKey;
+use crate::store::{NewDevice, Result, SessionGrant, Store, commit, devices, sessions};
+
+/// What a log-in is checked against.
+#[derive(Clone, FromRow)]
+pub struct Credentials {
+    /// The account.
+    #[sqlx(rename = "id")]
+    pub user: UserId,
+    /// Argon2id, in PHC form.
+    pub password_hash: String,
+}
+
+/// An account that is about to be made, with its primary device.
+#[derive(Clone)]
+pub struct NewAccount {
+    /// Its id.
+    pub user: UserId,
+    /// Its name, in lower case.
+    pub username: String,
+    /// Argon2id, in PHC form.
+    pub password_hash: String,
+    /// The key that all its devices share.
+    pub identity: PublicKey,
+    /// Its primary device.
+    pub device: NewDevice,
+    /// That device's session.
+    pub session: SessionGrant,
+}
+
+/// What became of a registration.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Registered {
+    /// The account exists; this is its primary device.
+    Account(DeviceNo),
+    /// Another account has the name.
+    UsernameTaken,
+}
+
+/// What a reset has done.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Reset {
+    /// The new primary device.
+    pub no: DeviceNo,
+    /// The devices that are gone.
+    pub removed: Vec<Address>,
+}
+
+impl Store {
+    /// The credentials of the account with this name, which is given in lower case.
+    pub async fn credentials(&self, username: &str) -> Result<Option<Credentials>> {
+        let statement = "SELECT id, password_hash FROM users WHERE username = $1";
+        Ok(sqlx::query_as(statement).bind(username).fetch_optional(&self.read).await?)
+    }
+
+    /// Makes an account with its primary device, and logs that in.
+    pub async fn register(&self, account: &NewAccount) -> Result<Registered> {
+        let mut tx = self.begin().await?;
+        let statement = "INSERT INTO users (id, username, password_hash, identity_key) VALUES ($1, $2, $3, $4) \
+                         ON CONFLICT (username) DO NOTHING";
+        let insert = sqlx::query(statement).bind(account.user).bind(&account.username).bind(&account.password_hash);
+        let inserted = insert.bind(&account.identity.as_bytes()[..]).execute(&mut *tx).await?;
+        if inserted.rows_affected() == 0 {
+            return Ok(Registered::UsernameTaken);
+        }
+        let no = devices::insert(&mut tx, account.user, &account.device, true).await?;
+        sessions::open(&mut tx, no, &account.session).await?;
+        commit(tx).await?;
+        Ok(Registered::Account(no))
+    }
+
+    /// Starts the account over: forgets all its devices and link sessions, gives it a new identity key and a new primary
+    /// device, and logs that in.
+    pub async fn reset(
+        &self,
+        user: UserId,
+        identity: &PublicKey,
+        device: &NewDevice,
+        session: &SessionGrant,
+    ) -> Result<Reset> {
+        let mut tx = self.begin().await?;
+        let statement = "SELECT no FROM devices WHERE user_id = $1 ORDER BY no";
+        let gone: Vec<DeviceNo> = sqlx::query_scalar(statement).bind(user).fetch_all(&mut *tx).await?;
+        devices::forget(&mut tx, &gone).await?;
+        sqlx::query("DELETE FROM link_sessions WHERE user_id = $1").bind(user).execute(&mut *tx).await?;
+        let replace = sqlx::query("UPDATE users SET identity_key = $2 WHERE id = $1").bind(user);
+        replace.bind(&identity.as_bytes()[..]).execute(&mut *tx).await?;
+        let no = devices::insert(&mut tx, user, device, true).await?;
+        sessions::open(&mut tx, no, session).await?;
+        commit(tx).await?;
+        Ok(Reset { no, removed: gone.into_iter().map(|device| Address { user, device }).collect() })
+    }
+}

@@ -1,0 +1,136 @@
+//! The devices of an account.
+
+use sqlx::{FromRow, Sqlite, Transaction};
+
+use crate::model::ids::{DeviceId, DeviceNo, UserId};
+use crate::model::keys::{PreKeys, RegistrationId};
+use crate::store::{Result, Store, commit, prekeys};
+
+/// A device that is about to be made.
+#[derive(Clone, Debug)]
+pub struct NewDevice {
+    /// Its id.
+    pub id: DeviceId,
+    /// What its owner calls it.
+    pub name: Option<String>,
+    /// Its installation, as it names it.
+    pub registration_id: RegistrationId,
+    /// Its first prekeys.
+    pub prekeys: PreKeys,
+}
+
+/// A device as its owner sees it in a list.
+#[derive(Clone, Debug, PartialEq, Eq, FromRow)]
+pub struct DeviceRow {
+    /// Its id.
+    pub id: DeviceId,
+    /// What its owner calls it.
+    pub name: Option<String>,
+    /// Whether it is the account's primary device.
+    pub is_primary: bool,
+}
+
+/// What an access token is checked against.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, FromRow)]
+pub struct Standing {
+    /// The device's number.
+    pub no: DeviceNo,
+    /// The account it belongs to.
+    #[sqlx(rename = "user_id")]
+    pub user: UserId,
+    /// Whether it is the account's primary device.
+    pub is_primary: bool,
+    /// Access tokens that expire at or before this Unix second are void.
+    pub tokens_void_to: i64,
+}
+
+/// What became of the wish to remove a device.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Removed {
+    /// This device is gone, with everything that was kept for it.
+    Device(DeviceNo),
+    /// The account has no such device.
+    Unknown,
+    /// The primary device can't be removed.
+    Primary,
+}
+
+impl Store {
+    /// Where the device stands now; `None` when there is no such device (any more).
+    pub async fn standing(&self, device: DeviceId) -> Result<Option<Standing>> {
+        let statement = "SELECT no, user_id, is_primary, tokens_void_to FROM devices WHERE id = $1";
+        Ok(sqlx::query_as(statement).bind(device).fetch_optional(&self.read).await?)
+    }
+
+    /// The device's `tokens_void_to`, which changes whenever its session is ended; `None` when the device is gone.
+    pub async fn epoch(&self, no: DeviceNo) -> Result<Option<i64>> {
+        let statement = "SELECT tokens_void_to FROM devices WHERE no = $1";
+        Ok(sqlx::query_scalar(statement).bind(no).fetch_optional(&self.read).await?)
+    }
+
+    /// The account's devices, oldest first.
+    pub async fn devices(&self, user: UserId) -> Result<Vec<DeviceRow>> {
+        let statement = "SELECT id, name, is_primary FROM devices WHERE user_id = $1 ORDER BY no";
+        Ok(sqlx::query_as(statement).bind(user).fetch_all(&self.read).await?)
+    }
+
+    /// Removes a linked device of the account, with everything that was kept for it. What it sent to others stays.
+    pub async fn remove_device(&self, user: UserId, device: DeviceId) -> Result<Removed> {
+        let mut tx = self.begin().await?;
+        let statement = "SELECT no, is_primary FROM devices WHERE id = $1 AND user_id = $2";
+        let found = sqlx::query_as(statement).bind(device).bind(user).fetch_optional(&mut *tx).await?;
+        let removed = match found {
+            None => Removed::Unknown,
+            Some((_, true)) => Removed::Primary,
+            Some((no, false)) => {
+                forget(&mut tx, &[no]).await?;
+                Removed::Device(no)
+            }
+        };
+        commit(tx).await?;
+        Ok(removed)
+    }
+}
+
+/// Makes a device with its keys.
+pub(super) async fn insert(
+    tx: &mut Transaction<'_, Sqlite>,
+    user: UserId,
+    device: &NewDevice,
+    is_primary: bool,
+) -> Result<DeviceNo> {
+    let statement = "INSERT INTO devices (id, user_id, name, registration_id, is_primary) VALUES ($1, $2, $3, $4, $5) \
+                     RETURNING no";
+    let no = sqlx::query_scalar(statement)
+        .bind(device.id)
+        .bind(user)
+        .bind(device.name.as_deref())
+        .bind(device.registration_id.0)
+        .bind(is_primary)
+        .fetch_one(&mut **tx)
+        .await?;
+    prekeys::insert(tx, no, &device.prekeys).await?;
+    Ok(no)
+}
+
+/// Forgets devices and everything that was kept for them. Messages that they sent stay.
+pub(super) async fn forget(tx: &mut Transaction<'_, Sqlite>, nos: &[DeviceNo]) -> Result<()> {
+    let nos = format!("{:?}", nos.iter().map(|no| no.0).collect::<Vec<_>>());
+    for statement in FORGET {
+        sqlx::query(statement).bind(nos.as_str()).execute(&mut **tx).await?;
+    }
+    Ok(())
+}
+
+/// $1 is a JSON array of device numbers.
+const FORGET: [&str; 9] = [
+    "DELETE FROM messages WHERE device_no IN (SELECT value FROM json_each($1))",
+    "DELETE FROM sends WHERE sender_no IN (SELECT value FROM json_each($1))",
+    "DELETE FROM push_tokens WHERE device_no IN (SELECT value FROM json_each($1))",
+    "DELETE FROM gateway_tickets WHERE device_no IN (SELECT value FROM json_each($1))",
+    "DELETE FROM refresh_uses WHERE device_no IN (SELECT value FROM json_each($1))",
+    "DELETE FROM sessions WHERE device_no IN (SELECT value FROM json_each($1))",
+    "DELETE FROM one_time_prekeys WHERE device_no IN (SELECT value FROM json_each($1))",
+    "DELETE FROM device_keys WHERE device_no IN (SELECT value FROM json_each($1))",
+    "DELETE FROM devices WHERE no IN (SELECT value FROM json_each($1))",
+];

@@ -1,0 +1,144 @@
+//! Link sessions: how a new device joins an account.
+
+use crate::clock::Timestamp;
+use crate::model::ids::{DeviceNo, UserId};
+use crate::model::keys::PublicKey;
+use crate::store::{NewDevice, Result, SessionGrant, Store, commit, devices, sessions};
+
+/// What became of an approval.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Approved {
+    /// The parcel is stored.
+    Stored,
+    /// The account has no such link session (any more).
+    Unknown,
+    /// It had been approved before; that parcel stays.
+    Already,
+}
+
+/// What a link session holds.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum LinkBody {
+    /// There is no such link session (any more).
+    Unknown,
+    /// Nothing yet.
+    Waiting,
+    /// What the primary device left for the new one.
+    Approved(Vec<u8>),
+}
+
+/// What became of linking a device.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Linked {
+    /// The device exists and is logged in; the link session is used up.
+    Device {
+        /// The account.
+        user: UserId,
+        /// The device's number.
+        no: DeviceNo,
+    },
+    /// The link session is unknown, expired, not approved or used.
+    SessionInvalid,
+    /// The account has all the devices it may have.
+    LimitReached {
+        /// How many that are.
+        max: u32,
+    },
+    /// The new device has another identity key than the account.
+    IdentityDiffers,
+}
+
+/// A device that wants to join.
+#[derive(Clone, Debug)]
+pub struct NewLink {
+    /// SHA-256 of the link session's id.
+    pub hash: [u8; 32],
+    /// The identity key that the device holds.
+    pub identity: PublicKey,
+    /// The device.
+    pub device: NewDevice,
+    /// Its first session.
+    pub session: SessionGrant,
+}
+
+impl Store {
+    /// Opens a link session. It replaces the account's one that waits for approval; approved ones stay.
+    pub async fn open_link(&self, user: UserId, hash: &[u8; 32], expires_at: Timestamp, now: Timestamp) -> Result<()> {
+        let mut tx = self.begin().await?;
+        let replaced = "DELETE FROM link_sessions WHERE user_id = $1 AND (approval IS NULL OR expires_at <= $2)";
+        sqlx::query(replaced).bind(user).bind(now).execute(&mut *tx).await?;
+        let opened = "INSERT INTO link_sessions (hash, user_id, expires_at) VALUES ($1, $2, $3)";
+        sqlx::query(opened).bind(&hash[..]).bind(user).bind(expires_at).execute(&mut *tx).await?;
+        commit(tx).await
+    }
+
+    /// Approves a link session of the account and leaves a parcel in it for the new device.
+    pub async fn approve_link(&self, user: UserId, hash: &[u8; 32], parcel: &[u8], now: Timestamp) -> Result<Approved> {
+        let mut tx = self.begin().await?;
+        let statement = "SELECT approval IS NOT NULL FROM link_sessions \
+                         WHERE hash = $1 AND user_id = $2 AND expires_at > $3";
+        let found = sqlx::query_scalar(statement).bind(&hash[..]).bind(user).bind(now);
+        match found.fetch_optional(&mut *tx).await? {
+            None => return Ok(Approved::Unknown),
+            Some(true) => return Ok(Approved::Already),
+            Some(false) => {}
+        }
+        let statement = "UPDATE link_sessions SET approval = $2 WHERE hash = $1";
+        sqlx::query(statement).bind(&hash[..]).bind(parcel).execute(&mut *tx).await?;
+        commit(tx).await?;
+        Ok(Approved::Stored)
+    }
+
+    /// What the link session holds. Reading changes nothing.
+    pub async fn link_body(&self, hash: &[u8; 32], now: Timestamp) -> Result<LinkBody> {
+        let statement = "SELECT approval FROM link_sessions WHERE hash = $1 AND expires_at > $2";
+        let found = sqlx::query_scalar(statement).bind(&hash[..]).bind(now).fetch_optional(&self.read).await?;
+        Ok(match found {
+            None => LinkBody::Unknown,
+            Some(None) => LinkBody::Waiting,
+            Some(Some(parcel)) => LinkBody::Approved(parcel),
+        })
+    }
+
+    /// Makes a device of the account that approved the link session, logs it in and uses the link session up.
+    ///
+    /// Unless the link session itself is invalid, a refusal leaves it usable.
+    pub async fn link_device(&self, link: &NewLink, now: Timestamp) -> Result<Linked> {
+        // Ids that never were must not keep the one writer busy: everybody may try.
+        if self.link_body(&link.hash, now).await? == LinkBody::Unknown {
+            return Ok(Linked::SessionInvalid);
+        }
+        let mut tx = self.begin().await?;
+        let statement = "\
+            SELECT u.id, u.identity_key, (SELECT count(*) FROM devices d WHERE d.user_id = u.id) \
+            FROM link_sessions l JOIN users u ON u.id = l.user_id \
+            WHERE l.hash = $1 AND l.approval IS NOT NULL AND l.expires_at > $2";
+        let found = sqlx::query_as(statement).bind(&link.hash[..]).bind(now).fetch_optional(&mut *tx).await?;
+        let Some((user, identity, devices)): Option<(UserId, Vec<u8>, u32)> = found else {
+            return Ok(Linked::SessionInvalid);
+        };
+        let max = self.limits.max_devices;
+        if devices >= max {
+            return Ok(Linked::LimitReached { max });
+        }
+        if identity != link.identity.as_bytes() {
+            return Ok(Linked::IdentityDiffers);
+        }
+        let used = "DELETE FROM link_sessions WHERE hash = $1";
+        sqlx::query(used).bind(&link.hash[..]).execute(&mut *tx).await?;
+        let no = devices::insert(&mut tx, user, &link.device, false).await?;
+        sessions::open(&mut tx, no, &link.session).await?;
+        commit(tx).await?;
+        Ok(Linked::Device { user, no })
+    }
+
+    /// Forgets link sessions that have expired, at most `limit`. Answers how many.
+    pub async fn expire_links(&self, now: Timestamp, limit: u32) -> Result<u64> {
+        let mut tx = self.begin().await?;
+        let statement = "DELETE FROM link_sessions WHERE hash IN ( \
+                             SELECT hash FROM link_sessions WHERE expires_at <= $1 ORDER BY expires_at LIMIT $2)";
+        let done = sqlx::query(statement).bind(now).bind(limit).execute(&mut *tx).await?;
+        commit(tx).await?;
+        Ok(done.rows_affected())
+    }
+}

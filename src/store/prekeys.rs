@@ -1,0 +1,325 @@
+//! Prekeys: uploaded by their device, handed to whoever wants to write to it, the one-time ones at most once.
+//!
+//! A one-time prekey is deleted in the transaction that reads it, and that transaction is on disk before anybody sees
+//! the key. So no crash and no race gives one key to two people.
+
+use sqlx::{FromRow, QueryBuilder, Sqlite, Transaction};
+
+use crate::model::ids::{Address, DeviceId, DeviceNo, UserId};
+use crate::model::keys::{
+    KemPublicKey, KeyError, KeyId, OneTimePreKey, PqKeyId, PqPreKey, PreKeys, PublicKey, RegistrationId, Signature,
+    SignedPreKey,
+};
+use crate::store::{Result, Store, StoreError, commit};
+
+/// What it takes to start a session with a device.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Bundle {
+    /// The device.
+    pub device: DeviceId,
+    /// Its installation, as it named it.
+    pub registration_id: RegistrationId,
+    /// The account's identity key.
+    pub identity: PublicKey,
+    /// The device's newest signed prekey.
+    pub signed: SignedPreKey,
+    /// One that nobody else gets; `None` when there are none left.
+    pub one_time: Option<OneTimePreKey>,
+    /// One that nobody else gets, or the last-resort key when there are none left; `None` when the device has no such
+    /// keys at all.
+    pub pq: Option<PqPreKey>,
+}
+
+/// Bundles for somebody who asked, and who has to hear of it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct HandedOut {
+    /// One for each device asked for, oldest device first.
+    pub bundles: Vec<Bundle>,
+    /// Those of the devices that have few one-time prekeys left.
+    pub low: Vec<Address>,
+}
+
+/// How many one-time prekeys a device has left.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, FromRow)]
+pub struct PrekeyCounts {
+    /// Elliptic-curve keys.
+    pub ec: u32,
+    /// Post-quantum keys. The last-resort key does not count.
+    pub pq: u32,
+    /// True when the device has a last-resort post-quantum key, and so is expected to keep one-time ones in stock.
+    pub uses_pq: bool,
+}
+
+impl PrekeyCounts {
+    /// True when the device should upload more.
+    pub fn is_below(&self, threshold: u32) -> bool {
+        self.ec < threshold || (self.uses_pq && self.pq < threshold)
+    }
+}
+
+/// What became of a refill.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Refilled {
+    /// All of it is stored.
+    Stored,
+    /// Nothing is stored: the id of the signed prekey is not above that of the stored one.
+    SignedIdNotRising,
+    /// Nothing is stored: there are one-time post-quantum keys, and no last-resort one, neither stored nor uploaded.
+    LastResortMissing,
+    /// Nothing is stored: the device has been removed.
+    DeviceGone,
+}
+
+impl Store {
+    /// A bundle for each device of the account, or for the one device that is named. `None` when there is no such
+    /// device.
+    ///
+    /// A device left with fewer than `threshold` one-time prekeys counts as low.
+    pub async fn bundles(&self, user: UserId, device: Option<DeviceId>, threshold: u32) -> Result<Option<HandedOut>> {
+        let mut tx = self.begin().await?;
+        let rows: Vec<DeviceRow> = sqlx::query_as(READ_DEVICES).bind(user).bind(device).fetch_all(&mut *tx).await?;
+        if rows.is_empty() {
+            return Ok(None);
+        }
+        let mut taken: Vec<TakenRow> = sqlx::query_as(TAKE_KEYS).bind(user).bind(device).fetch_all(&mut *tx).await?;
+        let mut handed_out = HandedOut { bundles: Vec::with_capacity(rows.len()), low: Vec::new() };
+        for row in rows {
+            let mut take = |kind| {
+                let at = taken.iter().position(|key| key.device_no == row.no && key.kind == kind)?;
+                Some(taken.swap_remove(at))
+            };
+            let (ec, pq) = (take(EC), take(PQ));
+            if row.left(ec.is_some(), pq.is_some()).is_below(threshold) {
+                handed_out.low.push(Address { user, device: row.no });
+            }
+            handed_out.bundles.push(row.bundle(ec, pq)?);
+        }
+        commit(tx).await?;
+        Ok(Some(handed_out))
+    }
+
+    /// Stores new keys of a device: the signed prekey and the last-resort key replace the stored ones, one-time keys are
+    /// added. Of these the oldest make room when there are more than a device may have.
+    ///
+    /// One whose id is stored already changes nothing.
+    pub async fn refill(&self, no: DeviceNo, keys: &PreKeys) -> Result<Refilled> {
+        let mut tx = self.begin().await?;
+        let statement = "SELECT signed_id, pq_last_resort_id IS NOT NULL FROM device_keys WHERE device_no = $1";
+        let stored: Option<(i32, bool)> = sqlx::query_as(statement).bind(no).fetch_optional(&mut *tx).await?;
+        let Some((signed_id, has_last_resort)) = stored else { return Ok(Refilled::DeviceGone) };
+        if keys.signed.id.0 <= signed_id {
+            return Ok(Refilled::SignedIdNotRising);
+        }
+        if keys.needs_stored_last_resort() && !has_last_resort {
+            return Ok(Refilled::LastResortMissing);
+        }
+        replace(&mut tx, no, keys).await?;
+        add_one_time(&mut tx, no, keys).await?;
+        prune(&mut tx, no, self.limits.max_prekeys).await?;
+        commit(tx).await?;
+        Ok(Refilled::Stored)
+    }
+
+    /// How many one-time prekeys the device has left; none when the device is gone.
+    pub async fn prekey_counts(&self, no: DeviceNo) -> Result<PrekeyCounts> {
+        let counts = sqlx::query_as(COUNT_KEYS).bind(no).fetch_optional(&self.read).await?;
+        Ok(counts.unwrap_or_default())
+    }
+
+    /// The identity key of the account that the device belongs to; `None` when the device is gone.
+    pub async fn identity(&self, no: DeviceNo) -> Result<Option<PublicKey>> {
+        let statement = "SELECT identity_key FROM users WHERE id = (SELECT user_id FROM devices WHERE no = $1)";
+        let key: Option<Vec<u8>> = sqlx::query_scalar(statement).bind(no).fetch_optional(&self.read).await?;
+        key.map(|key| intact(PublicKey::from_bytes(&key))).transpose()
+    }
+
+    /// Drops all one-time prekeys of everybody, and answers how many. For a database restored from a backup: some of its
+    /// keys may have been handed out since the backup was made.
+    pub async fn forget_one_time_prekeys(&self) -> Result<u64> {
+        let mut tx = self.begin().await?;
+        let done = sqlx::query("DELETE FROM one_time_prekeys").execute(&mut *tx).await?;
+        commit(tx).await?;
+        Ok(done.rows_affected())
+    }
+}
+
+/// `one_time_prekeys.kind` of elliptic-curve keys.
+const EC: i32 = 0;
+/// `one_time_prekeys.kind` of post-quantum keys.
+const PQ: i32 = 1;
+/// One-time prekeys stored by one statement: five parameters each, of the 32766 that SQLite takes.
+const ROWS_PER_STATEMENT: usize = 1000;
+
+/// The devices that are asked for, with the keys that stay and the number of those that go.
+const READ_DEVICES: &str = "\
+    SELECT d.no, d.id, d.registration_id, u.identity_key, k.signed_id, k.signed_key, k.signed_signature, \
+           k.pq_last_resort_id, k.pq_last_resort_key, k.pq_last_resort_signature, \
+           (SELECT count(*) FROM one_time_prekeys o WHERE o.device_no = d.no AND o.kind = 0) AS ec_stored, \
+           (SELECT count(*) FROM one_time_prekeys o WHERE o.device_no = d.no AND o.kind = 1) AS pq_stored \
+    FROM devices d JOIN users u ON u.id = d.user_id JOIN device_keys k ON k.device_no = d.no \
+    WHERE d.user_id = $1 AND ($2 IS NULL OR d.id = $2) ORDER BY d.no";
+
+/// Takes the oldest one-time prekey of each kind from each of the devices.
+const TAKE_KEYS: &str = "\
+    DELETE FROM one_time_prekeys WHERE no IN ( \
+        SELECT min(o.no) FROM devices d JOIN one_time_prekeys o ON o.device_no = d.no \
+        WHERE d.user_id = $1 AND ($2 IS NULL OR d.id = $2) GROUP BY o.device_no, o.kind) \
+    RETURNING device_no, kind, key_id, public_key, signature";
+
+const COUNT_KEYS: &str = "\
+    SELECT (SELECT count(*) FROM one_time_prekeys o WHERE o.device_no = k.device_no AND o.kind = 0) AS ec, \
+           (SELECT count(*) FROM one_time_prekeys o WHERE o.device_no = k.device_no AND o.kind = 1) AS pq, \
+           k.pq_last_resort_id IS NOT NULL AS uses_pq \
+    FROM device_keys k WHERE k.device_no = $1";
+
+/// Keeps the newest $3 of a kind.
+const PRUNE: &str = "\
+    DELETE FROM one_time_prekeys WHERE device_no = $1 AND kind = $2 AND no <= ( \
+        SELECT no FROM one_time_prekeys WHERE device_no = $1 AND kind = $2 ORDER BY no DESC LIMIT 1 OFFSET $3)";
+
+#[derive(FromRow)]
+struct DeviceRow {
+    no: DeviceNo,
+    id: DeviceId,
+    registration_id: i32,
+    identity_key: Vec<u8>,
+    signed_id: i32,
+    signed_key: Vec<u8>,
+    signed_signature: Vec<u8>,
+    pq_last_resort_id: Option<i32>,
+    pq_last_resort_key: Option<Vec<u8>>,
+    pq_last_resort_signature: Option<Vec<u8>>,
+    ec_stored: u32,
+    pq_stored: u32,
+}
+
+#[derive(FromRow)]
+struct TakenRow {
+    device_no: DeviceNo,
+    kind: i32,
+    key_id: i32,
+    public_key: Vec<u8>,
+    signature: Option<Vec<u8>>,
+}
+
+impl DeviceRow {
+    /// The stock without what was just taken.
+    fn left(&self, ec_taken: bool, pq_taken: bool) -> PrekeyCounts {
+        PrekeyCounts {
+            ec: self.ec_stored.saturating_sub(ec_taken.into()),
+            pq: self.pq_stored.saturating_sub(pq_taken.into()),
+            uses_pq: self.pq_last_resort_id.is_some(),
+        }
+    }
+
+    fn bundle(self, ec: Option<TakenRow>, pq: Option<TakenRow>) -> Result<Bundle> {
+        let signed = SignedPreKey {
+            id: KeyId(self.signed_id),
+            public_key: intact(PublicKey::from_bytes(&self.signed_key))?,
+            signature: intact(Signature::from_bytes(&self.signed_signature))?,
+        };
+        let pq = match pq {
+            Some(key) => Some((key.key_id, key.public_key, key.signature.unwrap_or_default())),
+            None => match (self.pq_last_resort_id, self.pq_last_resort_key, self.pq_last_resort_signature) {
+                (Some(id), Some(key), Some(signature)) => Some((id, key, signature)),
+                _ => None,
+            },
+        };
+        Ok(Bundle {
+            device: self.id,
+            registration_id: RegistrationId(self.registration_id),
+            identity: intact(PublicKey::from_bytes(&self.identity_key))?,
+            signed,
+            one_time: ec.map(one_time_prekey).transpose()?,
+            pq: pq.map(|(id, key, signature)| pq_prekey(id, &key, &signature)).transpose()?,
+        })
+    }
+}
+
+fn one_time_prekey(row: TakenRow) -> Result<OneTimePreKey> {
+    Ok(OneTimePreKey { id: KeyId(row.key_id), public_key: intact(PublicKey::from_bytes(&row.public_key))? })
+}
+
+fn pq_prekey(id: i32, key: &[u8], signature: &[u8]) -> Result<PqPreKey> {
+    Ok(PqPreKey {
+        id: intact(PqKeyId::new(id))?,
+        public_key: intact(KemPublicKey::from_bytes(key))?,
+        signature: intact(Signature::from_bytes(signature))?,
+    })
+}
+
+/// What was checked before it was stored can only be wrong when the database is damaged.
+pub(super) fn intact<T>(value: std::result::Result<T, KeyError>) -> Result<T> {
+    value.map_err(|error| StoreError(sqlx::Error::Decode(error.into())))
+}
+
+/// Stores the first keys of a device.
+pub(super) async fn insert(tx: &mut Transaction<'_, Sqlite>, no: DeviceNo, keys: &PreKeys) -> Result<()> {
+    let statement = "\
+        INSERT INTO device_keys (device_no, signed_id, signed_key, signed_signature, \
+                                 pq_last_resort_id, pq_last_resort_key, pq_last_resort_signature) \
+        VALUES ($1, $2, $3, $4, $5, $6, $7)";
+    store_signed(tx, statement, no, keys).await?;
+    add_one_time(tx, no, keys).await
+}
+
+/// Puts the signed keys of an upload in place of the stored ones. A last-resort key that is not in it stays.
+async fn replace(tx: &mut Transaction<'_, Sqlite>, no: DeviceNo, keys: &PreKeys) -> Result<()> {
+    let statement = "\
+        UPDATE device_keys SET signed_id = $2, signed_key = $3, signed_signature = $4, \
+               pq_last_resort_id = COALESCE($5, pq_last_resort_id), \
+               pq_last_resort_key = COALESCE($6, pq_last_resort_key), \
+               pq_last_resort_signature = COALESCE($7, pq_last_resort_signature) \
+        WHERE device_no = $1";
+    store_signed(tx, statement, no, keys).await
+}
+
+async fn store_signed(
+    tx: &mut Transaction<'_, Sqlite>,
+    statement: &'static str,
+    no: DeviceNo,
+    keys: &PreKeys,
+) -> Result<()> {
+    let last_resort = keys.pq_last_resort.as_ref();
+    sqlx::query(statement)
+        .bind(no)
+        .bind(keys.signed.id.0)
+        .bind(&keys.signed.public_key.as_bytes()[..])
+        .bind(&keys.signed.signature.as_bytes()[..])
+        .bind(last_resort.map(|key| key.id.get()))
+        .bind(last_resort.map(|key| &key.public_key.as_bytes()[..]))
+        .bind(last_resort.map(|key| &key.signature.as_bytes()[..]))
+        .execute(&mut **tx)
+        .await?;
+    Ok(())
+}
+
+/// Adds the one-time keys of an upload, in their order, without those whose ids are stored already.
+async fn add_one_time(tx: &mut Transaction<'_, Sqlite>, no: DeviceNo, keys: &PreKeys) -> Result<()> {
+    let ec = keys.one_time.iter().map(|key| (EC, key.id.0, &key.public_key.as_bytes()[..], None));
+    let pq = keys
+        .pq_one_time
+        .iter()
+        .map(|key| (PQ, key.id.get(), &key.public_key.as_bytes()[..], Some(&key.signature.as_bytes()[..])));
+    let rows: Vec<_> = ec.chain(pq).collect();
+    for rows in rows.chunks(ROWS_PER_STATEMENT) {
+        let mut statement = QueryBuilder::<Sqlite>::new(
+            "INSERT INTO one_time_prekeys (device_no, kind, key_id, public_key, signature) ",
+        );
+        statement.push_values(rows, |mut row, (kind, id, key, signature)| {
+            row.push_bind(no).push_bind(*kind).push_bind(*id).push_bind(*key).push_bind(*signature);
+        });
+        statement.push(" ON CONFLICT (device_no, kind, key_id) DO NOTHING");
+        // Hardly two uploads have the same number of keys, so these would fill the cache of statements.
+        statement.build().persistent(false).execute(&mut **tx).await?;
+    }
+    Ok(())
+}
+
+/// Drops the oldest one-time keys of each kind beyond `max`.
+async fn prune(tx: &mut Transaction<'_, Sqlite>, no: DeviceNo, max: u32) -> Result<()> {
+    for kind in [EC, PQ] {
+        sqlx::query(PRUNE).bind(no).bind(kind).bind(max).execute(&mut **tx).await?;
+    }
+    Ok(())
+}

@@ -1,0 +1,271 @@
+//! Sessions of devices: refresh tokens and gateway tickets.
+//!
+//! A device has at most one session. It ends when the device logs out or when its refresh token turns out to be stolen.
+
+use std::fmt;
+use std::time::Duration;
+
+use sqlx::{FromRow, Sqlite, Transaction};
+
+use crate::clock::Timestamp;
+use crate::model::ids::{Address, DeviceId, DeviceNo, IdempotencyKey, UserId};
+use crate::store::{Result, Store, commit};
+
+/// A refresh token that is presented again so soon is a client racing itself, and no sign of theft.
+const RACE_WINDOW: Duration = Duration::from_secs(10);
+
+/// How long an exchange can be repeated under its key. What was used longer ago than this may be forgotten.
+pub const REPEAT_WINDOW: Duration = Duration::from_secs(60);
+
+/// The session that a device is about to get, as the store knows its refresh token.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub struct SessionGrant {
+    /// The half of the token that stays through refreshes.
+    pub family: [u8; 16],
+    /// SHA-256 of the half that changes.
+    pub secret_hash: [u8; 32],
+    /// When the token expires.
+    pub expires_at: Timestamp,
+}
+
+impl fmt::Debug for SessionGrant {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("SessionGrant(…)")
+    }
+}
+
+/// A device that has proven who it is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, FromRow)]
+pub struct SessionHolder {
+    /// The account.
+    #[sqlx(rename = "user_id")]
+    pub user: UserId,
+    /// The device.
+    #[sqlx(rename = "id")]
+    pub device: DeviceId,
+    /// The device's number.
+    pub no: DeviceNo,
+    /// Access tokens that expire at or before this Unix second are void. It changes when the device's session is ended.
+    pub tokens_void_to: i64,
+}
+
+/// The device for which a gateway ticket was issued.
+pub type TicketHolder = SessionHolder;
+
+/// A wish to exchange a refresh token for the next one of its family.
+#[derive(Clone, Copy, Debug)]
+pub struct Refresh {
+    /// SHA-256 of the changing half of the presented token.
+    pub secret_hash: [u8; 32],
+    /// The client's name for this wish, if it wants to be able to repeat it.
+    pub key: Option<IdempotencyKey>,
+    /// The next token.
+    pub next: SessionGrant,
+    /// Should the presented token turn out to be stolen: access tokens that expire at or before this second are void.
+    pub void_to: i64,
+}
+
+/// What became of it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Refreshed {
+    /// The next token is good now, and the presented one is used.
+    Rotated(SessionHolder),
+    /// The token was exchanged a moment ago under the same key. The same answer is due.
+    Repeated {
+        /// Whose token it is.
+        holder: SessionHolder,
+        /// When it was exchanged.
+        used_at: Timestamp,
+    },
+    /// No such session, or it has expired, or the token was used just now.
+    Refused,
+    /// The token had been used before, so two have it. The device's session has been ended.
+    Stolen(Address),
+}
+
+#[derive(FromRow)]
+struct Session {
+    #[sqlx(flatten)]
+    holder: SessionHolder,
+    secret_hash: Vec<u8>,
+    expires_at: Timestamp,
+}
+
+impl Store {
+    /// Gives a device of the account a new session in place of the one it may have. `None` when the account has no such
+    /// device.
+    pub async fn log_in(&self, user: UserId, device: DeviceId, grant: &SessionGrant) -> Result<Option<SessionHolder>> {
+        let mut tx = self.begin().await?;
+        let statement = "SELECT user_id, id, no, tokens_void_to FROM devices WHERE id = $1 AND user_id = $2";
+        let holder: Option<SessionHolder> =
+            sqlx::query_as(statement).bind(device).bind(user).fetch_optional(&mut *tx).await?;
+        let Some(holder) = holder else { return Ok(None) };
+        open(&mut tx, holder.no, grant).await?;
+        commit(tx).await?;
+        Ok(Some(holder))
+    }
+
+    /// Exchanges a refresh token.
+    pub async fn refresh(&self, wish: &Refresh, now: Timestamp) -> Result<Refreshed> {
+        // Tokens that never were must not keep the one writer busy.
+        let known = sqlx::query("SELECT 1 FROM sessions WHERE family = $1").bind(&wish.next.family[..]);
+        if known.fetch_optional(&self.read).await?.is_none() {
+            return Ok(Refreshed::Refused);
+        }
+        let mut tx = self.begin().await?;
+        let refreshed = match session_of(&mut tx, &wish.next.family).await? {
+            Some(session) if session.expires_at > now => exchange(&mut tx, &session, wish, now).await?,
+            _ => Refreshed::Refused,
+        };
+        commit(tx).await?;
+        Ok(refreshed)
+    }
+
+    /// Ends the device's session: its refresh token, its tickets and its push token are forgotten, and its access tokens
+    /// that expire at or before the Unix second `void_to` are void. The device, its keys and its queued messages stay.
+    pub async fn log_out(&self, no: DeviceNo, void_to: i64) -> Result<()> {
+        let mut tx = self.begin().await?;
+        end(&mut tx, no, void_to).await?;
+        commit(tx).await
+    }
+
+    /// Remembers a gateway ticket of a device that called with an access token which expires at `token_expires_at`.
+    /// Answers false when meanwhile the device has been removed or that token has become void.
+    pub async fn issue_ticket(
+        &self,
+        no: DeviceNo,
+        token_expires_at: i64,
+        hash: &[u8; 32],
+        expires_at: Timestamp,
+    ) -> Result<bool> {
+        let mut tx = self.begin().await?;
+        let statement = "INSERT INTO gateway_tickets (hash, device_no, expires_at) \
+                         SELECT $1, no, $2 FROM devices WHERE no = $3 AND tokens_void_to < $4";
+        let insert = sqlx::query(statement).bind(&hash[..]).bind(expires_at).bind(no).bind(token_expires_at);
+        let issued = insert.execute(&mut *tx).await?.rows_affected() == 1;
+        commit(tx).await?;
+        Ok(issued)
+    }
+
+    /// Uses a gateway ticket up. `None` when it is unknown, used or expired, or its device is gone or logged out.
+    pub async fn redeem_ticket(&self, hash: &[u8; 32], now: Timestamp) -> Result<Option<TicketHolder>> {
+        let known = sqlx::query("SELECT 1 FROM gateway_tickets WHERE hash = $1").bind(&hash[..]);
+        if known.fetch_optional(&self.read).await?.is_none() {
+            return Ok(None);
+        }
+        let mut tx = self.begin().await?;
+        let statement = "DELETE FROM gateway_tickets WHERE hash = $1 RETURNING device_no, expires_at";
+        let ticket: Option<(DeviceNo, Timestamp)> =
+            sqlx::query_as(statement).bind(&hash[..]).fetch_optional(&mut *tx).await?;
+        let holder = match ticket {
+            Some((no, expires_at)) if expires_at > now => {
+                let statement = "SELECT user_id, id, no, tokens_void_to FROM devices WHERE no = $1";
+                sqlx::query_as(statement).bind(no).fetch_optional(&mut *tx).await?
+            }
+            _ => None,
+        };
+        commit(tx).await?;
+        Ok(holder)
+    }
+
+    /// Forgets refresh tokens that have expired, at most `limit`. Answers how many.
+    pub async fn expire_sessions(&self, now: Timestamp, limit: u32) -> Result<u64> {
+        let statement = "DELETE FROM sessions WHERE device_no IN \
+                         (SELECT device_no FROM sessions WHERE expires_at <= $1 ORDER BY expires_at LIMIT $2)";
+        self.sweep(statement, now, limit).await
+    }
+
+    /// Forgets gateway tickets that have expired, at most `limit`. Answers how many.
+    pub async fn expire_tickets(&self, now: Timestamp, limit: u32) -> Result<u64> {
+        let statement = "DELETE FROM gateway_tickets WHERE hash IN \
+                         (SELECT hash FROM gateway_tickets WHERE expires_at <= $1 ORDER BY expires_at LIMIT $2)";
+        self.sweep(statement, now, limit).await
+    }
+
+    /// Forgets which refresh tokens were used at or before `until`, at most `limit`. Answers how many.
+    ///
+    /// `until` lies at least [`REPEAT_WINDOW`] back: a token of a living session that is not remembered counts as stolen.
+    pub async fn expire_refresh_uses(&self, until: Timestamp, limit: u32) -> Result<u64> {
+        let statement = "DELETE FROM refresh_uses WHERE secret_hash IN \
+                         (SELECT secret_hash FROM refresh_uses WHERE used_at <= $1 ORDER BY used_at LIMIT $2)";
+        self.sweep(statement, until, limit).await
+    }
+
+    async fn sweep(&self, statement: &'static str, until: Timestamp, limit: u32) -> Result<u64> {
+        let mut tx = self.begin().await?;
+        let swept = sqlx::query(statement).bind(until).bind(limit).execute(&mut *tx).await?.rows_affected();
+        commit(tx).await?;
+        Ok(swept)
+    }
+}
+
+/// Gives the device this session in place of the one it may have.
+pub(super) async fn open(tx: &mut Transaction<'_, Sqlite>, no: DeviceNo, grant: &SessionGrant) -> Result<()> {
+    let statement = "INSERT INTO sessions (device_no, family, secret_hash, expires_at) VALUES ($1, $2, $3, $4) \
+                     ON CONFLICT (device_no) DO UPDATE SET family = excluded.family, \
+                     secret_hash = excluded.secret_hash, expires_at = excluded.expires_at";
+    let insert = sqlx::query(statement).bind(no).bind(&grant.family[..]).bind(&grant.secret_hash[..]);
+    insert.bind(grant.expires_at).execute(&mut **tx).await?;
+    Ok(())
+}
+
+async fn session_of(tx: &mut Transaction<'_, Sqlite>, family: &[u8; 16]) -> Result<Option<Session>> {
+    let statement = "SELECT devices.user_id, devices.id, devices.no, devices.tokens_void_to, \
+                     sessions.secret_hash, sessions.expires_at \
+                     FROM sessions JOIN devices ON devices.no = sessions.device_no WHERE sessions.family = $1";
+    Ok(sqlx::query_as(statement).bind(&family[..]).fetch_optional(&mut **tx).await?)
+}
+
+/// The presented token belongs to this living session: it is its current one, or one that was exchanged before.
+async fn exchange(
+    tx: &mut Transaction<'_, Sqlite>,
+    session: &Session,
+    wish: &Refresh,
+    now: Timestamp,
+) -> Result<Refreshed> {
+    let holder = session.holder;
+    if session.secret_hash == wish.secret_hash {
+        open(tx, holder.no, &wish.next).await?;
+        remember_use(tx, holder.no, wish, now).await?;
+        return Ok(Refreshed::Rotated(holder));
+    }
+    let statement = "SELECT idempotency_key, used_at FROM refresh_uses WHERE secret_hash = $1 AND device_no = $2";
+    let used: Option<(Option<Vec<u8>>, Timestamp)> =
+        sqlx::query_as(statement).bind(&wish.secret_hash[..]).bind(holder.no).fetch_optional(&mut **tx).await?;
+    if let Some((key, used_at)) = used {
+        let is_same_wish = wish.key.is_some_and(|wished| key.as_deref() == Some(&wished.as_bytes()[..]));
+        if is_same_wish && used_at > now - REPEAT_WINDOW {
+            return Ok(Refreshed::Repeated { holder, used_at });
+        }
+        if used_at > now - RACE_WINDOW {
+            return Ok(Refreshed::Refused);
+        }
+    }
+    end(tx, holder.no, wish.void_to).await?;
+    Ok(Refreshed::Stolen(Address { user: holder.user, device: holder.no }))
+}
+
+async fn remember_use(tx: &mut Transaction<'_, Sqlite>, no: DeviceNo, wish: &Refresh, now: Timestamp) -> Result<()> {
+    let statement =
+        "INSERT INTO refresh_uses (secret_hash, device_no, idempotency_key, used_at) VALUES ($1, $2, $3, $4)";
+    let key = wish.key.as_ref().map(|key| &key.as_bytes()[..]);
+    sqlx::query(statement).bind(&wish.secret_hash[..]).bind(no).bind(key).bind(now).execute(&mut **tx).await?;
+    Ok(())
+}
+
+/// Ends the device's session, if it has one, and voids its access tokens and tickets in any case.
+async fn end(tx: &mut Transaction<'_, Sqlite>, no: DeviceNo, void_to: i64) -> Result<()> {
+    for statement in [
+        "DELETE FROM sessions WHERE device_no = $1",
+        "DELETE FROM refresh_uses WHERE device_no = $1",
+        "DELETE FROM gateway_tickets WHERE device_no = $1",
+        "DELETE FROM push_tokens WHERE device_no = $1",
+    ] {
+        sqlx::query(statement).bind(no).execute(&mut **tx).await?;
+    }
+    // It always grows: gateway sockets notice by it that the session they began in has ended.
+    let statement = "UPDATE devices SET tokens_void_to = \
+                     CASE WHEN tokens_void_to < $2 THEN $2 ELSE tokens_void_to + 1 END WHERE no = $1";
+    sqlx::query(statement).bind(no).bind(void_to).execute(&mut **tx).await?;
+    Ok(())
+}

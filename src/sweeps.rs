@@ -1,0 +1,98 @@
+//! Repeated cleaning. Each job works in bounded steps, so that a long clean-up never holds the database for long.
+
+mod attachments;
+
+use std::fmt::Display;
+use std::sync::Arc;
+use std::time::Duration;
+
+use tracing::info;
+
+use crate::app::App;
+use crate::store::StoreError;
+use crate::sweeps::attachments::Walk;
+use crate::tasks::Round;
+
+/// Rows that one step deletes.
+const STEP: u32 = 500;
+/// Pages that one step gives back to the file system: 4 MiB.
+const RECLAIM_PAGES: u32 = 1000;
+/// How often secrets that live for minutes at the most are cleaned up.
+const SHORT_LIVED: Duration = Duration::from_mins(1);
+/// How long a used refresh token is remembered, to tell a lost answer from theft.
+const REFRESH_USE_LIFETIME: Duration = Duration::from_mins(1);
+
+/// Removes what the last run of the server left unfinished, then starts the repeated jobs. Call it before the first
+/// request comes in: it takes every upload that is under way for an interrupted one.
+///
+/// `forget_clients` drops what the rate limiter no longer needs.
+pub async fn start(app: &App, forget_clients: impl Fn() + Send + 'static) {
+    attachments::remove_interrupted(app).await;
+
+    let config = &app.config;
+    let messages = config.messaging.cleanup_interval;
+    every(app, "expired messages", messages, expired_messages);
+    every(app, "outcomes of sends", messages, outcomes_of_sends);
+    every(app, "unused space", messages, unused_space);
+
+    let attachments = config.attachments.cleanup_interval;
+    let walk = Arc::new(Walk::default());
+    every(app, "expired attachments", attachments, move |app| attachments::remove_expired(app, walk.clone()));
+    let walk = Arc::new(Walk::default());
+    every(app, "stale uploads", attachments, move |app| attachments::remove_stale(app, walk.clone()));
+
+    every(app, "expired sessions", config.auth.refresh_token_cleanup_interval, expired_sessions);
+    every(app, "expired tickets", SHORT_LIVED, expired_tickets);
+    every(app, "used refresh tokens", SHORT_LIVED, used_refresh_tokens);
+    every(app, "expired link sessions", SHORT_LIVED, expired_links);
+    app.tasks.every("clients of the rate limiter", SHORT_LIVED, move || {
+        forget_clients();
+        std::future::ready(Ok::<_, StoreError>(Round::Done))
+    });
+}
+
+fn every<F, E>(app: &App, name: &'static str, period: Duration, job: impl Fn(App) -> F + Send + 'static)
+where
+    F: Future<Output = Result<Round, E>> + Send,
+    E: Display,
+{
+    let own = app.clone();
+    app.tasks.every(name, period, move || job(own.clone()));
+}
+
+async fn expired_messages(app: App) -> Result<Round, StoreError> {
+    let expired = app.store.expire_messages(app.clock.now(), STEP).await?;
+    if expired.deleted > 0 {
+        info!(count = expired.deleted, "expired messages");
+    }
+    Ok(if expired.more { Round::More } else { Round::Done })
+}
+
+async fn outcomes_of_sends(app: App) -> Result<Round, StoreError> {
+    app.store.expire_sends(app.clock.now(), STEP).await.map(round)
+}
+
+async fn unused_space(app: App) -> Result<Round, StoreError> {
+    Ok(if app.store.reclaim(RECLAIM_PAGES).await? { Round::More } else { Round::Done })
+}
+
+async fn expired_sessions(app: App) -> Result<Round, StoreError> {
+    app.store.expire_sessions(app.clock.now(), STEP).await.map(round)
+}
+
+async fn expired_tickets(app: App) -> Result<Round, StoreError> {
+    app.store.expire_tickets(app.clock.now(), STEP).await.map(round)
+}
+
+async fn used_refresh_tokens(app: App) -> Result<Round, StoreError> {
+    app.store.expire_refresh_uses(app.clock.now() - REFRESH_USE_LIFETIME, STEP).await.map(round)
+}
+
+async fn expired_links(app: App) -> Result<Round, StoreError> {
+    app.store.expire_links(app.clock.now(), STEP).await.map(round)
+}
+
+/// A full step may have left something.
+fn round(rows: u64) -> Round {
+    if rows >= u64::from(STEP) { Round::More } else { Round::Done }
+}

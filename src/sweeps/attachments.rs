@@ -1,0 +1,121 @@
+//! Removes attachments: first the bytes, then the row.
+//!
+//! Bytes that can't be removed are passed over, and tried again in the next round. So neither do they stop the sweep
+//! from reaching what lies behind them, nor does it spin on them.
+
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use tracing::{info, warn};
+
+use crate::app::App;
+use crate::blobs::BlobError;
+use crate::clock::Timestamp;
+use crate::store::{AttachmentAge, StoreError};
+use crate::tasks::Round;
+
+/// An upload this much older than its time limit is over, however slow the disk is.
+const UPLOAD_MARGIN: Duration = Duration::from_mins(1);
+
+/// Why a sweep over attachments has to come again.
+#[derive(Debug, thiserror::Error)]
+pub enum SweepError {
+    /// The database failed.
+    #[error(transparent)]
+    Store(#[from] StoreError),
+    /// Some bytes could not be removed.
+    #[error("{count} attachments could not be removed, the first because {cause}")]
+    Blobs {
+        /// How many.
+        count: usize,
+        /// What happened to the first.
+        cause: BlobError,
+    },
+}
+
+/// How far a round over the attachments has come, from the oldest on.
+#[derive(Debug, Default)]
+pub struct Walk {
+    state: Mutex<State>,
+}
+
+#[derive(Debug, Default)]
+struct State {
+    after: Option<AttachmentAge>,
+    failed: Option<(usize, BlobError)>,
+}
+
+/// A step of the sweep over attachments past their age.
+pub async fn remove_expired(app: App, walk: Arc<Walk>) -> Result<Round, SweepError> {
+    let limit = app.config.attachments.cleanup_batch_size;
+    let expired = app.store.expired_attachments(app.clock.now(), walk.after(), limit).await?;
+    remove(&app, &walk, expired, "expired attachments").await
+}
+
+/// A step of the sweep over uploads that took far too long and left something.
+pub async fn remove_stale(app: App, walk: Arc<Walk>) -> Result<Round, SweepError> {
+    let limit = app.config.attachments.cleanup_batch_size;
+    let before = app.clock.now() - app.config.attachments.timeout - UPLOAD_MARGIN;
+    let stale = app.store.stale_reservations(before, walk.after(), limit).await?;
+    remove(&app, &walk, stale, "stale uploads").await
+}
+
+/// Removes what uploads left that the last run of the server did not finish. Only where no other node can be in the
+/// middle of one: with a database of our own.
+pub async fn remove_interrupted(app: &App) {
+    if !app.config.database.url.expose().starts_with("sqlite:") {
+        return;
+    }
+    let walk = Walk::default();
+    let step = async || {
+        let (limit, all) = (app.config.attachments.cleanup_batch_size, Timestamp::from_millis(i64::MAX));
+        let interrupted = app.store.stale_reservations(all, walk.after(), limit).await?;
+        remove(app, &walk, interrupted, "interrupted uploads").await
+    };
+    loop {
+        match step().await {
+            Ok(Round::More) => {}
+            Ok(Round::Done) => return,
+            Err(error) => return warn!(%error, "interrupted uploads are left for a later sweep"),
+        }
+    }
+}
+
+async fn remove(app: &App, walk: &Walk, batch: Vec<AttachmentAge>, what: &'static str) -> Result<Round, SweepError> {
+    let ids: Vec<_> = batch.iter().map(|attachment| attachment.id).collect();
+    let deleted = app.blobs.delete(&ids).await;
+    app.store.forget_attachments(&deleted.gone).await?;
+    if !deleted.gone.is_empty() {
+        info!(count = deleted.gone.len(), "{what}");
+    }
+    let is_full = batch.len() >= app.config.attachments.cleanup_batch_size as usize;
+    walk.advance(batch.last().copied().filter(|_| is_full), deleted.gone.is_empty(), deleted.failed)
+}
+
+impl Walk {
+    fn after(&self) -> Option<AttachmentAge> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner).after
+    }
+
+    /// Goes on behind `last`, or starts a new round when there is none. The failures of a round are told at its end,
+    /// which also comes when nothing of a step succeeded: then the storage itself is probably in trouble.
+    fn advance(
+        &self,
+        last: Option<AttachmentAge>,
+        nothing_removed: bool,
+        failed: Option<(usize, BlobError)>,
+    ) -> Result<Round, SweepError> {
+        let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
+        state.after = last;
+        let goes_on = last.is_some() && !(nothing_removed && failed.is_some());
+        state.failed = match (state.failed.take(), failed) {
+            (Some((before, cause)), Some((count, _))) => Some((before + count, cause)),
+            (before, failed) => before.or(failed),
+        };
+        match state.failed.take_if(|_| !goes_on) {
+            Some((count, cause)) => Err(SweepError::Blobs { count, cause }),
+            None if goes_on => Ok(Round::More),
+            None => Ok(Round::Done),
+        }
+    }
+}

@@ -1,0 +1,130 @@
+//! The protobuf types of the contract, and their conversion from and to the model.
+
+use std::collections::HashSet;
+
+use bytes::Bytes;
+use prost::Message as _;
+
+use crate::model::ids::{DeviceId, IdempotencyKey, MessageId, UserId};
+use crate::model::mail::{Envelope, Outcome, Outgoing, Recipient, Sealed, Sender};
+
+mod v1 {
+    include!(concat!(env!("OUT_DIR"), "/obscura.v1.rs"));
+}
+
+pub use v1::web_socket_frame::Payload;
+pub use v1::{
+    AckMessage, EnvelopeBatch, PreKeyStatus, SendMessageRequest, SendMessageResponse, WebSocketFrame,
+    send_message_request, send_message_response,
+};
+
+/// What is wrong with the body of a send.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum BadSend {
+    /// Not this protobuf message.
+    #[error("The body is not a SendMessageRequest")]
+    NotProtobuf,
+    /// Too many recipients, or too many submissions in all.
+    #[error("Too many recipients or submissions")]
+    TooMany,
+    /// A structural rule is broken.
+    #[error("{0}")]
+    Structure(&'static str),
+}
+
+/// Reads and checks the body of a send: everything that can be told without looking at the database (WIRE section
+/// 7.1, in its order). `limit` bounds the recipients and, separately, all their submissions.
+pub fn outgoing(
+    body: Bytes,
+    sender: Sender,
+    key: IdempotencyKey,
+    digest: [u8; 16],
+    limit: usize,
+) -> Result<Outgoing, BadSend> {
+    let request = SendMessageRequest::decode(body).map_err(|_| BadSend::NotProtobuf)?;
+    let submissions: usize = request.recipients.iter().map(|recipient| recipient.submissions.len()).sum();
+    if request.recipients.len() > limit || submissions > limit {
+        return Err(BadSend::TooMany);
+    }
+    let (mut users, mut devices) = (HashSet::new(), HashSet::new());
+    let mut recipients = Vec::with_capacity(request.recipients.len());
+    for recipient in request.recipients {
+        let user = UserId::from_bytes(&recipient.user_id).ok_or(BadSend::Structure("A user_id is not 16 bytes"))?;
+        if !users.insert(user) {
+            return Err(BadSend::Structure("A user_id is named twice"));
+        }
+        let mut submissions = Vec::with_capacity(recipient.submissions.len());
+        for submission in recipient.submissions {
+            let device =
+                DeviceId::from_bytes(&submission.device_id).ok_or(BadSend::Structure("A device_id is not 16 bytes"))?;
+            if device == sender.device {
+                return Err(BadSend::Structure("A device cannot send to itself"));
+            }
+            if !devices.insert(device) {
+                return Err(BadSend::Structure("A device_id is named twice"));
+            }
+            if submission.message.is_empty() {
+                return Err(BadSend::Structure("A message is empty"));
+            }
+            submissions.push((device, Sealed(submission.message)));
+        }
+        recipients.push(Recipient { user, submissions });
+    }
+    Ok(Outgoing { sender, key, digest, recipients })
+}
+
+/// The answer to a send.
+pub fn send_response(outcome: &Outcome) -> SendMessageResponse {
+    let id = |id: &DeviceId| Bytes::copy_from_slice(id.as_bytes());
+    SendMessageResponse {
+        invalid_device_ids: outcome.invalid_devices.iter().map(id).collect(),
+        device_mismatches: outcome
+            .mismatches
+            .iter()
+            .map(|(user, missing)| send_message_response::DeviceMismatch {
+                user_id: Bytes::copy_from_slice(user.as_bytes()),
+                missing_device_ids: missing.iter().map(id).collect(),
+            })
+            .collect(),
+    }
+}
+
+/// A gateway frame with these messages.
+pub fn envelope_batch(envelopes: Vec<Envelope>) -> Bytes {
+    let envelopes = envelopes
+        .into_iter()
+        .map(|envelope| v1::Envelope {
+            id: Bytes::copy_from_slice(envelope.id.as_bytes()),
+            sender_user_id: Bytes::copy_from_slice(envelope.sender_user.as_bytes()),
+            sender_device_id: Bytes::copy_from_slice(envelope.sender_device.as_bytes()),
+            timestamp: envelope.received_at.millis().unsigned_abs(),
+            message: envelope.body.0,
+        })
+        .collect();
+    frame(Payload::EnvelopeBatch(EnvelopeBatch { envelopes }))
+}
+
+/// A gateway frame that tells how many one-time prekeys are left.
+pub fn prekey_status(ec: u32, pq: u32, threshold: u32) -> Bytes {
+    let count = |count: u32| i32::try_from(count).unwrap_or(i32::MAX);
+    frame(Payload::PreKeyStatus(PreKeyStatus {
+        one_time_pre_key_count: count(ec),
+        min_threshold: count(threshold),
+        pq_pre_key_count: count(pq),
+    }))
+}
+
+fn frame(payload: Payload) -> Bytes {
+    WebSocketFrame { payload: Some(payload) }.encode_to_vec().into()
+}
+
+/// The ids that a frame of a client acknowledges. Anything else that a client may send is passed over: frames that
+/// don't decode, other payloads, ids that aren't 16 bytes.
+pub fn acknowledged(frame: Bytes) -> Vec<MessageId> {
+    match WebSocketFrame::decode(frame) {
+        Ok(WebSocketFrame { payload: Some(Payload::Ack(ack)) }) => {
+            ack.message_ids.iter().filter_map(|id| MessageId::from_bytes(id)).collect()
+        }
+        _ => Vec::new(),
+    }
+}

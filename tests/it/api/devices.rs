@@ -1,0 +1,1 @@
+//! Listing, linking and removing devices.

@@ -1,0 +1,1 @@
+//! Bundles, refill and counts.

@@ -1,0 +1,13 @@
+//! The REST contract, spoken over real HTTP: one file for each resource.
+
+mod accounts;
+mod attachments;
+mod conventions;
+mod devices;
+mod keys;
+mod limits;
+mod links;
+mod messages;
+mod push_token;
+mod repeats;
+mod sessions;

@@ -1,0 +1,10 @@
+//! The gateway, over real WebSockets.
+
+mod acks;
+mod closing;
+mod concurrency;
+mod delivery;
+mod handshake;
+mod liveness;
+mod prekeys;
+mod slow;

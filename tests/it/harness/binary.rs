@@ -1,0 +1,206 @@
+//! The real program as a child process.
+
+use std::io::Read;
+use std::net::SocketAddr;
+use std::path::Path;
+use std::process::{Child, Command, ExitStatus, Stdio};
+use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
+
+use super::client::Target;
+use super::{Client, PATIENCE};
+
+/// What the program takes to listen on free ports of this machine and not to count requests.
+const TEST_OPTIONS: &[&str] = &[
+    "--server-host=127.0.0.1",
+    "--server-port=0",
+    "--mgmt-port=0",
+    "--rate-limit-per-second=1000000",
+    "--rate-limit-burst=1000000",
+    "--auth-rate-limit-per-second=1000000",
+    "--auth-rate-limit-burst=1000000",
+    "--server-max-connections-per-address=10000",
+];
+
+/// A running server of its own process. Dropping it kills it.
+pub struct Binary {
+    child: Child,
+    output: Arc<Mutex<String>>,
+    target: Target,
+    management: Target,
+}
+
+/// How a program that ended by itself ended.
+#[derive(Debug)]
+pub struct Finished {
+    pub status: ExitStatus,
+    pub output: String,
+}
+
+impl Binary {
+    /// The program on this folder, ready to serve.
+    pub async fn start(folder: &Path, options: &[&str]) -> Self {
+        Self::start_with(folder, options, &[]).await
+    }
+
+    /// The program with these further options and environment variables.
+    pub async fn start_with(folder: &Path, options: &[&str], variables: &[(&str, &str)]) -> Self {
+        let anywhere = Target::new(([127, 0, 0, 1], 0).into());
+        Self::launch(folder, options, variables, anywhere.clone(), anywhere).await
+    }
+
+    /// A new process on the same folder, after this one has ended. Clients made before go on with the new one.
+    pub async fn start_again(&self, folder: &Path, options: &[&str]) -> Self {
+        Self::launch(folder, options, &[], self.target.clone(), self.management.clone()).await
+    }
+
+    async fn launch(
+        folder: &Path,
+        options: &[&str],
+        variables: &[(&str, &str)],
+        target: Target,
+        management: Target,
+    ) -> Self {
+        let mut command = command(variables);
+        command.arg("--data-dir").arg(folder).args(TEST_OPTIONS).args(options);
+        let (child, output) = spawn(command);
+        let mut binary = Self { child, output, target, management };
+        let (api, port) = binary.wait_for_addresses().await;
+        binary.target.set(api);
+        binary.management = Target::new(port);
+        binary
+    }
+
+    async fn wait_for_addresses(&mut self) -> (SocketAddr, SocketAddr) {
+        let deadline = Instant::now() + PATIENCE;
+        loop {
+            let output = self.output();
+            let address = |name: &str| {
+                let (_, rest) =
+                    output.lines().find(|line| line.trim_start().starts_with(name))?.split_once("http://")?;
+                rest.split_whitespace().next()?.trim_end_matches('/').parse().ok()
+            };
+            if let (Some(api), Some(management)) = (address("API"), address("management")) {
+                return (api, management);
+            }
+            if let Some(status) = self.child.try_wait().expect("a child") {
+                panic!("the server ended with {status}:\n{}", self.output());
+            }
+            assert!(Instant::now() < deadline, "the server does not say where it listens:\n{output}");
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+    }
+
+    /// Runs the program to its end, which has to come by itself.
+    pub async fn run(options: &[&str], variables: &[(&str, &str)]) -> Finished {
+        let mut command = command(variables);
+        command.args(options);
+        let (child, output) = spawn(command);
+        let anywhere = Target::new(([127, 0, 0, 1], 0).into());
+        let mut binary = Self { child, output, target: anywhere.clone(), management: anywhere };
+        let status = binary.exit(PATIENCE).await;
+        Finished { status, output: binary.output() }
+    }
+
+    /// Somebody who talks to the API port of this process and of those started again from it.
+    pub fn client(&self) -> Client {
+        Client::new(self.target.clone())
+    }
+
+    /// Somebody who talks to the management port.
+    pub fn management(&self) -> Client {
+        Client::management(self.management.clone())
+    }
+
+    /// Where the API port is.
+    pub fn address(&self) -> SocketAddr {
+        self.target.get()
+    }
+
+    /// The process.
+    pub fn pid(&self) -> u32 {
+        self.child.id()
+    }
+
+    /// Everything written to standard output and standard error so far.
+    pub fn output(&self) -> String {
+        self.output.lock().unwrap().clone()
+    }
+
+    /// `kill -9`, and waits until the process is gone.
+    pub fn kill(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+
+    /// Asks the process to end.
+    pub fn terminate(&self) {
+        self.signal("TERM");
+    }
+
+    /// Sends a signal by its name.
+    pub fn signal(&self, name: &str) {
+        let kill = format!("kill -{name} {}", self.child.id());
+        let status = Command::new("sh").args(["-c", &kill]).status().expect("a shell");
+        assert!(status.success(), "{kill}");
+    }
+
+    /// Waits for the process to end by itself.
+    pub async fn exit(&mut self, patience: Duration) -> ExitStatus {
+        let deadline = Instant::now() + patience;
+        loop {
+            if let Some(status) = self.child.try_wait().expect("a child") {
+                // The readers of the pipes may be a moment behind.
+                while Arc::strong_count(&self.output) > 1 && Instant::now() < deadline {
+                    tokio::time::sleep(Duration::from_millis(1)).await;
+                }
+                return status;
+            }
+            assert!(Instant::now() < deadline, "still running after {patience:?}:\n{}", self.output());
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+    }
+
+    /// Bytes of memory that are in use now.
+    pub fn resident_bytes(&self) -> u64 {
+        let status = std::fs::read_to_string(format!("/proc/{}/status", self.child.id())).expect("a process");
+        let line = status.lines().find(|line| line.starts_with("VmRSS:")).expect("a figure");
+        let kilobytes = line.split_whitespace().nth(1).expect("a number");
+        kilobytes.parse::<u64>().expect("a number") * 1024
+    }
+}
+
+impl Drop for Binary {
+    fn drop(&mut self) {
+        self.kill();
+    }
+}
+
+/// The program in an environment in which nothing of ours is set but these variables.
+fn command(variables: &[(&str, &str)]) -> Command {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_obscura-server"));
+    for (name, _) in std::env::vars_os() {
+        if name.to_string_lossy().starts_with("OBSCURA_") || name == "RUST_LOG" || name == "RUST_BACKTRACE" {
+            command.env_remove(name);
+        }
+    }
+    command.envs(variables.iter().copied()).stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
+    command
+}
+
+fn spawn(mut command: Command) -> (Child, Arc<Mutex<String>>) {
+    let mut child = command.spawn().expect("the program starts");
+    let output = Arc::new(Mutex::new(String::new()));
+    collect(child.stdout.take().expect("a pipe"), output.clone());
+    collect(child.stderr.take().expect("a pipe"), output.clone());
+    (child, output)
+}
+
+fn collect(mut pipe: impl Read + Send + 'static, output: Arc<Mutex<String>>) {
+    std::thread::spawn(move || {
+        let mut buffer = [0; 8192];
+        while let Ok(length @ 1..) = pipe.read(&mut buffer) {
+            output.lock().unwrap().push_str(&String::from_utf8_lossy(&buffer[..length]));
+        }
+    });
+}

@@ -1,0 +1,77 @@
+//! A second connection to a server's database, to see what is really there and to stand in its way.
+
+use std::path::Path;
+use std::time::Duration;
+
+use sqlx::pool::PoolConnection;
+use sqlx::sqlite::{SqliteConnectOptions, SqlitePool, SqlitePoolOptions};
+use sqlx::{AssertSqlSafe, Sqlite};
+
+use super::Device;
+
+/// The database of a server.
+pub struct Database {
+    pool: SqlitePool,
+}
+
+impl Database {
+    /// Opens the file, which has to exist.
+    pub async fn open(file: &Path) -> Self {
+        let options = SqliteConnectOptions::new().filename(file).busy_timeout(Duration::from_secs(20));
+        let pool = SqlitePoolOptions::new().max_connections(3).connect_with(options).await.expect("the database opens");
+        Self { pool }
+    }
+
+    /// The one number that this query answers.
+    pub async fn number(&self, query: &str) -> i64 {
+        sqlx::query_scalar(AssertSqlSafe(query.to_owned())).fetch_one(&self.pool).await.expect("a number")
+    }
+
+    /// Runs a statement.
+    pub async fn execute(&self, statement: &str) {
+        sqlx::raw_sql(AssertSqlSafe(statement.to_owned())).execute(&self.pool).await.expect("the statement runs");
+    }
+
+    /// How many messages wait for a device.
+    pub async fn queued(&self, device: &Device) -> i64 {
+        let query = "SELECT count(*) FROM messages JOIN devices ON no = device_no WHERE devices.id = $1";
+        sqlx::query_scalar(query).bind(device.id).fetch_one(&self.pool).await.expect("a count")
+    }
+
+    /// Begins a transaction that keeps every other writer waiting until it is released.
+    pub async fn hold_write(&self) -> HeldWrite {
+        let mut connection = self.pool.acquire().await.expect("a connection");
+        sqlx::raw_sql("BEGIN IMMEDIATE").execute(&mut *connection).await.expect("the lock");
+        HeldWrite { connection }
+    }
+
+    /// A read transaction that sees the database as it is now for as long as it is held.
+    pub async fn hold_read(&self) -> HeldWrite {
+        let mut connection = self.pool.acquire().await.expect("a connection");
+        sqlx::raw_sql("BEGIN; SELECT count(*) FROM messages").execute(&mut *connection).await.expect("a snapshot");
+        HeldWrite { connection }
+    }
+
+    /// Closes the connections.
+    pub async fn close(self) {
+        self.pool.close().await;
+    }
+}
+
+/// An open transaction.
+pub struct HeldWrite {
+    connection: PoolConnection<Sqlite>,
+}
+
+impl HeldWrite {
+    /// Runs a statement inside.
+    pub async fn execute(&mut self, statement: &str) {
+        let statement = AssertSqlSafe(statement.to_owned());
+        sqlx::raw_sql(statement).execute(&mut *self.connection).await.expect("the statement runs");
+    }
+
+    /// Commits.
+    pub async fn release(mut self) {
+        sqlx::raw_sql("COMMIT").execute(&mut *self.connection).await.expect("the commit");
+    }
+}

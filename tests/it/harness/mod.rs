@@ -1,0 +1,56 @@
+//! What the tests have in common: a server to talk to, clients that talk to it, and patience with an end.
+
+mod account;
+mod binary;
+mod client;
+mod database;
+mod observed;
+pub mod proto;
+mod raw;
+mod server;
+pub mod signer;
+mod socket;
+
+use std::future::Future;
+use std::time::{Duration, Instant};
+
+pub use account::{Device, Keys, Message, PASSWORD, kyber_key, one_time_key, outcome, send_request, signed_key};
+pub use binary::{Binary, Finished};
+pub use client::{Client, Request, Response};
+pub use database::{Database, HeldWrite};
+pub use observed::{ROUTES, observed};
+pub use raw::{RawSocket, raw_request};
+pub use server::TestServer;
+pub use socket::{Event, Socket};
+
+/// How long a test waits for anything that should happen at once. Generous, because machines are busy.
+pub const PATIENCE: Duration = Duration::from_secs(20);
+
+/// Waits for `future`, and fails the test if it takes too long.
+pub async fn within<T>(what: &str, future: impl Future<Output = T>) -> T {
+    within_time(PATIENCE, what, future).await
+}
+
+/// Waits this long for `future`, and fails the test if it takes longer.
+pub async fn within_time<T>(patience: Duration, what: &str, future: impl Future<Output = T>) -> T {
+    match tokio::time::timeout(patience, future).await {
+        Ok(value) => value,
+        Err(_) => panic!("waited more than {patience:?}: {what}"),
+    }
+}
+
+/// Looks again and again until `check` holds, for what can be seen but not awaited, such as a row that goes away.
+pub async fn eventually(what: &str, mut check: impl AsyncFnMut() -> bool) {
+    let deadline = Instant::now() + PATIENCE;
+    while !check().await {
+        assert!(Instant::now() < deadline, "waited more than {PATIENCE:?}: {what}");
+        tokio::time::sleep(Duration::from_millis(5)).await;
+    }
+}
+
+/// A name that no other test uses.
+pub fn unique_name(prefix: &str) -> String {
+    use std::sync::atomic::{AtomicU64, Ordering};
+    static NEXT: AtomicU64 = AtomicU64::new(1);
+    format!("{prefix}_{}", NEXT.fetch_add(1, Ordering::Relaxed))
+}

@@ -1,0 +1,128 @@
+//! A whole server in this process, on free ports and with a folder of its own.
+
+use std::net::{IpAddr, Ipv4Addr, SocketAddr};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use obscura_server::clock::Clock;
+use obscura_server::config::Config;
+use obscura_server::server::Server;
+use tempfile::TempDir;
+
+use super::client::Target;
+use super::{Client, Database, Device, within};
+
+/// A running server. Dropping it stops it without ceremony; [`TestServer::stop`] is the graceful way.
+pub struct TestServer {
+    server: Option<Server>,
+    /// Moves the time of this server.
+    pub clock: Clock,
+    config: Config,
+    folder: Arc<TempDir>,
+    target: Target,
+}
+
+impl TestServer {
+    /// With rate limits out of the way and everything else as it is by default.
+    pub async fn start() -> Self {
+        Self::start_with(|_| {}).await
+    }
+
+    /// With these changes to the configuration.
+    pub async fn start_with(change: impl FnOnce(&mut Config)) -> Self {
+        let folder = tempfile::tempdir().expect("a folder for the server");
+        let mut config = test_config(folder.path());
+        change(&mut config);
+        let clock = Clock::system();
+        let server = start(config.clone(), clock.clone()).await;
+        let target = Target::new(server.api_address());
+        Self { server: Some(server), clock, config, folder: Arc::new(folder), target }
+    }
+
+    /// Stops gracefully and starts again on the same folder. Clients made before go on with the new one.
+    pub async fn restart(&mut self) {
+        self.stop_server().await;
+        let server = start(self.config.clone(), self.clock.clone()).await;
+        self.target.set(server.api_address());
+        self.server = Some(server);
+    }
+
+    /// Stops gracefully and starts again with a changed configuration.
+    pub async fn restart_with(&mut self, change: impl FnOnce(&mut Config)) {
+        change(&mut self.config);
+        self.restart().await;
+    }
+
+    /// Stops gracefully.
+    pub async fn stop(mut self) {
+        self.stop_server().await;
+    }
+
+    async fn stop_server(&mut self) {
+        let server = self.server.take().expect("a running server");
+        within("the server to stop", server.stop()).await;
+    }
+
+    /// The server itself.
+    pub fn server(&self) -> &Server {
+        self.server.as_ref().expect("a running server")
+    }
+
+    /// Somebody who talks to the API port.
+    pub fn client(&self) -> Client {
+        Client::new(self.target.clone())
+    }
+
+    /// Somebody who talks to the management port.
+    pub fn management(&self) -> Client {
+        Client::management(Target::new(self.server().management_address()))
+    }
+
+    /// Where the API port is.
+    pub fn address(&self) -> SocketAddr {
+        self.target.get()
+    }
+
+    /// What the server was started with.
+    pub fn config(&self) -> &Config {
+        &self.config
+    }
+
+    /// The data folder.
+    pub fn folder(&self) -> &Path {
+        self.folder.path()
+    }
+
+    /// A look at, and a hand in, the server's database.
+    pub async fn database(&self) -> Database {
+        Database::open(&database_file(self.folder())).await
+    }
+
+    /// A new account with its primary device and 30 one-time prekeys.
+    pub async fn account(&self) -> Device {
+        Device::register(&self.client()).await
+    }
+}
+
+/// Where an embedded server keeps its database.
+pub fn database_file(folder: &Path) -> PathBuf {
+    folder.join("obscura.db")
+}
+
+fn test_config(folder: &Path) -> Config {
+    let mut config = Config::embedded(folder).expect("the defaults are allowed");
+    config.server.host = IpAddr::V4(Ipv4Addr::LOCALHOST);
+    config.server.port = 0;
+    config.server.management_port = 0;
+    config.server.max_connections_per_address = 10_000;
+    config.rate_limits.per_second = 1_000_000;
+    config.rate_limits.burst = 1_000_000;
+    config.rate_limits.auth_per_second = 1_000_000;
+    config.rate_limits.auth_burst = 1_000_000;
+    config
+}
+
+async fn start(mut config: Config, clock: Clock) -> Server {
+    config.open_data_dir().expect("the folder can be used");
+    within("the server to start", Server::start(config, clock)).await.expect("the server starts")
+}

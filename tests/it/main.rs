@@ -1,0 +1,15 @@
+//! The integration tests: one binary, its rooms mirroring those of the server.
+#![expect(clippy::unwrap_used, reason = "a test that cannot go on should panic where it is")]
+#![expect(clippy::disallowed_methods, reason = "tests own their tasks until the runtime ends")]
+
+mod harness;
+
+mod api;
+mod architecture;
+mod crash;
+mod disk;
+mod gateway;
+mod privacy;
+mod shutdown;
+mod start;
+mod store;

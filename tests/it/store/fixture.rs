@@ -1,0 +1,124 @@
+//! A store in a folder of its own, and what can be put into it.
+
+use std::ops::Deref;
+use std::path::Path;
+
+use obscura_server::clock::Timestamp;
+use obscura_server::config::Config;
+use obscura_server::model::ids::{Address, DeviceId, DeviceNo, UserId};
+use obscura_server::model::keys::{KeyId, OneTimePreKey, PreKeys, PublicKey, RegistrationId, Signature, SignedPreKey};
+use obscura_server::store::{Limits, NewAccount, NewDevice, Registered, SessionGrant, Store};
+use tempfile::TempDir;
+
+use crate::harness::signer::ec_public_key;
+use crate::harness::unique_name;
+
+/// The time in most tests of the store.
+pub const NOW: Timestamp = Timestamp::from_seconds(1_800_000_000);
+
+/// An empty store. Its files go when it is dropped.
+pub struct TestStore {
+    store: Store,
+    folder: TempDir,
+}
+
+impl TestStore {
+    /// With the limits of an embedded server.
+    pub async fn open() -> Self {
+        Self::open_with(|_| {}).await
+    }
+
+    /// With other limits.
+    pub async fn open_with(change: impl FnOnce(&mut Limits)) -> Self {
+        let folder = tempfile::tempdir().expect("a folder for the store");
+        let config = Config::embedded(folder.path()).expect("the defaults are allowed");
+        let mut limits = Limits::of(&config);
+        change(&mut limits);
+        let store = Store::open(&folder.path().join("test.db"), &config.database, limits).await.expect("a store");
+        Self { store, folder }
+    }
+
+    /// Where the database file is.
+    pub fn file(&self) -> std::path::PathBuf {
+        let folder: &Path = self.folder.path();
+        folder.join("test.db")
+    }
+
+    /// A new account with its primary device.
+    pub async fn account(&self) -> Person {
+        let account = new_account(&unique_name("user"));
+        let no = match self.store.register(&account).await.expect("the store works") {
+            Registered::Account(no) => no,
+            Registered::UsernameTaken => panic!("the name is unique"),
+        };
+        Person { user: account.user, device: account.device.id, no, account }
+    }
+}
+
+impl Deref for TestStore {
+    type Target = Store;
+
+    fn deref(&self) -> &Store {
+        &self.store
+    }
+}
+
+/// An account with its primary device.
+pub struct Person {
+    pub user: UserId,
+    pub device: DeviceId,
+    pub no: DeviceNo,
+    /// What it was made from.
+    pub account: NewAccount,
+}
+
+impl Person {
+    /// Where signals for the primary device go.
+    pub fn address(&self) -> Address {
+        Address { user: self.user, device: self.no }
+    }
+}
+
+/// An account that could be registered.
+pub fn new_account(username: &str) -> NewAccount {
+    NewAccount {
+        user: UserId::random(),
+        username: username.to_owned(),
+        password_hash: format!("the hash of {username}'s password"),
+        identity: public_key(1),
+        device: new_device(),
+        session: grant(NOW),
+    }
+}
+
+/// A device that could be made, with two one-time prekeys and none for post-quantum.
+pub fn new_device() -> NewDevice {
+    let signature = Signature::from_bytes(&[7; 64]).expect("64 bytes");
+    NewDevice {
+        id: DeviceId::random(),
+        name: Some("phone".into()),
+        registration_id: RegistrationId(4711),
+        prekeys: PreKeys {
+            signed: SignedPreKey { id: KeyId(1), public_key: public_key(2), signature },
+            one_time: (1..=2).map(one_time_pre_key).collect(),
+            pq_last_resort: None,
+            pq_one_time: Vec::new(),
+        },
+    }
+}
+
+/// A one-time prekey with this id.
+pub fn one_time_pre_key(id: i32) -> OneTimePreKey {
+    OneTimePreKey { id: KeyId(id), public_key: public_key(1000 + u64::from(id.unsigned_abs())) }
+}
+
+/// The same key for the same seed.
+pub fn public_key(seed: u64) -> PublicKey {
+    PublicKey::from_bytes(&ec_public_key(seed)).expect("a public key")
+}
+
+/// A session of a family of its own that expires a day after `now`.
+pub fn grant(now: Timestamp) -> SessionGrant {
+    let expires_at = now + std::time::Duration::from_hours(24);
+    SessionGrant { family: rand::random(), secret_hash: rand::random(), expires_at }
+}

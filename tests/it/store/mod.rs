@@ -1,0 +1,10 @@
+//! Contract tests of the store. Every method is named in here by at least one of them.
+
+mod accounts;
+mod attachments;
+mod devices;
+mod fixture;
+mod links;
+mod messages;
+mod prekeys;
+mod sessions;

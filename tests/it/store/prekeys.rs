@@ -1,0 +1,1 @@
+//! Prekeys in the store.

@@ -1,0 +1,207 @@
+//! A store in a folder of its own, and accounts in it.
+
+use std::ops::{Deref, RangeInclusive};
+use std::path::PathBuf;
+use std::time::Duration;
+
+use obscura_server::clock::Timestamp;
+use obscura_server::config::Config;
+use obscura_server::model::ids::{DeviceId, DeviceNo, UserId};
+use obscura_server::model::keys::{
+    KemPublicKey, KeyId, OneTimePreKey, PqKeyId, PqPreKey, PreKeys, PublicKey, RegistrationId, Signature, SignedPreKey,
+};
+use obscura_server::store::{Limits, Linked, NewAccount, NewDevice, NewLink, Registered, SessionGrant, Store};
+use sqlx::AssertSqlSafe;
+use sqlx::sqlite::{SqliteConnectOptions, SqlitePool};
+use tempfile::TempDir;
+
+use crate::harness::signer::{Identity, ec_public_key, fake_kem_public_key};
+use crate::harness::unique_name;
+
+/// The time at which a test begins.
+pub const NOW: Timestamp = Timestamp::from_seconds(1_800_000_000);
+
+/// A store that goes away with its folder.
+pub struct Scratch {
+    store: Store,
+    folder: TempDir,
+    config: Config,
+    limits: Limits,
+}
+
+impl Scratch {
+    /// With the limits that are the default.
+    pub async fn open() -> Self {
+        Self::open_with(|_| {}).await
+    }
+
+    /// With these changes to the limits.
+    pub async fn open_with(change: impl FnOnce(&mut Limits)) -> Self {
+        let folder = tempfile::tempdir().unwrap();
+        let config = Config::embedded(folder.path()).unwrap();
+        let mut limits = Limits::of(&config);
+        change(&mut limits);
+        let store = Store::open(&file(&folder), &config.database, limits).await.unwrap();
+        Self { store, folder, config, limits }
+    }
+
+    /// Closes the store and opens it again, as a restart does.
+    pub async fn reopen(&mut self) {
+        self.store.close().await;
+        self.store = Store::open(&file(&self.folder), &self.config.database, self.limits).await.unwrap();
+    }
+
+    /// A connection of our own to the same database.
+    pub async fn pool(&self) -> SqlitePool {
+        SqlitePool::connect_with(SqliteConnectOptions::new().filename(file(&self.folder))).await.unwrap()
+    }
+
+    /// The one number that this query answers.
+    pub async fn number(&self, query: &str) -> i64 {
+        sqlx::query_scalar(AssertSqlSafe(query.to_owned())).fetch_one(&self.pool().await).await.unwrap()
+    }
+
+    /// Rows of a table.
+    pub async fn count(&self, table: &str) -> i64 {
+        self.number(&format!("SELECT count(*) FROM {table}")).await
+    }
+}
+
+impl Deref for Scratch {
+    type Target = Store;
+
+    fn deref(&self) -> &Store {
+        &self.store
+    }
+}
+
+fn file(folder: &TempDir) -> PathBuf {
+    folder.path().join("store.db")
+}
+
+/// A device in the store.
+#[derive(Clone, Copy)]
+pub struct Member {
+    pub user: UserId,
+    pub device: DeviceId,
+    pub no: DeviceNo,
+    seed: u64,
+}
+
+impl Member {
+    /// The account's identity key pair.
+    pub fn identity(&self) -> Identity {
+        Identity::from_seed(self.seed)
+    }
+
+    /// Prekeys of this account.
+    pub fn keys(&self, signed: i32, one_time: RangeInclusive<i32>) -> PreKeys {
+        prekeys(&self.identity(), signed, one_time)
+    }
+}
+
+/// A new account with its primary device, and without one-time prekeys.
+pub async fn account(store: &Store) -> Member {
+    let seed = rand::random();
+    account_with(store, seed, prekeys(&Identity::from_seed(seed), 1, NONE)).await
+}
+
+/// A new account whose identity comes from the seed, and whose primary device has these prekeys.
+pub async fn account_with(store: &Store, seed: u64, prekeys: PreKeys) -> Member {
+    let identity = Identity::from_seed(seed);
+    let device = new_device(prekeys);
+    let (user, id) = (UserId::random(), device.id);
+    let account = NewAccount {
+        user,
+        username: unique_name("stored"),
+        password_hash: "$argon2id$".to_owned(),
+        identity: public_key(&identity),
+        device,
+        session: grant(),
+    };
+    match store.register(&account).await.unwrap() {
+        Registered::Account(no) => Member { user, device: id, no, seed },
+        Registered::UsernameTaken => panic!("the name is unique"),
+    }
+}
+
+/// Another device of the account.
+pub async fn linked(store: &Store, primary: &Member) -> Member {
+    linked_with(store, primary, primary.keys(1, NONE)).await
+}
+
+/// Another device of the account, with these prekeys.
+pub async fn linked_with(store: &Store, primary: &Member, prekeys: PreKeys) -> Member {
+    let hash = approved_link(store, primary).await;
+    let link = new_link(hash, &primary.identity(), prekeys);
+    match store.link_device(&link, NOW).await.unwrap() {
+        Linked::Device { no, .. } => Member { device: link.device.id, no, ..*primary },
+        refused => panic!("not linked: {refused:?}"),
+    }
+}
+
+/// A link session that is ready to be used.
+pub async fn approved_link(store: &Store, primary: &Member) -> [u8; 32] {
+    let hash = rand::random();
+    store.open_link(primary.user, &hash, NOW + Duration::from_mins(10), NOW).await.unwrap();
+    store.approve_link(primary.user, &hash, b"parcel", NOW).await.unwrap();
+    hash
+}
+
+/// A device that wants to join by this link session.
+pub fn new_link(hash: [u8; 32], identity: &Identity, prekeys: PreKeys) -> NewLink {
+    NewLink { hash, identity: public_key(identity), device: new_device(prekeys), session: grant() }
+}
+
+/// A device without a name.
+pub fn new_device(prekeys: PreKeys) -> NewDevice {
+    NewDevice { id: DeviceId::random(), name: None, registration_id: RegistrationId(4711), prekeys }
+}
+
+/// A session for 30 days.
+pub fn grant() -> SessionGrant {
+    SessionGrant {
+        family: rand::random(),
+        secret_hash: rand::random(),
+        expires_at: NOW + Duration::from_hours(30 * 24),
+    }
+}
+
+/// No keys.
+#[expect(clippy::reversed_empty_ranges, reason = "it is meant to be empty")]
+pub const NONE: RangeInclusive<i32> = 1..=0;
+
+/// A signed prekey with the id `signed`, and one-time prekeys with these ids. No Kyber keys.
+pub fn prekeys(identity: &Identity, signed: i32, one_time: RangeInclusive<i32>) -> PreKeys {
+    let key = ec_public_key(rand::random());
+    PreKeys {
+        signed: SignedPreKey {
+            id: KeyId(signed),
+            public_key: PublicKey::from_bytes(&key).unwrap(),
+            signature: Signature::from_bytes(&identity.sign(&key)).unwrap(),
+        },
+        one_time: one_time.map(one_time_key).collect(),
+        pq_last_resort: None,
+        pq_one_time: Vec::new(),
+    }
+}
+
+/// An elliptic-curve one-time prekey.
+pub fn one_time_key(id: i32) -> OneTimePreKey {
+    OneTimePreKey { id: KeyId(id), public_key: PublicKey::from_bytes(&ec_public_key(rand::random())).unwrap() }
+}
+
+/// A Kyber prekey.
+pub fn pq_key(identity: &Identity, id: i32) -> PqPreKey {
+    let key = fake_kem_public_key(rand::random());
+    PqPreKey {
+        id: PqKeyId::new(id).unwrap(),
+        signature: Signature::from_bytes(&identity.sign(&key)).unwrap(),
+        public_key: KemPublicKey::from_bytes(&key).unwrap(),
+    }
+}
+
+/// The public half as the model knows it.
+pub fn public_key(identity: &Identity) -> PublicKey {
+    PublicKey::from_bytes(&identity.public_key()).unwrap()
+}

@@ -1,0 +1,89 @@
+// Starts the real server binary for a test, on free ports and in a folder of its own.
+
+import { spawn } from 'node:child_process';
+import { once } from 'node:events';
+import { access, constants, mkdtemp, rm } from 'node:fs/promises';
+import { tmpdir } from 'node:os';
+import { join } from 'node:path';
+import { fileURLToPath } from 'node:url';
+
+import { within } from './within.mjs';
+
+const DEFAULT_BINARY = fileURLToPath(new URL('../../target/debug/obscura-server', import.meta.url));
+const BINARY = process.env.OBSCURA_SERVER_BIN || DEFAULT_BINARY;
+const API = /^\s*API\s+(http:\/\/\S+)/m;
+const MANAGEMENT = /^\s*management\s+(http:\/\/\S+)/m;
+// The tests are about messages, and all of them come from one address.
+const NO_RATE_LIMITS = [
+  ['--rate-limit-per-second', '10000'], ['--rate-limit-burst', '10000'],
+  ['--auth-rate-limit-per-second', '10000'], ['--auth-rate-limit-burst', '10000'],
+].flat();
+
+/** A running server. `api` and `management` are its two addresses; both change when it is started again. */
+export class Server {
+  api;
+  management;
+  #folder;
+  #options;
+  #process;
+  #output = '';
+
+  static async start({ hasRateLimits = false } = {}) {
+    await access(BINARY, constants.X_OK).catch(() => {
+      throw new Error(`there is no server at ${BINARY}: build it first, or name it in OBSCURA_SERVER_BIN`);
+    });
+    const server = new Server();
+    server.#folder = await mkdtemp(join(tmpdir(), 'obscura-libsignal-'));
+    server.#options = hasRateLimits ? [] : NO_RATE_LIMITS;
+    await server.#start();
+    return server;
+  }
+
+  /** Ends the server without any warning, as far as it can tell from a power cut. */
+  kill() {
+    return this.#end('SIGKILL');
+  }
+
+  /** Starts the server again on the same folder, at a new address. */
+  startAgain() {
+    return this.#start();
+  }
+
+  /** Ends the server for good and removes what it stored. */
+  async remove() {
+    await this.#end('SIGKILL');
+    await rm(this.#folder, { recursive: true, force: true });
+  }
+
+  async #start() {
+    const where = ['--data-dir', this.#folder, '--server-host', '127.0.0.1', '--server-port', '0', '--mgmt-port', '0'];
+    // Settings of the person who runs the tests must not change what they prove.
+    const environment = Object.fromEntries(Object.entries(process.env).filter(([name]) => !name.startsWith('OBSCURA_')));
+    const options = { env: environment, stdio: ['ignore', 'pipe', 'pipe'] };
+    this.#output = '';
+    this.#process = spawn(BINARY, [...where, ...this.#options], options);
+    for (const stream of [this.#process.stdout, this.#process.stderr]) stream.setEncoding('utf8');
+    this.#process.stderr.on('data', (text) => (this.#output = (this.#output + text).slice(-4000)));
+
+    let banner = '';
+    const ready = new Promise((resolve, reject) => {
+      this.#process.once('error', reject);
+      this.#process.once('exit', (code) => reject(new Error(`the server ended with code ${code}:\n${this.#output}`)));
+      this.#process.stdout.on('data', (text) => {
+        if (API.test(banner) && MANAGEMENT.test(banner)) return;
+        banner += text;
+        if (API.test(banner) && MANAGEMENT.test(banner)) resolve();
+      });
+    });
+    await within(30, ready, 'the server to say where it listens');
+    this.api = API.exec(banner)[1];
+    this.management = MANAGEMENT.exec(banner)[1];
+  }
+
+  async #end(signal) {
+    if (this.#process.exitCode !== null || this.#process.signalCode !== null) return;
+    const ended = once(this.#process, 'exit');
+    this.#process.kill(signal);
+    await within(10, ended, 'the server to end');
+  }
+}

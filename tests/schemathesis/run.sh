@@ -1,0 +1,82 @@
+#!/usr/bin/env bash
+# Sends generated requests to a fresh server and holds every answer against openapi.yaml.
+#
+#   OBSCURA_SERVER_BIN   the server to test (default: target/debug/obscura-server)
+#   OBSCURA_TEST_CACHE   where the Python environment is kept between runs (default: target/test-venv)
+set -euo pipefail
+
+here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+cd "$here/../.."
+
+server=$(realpath "${OBSCURA_SERVER_BIN:-target/debug/obscura-server}")
+environment=${OBSCURA_TEST_CACHE:+$OBSCURA_TEST_CACHE/schemathesis}
+environment=${environment:-target/test-venv}
+wanted=$here/requirements.txt
+
+if [[ ! -x $server ]]; then
+  echo "There is no server at $server. Build it (cargo build), or name one in OBSCURA_SERVER_BIN." >&2
+  exit 1
+fi
+
+if ! cmp -s "$wanted" "$environment/installed.txt"; then
+  python3 -m venv --clear "$environment"
+  "$environment/bin/pip" install --quiet --disable-pip-version-check --requirement "$wanted"
+  cp "$wanted" "$environment/installed.txt"
+fi
+schemathesis=$(realpath "$environment/bin/schemathesis")
+
+scratch=$(mktemp -d)
+pid=
+clean_up() {
+  if [[ -n $pid ]]; then
+    kill "$pid" 2>/dev/null || true
+    wait "$pid" 2>/dev/null || true
+  fi
+  rm -rf "$scratch"
+}
+trap clean_up EXIT
+trap 'exit 130' INT TERM
+
+"$server" --data-dir "$scratch/data" --server-host 127.0.0.1 --server-port 0 --mgmt-port 0 \
+  --rate-limit-per-second 100000 --rate-limit-burst 100000 \
+  --auth-rate-limit-per-second 100000 --auth-rate-limit-burst 100000 \
+  >"$scratch/stdout" 2>"$scratch/stderr" &
+pid=$!
+
+api=
+for _ in $(seq 200); do
+  api=$(sed -nE 's/^[[:space:]]*API[[:space:]]+(http:\/\/[^[:space:]]+).*/\1/p' "$scratch/stdout" | head -n 1)
+  [[ -n $api ]] && break
+  kill -0 "$pid" 2>/dev/null || break
+  sleep 0.1
+done
+if [[ -z $api ]]; then
+  echo "The server did not say where it listens. It said:" >&2
+  cat "$scratch/stdout" "$scratch/stderr" >&2
+  exit 1
+fi
+
+verdict=0
+# From the scratch folder, because schemathesis and Hypothesis keep notes where they are started.
+(cd "$scratch" && PYTHONDONTWRITEBYTECODE=1 SCHEMATHESIS_HOOKS="$here/hooks.py" \
+  OBSCURA_API=${api%/} OBSCURA_STATUSES="$scratch/statuses" \
+  timeout 300 "$schemathesis" --config-file "$here/schemathesis.toml" run "$here/../../openapi.yaml" --url "${api%/}") \
+  || verdict=$?
+
+if [[ -s $scratch/statuses ]]; then
+  printf '\nStatuses seen:\n'
+  cat "$scratch/statuses"
+  if grep -q ' - never ' "$scratch/statuses"; then
+    echo "Some operations never succeeded as documented, so the run has not looked at those answers." >&2
+    verdict=1
+  fi
+fi
+if ! kill -0 "$pid" 2>/dev/null; then
+  echo "The server did not survive the run." >&2
+  verdict=1
+fi
+if ((verdict != 0)); then
+  echo "The last words of the server:" >&2
+  tail -n 40 "$scratch/stdout" "$scratch/stderr" >&2
+fi
+exit "$verdict"
