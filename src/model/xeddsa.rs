@@ -69,7 +69,7 @@ fn halves(signature: &[u8; 64]) -> ([u8; 32], [u8; 32]) {
 
 #[cfg(test)]
 #[path = "../../tests/it/harness/signer.rs"]
-pub(super) mod signer;
+pub(crate) mod signer;
 
 #[cfg(test)]
 mod tests {

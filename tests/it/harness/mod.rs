@@ -15,13 +15,13 @@ use std::future::Future;
 use std::time::{Duration, Instant};
 
 pub use account::{Device, Keys, Message, PASSWORD, kyber_key, one_time_key, outcome, send_request, signed_key};
-pub use binary::{Binary, Finished};
+pub use binary::Binary;
 pub use client::{Client, Request, Response};
-pub use database::{Database, HeldWrite};
-pub use observed::{ROUTES, observed};
-pub use raw::{RawSocket, raw_request};
+pub use database::Database;
+pub use observed::observed;
+pub use raw::{RawSocket, opcode, raw_request};
 pub use server::TestServer;
-pub use socket::{Event, Socket};
+pub use socket::{Event, Socket, distinct_ids};
 
 /// How long a test waits for anything that should happen at once. Generous, because machines are busy.
 pub const PATIENCE: Duration = Duration::from_secs(20);

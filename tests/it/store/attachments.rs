@@ -1,1 +1,169 @@
-//! Attachments in the store.
+//! Attachments in the store: reservations, quota, expiry.
+
+use std::time::Duration;
+
+use futures_util::future::join_all;
+use obscura_server::clock::Timestamp;
+use obscura_server::model::ids::{AttachmentId, UserId};
+use obscura_server::store::{AttachmentAge, Reserved, Store, StoredAttachment};
+
+use super::fixture::{NOW, TestStore};
+
+const DAY: Duration = Duration::from_hours(24);
+const SECOND: Duration = Duration::from_secs(1);
+const NO_QUOTA: u64 = 0;
+
+async fn pending(store: &Store, at: Timestamp) -> AttachmentId {
+    let id = AttachmentId::random();
+    let reserved = store.reserve_attachment(UserId::random(), id, 100, NO_QUOTA, at).await.unwrap();
+    assert_eq!(reserved, Reserved::Yes);
+    id
+}
+
+async fn stored(store: &Store, at: Timestamp) -> AttachmentId {
+    let id = pending(store, at).await;
+    assert!(store.attachment_stored(id).await.unwrap());
+    id
+}
+
+async fn reserve(store: &Store, user: UserId, size: u64, quota: u64) -> (AttachmentId, Reserved) {
+    let id = AttachmentId::random();
+    (id, store.reserve_attachment(user, id, size, quota, NOW).await.unwrap())
+}
+
+fn ids(ages: &[AttachmentAge]) -> Vec<AttachmentId> {
+    ages.iter().map(|age| age.id).collect()
+}
+
+#[tokio::test]
+async fn an_attachment_is_there_once_it_is_stored() {
+    let store = TestStore::open().await;
+    let id = pending(&store, NOW).await;
+    assert_eq!(store.attachment(id, NOW).await.unwrap(), None);
+    assert!(store.attachment_stored(id).await.unwrap());
+    assert_eq!(store.attachment(id, NOW).await.unwrap(), Some(StoredAttachment { size: 100 }));
+    assert!(!store.attachment_stored(id).await.unwrap(), "only once");
+    assert!(!store.attachment_stored(AttachmentId::random()).await.unwrap(), "never reserved");
+}
+
+#[tokio::test]
+async fn an_attachment_ends_with_the_second_that_was_announced() {
+    let store = TestStore::open_with(|limits| limits.retention = 3 * DAY).await;
+    let began = NOW + Duration::from_millis(999);
+    let id = stored(&store, began).await;
+    let announced = Timestamp::from_seconds((began + 3 * DAY).seconds());
+    assert!(store.attachment(id, announced - Duration::from_millis(1)).await.unwrap().is_some());
+    assert!(store.attachment(id, announced).await.unwrap().is_none());
+}
+
+#[tokio::test]
+async fn the_quota_counts_what_is_stored_and_what_is_under_way() {
+    let store = TestStore::open().await;
+    let user = UserId::random();
+    let (first, reserved) = reserve(&store, user, 60, 100).await;
+    assert_eq!(reserved, Reserved::Yes);
+    assert_eq!(reserve(&store, user, 41, 100).await.1, Reserved::QuotaExceeded);
+    assert!(store.attachment_stored(first).await.unwrap());
+    assert_eq!(reserve(&store, user, 41, 100).await.1, Reserved::QuotaExceeded);
+    assert_eq!(reserve(&store, UserId::random(), 100, 100).await.1, Reserved::Yes, "everybody has a quota of his own");
+    assert_eq!(reserve(&store, user, 40, 100).await.1, Reserved::Yes);
+    assert_eq!(reserve(&store, user, 1, 100).await.1, Reserved::QuotaExceeded);
+    store.forget_attachments(&[first]).await.unwrap();
+    assert_eq!(reserve(&store, user, 60, 100).await.1, Reserved::Yes);
+    assert_eq!(reserve(&store, user, u64::MAX, 100).await.1, Reserved::QuotaExceeded);
+    assert_eq!(reserve(&store, user, 1 << 40, NO_QUOTA).await.1, Reserved::Yes);
+}
+
+#[tokio::test]
+async fn a_refused_reservation_leaves_nothing() {
+    let store = TestStore::open().await;
+    let (id, reserved) = reserve(&store, UserId::random(), 101, 100).await;
+    assert_eq!(reserved, Reserved::QuotaExceeded);
+    assert!(!store.attachment_stored(id).await.unwrap());
+}
+
+#[tokio::test]
+async fn tiny_attachments_are_limited_in_number() {
+    let store = TestStore::open().await;
+    for (quota, count) in [(1000, 16), (20 * 4096, 20)] {
+        let user = UserId::random();
+        for _ in 0..count {
+            assert_eq!(reserve(&store, user, 1, quota).await.1, Reserved::Yes);
+        }
+        assert_eq!(reserve(&store, user, 1, quota).await.1, Reserved::QuotaExceeded);
+    }
+}
+
+#[tokio::test]
+async fn reservations_at_the_same_time_do_not_pass_the_quota_together() {
+    let store = TestStore::open().await;
+    let user = UserId::random();
+    let reservations = join_all((0..30).map(|_| reserve(&store, user, 10, 100))).await;
+    assert_eq!(reservations.iter().filter(|(_, reserved)| *reserved == Reserved::Yes).count(), 10);
+}
+
+#[tokio::test]
+async fn the_expired_ones_are_listed_from_the_oldest_on_in_steps() {
+    let store = TestStore::open_with(|limits| limits.retention = DAY).await;
+    let mut expected = Vec::new();
+    for age in [DAY + 2 * SECOND, DAY + 2 * SECOND, DAY + 2 * SECOND, DAY + SECOND, DAY] {
+        expected.push(AttachmentAge { created_at: NOW - age, id: stored(&store, NOW - age).await });
+    }
+    expected.sort();
+    stored(&store, NOW - (DAY - SECOND)).await;
+
+    let all = store.expired_attachments(NOW, None, 10).await.unwrap();
+    assert_eq!(all, expected);
+    let mut after = None;
+    let mut steps = Vec::new();
+    loop {
+        let step = store.expired_attachments(NOW, after, 2).await.unwrap();
+        let Some(last) = step.last() else { break };
+        after = Some(*last);
+        steps.push(step);
+    }
+    assert_eq!(steps.iter().map(Vec::len).collect::<Vec<_>>(), [2, 2, 1]);
+    assert_eq!(steps.concat(), expected);
+
+    store.forget_attachments(&ids(&expected[..3])).await.unwrap();
+    assert_eq!(store.expired_attachments(NOW, None, 10).await.unwrap(), expected[3..]);
+}
+
+#[tokio::test]
+async fn a_reservation_that_was_given_up_can_not_become_an_attachment() {
+    let store = TestStore::open().await;
+    let (old, young) = (pending(&store, NOW - 2 * SECOND).await, pending(&store, NOW).await);
+    let finished = stored(&store, NOW - 2 * SECOND).await;
+    let stale = store.stale_reservations(NOW, None, 10).await.unwrap();
+    assert_eq!(ids(&stale), [old]);
+    assert!(!store.attachment_stored(old).await.unwrap());
+    assert!(store.attachment_stored(young).await.unwrap());
+    assert!(store.attachment(finished, NOW).await.unwrap().is_some());
+
+    assert_eq!(store.stale_reservations(NOW, None, 10).await.unwrap(), stale, "until it is forgotten");
+    assert_eq!(store.stale_reservations(NOW, stale.last().copied(), 10).await.unwrap(), []);
+    store.forget_attachments(&[old]).await.unwrap();
+    assert_eq!(store.stale_reservations(NOW, None, 10).await.unwrap(), []);
+}
+
+#[tokio::test]
+async fn stale_reservations_come_oldest_first_and_no_more_than_asked_for() {
+    let store = TestStore::open().await;
+    let mut expected = Vec::new();
+    for age in [3, 1, 2] {
+        expected.insert(0, (age, pending(&store, NOW - age * SECOND).await));
+    }
+    expected.sort_by_key(|(age, _)| std::cmp::Reverse(*age));
+    let stale = store.stale_reservations(NOW, None, 2).await.unwrap();
+    assert_eq!(ids(&stale), [expected[0].1, expected[1].1]);
+    assert!(store.attachment_stored(expected[2].1).await.unwrap(), "not given up yet");
+}
+
+#[tokio::test]
+async fn forgetting_nothing_and_unknown_ones_is_fine() {
+    let store = TestStore::open().await;
+    let kept = stored(&store, NOW).await;
+    store.forget_attachments(&[]).await.unwrap();
+    store.forget_attachments(&[AttachmentId::random()]).await.unwrap();
+    assert!(store.attachment(kept, NOW).await.unwrap().is_some());
+}

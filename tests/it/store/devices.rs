@@ -1,1 +1,186 @@
-//! Devices in the store.
+//! Devices in the store, and their push tokens.
+
+use std::time::Duration;
+
+use bytes::Bytes;
+use obscura_server::model::ids::{DeviceId, DeviceNo, IdempotencyKey};
+use obscura_server::model::mail::{Outgoing, Recipient, Sealed, Sender};
+use obscura_server::store::{Refresh, Refreshed, Removed, Standing, Store};
+
+use super::support::{Member, NONE, NOW, Scratch, account, grant, linked, linked_with, new_device, public_key};
+
+/// The tables that hold something for a device, with the column that says for which.
+const TABLES_OF_A_DEVICE: [(&str, &str); 9] = [
+    ("devices", "no"),
+    ("device_keys", "device_no"),
+    ("one_time_prekeys", "device_no"),
+    ("sessions", "device_no"),
+    ("refresh_uses", "device_no"),
+    ("gateway_tickets", "device_no"),
+    ("push_tokens", "device_no"),
+    ("messages", "device_no"),
+    ("sends", "sender_no"),
+];
+
+async fn send(store: &Store, from: &Member, to: &Member, others: &[&Member]) {
+    let submissions = std::iter::once(to).chain(others.iter().copied());
+    let submissions = submissions.map(|device| (device.device, Sealed(Bytes::from_static(b"sealed")))).collect();
+    let mail = Outgoing {
+        sender: Sender { user: from.user, device: from.device, no: from.no },
+        key: IdempotencyKey::random(),
+        digest: [0; 16],
+        recipients: vec![Recipient { user: to.user, submissions }],
+    };
+    let sent = store.settle(&[mail], &[], NOW).await.unwrap();
+    assert_eq!(sent[0].outcome, Default::default(), "everything was queued");
+}
+
+/// Gives the device a row in every table.
+async fn furnish(store: &Store, device: &Member, sender: &Member, others: &[&Member]) {
+    send(store, sender, device, others).await;
+    send(store, device, sender, &[]).await;
+    store.refill(device.no, &device.keys(2, 1..=3)).await.unwrap();
+    store.set_push_token(device.no, "token").await.unwrap();
+    assert!(store.issue_ticket(device.no, i64::MAX, &rand::random(), NOW + Duration::from_secs(30)).await.unwrap());
+    let session = grant();
+    store.log_in(device.user, device.device, &session).await.unwrap().unwrap();
+    let next = obscura_server::store::SessionGrant { family: session.family, ..grant() };
+    let wish = Refresh { secret_hash: session.secret_hash, key: None, next, void_to: 0 };
+    assert!(matches!(store.refresh(&wish, NOW).await.unwrap(), Refreshed::Rotated(_)));
+}
+
+async fn rows(store: &Scratch, no: DeviceNo) -> Vec<(&'static str, i64)> {
+    let mut rows = Vec::new();
+    for (table, column) in TABLES_OF_A_DEVICE {
+        let count = store.number(&format!("SELECT count(*) FROM {table} WHERE {column} = {}", no.0)).await;
+        rows.push((table, count));
+    }
+    rows
+}
+
+#[tokio::test]
+async fn standing_tells_what_a_token_is_checked_against() {
+    let store = Scratch::open().await;
+    let alice = account(&store).await;
+    let second = linked(&store, &alice).await;
+    let expected = Standing { no: alice.no, user: alice.user, is_primary: true, tokens_void_to: 0 };
+    assert_eq!(store.standing(alice.device).await.unwrap(), Some(expected));
+    let expected = Standing { no: second.no, is_primary: false, ..expected };
+    assert_eq!(store.standing(second.device).await.unwrap(), Some(expected));
+    assert_eq!(store.standing(DeviceId::random()).await.unwrap(), None);
+
+    store.log_out(second.no, 1234).await.unwrap();
+    assert_eq!(store.standing(second.device).await.unwrap(), Some(Standing { tokens_void_to: 1234, ..expected }));
+}
+
+#[tokio::test]
+async fn the_epoch_changes_when_the_session_ends_and_is_none_once_the_device_is_gone() {
+    let store = Scratch::open().await;
+    let alice = account(&store).await;
+    let second = linked(&store, &alice).await;
+    assert_eq!(store.epoch(second.no).await.unwrap(), Some(0));
+    store.log_out(second.no, 1234).await.unwrap();
+    assert_eq!(store.epoch(second.no).await.unwrap(), Some(1234));
+    store.remove_device(alice.user, second.device).await.unwrap();
+    assert_eq!(store.epoch(second.no).await.unwrap(), None);
+}
+
+#[tokio::test]
+async fn devices_are_listed_oldest_first_with_their_names() {
+    let store = Scratch::open().await;
+    let (alice, bob) = (account(&store).await, account(&store).await);
+    linked(&store, &bob).await;
+    let second = linked(&store, &alice).await;
+    let third = linked(&store, &alice).await;
+    let listed = store.devices(alice.user).await.unwrap();
+    let listed: Vec<_> = listed.into_iter().map(|row| (row.id, row.name, row.is_primary)).collect();
+    assert_eq!(listed, [(alice.device, None, true), (second.device, None, false), (third.device, None, false)]);
+    assert_eq!(store.devices(obscura_server::model::ids::UserId::random()).await.unwrap(), []);
+}
+
+#[tokio::test]
+async fn a_removed_device_leaves_nothing_behind_but_what_it_sent() {
+    let store = Scratch::open().await;
+    let (alice, bob) = (account(&store).await, account(&store).await);
+    let second = linked(&store, &alice).await;
+    furnish(&store, &second, &bob, &[&alice]).await;
+    furnish(&store, &alice, &bob, &[&second]).await;
+    assert!(rows(&store, second.no).await.iter().all(|(_, count)| *count > 0), "{:?}", rows(&store, second.no).await);
+    let (of_alice, of_bob) = (rows(&store, alice.no).await, rows(&store, bob.no).await);
+
+    assert_eq!(store.remove_device(alice.user, second.device).await.unwrap(), Removed::Device(second.no));
+    assert_eq!(rows(&store, second.no).await, TABLES_OF_A_DEVICE.map(|(table, _)| (table, 0)));
+    assert_eq!(rows(&store, alice.no).await, of_alice);
+    assert_eq!(rows(&store, bob.no).await, of_bob, "what the device sent to others stays queued");
+    assert_eq!(store.standing(second.device).await.unwrap(), None);
+}
+
+#[tokio::test]
+async fn a_reset_leaves_nothing_of_the_old_devices() {
+    let store = Scratch::open().await;
+    let (alice, bob) = (account(&store).await, account(&store).await);
+    let second = linked(&store, &alice).await;
+    furnish(&store, &second, &bob, &[&alice]).await;
+    furnish(&store, &alice, &bob, &[&second]).await;
+    let of_bob = rows(&store, bob.no).await;
+    let device = new_device(alice.keys(1, NONE));
+    store.reset(alice.user, &public_key(&alice.identity()), &device, &grant()).await.unwrap();
+    for gone in [alice, second] {
+        assert_eq!(rows(&store, gone.no).await, TABLES_OF_A_DEVICE.map(|(table, _)| (table, 0)));
+    }
+    assert_eq!(rows(&store, bob.no).await, of_bob);
+}
+
+#[tokio::test]
+async fn a_full_inbox_goes_with_its_device() {
+    let store = Scratch::open_with(|limits| limits.max_inbox_size = 50).await;
+    let (alice, bob) = (account(&store).await, account(&store).await);
+    let second = linked(&store, &alice).await;
+    for _ in 0..60 {
+        send(&store, &bob, &second, &[&alice]).await;
+    }
+    store.remove_device(alice.user, second.device).await.unwrap();
+    assert_eq!(store.count("messages").await, 50, "those of the other device");
+}
+
+#[tokio::test]
+async fn the_primary_device_and_those_of_others_are_not_removed() {
+    let store = Scratch::open().await;
+    let (alice, bob) = (account(&store).await, account(&store).await);
+    let of_bob = linked(&store, &bob).await;
+    for (device, expected) in [
+        (alice.device, Removed::Primary),
+        (bob.device, Removed::Unknown),
+        (of_bob.device, Removed::Unknown),
+        (DeviceId::random(), Removed::Unknown),
+    ] {
+        assert_eq!(store.remove_device(alice.user, device).await.unwrap(), expected);
+    }
+    assert_eq!(store.count("devices").await, 3);
+}
+
+#[tokio::test]
+async fn the_number_of_a_removed_device_is_not_used_again() {
+    let store = Scratch::open().await;
+    let alice = account(&store).await;
+    let second = linked(&store, &alice).await;
+    store.remove_device(alice.user, second.device).await.unwrap();
+    let third = linked_with(&store, &alice, alice.keys(1, NONE)).await;
+    assert!(third.no > second.no);
+}
+
+#[tokio::test]
+async fn the_last_push_token_wins_and_a_removed_device_has_none() {
+    let store = Scratch::open().await;
+    let alice = account(&store).await;
+    let second = linked(&store, &alice).await;
+    for token in ["first", "last"] {
+        assert!(store.set_push_token(second.no, token).await.unwrap());
+    }
+    assert_eq!(store.count("push_tokens WHERE token = 'last'").await, 1);
+    assert_eq!(store.count("push_tokens").await, 1);
+
+    store.remove_device(alice.user, second.device).await.unwrap();
+    assert!(!store.set_push_token(second.no, "late").await.unwrap());
+    assert_eq!(store.count("push_tokens").await, 0);
+}

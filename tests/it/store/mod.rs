@@ -1,4 +1,5 @@
-//! Contract tests of the store. Every method is named in here by at least one of them.
+//! Contract tests of the store. Every method is named in here by at least one of them. `support` opens a store and makes
+//! accounts in it.
 
 mod accounts;
 mod attachments;
@@ -8,3 +9,4 @@ mod links;
 mod messages;
 mod prekeys;
 mod sessions;
+mod support;

@@ -1,1 +1,278 @@
-//! Sessions in the store.
+//! Sessions in the store: refresh tokens, gateway tickets, and what ends them.
+
+use std::time::Duration;
+
+use futures_util::future::join_all;
+use obscura_server::clock::Timestamp;
+use obscura_server::model::ids::{DeviceId, DeviceNo, IdempotencyKey, UserId};
+use obscura_server::store::{REPEAT_WINDOW, Refresh, Refreshed, SessionGrant};
+
+use super::fixture::{NOW, Person, TestStore, grant, new_device, public_key};
+use crate::harness::Database;
+
+const SECOND: Duration = Duration::from_secs(1);
+const MILLISECOND: Duration = Duration::from_millis(1);
+/// The second up to which these tests make access tokens void.
+const VOID_TO: i64 = NOW.seconds() + 900;
+
+/// The wish to exchange the token of `session` for the one of the answer.
+fn wish(session: &SessionGrant, key: Option<IdempotencyKey>) -> Refresh {
+    let next = SessionGrant { secret_hash: rand::random(), ..*session };
+    Refresh { secret_hash: session.secret_hash, key, next, void_to: VOID_TO }
+}
+
+impl Person {
+    fn session(&self) -> &SessionGrant {
+        &self.account.session
+    }
+}
+
+impl TestStore {
+    /// Exchanges the token of `session`, which has to work, and gives the next one.
+    async fn rotated(&self, session: &SessionGrant, now: Timestamp) -> SessionGrant {
+        let wish = wish(session, None);
+        let refreshed = self.refresh(&wish, now).await.unwrap();
+        assert!(matches!(refreshed, Refreshed::Rotated(_)), "{refreshed:?}");
+        wish.next
+    }
+
+    async fn try_refresh(&self, session: &SessionGrant, key: Option<IdempotencyKey>, now: Timestamp) -> Refreshed {
+        self.refresh(&wish(session, key), now).await.unwrap()
+    }
+
+    async fn ticket(&self, no: DeviceNo, expires_at: Timestamp) -> [u8; 32] {
+        let hash = rand::random();
+        assert!(self.issue_ticket(no, VOID_TO + 1, &hash, expires_at).await.unwrap());
+        hash
+    }
+}
+
+#[tokio::test]
+async fn a_log_in_replaces_the_session_of_the_device() {
+    let store = TestStore::open().await;
+    let alice = store.account().await;
+    let second = grant(NOW);
+    let holder = store.log_in(alice.user, alice.device, &second).await.unwrap().unwrap();
+    assert_eq!((holder.user, holder.device, holder.no), (alice.user, alice.device, alice.no));
+    assert_eq!(store.try_refresh(alice.session(), None, NOW).await, Refreshed::Refused);
+    store.rotated(&second, NOW).await;
+}
+
+#[tokio::test]
+async fn only_a_device_of_the_account_can_be_logged_in() {
+    let store = TestStore::open().await;
+    let (alice, bob) = (store.account().await, store.account().await);
+    for device in [bob.device, DeviceId::random()] {
+        assert_eq!(store.log_in(alice.user, device, &grant(NOW)).await.unwrap(), None);
+    }
+    assert_eq!(store.log_in(UserId::random(), alice.device, &grant(NOW)).await.unwrap(), None);
+    store.rotated(alice.session(), NOW).await;
+    store.rotated(bob.session(), NOW).await;
+}
+
+#[tokio::test]
+async fn a_refresh_replaces_the_token_and_gives_it_a_new_lifetime() {
+    let store = TestStore::open().await;
+    let alice = store.account().await;
+    let first_end = alice.session().expires_at;
+    let mut wish = wish(alice.session(), None);
+    wish.next.expires_at = first_end + SECOND;
+    let refreshed = store.refresh(&wish, first_end - MILLISECOND).await.unwrap();
+    let Refreshed::Rotated(holder) = refreshed else { panic!("{refreshed:?}") };
+    assert_eq!((holder.user, holder.device, holder.no), (alice.user, alice.device, alice.no));
+    store.rotated(&wish.next, first_end + SECOND - MILLISECOND).await;
+}
+
+#[tokio::test]
+async fn a_token_is_dead_from_the_moment_of_its_expiry() {
+    let store = TestStore::open().await;
+    let alice = store.account().await;
+    let end = alice.session().expires_at;
+    let next = store.rotated(alice.session(), NOW).await;
+    assert_eq!(store.try_refresh(&next, None, end).await, Refreshed::Refused);
+    assert_eq!(store.try_refresh(alice.session(), None, end).await, Refreshed::Refused, "nothing is left to be stolen");
+    store.rotated(&next, end - MILLISECOND).await;
+}
+
+#[tokio::test]
+async fn unknown_tokens_are_refused_and_end_nothing() {
+    let store = TestStore::open().await;
+    let alice = store.account().await;
+    assert_eq!(store.try_refresh(&grant(NOW), None, NOW).await, Refreshed::Refused);
+    store.rotated(alice.session(), NOW).await;
+}
+
+#[tokio::test]
+async fn a_used_token_is_refused_for_ten_seconds_and_then_counts_as_stolen() {
+    let store = TestStore::open().await;
+    let (alice, bob) = (store.account().await, store.account().await);
+    let next = store.rotated(alice.session(), NOW).await;
+    for key in [None, Some(IdempotencyKey::random())] {
+        let soon = NOW + Duration::from_secs(10) - MILLISECOND;
+        assert_eq!(store.try_refresh(alice.session(), key, soon).await, Refreshed::Refused);
+    }
+    assert_eq!(store.epoch(alice.no).await.unwrap(), Some(0), "nothing else has happened");
+
+    let later = NOW + Duration::from_secs(10);
+    assert_eq!(store.try_refresh(alice.session(), None, later).await, Refreshed::Stolen(alice.address()));
+    assert_eq!(store.try_refresh(&next, None, later).await, Refreshed::Refused, "the session has ended");
+    assert_eq!(store.epoch(alice.no).await.unwrap(), Some(VOID_TO));
+    assert!(store.standing(alice.device).await.unwrap().is_some(), "the device stays");
+    store.rotated(bob.session(), later).await;
+}
+
+#[tokio::test]
+async fn the_successor_of_a_used_token_works_on() {
+    let store = TestStore::open().await;
+    let alice = store.account().await;
+    let second = store.rotated(alice.session(), NOW).await;
+    assert_eq!(store.try_refresh(alice.session(), None, NOW + SECOND).await, Refreshed::Refused);
+    let third = store.rotated(&second, NOW + SECOND).await;
+    assert_eq!(store.try_refresh(&second, None, NOW + SECOND).await, Refreshed::Refused);
+    store.rotated(&third, NOW + SECOND).await;
+}
+
+#[tokio::test]
+async fn a_token_of_long_ago_counts_as_stolen_though_its_use_is_forgotten() {
+    let store = TestStore::open().await;
+    let alice = store.account().await;
+    let next = store.rotated(alice.session(), NOW).await;
+    assert_eq!(store.expire_refresh_uses(NOW, 10).await.unwrap(), 1);
+    let later = NOW + REPEAT_WINDOW;
+    assert_eq!(store.try_refresh(alice.session(), None, later).await, Refreshed::Stolen(alice.address()));
+    assert_eq!(store.try_refresh(&next, None, later).await, Refreshed::Refused);
+}
+
+#[tokio::test]
+async fn the_same_wish_is_repeated_for_a_minute() {
+    let store = TestStore::open().await;
+    let alice = store.account().await;
+    let (wish, other_key) = (wish(alice.session(), Some(IdempotencyKey::random())), Some(IdempotencyKey::random()));
+    let Refreshed::Rotated(holder) = store.refresh(&wish, NOW).await.unwrap() else { panic!("the token is good") };
+
+    let repeated = Refreshed::Repeated { holder, used_at: NOW };
+    assert_eq!(store.refresh(&wish, NOW).await.unwrap(), repeated);
+    assert_eq!(store.try_refresh(alice.session(), other_key, NOW + SECOND).await, Refreshed::Refused, "another wish");
+    assert_eq!(store.try_refresh(alice.session(), None, NOW + SECOND).await, Refreshed::Refused, "no wish at all");
+    store.rotated(&wish.next, NOW + SECOND).await;
+    assert_eq!(store.refresh(&wish, NOW + REPEAT_WINDOW - MILLISECOND).await.unwrap(), repeated);
+    let late = store.refresh(&wish, NOW + REPEAT_WINDOW).await.unwrap();
+    assert_eq!(late, Refreshed::Stolen(alice.address()));
+}
+
+#[tokio::test]
+async fn a_used_token_under_another_key_counts_as_stolen_after_ten_seconds() {
+    let store = TestStore::open().await;
+    let alice = store.account().await;
+    let first = wish(alice.session(), Some(IdempotencyKey::random()));
+    store.refresh(&first, NOW).await.unwrap();
+    let other = store.try_refresh(alice.session(), Some(IdempotencyKey::random()), NOW + 10 * SECOND).await;
+    assert_eq!(other, Refreshed::Stolen(alice.address()));
+    assert_eq!(store.refresh(&first, NOW + 10 * SECOND).await.unwrap(), Refreshed::Refused, "nothing is repeated now");
+}
+
+#[tokio::test]
+async fn of_many_refreshes_at_once_one_succeeds() {
+    let store = TestStore::open().await;
+    let alice = store.account().await;
+    let answers = join_all((0..8).map(|_| store.try_refresh(alice.session(), None, NOW))).await;
+    assert_eq!(answers.iter().filter(|answer| matches!(answer, Refreshed::Rotated(_))).count(), 1);
+    assert_eq!(answers.iter().filter(|answer| **answer == Refreshed::Refused).count(), 7);
+}
+
+#[tokio::test]
+async fn a_log_out_ends_the_session_and_leaves_the_device() {
+    let store = TestStore::open().await;
+    let (alice, bob) = (store.account().await, store.account().await);
+    for person in [&alice, &bob] {
+        assert!(store.set_push_token(person.no, "token").await.unwrap());
+    }
+    let (ticket, bobs_ticket) = (store.ticket(alice.no, NOW + SECOND).await, store.ticket(bob.no, NOW + SECOND).await);
+    store.log_out(alice.no, VOID_TO).await.unwrap();
+
+    assert_eq!(store.try_refresh(alice.session(), None, NOW).await, Refreshed::Refused);
+    assert_eq!(store.redeem_ticket(&ticket, NOW).await.unwrap(), None);
+    let standing = store.standing(alice.device).await.unwrap().unwrap();
+    assert_eq!(standing.tokens_void_to, VOID_TO);
+    let counts = store.prekey_counts(alice.no).await.unwrap();
+    assert_eq!(counts.ec, 2, "the keys stay");
+    let database = Database::open(&store.file()).await;
+    assert_eq!(database.number("SELECT device_no FROM push_tokens").await, bob.no.0);
+
+    assert!(store.redeem_ticket(&bobs_ticket, NOW).await.unwrap().is_some());
+    store.rotated(bob.session(), NOW).await;
+    let again = grant(NOW);
+    let holder = store.log_in(alice.user, alice.device, &again).await.unwrap().unwrap();
+    assert_eq!(holder.tokens_void_to, VOID_TO, "who issues the next access token has to know");
+    store.rotated(&again, NOW).await;
+}
+
+#[tokio::test]
+async fn every_log_out_begins_a_new_epoch() {
+    let store = TestStore::open().await;
+    let alice = store.account().await;
+    for (void_to, expected) in [(VOID_TO, VOID_TO), (VOID_TO, VOID_TO + 1), (5, VOID_TO + 2), (VOID_TO + 9, VOID_TO + 9)] {
+        store.log_out(alice.no, void_to).await.unwrap();
+        assert_eq!(store.epoch(alice.no).await.unwrap(), Some(expected));
+    }
+}
+
+#[tokio::test]
+async fn a_ticket_is_good_once_and_until_it_expires() {
+    let store = TestStore::open().await;
+    let alice = store.account().await;
+    let end = NOW + 30 * SECOND;
+    let (first, second) = (store.ticket(alice.no, end).await, store.ticket(alice.no, end).await);
+    let holder = store.redeem_ticket(&first, end - MILLISECOND).await.unwrap().unwrap();
+    assert_eq!((holder.user, holder.device, holder.no, holder.tokens_void_to), (alice.user, alice.device, alice.no, 0));
+    assert_eq!(store.redeem_ticket(&first, NOW).await.unwrap(), None, "used");
+    assert_eq!(store.redeem_ticket(&second, end).await.unwrap(), None, "expired");
+    assert_eq!(store.redeem_ticket(&second, NOW).await.unwrap(), None, "used up by the vain attempt");
+    assert_eq!(store.redeem_ticket(&[0; 32], NOW).await.unwrap(), None, "unknown");
+}
+
+#[tokio::test]
+async fn of_many_handshakes_with_one_ticket_one_succeeds() {
+    let store = TestStore::open().await;
+    let alice = store.account().await;
+    let ticket = store.ticket(alice.no, NOW + SECOND).await;
+    let answers = join_all((0..8).map(|_| store.redeem_ticket(&ticket, NOW))).await;
+    assert_eq!(answers.into_iter().filter(|answer| matches!(answer, Ok(Some(_)))).count(), 1);
+}
+
+#[tokio::test]
+async fn no_ticket_is_issued_for_a_void_token_or_a_device_that_is_gone() {
+    let store = TestStore::open().await;
+    let alice = store.account().await;
+    let issue = async |expires_at| store.issue_ticket(alice.no, expires_at, &rand::random(), NOW + SECOND).await.unwrap();
+    assert!(issue(1).await);
+    store.log_out(alice.no, VOID_TO).await.unwrap();
+    assert!(!issue(VOID_TO).await, "its call came in just before the log-out");
+    assert!(issue(VOID_TO + 1).await);
+    store.reset(alice.user, &public_key(9), &new_device(), &grant(NOW)).await.unwrap();
+    assert!(!issue(VOID_TO + 1).await);
+}
+
+#[tokio::test]
+async fn the_sweeps_forget_what_has_expired_a_batch_at_a_time() {
+    let store = TestStore::open().await;
+    let people = [store.account().await, store.account().await, store.account().await];
+    let end = people[0].session().expires_at;
+    let alive = SessionGrant { expires_at: end + SECOND, ..grant(NOW) };
+    store.log_in(people[2].user, people[2].device, &alive).await.unwrap();
+    assert_eq!(store.expire_sessions(end - MILLISECOND, 10).await.unwrap(), 0);
+    assert_eq!(store.expire_sessions(end, 1).await.unwrap(), 1);
+    assert_eq!(store.expire_sessions(end, 10).await.unwrap(), 1);
+    store.rotated(&alive, end).await;
+
+    let no = people[0].no;
+    for expires_at in [NOW, NOW, NOW + SECOND] {
+        store.ticket(no, expires_at).await;
+    }
+    assert_eq!(store.expire_tickets(NOW, 1).await.unwrap(), 1);
+    assert_eq!(store.expire_tickets(NOW, 10).await.unwrap(), 1);
+    assert_eq!(store.expire_tickets(NOW + SECOND, 10).await.unwrap(), 1);
+
+    assert_eq!(store.expire_refresh_uses(end - MILLISECOND, 10).await.unwrap(), 0);
+    assert_eq!(store.expire_refresh_uses(end, 10).await.unwrap(), 1);
+}
