@@ -6,13 +6,16 @@
 mod accounts;
 mod attachments;
 mod devices;
+mod inboxes;
 mod links;
 mod messages;
 mod outcome;
 mod prekeys;
 mod push_tokens;
+mod send;
 mod sessions;
 
+use std::fmt::Write;
 use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
@@ -109,7 +112,7 @@ pub enum OpenError {
 pub struct Store {
     write: SqlitePool,
     read: SqlitePool,
-    inboxes: Arc<messages::Inboxes>,
+    inboxes: Arc<inboxes::Inboxes>,
     limits: Limits,
 }
 
@@ -162,7 +165,7 @@ impl Store {
         migrate(&write, &shown).await?;
         let readers = options.pragma("query_only", "on").pragma("cache_size", "-8192");
         let read = pool().max_connections(READERS).connect_with(readers).await.map_err(unusable)?;
-        let inboxes = Arc::new(messages::Inboxes::load(&write).await.map_err(unusable)?);
+        let inboxes = Arc::new(inboxes::Inboxes::load(&write).await.map_err(unusable)?);
         Ok(Self { write, read, inboxes, limits })
     }
 
@@ -218,4 +221,17 @@ async fn migrate(pool: &SqlitePool, path: &str) -> std::result::Result<(), OpenE
         }
         cause => OpenError::Migration { path: path.to_owned(), cause },
     })
+}
+
+/// `[1,2,3]`
+fn json_list<T: std::fmt::Display>(values: impl Iterator<Item = T>) -> String {
+    let mut list = String::from("[");
+    for value in values {
+        let _ = write!(list, "{value},");
+    }
+    if list.len() > 1 {
+        list.pop();
+    }
+    list.push(']');
+    list
 }

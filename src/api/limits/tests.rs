@@ -52,7 +52,7 @@ async fn a_rate_or_burst_of_zero_counts_as_one() {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig::with_cases(200))]
+    #![proptest_config(ProptestConfig { cases: 200, failure_persistence: None, ..ProptestConfig::default() })]
 
     #[test]
     fn waiting_as_long_as_told_always_suffices(
