@@ -3,6 +3,7 @@
 use std::fmt;
 
 use sqlx::types::Uuid;
+use uuid::ContextV7;
 
 use crate::clock::Timestamp;
 
@@ -73,10 +74,10 @@ uuid_type!(
 );
 
 impl MessageId {
-    /// A fresh id (UUIDv7) for a message received at `now`.
-    pub fn at(now: Timestamp) -> Self {
+    /// A fresh id (UUIDv7) for a message received at `now`. Ids made with one `sequence` ascend.
+    pub fn next(now: Timestamp, sequence: &ContextV7) -> Self {
         let since_epoch = now.since_epoch();
-        let time = uuid::Timestamp::from_unix(uuid::NoContext, since_epoch.as_secs(), since_epoch.subsec_nanos());
+        let time = uuid::Timestamp::from_unix(sequence, since_epoch.as_secs(), since_epoch.subsec_nanos());
         Self(Uuid::new_v7(time))
     }
 }
@@ -119,6 +120,13 @@ mod tests {
         }
         assert_eq!(UserId::parse("67e55044"), None);
         assert_eq!(UserId::from_bytes(&[0; 15]), None);
+    }
+
+    #[test]
+    fn message_ids_ascend_within_a_millisecond_and_when_the_clock_steps_back() {
+        let sequence = ContextV7::new();
+        let ids: Vec<_> = [5, 5, 5, 4, 6].map(|now| MessageId::next(Timestamp::from_millis(now), &sequence)).into();
+        assert!(ids.is_sorted_by(|one, next| one < next));
     }
 
     #[test]

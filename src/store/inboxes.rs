@@ -2,23 +2,39 @@
 
 use std::collections::{HashMap, HashSet};
 use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
 
 use sqlx::SqlitePool;
+use uuid::ContextV7;
 
-use crate::model::ids::DeviceNo;
+use crate::clock::Timestamp;
+use crate::model::ids::{DeviceNo, MessageId};
 use crate::store::outcome::Queued;
 
 /// Devices whose inbox size is remembered. Past that all are forgotten, and counted again when they get mail.
 const REMEMBERED_INBOXES: usize = 100_000;
+/// A clock that steps back by less than this doesn't change the order of receipt times.
+const CLOCK_STEP: Duration = Duration::from_secs(10);
 
 /// What the writer remembers between groups. There is one writer, so nobody else changes it.
 pub(super) struct Inboxes {
     state: Mutex<InboxState>,
 }
 
-#[derive(Default)]
+/// What the messages of one group are given.
+pub(super) struct Numbered {
+    /// The place of the first; the others follow without a gap.
+    pub(super) first_position: i64,
+    /// When they were received.
+    pub(super) received_at: Timestamp,
+    /// One for each.
+    pub(super) ids: Vec<MessageId>,
+}
+
 struct InboxState {
     last_position: i64,
+    last_receipt: Timestamp,
+    sequence: ContextV7,
     /// At most so many messages wait for a device. Acks don't lower it, so it may be too high, never too low; a
     /// device that seems to pass its limit is counted afresh. So the inbox that is emptied in time costs nothing.
     at_most: HashMap<DeviceNo, u32>,
@@ -28,19 +44,31 @@ impl Inboxes {
     pub(super) async fn load(pool: &SqlitePool) -> std::result::Result<Self, sqlx::Error> {
         let last: Option<i64> =
             sqlx::query_scalar("SELECT seq FROM sqlite_sequence WHERE name = 'messages'").fetch_optional(pool).await?;
-        Ok(Self { state: Mutex::new(InboxState { last_position: last.unwrap_or_default(), at_most: HashMap::new() }) })
+        let state = InboxState {
+            last_position: last.unwrap_or_default(),
+            last_receipt: Timestamp::default(),
+            sequence: ContextV7::new(),
+            at_most: HashMap::new(),
+        };
+        Ok(Self { state: Mutex::new(state) })
     }
 
     fn state(&self) -> MutexGuard<'_, InboxState> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Reserves `count` positions and answers the first. They are lost if the transaction fails, which does no harm.
-    pub(super) fn take_positions(&self, count: usize) -> i64 {
+    /// Gives `count` new messages their places and ids, and the time of receipt that they share. All of them ascend
+    /// from group to group; what is given to a transaction that fails is lost, which does no harm.
+    pub(super) fn number(&self, count: usize, now: Timestamp) -> Numbered {
         let mut state = self.state();
-        let first = state.last_position + 1;
+        let first_position = state.last_position + 1;
         state.last_position += i64::try_from(count).unwrap_or(i64::MAX);
-        first
+        // A clock that was set back a little stands still until it has caught up. One that was far off is believed.
+        let stands_still = now < state.last_receipt && now + CLOCK_STEP > state.last_receipt;
+        let received_at = if stands_still { state.last_receipt } else { now };
+        state.last_receipt = received_at;
+        let ids = (0..count).map(|_| MessageId::next(received_at, &state.sequence)).collect();
+        Numbered { first_position, received_at, ids }
     }
 
     /// Counts new mail in, and answers the devices that have to be counted because they may have passed `max`.

@@ -98,7 +98,7 @@ impl Store {
         let deleted = sqlx::query(
             "DELETE FROM messages WHERE position <= (
                  SELECT MAX(position) FROM (SELECT position, received_at FROM messages ORDER BY position LIMIT $2)
-                 WHERE received_at <= $1)",
+                 WHERE received_at <= $1) AND received_at <= $1",
         )
         .bind(now - self.limits.retention)
         .bind(limit)

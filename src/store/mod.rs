@@ -160,7 +160,14 @@ impl Store {
             .pragma("journal_size_limit", (64 << 20).to_string())
             .pragma("cache_size", "-65536")
             .pragma("temp_store", "memory");
-        let pool = || SqlitePoolOptions::new().acquire_timeout(config.acquire_timeout).test_before_acquire(false);
+        // A connection to a file doesn't wear out, and its caches are worth keeping.
+        let pool = || {
+            SqlitePoolOptions::new()
+                .acquire_timeout(config.acquire_timeout)
+                .test_before_acquire(false)
+                .idle_timeout(None)
+                .max_lifetime(None)
+        };
         let write = pool().max_connections(1).connect_with(options.clone()).await.map_err(unusable)?;
         migrate(&write, &shown).await?;
         let readers = options.pragma("query_only", "on").pragma("cache_size", "-8192");

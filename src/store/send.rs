@@ -6,8 +6,9 @@ use std::fmt::Write;
 use sqlx::{Row, Sqlite, Transaction};
 
 use crate::clock::Timestamp;
-use crate::model::ids::{Address, DeviceId, DeviceNo, IdempotencyKey, MessageId, Position, UserId};
+use crate::model::ids::{Address, DeviceId, DeviceNo, IdempotencyKey, Position, UserId};
 use crate::model::mail::{Outcome, Outgoing, Replay, Sent};
+use crate::store::inboxes::Numbered;
 use crate::store::outcome::{self, Devices, Queued};
 use crate::store::{Result, Store, commit, json_list};
 
@@ -40,9 +41,9 @@ impl Store {
             known.insert(id, (outcome.clone(), mail.digest));
             sent.push(Sent { outcome, woken, replay: None });
         }
-        let first_position = self.inboxes.take_positions(rows.len());
-        insert_messages(tx, &rows, first_position, now).await?;
-        insert_receipts(tx, &receipts, first_position, now, now + self.limits.idempotency_lifetime).await?;
+        let numbered = self.inboxes.number(rows.len(), now);
+        insert_messages(tx, &rows, &numbered).await?;
+        insert_receipts(tx, &receipts, numbered.first_position, now, now + self.limits.idempotency_lifetime).await?;
         let queued: Vec<_> = rows.iter().map(|(_, row)| *row).collect();
         self.hold_inbox_limit(tx, &queued, now).await?;
         Ok(sent)
@@ -181,8 +182,7 @@ async fn current_devices(tx: &mut Transaction<'_, Sqlite>, sends: &[Outgoing]) -
 async fn insert_messages(
     tx: &mut Transaction<'_, Sqlite>,
     rows: &[(&Outgoing, Queued<'_>)],
-    first_position: i64,
-    now: Timestamp,
+    numbered: &Numbered,
 ) -> Result<()> {
     if rows.is_empty() {
         return Ok(());
@@ -190,9 +190,9 @@ async fn insert_messages(
     let mut list = String::with_capacity(rows.len() * 24);
     let mut blob = Vec::with_capacity(rows.iter().map(|(_, row)| row.sealed.0.len() + 48).sum());
     list.push('[');
-    for (mail, row) in rows {
+    for ((mail, row), id) in rows.iter().zip(&numbered.ids) {
         let _ = write!(list, "[{},{},{}],", row.device.0, blob.len() + 1, row.sealed.0.len());
-        blob.extend_from_slice(MessageId::at(now).as_bytes());
+        blob.extend_from_slice(id.as_bytes());
         blob.extend_from_slice(mail.sender.user.as_bytes());
         blob.extend_from_slice(mail.sender.device.as_bytes());
         blob.extend_from_slice(&row.sealed.0);
@@ -207,8 +207,8 @@ async fn insert_messages(
     )
     .bind(list)
     .bind(blob)
-    .bind(first_position)
-    .bind(now)
+    .bind(numbered.first_position)
+    .bind(numbered.received_at)
     .execute(&mut **tx)
     .await?;
     Ok(())

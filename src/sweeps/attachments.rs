@@ -119,3 +119,48 @@ impl Walk {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use crate::model::ids::AttachmentId;
+
+    use super::*;
+
+    fn place(second: i64) -> Option<AttachmentAge> {
+        Some(AttachmentAge { created_at: Timestamp::from_seconds(second), id: AttachmentId::random() })
+    }
+
+    fn failed(count: usize, cause: &'static str) -> Option<(usize, BlobError)> {
+        Some((count, BlobError::from(std::io::Error::other(cause))))
+    }
+
+    #[test]
+    fn a_round_goes_on_behind_each_full_step_and_then_starts_over() {
+        let walk = Walk::default();
+        let first = place(1);
+        assert_eq!(walk.advance(first, false, None).unwrap(), Round::More);
+        assert_eq!(walk.after(), first);
+        assert_eq!(walk.advance(None, false, None).unwrap(), Round::Done);
+        assert_eq!(walk.after(), None);
+    }
+
+    #[test]
+    fn failures_are_passed_over_and_told_once_at_the_end_of_the_round() {
+        let walk = Walk::default();
+        assert_eq!(walk.advance(place(1), false, failed(2, "the first cause")).unwrap(), Round::More);
+        assert_eq!(walk.advance(place(2), false, failed(1, "another cause")).unwrap(), Round::More);
+        assert_eq!(walk.advance(place(3), false, None).unwrap(), Round::More);
+        let told = walk.advance(None, false, None).unwrap_err().to_string();
+        assert!(told.contains("3 attachments") && told.contains("the first cause"), "{told}");
+        assert_eq!(walk.advance(None, true, None).unwrap(), Round::Done);
+    }
+
+    #[test]
+    fn a_step_in_which_everything_failed_ends_the_round_but_not_the_walk() {
+        let walk = Walk::default();
+        let last = place(1);
+        walk.advance(last, true, failed(2, "away")).unwrap_err();
+        assert_eq!(walk.after(), last, "the next round begins behind it");
+        assert_eq!(walk.advance(None, false, None).unwrap(), Round::Done);
+    }
+}
