@@ -3,6 +3,8 @@
 //! An object is named after its attachment's id behind the configured prefix, in a folder as in a bucket, so that the
 //! one can be copied to the other as it stands.
 
+use std::error::Error;
+use std::fmt;
 use std::fs::{self, DirBuilder, File};
 use std::io::{self, ErrorKind, Seek, SeekFrom};
 use std::ops::Range;
@@ -10,13 +12,11 @@ use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use bytes::Bytes;
+use bytes::{Bytes, BytesMut};
 use futures_util::stream::{self, BoxStream};
 use futures_util::{Stream, StreamExt, TryStreamExt};
 use object_store::local::LocalFileSystem;
-use object_store::{
-    GetOptions, GetResultPayload, MultipartUpload, ObjectStore, ObjectStoreExt, PutPayload, path::Path as Key,
-};
+use object_store::{GetOptions, GetResultPayload, MultipartUpload, ObjectStore, ObjectStoreExt, path::Path as Key};
 use tokio::io::AsyncReadExt;
 use tokio_util::io::ReaderStream;
 use tracing::{info, warn};
@@ -32,21 +32,55 @@ const READ_BYTES: usize = 64 << 10;
 const DELETES_AT_ONCE: usize = 8;
 
 /// The storage could not do what it was asked.
-#[derive(Debug, thiserror::Error)]
-#[error("the attachment storage failed: {0}")]
-pub struct BlobError(#[from] object_store::Error);
+///
+/// The library's own errors name the object, and who knows the name of an attachment may read it. So neither form of
+/// this one, in a log or elsewhere, repeats them.
+pub struct BlobError(object_store::Error);
 
 impl BlobError {
     /// True when the disk or a quota stopped a write.
     pub fn is_full(&self) -> bool {
-        let mut cause: Option<&(dyn std::error::Error + 'static)> = Some(&self.0);
-        while let Some(error) = cause {
-            if let Some(error) = error.downcast_ref::<io::Error>() {
-                return matches!(error.kind(), ErrorKind::StorageFull | ErrorKind::QuotaExceeded);
+        let kind = self.system_error().map(io::Error::kind);
+        matches!(kind, Some(ErrorKind::StorageFull | ErrorKind::QuotaExceeded))
+    }
+
+    /// What the operating system said, if it was it that failed.
+    fn system_error(&self) -> Option<&io::Error> {
+        let mut cause: &(dyn Error + 'static) = &self.0;
+        loop {
+            match cause.downcast_ref() {
+                Some(error) => return Some(error),
+                None => cause = cause.source()?,
             }
-            cause = error.source();
         }
-        false
+    }
+}
+
+impl fmt::Display for BlobError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("the attachment storage failed: ")?;
+        match (self.system_error(), &self.0) {
+            (Some(error), _) => fmt::Display::fmt(error, f),
+            (None, object_store::Error::Generic { store, .. }) => write!(f, "trouble in {store}"),
+            (None, object_store::Error::NotFound { .. }) => f.write_str("not found"),
+            (None, object_store::Error::PermissionDenied { .. }) => f.write_str("permission denied"),
+            (None, object_store::Error::Unauthenticated { .. }) => f.write_str("the credentials were refused"),
+            (None, _) => f.write_str("an unexpected answer"),
+        }
+    }
+}
+
+impl fmt::Debug for BlobError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "BlobError({self})")
+    }
+}
+
+impl Error for BlobError {}
+
+impl From<object_store::Error> for BlobError {
+    fn from(error: object_store::Error) -> Self {
+        Self(error)
     }
 }
 
@@ -145,25 +179,24 @@ impl Blobs {
     ) -> Result<Staged, UploadError> {
         let mut upload = self.store.put_multipart(&self.key(id)).await.map_err(BlobError)?;
         let mut body = std::pin::pin!(body);
-        let (mut received, mut part, mut part_bytes) = (0, Vec::new(), 0);
+        // Copied together, because a client that sends single bytes would make a list of them expensive.
+        let (mut received, mut part) = (0, BytesMut::new());
         while let Some(bytes) = body.next().await {
             let bytes = bytes.map_err(|_| UploadError::Body)?;
             received += bytes.len() as u64;
             if received > size {
                 return Err(UploadError::Body);
             }
-            part_bytes += bytes.len();
-            part.push(bytes);
-            if part_bytes >= PART_BYTES {
-                upload.put_part(PutPayload::from_iter(std::mem::take(&mut part))).await.map_err(BlobError)?;
-                part_bytes = 0;
+            part.extend_from_slice(&bytes);
+            if part.len() >= PART_BYTES {
+                upload.put_part(part.split().freeze().into()).await.map_err(BlobError)?;
             }
         }
         if received < size {
             return Err(UploadError::Body);
         }
-        if part_bytes > 0 {
-            upload.put_part(PutPayload::from_iter(part)).await.map_err(BlobError)?;
+        if !part.is_empty() {
+            upload.put_part(part.freeze().into()).await.map_err(BlobError)?;
         }
         Ok(Staged { id, upload, blobs: self.clone() })
     }
@@ -212,13 +245,13 @@ impl Blobs {
     async fn delete_one(self, id: AttachmentId) -> (AttachmentId, Result<(), BlobError>) {
         let deleted = async {
             let key = self.key(id);
-            match self.store.delete(&key).await {
-                Ok(()) | Err(object_store::Error::NotFound { .. }) => {}
-                Err(error) => return Err(error.into()),
-            }
             match tokio::fs::remove_file(staging_path(&self.path(&key)?)).await {
-                Err(error) if error.kind() != ErrorKind::NotFound => Err(error.into()),
-                _ => Ok(()),
+                Err(error) if error.kind() != ErrorKind::NotFound => return Err(error.into()),
+                _ => {}
+            }
+            match self.store.delete(&key).await {
+                Ok(()) | Err(object_store::Error::NotFound { .. }) => Ok(()),
+                Err(error) => Err(error.into()),
             }
         };
         (id, deleted.await)

@@ -15,7 +15,7 @@ use crate::store::{self, Store};
 /// A command beside serving.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Command {
-    /// `after-restore`: see [`after_restore`].
+    /// `after-restore`: see `after_restore`.
     AfterRestore,
 }
 

@@ -16,6 +16,7 @@ use hyper::service::service_fn;
 use hyper_util::rt::{TokioIo, TokioTimer};
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::net::{TcpListener, TcpStream};
+use tokio::time::Sleep;
 use tower::ServiceExt;
 use tracing::{debug, error};
 
@@ -28,15 +29,17 @@ const BUFFER_BYTES: usize = 64 << 10;
 /// After accepting has failed (no descriptors left, say), before it is tried again.
 const PAUSE_AFTER_FAILURE: Duration = Duration::from_millis(100);
 
-/// Serves `router` on every connection that comes in, until shutdown. A client gets `head_timeout` for each request
-/// head, and for the pause before it.
-pub async fn serve(
-    listener: TcpListener,
-    router: Router,
-    connections: Connections,
-    head_timeout: Duration,
-    tasks: Tasks,
-) {
+/// How long a client may make the server wait.
+#[derive(Clone, Copy, Debug)]
+pub struct Patience {
+    /// For each request head, and for the pause before it.
+    pub head: Duration,
+    /// For the next byte of an answer or a frame to be taken.
+    pub write: Duration,
+}
+
+/// Serves `router` on every connection that comes in, until shutdown.
+pub async fn serve(listener: TcpListener, router: Router, connections: Connections, patience: Patience, tasks: Tasks) {
     loop {
         let accepted = tokio::select! {
             () = tasks.stopping() => return,
@@ -52,22 +55,17 @@ pub async fn serve(
         };
         // Above the caps a connection is closed at once: answering would cost what the cap is there to save.
         let Some(permit) = connections.admit(peer.ip()) else { continue };
-        tasks.attend(converse(stream, peer, permit, router.clone(), head_timeout, tasks.clone()));
+        let _ = stream.set_nodelay(true);
+        let progress = Arc::<Progress>::default();
+        let stream =
+            Bounded { stream, progress, write_timeout: patience.write, stalled: None, _permit: permit };
+        tasks.attend(converse(stream, peer, router.clone(), patience.head, tasks.clone()));
     }
 }
 
 /// One connection, from its first request to its last.
-async fn converse(
-    stream: TcpStream,
-    peer: SocketAddr,
-    permit: Permit,
-    router: Router,
-    head_timeout: Duration,
-    tasks: Tasks,
-) {
-    let _ = stream.set_nodelay(true);
-    let progress = Arc::<Progress>::default();
-    let stream = Counted { stream, progress: progress.clone(), _permit: permit };
+async fn converse(stream: Bounded, peer: SocketAddr, router: Router, head_timeout: Duration, tasks: Tasks) {
+    let progress = stream.progress.clone();
     let service = service_fn(move |request: Request<Incoming>| {
         let mut request = request.map(Body::new);
         request.extensions_mut().insert(ConnectInfo(peer));
@@ -93,34 +91,42 @@ async fn converse(
     }
 }
 
-/// A connection that counts the bytes the kernel takes, and holds its place among the open ones for as long as it
-/// lives, also as a WebSocket.
-struct Counted {
+/// A connection that counts the bytes the kernel takes, ends when it takes none for too long, and holds its place among
+/// the open ones for as long as it lives, also as a WebSocket.
+struct Bounded {
     stream: TcpStream,
     progress: Arc<Progress>,
+    write_timeout: Duration,
+    /// Runs while a write waits for the client to read. Boxed, because most connections never need it.
+    stalled: Option<Pin<Box<Sleep>>>,
     _permit: Permit,
 }
 
-impl Counted {
-    fn count(&self, written: Poll<io::Result<usize>>) -> Poll<io::Result<usize>> {
-        if let Poll::Ready(Ok(bytes)) = &written {
-            self.progress.add(*bytes);
+impl Bounded {
+    fn watch(&mut self, context: &mut Context<'_>, written: Poll<io::Result<usize>>) -> Poll<io::Result<usize>> {
+        if let Poll::Ready(done) = written {
+            self.stalled = None;
+            self.progress.add(done.as_ref().copied().unwrap_or_default());
+            return Poll::Ready(done);
         }
-        written
+        let timeout = self.write_timeout;
+        let stalled = self.stalled.get_or_insert_with(|| Box::pin(tokio::time::sleep(timeout)));
+        std::task::ready!(stalled.as_mut().poll(context));
+        Poll::Ready(Err(io::ErrorKind::TimedOut.into()))
     }
 }
 
-impl AsyncRead for Counted {
+impl AsyncRead for Bounded {
     fn poll_read(self: Pin<&mut Self>, context: &mut Context<'_>, buffer: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
         Pin::new(&mut self.get_mut().stream).poll_read(context, buffer)
     }
 }
 
-impl AsyncWrite for Counted {
+impl AsyncWrite for Bounded {
     fn poll_write(self: Pin<&mut Self>, context: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
         let this = self.get_mut();
         let written = Pin::new(&mut this.stream).poll_write(context, bytes);
-        this.count(written)
+        this.watch(context, written)
     }
 
     fn poll_write_vectored(
@@ -130,7 +136,7 @@ impl AsyncWrite for Counted {
     ) -> Poll<io::Result<usize>> {
         let this = self.get_mut();
         let written = Pin::new(&mut this.stream).poll_write_vectored(context, bytes);
-        this.count(written)
+        this.watch(context, written)
     }
 
     fn is_write_vectored(&self) -> bool {

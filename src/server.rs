@@ -21,7 +21,7 @@ use crate::bus::Bus;
 use crate::clock::Clock;
 use crate::config::{self, Config};
 use crate::disk::Disk;
-use crate::listener;
+use crate::listener::{self, Patience};
 use crate::mailroom::Mailroom;
 use crate::store::{self, Store};
 use crate::sweeps;
@@ -133,11 +133,11 @@ async fn open(app: &App, keepers: &Tasks, api: TcpListener, management: TcpListe
     let forgetful = limits.clone();
     sweeps::start(app, move || forgetful.sweep()).await;
     let router = api::router(app.clone(), &limits);
-    let head_timeout = server.header_timeout;
-    app.tasks.spawn("api", listener::serve(api, router, connections, head_timeout, app.tasks.clone()));
+    let patience = Patience { head: server.header_timeout, write: app.config.gateway.write_timeout };
+    app.tasks.spawn("api", listener::serve(api, router, connections, patience, app.tasks.clone()));
     let few = Connections::new(MANAGEMENT_CONNECTIONS, MANAGEMENT_CONNECTIONS, Vec::new());
     let router = management::router(app.clone());
-    keepers.spawn("management", listener::serve(management, router, few, head_timeout, keepers.clone()));
+    keepers.spawn("management", listener::serve(management, router, few, patience, keepers.clone()));
 }
 
 async fn bind(app: &App, port: u16) -> Result<TcpListener> {

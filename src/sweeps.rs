@@ -9,7 +9,7 @@ use std::time::Duration;
 use tracing::info;
 
 use crate::app::App;
-use crate::store::StoreError;
+use crate::store::{REPEAT_WINDOW, StoreError};
 use crate::sweeps::attachments::Walk;
 use crate::tasks::Round;
 
@@ -19,8 +19,6 @@ const STEP: u32 = 500;
 const RECLAIM_PAGES: u32 = 1000;
 /// How often secrets that live for minutes at the most are cleaned up.
 const SHORT_LIVED: Duration = Duration::from_mins(1);
-/// How long a used refresh token is remembered, to tell a lost answer from theft.
-const REFRESH_USE_LIFETIME: Duration = Duration::from_mins(1);
 
 /// Removes what the last run of the server left unfinished, then starts the repeated jobs. Call it before the first
 /// request comes in: it takes every upload that is under way for an interrupted one.
@@ -85,7 +83,7 @@ async fn expired_tickets(app: App) -> Result<Round, StoreError> {
 }
 
 async fn used_refresh_tokens(app: App) -> Result<Round, StoreError> {
-    app.store.expire_refresh_uses(app.clock.now() - REFRESH_USE_LIFETIME, STEP).await.map(round)
+    app.store.expire_refresh_uses(app.clock.now() - REPEAT_WINDOW, STEP).await.map(round)
 }
 
 async fn expired_links(app: App) -> Result<Round, StoreError> {

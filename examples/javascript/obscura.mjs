@@ -18,8 +18,11 @@ export { IdentityChanged, openAttachment, Relay, RelayError, sealAttachment, Sig
 const LINK_PURPOSE = 'Obscura link session';
 const ATTEMPTS_TO_SEND = 5;
 
-/** How many one-time prekeys a device likes to have on the server. Kyber keys are big, and there is a last resort. */
-const STOCK = { preKeys: 60, pqPreKeys: 20 };
+/**
+ * How many one-time prekeys a device likes to have on the server. Both numbers are above the server's threshold of 20, or
+ * it would ask for more after every fetch. Kyber keys are big, and there is a last resort: a smaller stock is enough.
+ */
+const STOCK = { preKeys: 60, pqPreKeys: 30 };
 
 /**
  * One device of one account.
@@ -144,6 +147,7 @@ export class Device extends EventEmitter {
     if (!this.refillsByItself || this.#refilling) return;
     const preKeys = Math.max(0, this.#stock.preKeys - status.oneTimePreKeyCount);
     const pqPreKeys = Math.max(0, this.#stock.pqPreKeys - status.pqPreKeyCount);
+    if (preKeys === 0 && pqPreKeys === 0) return;
     this.#refilling = this.refill({ preKeys, pqPreKeys })
       .catch((error) => this.emit('trouble', error))
       .finally(() => (this.#refilling = null));
@@ -229,11 +233,11 @@ export class Device extends EventEmitter {
     const { ticket } = (await this.call('POST', '/v1/gateway/ticket')).json();
     const socket = new WebSocket(this.relay.gateway(ticket), { perMessageDeflate: false, handshakeTimeout: 10_000 });
     this.#socket = socket;
+    // Before the opening `once` throws what goes wrong; afterwards every error is followed by `close`.
+    socket.on('error', () => {});
     socket.on('message', (data, isBinary) => isBinary && this.#takeFrame(data));
     socket.on('close', (code, reason) => this.emit('closed', code, reason.toString()));
     await once(socket, 'open');
-    // An error after the opening is followed by `close`, which the app hears of.
-    socket.on('error', () => {});
   }
 
   /** Closes the gateway socket and resolves when it is closed. */

@@ -68,7 +68,7 @@ async function story() {
 async function signUp(nickname) {
   const username = `${nickname}_${randomBytes(5).toString('hex')}`;
   const password = randomBytes(18).toString('base64');
-  const stock = { preKeys: 30, pqPreKeys: 10 };
+  const stock = { preKeys: 30, pqPreKeys: 30 };
   const device = await Device.register(relay, { username, password, name: `${nickname}'s phone`, stock });
   device.on('submitted', ({ recipients, bytes }) => {
     for (const { sealed } of recipients) {

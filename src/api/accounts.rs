@@ -7,11 +7,11 @@ use serde::Deserialize;
 use crate::api::device_keys::{
     DeviceKeys, DeviceKeysBody, OneTimePreKeyBody, PqPreKeyBody, PreKeysBody, SignedPreKeyBody,
 };
+use crate::api::devices::dismiss;
 use crate::api::error::ApiError;
 use crate::api::extract::Json;
 use crate::api::sessions::{AuthResponse, MAX_PASSWORD_BYTES, NewSession, authenticate};
 use crate::app::App;
-use crate::bus::Signal;
 use crate::model::ids::{DeviceId, UserId};
 use crate::store::{NewAccount, NewDevice, Registered};
 
@@ -108,7 +108,7 @@ pub async fn reset(
             let identity = keys.identity;
             let device = new_device(keys);
             let reset = app.store.reset(user, &identity, &device, &session.grant).await?;
-            app.bus.wake(&reset.removed, Signal::Standing).await;
+            dismiss(&app, &reset.removed).await;
             Ok(axum::Json(session.answer(&app.tokens, user, device.id, app.tokens.latest_access_expiry(now))))
         })
         .await

@@ -38,7 +38,7 @@ pub async fn upload(
     caller: Caller,
     headers: HeaderMap,
     body: Body,
-) -> Result<impl IntoResponse, ApiError> {
+) -> Result<(StatusCode, axum::Json<Attachment>), ApiError> {
     let size = content_length(&headers).ok_or(ApiError::LengthRequired)?;
     check_size(size, &app.config.attachments)?;
     if !app.disk.room_for_attachments() {

@@ -3,6 +3,7 @@
 use axum::extract::State;
 use axum::http::StatusCode;
 use serde::{Deserialize, Serialize};
+use tracing::warn;
 
 use crate::api::device_keys::{DeviceKeysBody, OneTimePreKeyBody, PqPreKeyBody, PreKeysBody, SignedPreKeyBody};
 use crate::api::error::ApiError;
@@ -11,7 +12,7 @@ use crate::api::sessions::{AuthResponse, NewSession};
 use crate::app::App;
 use crate::auth::tokens::OpaqueSecret;
 use crate::bus::Signal;
-use crate::model::ids::{Address, DeviceId};
+use crate::model::ids::{Address, DeviceId, DeviceNo};
 use crate::store::{DeviceRow, Linked, NewDevice, NewLink, Removed};
 
 /// `POST /v1/devices`
@@ -101,11 +102,29 @@ pub async fn delete(
 async fn remove(app: App, caller: Caller, target: DeviceId) -> Result<StatusCode, ApiError> {
     match app.store.remove_device(caller.user, target).await? {
         Removed::Device(device) => {
-            app.bus.wake(&[Address { user: caller.user, device }], Signal::Standing).await;
+            dismiss(&app, &[Address { user: caller.user, device }]).await;
             Ok(StatusCode::NO_CONTENT)
         }
         Removed::Unknown => Err(ApiError::NotFound),
         Removed::Primary => Err(ApiError::forbidden("The primary device cannot be deleted; reset the account instead")),
+    }
+}
+
+/// Tells the sockets of devices that were just removed, and sees to it that their mail is deleted.
+pub async fn dismiss(app: &App, removed: &[Address]) {
+    app.bus.wake(removed, Signal::Standing).await;
+    let gone = removed.iter().map(|address| address.device).collect();
+    app.tasks.attend(clear_inboxes(app.clone(), gone));
+}
+
+/// Deletes step by step what did not fit into the transaction that removed the devices. What shutdown leaves expires.
+async fn clear_inboxes(app: App, gone: Vec<DeviceNo>) {
+    while !app.tasks.is_stopping() {
+        match app.store.clear_inboxes(&gone).await {
+            Ok(true) => {}
+            Ok(false) => return,
+            Err(error) => return warn!(%error, "mail of removed devices could not be deleted; it will expire"),
+        }
     }
 }
 

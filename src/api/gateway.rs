@@ -6,7 +6,7 @@ use axum::extract::rejection::QueryRejection;
 use axum::extract::ws::rejection::WebSocketUpgradeRejection;
 use axum::extract::{Query, State, WebSocketUpgrade};
 use axum::http::StatusCode;
-use axum::response::{IntoResponse, Response};
+use axum::response::Response;
 use axum::{Extension, Json};
 use serde::{Deserialize, Serialize};
 
@@ -25,7 +25,7 @@ pub struct TicketResponse {
 }
 
 /// `POST /v1/gateway/ticket`: a ticket that opens one socket for the calling device.
-pub async fn ticket(State(app): State<App>, caller: Caller) -> Result<impl IntoResponse, ApiError> {
+pub async fn ticket(State(app): State<App>, caller: Caller) -> Result<(StatusCode, Json<TicketResponse>), ApiError> {
     let ticket = OpaqueSecret::random();
     let expires_at = app.clock.now() + app.config.gateway.ticket_lifetime;
     if !app.store.issue_ticket(caller.no, caller.token_expires_at, &ticket.hash(), expires_at).await? {

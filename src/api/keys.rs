@@ -87,7 +87,7 @@ pub async fn refill(
 
 /// How many one-time prekeys the calling device has left.
 pub async fn counts(State(app): State<App>, caller: Caller) -> Result<axum::Json<KeyCounts>, ApiError> {
-    let counts = app.store.prekey_counts(caller.no).await?;
+    let counts = app.store.prekey_counts(caller.no).await?.ok_or(ApiError::Unauthorized)?;
     Ok(axum::Json(KeyCounts { one_time_pre_key_count: counts.ec, pq_pre_key_count: counts.pq }))
 }
 

@@ -26,7 +26,7 @@ pub async fn put(
     Json(request): Json<PushTokenRequest>,
 ) -> Result<StatusCode, ApiError> {
     let token = checked(&request.token)?;
-    if !app.store.set_push_token(caller.no, token).await? {
+    if !app.store.set_push_token(caller.no, caller.token_expires_at, token).await? {
         return Err(ApiError::Unauthorized);
     }
     Ok(StatusCode::NO_CONTENT)

@@ -124,9 +124,9 @@ async fn a_publication_that_fails_leaves_nothing() {
     let in_the_way = folder.path().join("attachments").join(id.to_string());
     fs::create_dir(&in_the_way).unwrap();
     staged.publish().await.unwrap_err();
+    assert_eq!(files(&folder), [id.to_string()], "only what is in the way");
     fs::remove_dir(in_the_way).unwrap();
-    blobs.delete(&[id]).await;
-    assert!(files(&folder).is_empty());
+    put(&blobs, "goes on").await;
 }
 
 #[tokio::test]
@@ -217,4 +217,33 @@ fn a_full_disk_is_told_apart_from_other_trouble() {
     assert!(error(ErrorKind::StorageFull).is_full());
     assert!(error(ErrorKind::QuotaExceeded).is_full());
     assert!(!error(ErrorKind::PermissionDenied).is_full());
+}
+
+#[tokio::test]
+async fn an_error_does_not_name_the_attachment() {
+    let folder = tempfile::tempdir().unwrap();
+    let blobs = open(&folder);
+    let id = AttachmentId::random();
+    fs::create_dir(folder.path().join("attachments").join(id.to_string())).unwrap();
+    let mut errors = vec![blobs.delete(&[id]).await.failed.unwrap().1];
+    errors.push(blobs.stage(id, 1, body(&["a"])).await.unwrap().publish().await.unwrap_err());
+    fs::remove_dir_all(folder.path()).unwrap();
+    fs::write(folder.path(), "").unwrap();
+    errors.push(
+        blobs
+            .stage(id, 1, body(&["a"]))
+            .await
+            .err()
+            .map(|error| match error {
+                UploadError::Storage(error) => error,
+                UploadError::Body => panic!("the body is fine"),
+            })
+            .unwrap(),
+    );
+    errors.push(blobs.read(id, None).await.err().unwrap());
+    for error in errors {
+        let told = format!("{error} {error:?}");
+        assert!(told.contains("os error") && !told.contains(&id.to_string()), "{told}");
+    }
+    fs::remove_file(folder.path()).unwrap();
 }

@@ -189,7 +189,7 @@ pub static GROUPS: &[Group] = &[
         option("ws-ticket-ttl-secs", "OBSCURA_WS_TICKET_TTL_SECS", "30", Seconds(1, 86_400),
             "lifetime of a gateway ticket"),
         option("ws-write-timeout-secs", "OBSCURA_WS_WRITE_TIMEOUT_SECS", "20", Seconds(1, 3600),
-            "a socket whose client accepts no byte for this long is closed").ours(),
+            "a connection whose client accepts no byte for this long is closed").ours(),
         option("ws-max-connections-per-device", "OBSCURA_WS_MAX_CONNECTIONS_PER_DEVICE", "8", Count(1, 1000),
             "open sockets of one device; the oldest is closed when passed").ours(),
         option("ws-look-interval-secs", "OBSCURA_WS_LOOK_INTERVAL_SECS", "300", Seconds(1, 86_400),

@@ -30,7 +30,7 @@ const LOOK_TIMEOUT: Duration = Duration::from_secs(5);
 enum End {
     /// The client is gone.
     Gone,
-    /// The client has not been heard of for too long, or doesn't take what it is sent.
+    /// The client has not been heard of for too long.
     Silent,
     /// The device was removed or logged out, or has opened newer sockets instead.
     Dismissed,
@@ -79,8 +79,7 @@ struct Session {
     ping_due: Instant,
     look_due: Instant,
     last_heard: Instant,
-    /// When the kernel last took bytes of the frame under way, and when to look again.
-    last_moved: Instant,
+    /// When to look next whether the frame under way makes progress.
     moving_due: Instant,
 }
 
@@ -114,7 +113,6 @@ impl Session {
             ping_due,
             look_due,
             last_heard: now,
-            last_moved: now,
             moving_due: now,
         }
     }
@@ -141,7 +139,7 @@ impl Session {
                 event = self.pipe.next(reading) => match event {
                     Event::Binary(frame) => self.heard(frame),
                     Event::Alive => self.last_heard = Instant::now(),
-                    Event::Written => self.last_moved = Instant::now(),
+                    Event::Written => {}
                     Event::Closed => return End::Gone,
                 },
                 () = &mut timer => if let Some(end) = self.tick() { return end },
@@ -181,7 +179,6 @@ impl Session {
 
     fn start(&mut self, frame: Message) -> std::result::Result<(), End> {
         let now = Instant::now();
-        self.last_moved = now;
         self.moving_due = now + self.moving_step();
         self.pipe.start(frame).map_err(|_| End::Gone)
     }
@@ -201,7 +198,9 @@ impl Session {
             let counts = timely(self.app.store.prekey_counts(self.device)).await?;
             self.status_wanted = false;
             let threshold = self.app.config.prekeys.refill_threshold;
-            if counts.is_below(threshold) {
+            if let Some(counts) = counts
+                && counts.is_below(threshold)
+            {
                 return Ok(Some(Message::Binary(wire::prekey_status(counts.ec, counts.pq, threshold))));
             }
         }
@@ -254,7 +253,7 @@ impl Session {
             self.moving_due = now + self.moving_step();
             if self.pipe.has_moved() {
                 // Bytes of a long frame are being taken, so somebody is there.
-                (self.last_moved, self.last_heard) = (now, now);
+                self.last_heard = now;
             }
         }
         if !self.is_reading() {
@@ -262,9 +261,8 @@ impl Session {
             self.last_heard = now;
         }
         let config = &self.app.config.gateway;
-        let is_stuck = self.pipe.is_writing() && now.duration_since(self.last_moved) >= config.write_timeout;
-        if is_stuck || now >= self.silent_at() {
-            debug!(is_stuck, "a silent client is being disconnected");
+        if now >= self.silent_at() {
+            debug!("a silent client is being disconnected");
             return Some(End::Silent);
         }
         if self.look_due <= now {
@@ -288,8 +286,7 @@ impl Session {
 
     /// How often a frame under way is looked at.
     fn moving_step(&self) -> Duration {
-        let config = &self.app.config.gateway;
-        config.write_timeout.min(config.ping_interval + config.ping_timeout) / 4
+        (self.app.config.gateway.ping_interval + self.app.config.gateway.ping_timeout) / 4
     }
 
     fn next_due(&self) -> Instant {

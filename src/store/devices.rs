@@ -74,7 +74,8 @@ impl Store {
         Ok(sqlx::query_as(statement).bind(user).fetch_all(&self.read).await?)
     }
 
-    /// Removes a linked device of the account, with everything that was kept for it. What it sent to others stays.
+    /// Removes a linked device of the account, with everything that was kept for it, but for the rest of a very large
+    /// inbox: see [`Store::clear_inboxes`]. What it sent to others stays.
     pub async fn remove_device(&self, user: UserId, device: DeviceId) -> Result<Removed> {
         let mut tx = self.begin().await?;
         let statement = "SELECT no, is_primary FROM devices WHERE id = $1 AND user_id = $2";
@@ -89,6 +90,15 @@ impl Store {
         };
         commit(tx).await?;
         Ok(removed)
+    }
+
+    /// Deletes a part of the messages that wait for devices which are gone. Answers whether there may be more. Until then
+    /// nobody can read them.
+    pub async fn clear_inboxes(&self, gone: &[DeviceNo]) -> Result<bool> {
+        let mut tx = self.begin().await?;
+        let deleted = forget_mail(&mut tx, gone).await?;
+        commit(tx).await?;
+        Ok(deleted > 0)
     }
 }
 
@@ -113,18 +123,32 @@ pub(super) async fn insert(
     Ok(no)
 }
 
-/// Forgets devices and everything that was kept for them. Messages that they sent stay.
+/// Forgets devices and everything that was kept for them, but for the rest of very large inboxes. Messages that they
+/// sent stay.
 pub(super) async fn forget(tx: &mut Transaction<'_, Sqlite>, nos: &[DeviceNo]) -> Result<()> {
-    let nos = format!("{:?}", nos.iter().map(|no| no.0).collect::<Vec<_>>());
     for statement in FORGET {
-        sqlx::query(statement).bind(nos.as_str()).execute(&mut **tx).await?;
+        sqlx::query(statement).bind(json_list(nos)).execute(&mut **tx).await?;
     }
+    forget_mail(tx, nos).await?;
     Ok(())
 }
 
+/// Deletes the oldest messages of devices that are gone, as many as one transaction should. Answers how many.
+async fn forget_mail(tx: &mut Transaction<'_, Sqlite>, gone: &[DeviceNo]) -> Result<u64> {
+    let done = sqlx::query(FORGET_MAIL).bind(json_list(gone)).bind(MAIL_AT_ONCE).execute(&mut **tx).await?;
+    Ok(done.rows_affected())
+}
+
+fn json_list(nos: &[DeviceNo]) -> String {
+    format!("{:?}", nos.iter().map(|no| no.0).collect::<Vec<_>>())
+}
+
+/// Bytes of messages that are deleted at once. A full inbox of the largest messages has 2 GB; deleting it takes many
+/// seconds, during which nobody else could write.
+const MAIL_AT_ONCE: i64 = 16 << 20;
+
 /// $1 is a JSON array of device numbers.
-const FORGET: [&str; 9] = [
-    "DELETE FROM messages WHERE device_no IN (SELECT value FROM json_each($1))",
+const FORGET: [&str; 8] = [
     "DELETE FROM sends WHERE sender_no IN (SELECT value FROM json_each($1))",
     "DELETE FROM push_tokens WHERE device_no IN (SELECT value FROM json_each($1))",
     "DELETE FROM gateway_tickets WHERE device_no IN (SELECT value FROM json_each($1))",
@@ -134,3 +158,13 @@ const FORGET: [&str; 9] = [
     "DELETE FROM device_keys WHERE device_no IN (SELECT value FROM json_each($1))",
     "DELETE FROM devices WHERE no IN (SELECT value FROM json_each($1))",
 ];
+
+/// Messages are counted until $2 bytes lie before them, so there is at least one. The length of a body is read without
+/// the body.
+const FORGET_MAIL: &str = "\
+    DELETE FROM messages WHERE position IN ( \
+        SELECT position FROM ( \
+            SELECT position, sum(size) OVER (ORDER BY position) - size AS size_before FROM ( \
+                SELECT position, length(body) AS size FROM messages \
+                WHERE device_no IN (SELECT value FROM json_each($1)) AND device_no NOT IN (SELECT no FROM devices))) \
+        WHERE size_before < $2)";

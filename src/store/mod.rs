@@ -152,26 +152,31 @@ impl Store {
         let options = SqliteConnectOptions::new()
             .filename(path)
             .create_if_missing(true)
-            .auto_vacuum(SqliteAutoVacuum::Incremental)
             .journal_mode(SqliteJournalMode::Wal)
             .synchronous(SqliteSynchronous::Full)
             .busy_timeout(config.acquire_timeout)
+            .pragma("temp_store", "memory");
+        let writer = options
+            .clone()
+            .auto_vacuum(SqliteAutoVacuum::Incremental)
             .pragma("wal_autocheckpoint", CHECKPOINT_PAGES.to_string())
             .pragma("journal_size_limit", (64 << 20).to_string())
-            .pragma("cache_size", "-65536")
-            .pragma("temp_store", "memory");
+            .pragma("cache_size", "-65536");
+        // Without the writer's settings, some of which take the write lock when they are made.
+        let readers = options.pragma("query_only", "on").pragma("cache_size", "-8192");
         // A connection to a file doesn't wear out, and its caches are worth keeping.
-        let pool = || {
+        let pool = |connections| {
             SqlitePoolOptions::new()
+                .min_connections(connections)
+                .max_connections(connections)
                 .acquire_timeout(config.acquire_timeout)
                 .test_before_acquire(false)
                 .idle_timeout(None)
                 .max_lifetime(None)
         };
-        let write = pool().max_connections(1).connect_with(options.clone()).await.map_err(unusable)?;
+        let write = pool(1).connect_with(writer).await.map_err(unusable)?;
         migrate(&write, &shown).await?;
-        let readers = options.pragma("query_only", "on").pragma("cache_size", "-8192");
-        let read = pool().max_connections(READERS).connect_with(readers).await.map_err(unusable)?;
+        let read = pool(READERS).connect_with(readers).await.map_err(unusable)?;
         let inboxes = Arc::new(inboxes::Inboxes::load(&write).await.map_err(unusable)?);
         Ok(Self { write, read, inboxes, limits })
     }

@@ -40,7 +40,7 @@ pub struct HandedOut {
 }
 
 /// How many one-time prekeys a device has left.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, FromRow)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, FromRow)]
 pub struct PrekeyCounts {
     /// Elliptic-curve keys.
     pub ec: u32,
@@ -120,10 +120,9 @@ impl Store {
         Ok(Refilled::Stored)
     }
 
-    /// How many one-time prekeys the device has left; none when the device is gone.
-    pub async fn prekey_counts(&self, no: DeviceNo) -> Result<PrekeyCounts> {
-        let counts = sqlx::query_as(COUNT_KEYS).bind(no).fetch_optional(&self.read).await?;
-        Ok(counts.unwrap_or_default())
+    /// How many one-time prekeys the device has left; `None` when the device is gone.
+    pub async fn prekey_counts(&self, no: DeviceNo) -> Result<Option<PrekeyCounts>> {
+        Ok(sqlx::query_as(COUNT_KEYS).bind(no).fetch_optional(&self.read).await?)
     }
 
     /// The identity key of the account that the device belongs to; `None` when the device is gone.
@@ -322,4 +321,30 @@ async fn prune(tx: &mut Transaction<'_, Sqlite>, no: DeviceNo, max: u32) -> Resu
         sqlx::query(PRUNE).bind(no).bind(kind).bind(max).execute(&mut **tx).await?;
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_stock_is_low_when_either_kind_that_is_used_is_below_the_threshold() {
+        let stock = |ec, pq, uses_pq| PrekeyCounts { ec, pq, uses_pq };
+        for (counts, is_low) in [
+            (stock(20, 0, false), false),
+            (stock(19, 0, false), true),
+            (stock(20, 20, true), false),
+            (stock(20, 19, true), true),
+            (stock(19, 20, true), true),
+        ] {
+            assert_eq!(counts.is_below(20), is_low, "{counts:?}");
+        }
+        assert!(!stock(0, 0, true).is_below(0));
+    }
+
+    #[test]
+    fn damaged_keys_are_an_error_and_no_panic() {
+        assert!(intact(PublicKey::from_bytes(&[5; 32])).is_err());
+        assert!(pq_prekey(-1, &[], &[]).is_err());
+    }
 }

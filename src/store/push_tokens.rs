@@ -1,14 +1,20 @@
 //! Push tokens: how the push provider knows a device.
 
 use crate::model::ids::DeviceNo;
-use crate::store::{Result, Store};
+use crate::store::{Result, Store, commit};
 
 impl Store {
-    /// Remembers the device's push token in place of the one before. Answers false when the device has been removed.
-    pub async fn set_push_token(&self, no: DeviceNo, token: &str) -> Result<bool> {
-        let statement = "INSERT INTO push_tokens (device_no, token) SELECT no, $2 FROM devices WHERE no = $1 \
+    /// Remembers the push token of a device that called with an access token which expires at `token_expires_at`, in place
+    /// of the one before. Answers false when meanwhile the device has been removed or that access token has become void:
+    /// a log-out that forgets the push token is not outlived by one on its way.
+    pub async fn set_push_token(&self, no: DeviceNo, token_expires_at: i64, token: &str) -> Result<bool> {
+        let mut tx = self.begin().await?;
+        let statement = "INSERT INTO push_tokens (device_no, token) \
+                         SELECT no, $3 FROM devices WHERE no = $1 AND tokens_void_to < $2 \
                          ON CONFLICT (device_no) DO UPDATE SET token = excluded.token";
-        let done = sqlx::query(statement).bind(no).bind(token).execute(&self.write).await?;
-        Ok(done.rows_affected() == 1)
+        let insert = sqlx::query(statement).bind(no).bind(token_expires_at).bind(token);
+        let stored = insert.execute(&mut *tx).await?.rows_affected() == 1;
+        commit(tx).await?;
+        Ok(stored)
     }
 }

@@ -8,7 +8,7 @@ let town;
 before(async () => (town = await Town.open()));
 after(() => town?.close());
 
-/** Acks are written within this time even when the socket is gone, and are not answered: it can only be let pass. */
+/** Acks are written within this time after the socket is closed. They are not answered: it can only be let pass. */
 const ACKS_ARE_WRITTEN_MS = 500;
 
 function numbered(name, count) {

@@ -129,19 +129,29 @@ test('a device with few prekeys hears of it when it connects, fills up, and spen
   await assertTheyCanTalk(await town.newPersonOnline('carol'), bob);
 });
 
-test('a connected device hears of fetches that leave it with few prekeys, and refills without being told how', async () => {
-  const bob = await town.newPersonOnline('bob', { stock: { preKeys: THRESHOLD + 1, pqPreKeys: 4 } });
-  const asker = await town.newPerson('asker');
+for (const [kind, stock] of [
+  ['EC', { preKeys: THRESHOLD + 1, pqPreKeys: 40 }],
+  ['Kyber', { preKeys: 40, pqPreKeys: THRESHOLD + 1 }],
+]) {
+  test(`a connected device hears of fetches that leave it with few ${kind} prekeys, and fills up by itself`, async () => {
+    const bob = await town.newPersonOnline('bob', { stock });
+    const asker = await town.newPerson('asker');
+    const statuses = [];
+    bob.on('preKeyStatus', (status) => statuses.push(status));
+    const refilled = next(bob, 'refilled');
 
-  await asker.bundlesOf(bob.userId);
-  const asked = next(bob, 'preKeyStatus');
-  const refilled = next(bob, 'refilled');
-  await asker.bundlesOf(bob.userId);
+    await asker.bundlesOf(bob.userId);
+    await asker.bundlesOf(bob.userId);
 
-  const [status] = await asked;
-  assert.deepEqual(status, { oneTimePreKeyCount: THRESHOLD - 1, minThreshold: THRESHOLD, pqPreKeyCount: 2 });
-  assert.deepEqual((await refilled)[0], { preKeys: 2, pqPreKeys: 2 });
-});
+    assert.deepEqual((await refilled)[0], { preKeys: 2, pqPreKeys: 2 });
+    const expected = { oneTimePreKeyCount: stock.preKeys - 2, minThreshold: THRESHOLD, pqPreKeyCount: stock.pqPreKeys - 2 };
+    assert.deepEqual(statuses, [expected]);
+    assert.deepEqual((await bob.call('GET', '/v1/keys')).json(), {
+      oneTimePreKeyCount: stock.preKeys,
+      pqPreKeyCount: stock.pqPreKeys,
+    });
+  });
+}
 
 test('a session started before a refill, but used only after it, still works', async () => {
   const bob = await town.newPersonOnline('bob');

@@ -27,6 +27,7 @@ export class Server {
   #options;
   #process;
   #output = '';
+  #isRunning = false;
 
   static async start({ hasRateLimits = false } = {}) {
     await access(BINARY, constants.X_OK).catch(() => {
@@ -35,7 +36,10 @@ export class Server {
     const server = new Server();
     server.#folder = await mkdtemp(join(tmpdir(), 'obscura-libsignal-'));
     server.#options = hasRateLimits ? [] : NO_RATE_LIMITS;
-    await server.#start();
+    await server.#start().catch(async (error) => {
+      await server.remove();
+      throw error;
+    });
     return server;
   }
 
@@ -53,6 +57,10 @@ export class Server {
   async remove() {
     await this.#end('SIGKILL');
     await rm(this.#folder, { recursive: true, force: true });
+  }
+
+  get isRunning() {
+    return this.#isRunning;
   }
 
   async #start() {
@@ -78,9 +86,11 @@ export class Server {
     await within(30, ready, 'the server to say where it listens');
     this.api = API.exec(banner)[1];
     this.management = MANAGEMENT.exec(banner)[1];
+    this.#isRunning = true;
   }
 
   async #end(signal) {
+    this.#isRunning = false;
     if (this.#process.exitCode !== null || this.#process.signalCode !== null) return;
     const ended = once(this.#process, 'exit');
     this.#process.kill(signal);

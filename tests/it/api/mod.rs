@@ -9,5 +9,8 @@ mod limits;
 mod links;
 mod messages;
 mod push_token;
+mod refresh;
 mod repeats;
 mod sessions;
+mod strictness;
+mod tokens;

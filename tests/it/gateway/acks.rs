@@ -78,7 +78,7 @@ async fn acks_count_though_the_next_frame_breaks_the_protocol() {
     let envelope = reader.expect_message("hello").await;
     let mut socket = RawSocket::open(server.address(), &bob.ticket().await).await;
     socket.send(opcode::BINARY, &ack_frame(vec![envelope.id])).await.unwrap();
-    socket.stream.try_write(&[0xff; 2]).unwrap(); // reserved bits, no mask
+    socket.stream.try_write(&[0xff; 14]).unwrap(); // reserved bits are set
     socket.drain().await;
     let database = server.database().await;
     eventually("the ack to be applied", async || database.queued(&bob).await == 0).await;

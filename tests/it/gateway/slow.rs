@@ -1,1 +1,123 @@
-//! slow
+//! Clients that don't read what they are sent, and clients that say nothing: what they cost.
+
+use std::time::Duration;
+
+use tokio::io::AsyncReadExt;
+
+use crate::harness::{Binary, Device, RawSocket, Socket, TestServer, eventually, within};
+
+const KIB: u64 = 1024;
+const MIB: u64 = 1024 * KIB;
+
+/// Queues `mebibytes` of mail, in messages of nearly 2 MiB.
+async fn fill(sender: &Device, receiver: &Device, mebibytes: u64) {
+    for number in 0..mebibytes / 2 {
+        sender.send_to(receiver, vec![number as u8; 2 * MIB as usize - 200]).await;
+    }
+}
+
+#[tokio::test]
+async fn a_client_that_takes_no_byte_is_closed_at_the_write_deadline() {
+    let server = TestServer::start_with(|config| config.gateway.write_timeout = Duration::from_secs(1)).await;
+    let (alice, bob) = (server.account().await, server.account().await);
+    fill(&alice, &bob, 16).await;
+    let mut socket = RawSocket::open(server.address(), &bob.ticket().await).await;
+    let app = server.server().app().clone();
+    eventually("the session to begin", async || app.bus.listening() == 1).await;
+    eventually("the session to end", async || app.bus.listening() == 0).await;
+    // What the kernel had taken can still be read, and then the stream ends in the middle of a frame.
+    let mut rest = Vec::new();
+    let _ = within("the end of the stream", socket.stream.read_to_end(&mut rest)).await;
+    assert!(rest.len() < 8 * MIB as usize);
+    assert_eq!(server.database().await.queued(&bob).await, 8, "nothing is lost");
+}
+
+#[tokio::test]
+async fn a_client_that_does_not_read_delays_nobody_else() {
+    let server = TestServer::start().await;
+    let (alice, bob, carol) = (server.account().await, server.account().await, server.account().await);
+    fill(&alice, &bob, 16).await;
+    let _stuck = [
+        RawSocket::open(server.address(), &bob.ticket().await).await,
+        RawSocket::open(server.address(), &bob.ticket().await).await,
+    ];
+    let (mut carols, mut bobs) = (carol.connect().await, bob.connect().await);
+    bobs.messages(8).await;
+    for number in 0..20 {
+        alice.send(&[(&carol, number.to_string().as_bytes()), (&bob, b"too")]).await;
+        carols.expect_message(number.to_string()).await;
+        bobs.expect_message("too").await;
+    }
+}
+
+#[tokio::test]
+async fn a_client_that_does_not_read_can_be_dismissed_and_its_device_removed() {
+    let server = TestServer::start().await;
+    let alice = server.account().await;
+    let tablet = alice.link().await;
+    fill(&alice, &tablet, 16).await;
+    let _stuck = RawSocket::open(server.address(), &tablet.ticket().await).await;
+    let app = server.server().app().clone();
+    eventually("the session to begin", async || app.bus.listening() == 1).await;
+    alice.remove(&tablet).await;
+    eventually("the session to end", async || app.bus.listening() == 0).await;
+}
+
+/// Each of these sockets could have 16 MiB under way. What they hold is bounded by the frame that each is writing.
+#[tokio::test(flavor = "multi_thread")]
+async fn many_clients_that_do_not_read_hold_a_bounded_amount_of_memory() {
+    let folder = tempfile::tempdir().unwrap();
+    let options = ["--ws-max-connections-per-device=1000", "--ws-max-batch-bytes=1048576"];
+    let server = Binary::start(folder.path(), &options).await;
+    let (alice, bob) = (Device::register(&server.client()).await, Device::register(&server.client()).await);
+    for number in 0..64 {
+        alice.send_to(&bob, vec![number; 256 * KIB as usize]).await;
+    }
+    let before = server.resident_bytes();
+    let mut stuck = Vec::new();
+    for _ in 0..60 {
+        stuck.push(RawSocket::open(server.address(), &bob.ticket().await).await);
+    }
+    // A socket that reads gets through all of it, so the others have had their turn.
+    let mut reader = bob.connect().await;
+    assert_eq!(reader.messages(64).await.len(), 64);
+    reader.until_pong().await;
+    let grown = server.resident_bytes().saturating_sub(before);
+    assert!(grown < 60 * 3 * MIB, "{} MiB for 60 sockets that don't read", grown / MIB);
+}
+
+/// A coarse bound in a debug build; the benchmark has the real figure.
+#[tokio::test(flavor = "multi_thread")]
+async fn an_idle_socket_costs_little_memory() {
+    const SOCKETS: u64 = 300;
+    let folder = tempfile::tempdir().unwrap();
+    let server = Binary::start(folder.path(), &["--ws-max-connections-per-device=1000"]).await;
+    let bob = Device::register(&server.client()).await;
+    let mut sockets = Vec::new();
+    for _ in 0..20 {
+        sockets.push(bob.connect().await); // what is made once is made now
+    }
+    let before = server.resident_bytes();
+    for _ in 0..SOCKETS {
+        sockets.push(bob.connect().await);
+    }
+    for socket in &mut sockets {
+        socket.until_pong().await;
+    }
+    let each = server.resident_bytes().saturating_sub(before) / SOCKETS;
+    assert!(each < 24 * KIB, "{each} bytes for each idle socket");
+}
+
+#[tokio::test]
+async fn sockets_that_ended_leave_nothing_behind() {
+    let server = TestServer::start().await;
+    let bob = server.account().await;
+    let app = server.server().app().clone();
+    for _ in 0..5 {
+        let sockets: [Socket; 3] = [bob.connect().await, bob.connect().await, bob.connect().await];
+        for socket in sockets {
+            drop(socket);
+        }
+    }
+    eventually("all sessions to end", async || app.bus.listening() == 0).await;
+}

@@ -198,6 +198,12 @@ impl Device {
         assert!(answer.body.is_empty(), "not everything was queued: {:?}", outcome(&answer));
     }
 
+    /// The same with messages of its own, for sends that go on side by side.
+    pub async fn send_owned(&self, messages: Vec<(Self, Bytes)>) {
+        let messages: Vec<Message<'_>> = messages.iter().map(|(device, message)| (device, &message[..])).collect();
+        self.send(&messages).await;
+    }
+
     /// One message for one device, which has to be the only one of its user.
     pub async fn send_to(&self, device: &Self, message: impl AsRef<[u8]>) {
         self.send(&[(device, message.as_ref())]).await;

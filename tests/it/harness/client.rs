@@ -9,6 +9,7 @@ use reqwest::header::{HeaderMap, HeaderName, HeaderValue};
 use serde_json::Value;
 
 use super::{observed, within_time};
+use crate::openapi::Answer;
 
 /// Where a server is. It moves when the server restarts.
 #[derive(Clone)]
@@ -213,6 +214,7 @@ impl Response {
         for (status, header) in [(429, "retry-after"), (503, "retry-after"), (405, "allow"), (426, "upgrade")] {
             assert!(self.status != status || self.headers.contains_key(header), "{what} without {header}");
         }
-        observed::record(&self.method, &self.path, self.status);
+        let body = (self.method != "HEAD").then_some(&*self.body);
+        observed::record(&self.method, &self.path, &Answer { status: self.status, headers: &self.headers, body });
     }
 }

@@ -27,6 +27,25 @@ impl Database {
         sqlx::query_scalar(AssertSqlSafe(query.to_owned())).fetch_one(&self.pool).await.expect("a number")
     }
 
+    /// The one text that this query answers.
+    pub async fn text(&self, query: &str) -> String {
+        sqlx::query_scalar(AssertSqlSafe(query.to_owned())).fetch_one(&self.pool).await.expect("a text")
+    }
+
+    /// Everything in all tables as one text, to see that nothing has changed.
+    pub async fn everything(&self) -> String {
+        let tables = "SELECT name FROM sqlite_master WHERE type = 'table' AND name NOT LIKE 'sqlite_%' ORDER BY name";
+        let tables: Vec<String> = sqlx::query_scalar(tables).fetch_all(&self.pool).await.expect("the tables");
+        let mut everything = String::new();
+        for table in tables {
+            let columns = format!("SELECT group_concat('quote(' || name || ')', ' || '','' || ') FROM pragma_table_info('{table}')");
+            let columns = self.text(&columns).await;
+            let rows = format!("SELECT coalesce(group_concat({columns}, char(10)), '') FROM {table}");
+            everything += &format!("{table}\n{}\n", self.text(&rows).await);
+        }
+        everything
+    }
+
     /// Runs a statement.
     pub async fn execute(&self, statement: &str) {
         sqlx::raw_sql(AssertSqlSafe(statement.to_owned())).execute(&self.pool).await.expect("the statement runs");
@@ -45,13 +64,6 @@ impl Database {
         HeldWrite { connection }
     }
 
-    /// A read transaction that sees the database as it is now for as long as it is held.
-    pub async fn hold_read(&self) -> HeldWrite {
-        let mut connection = self.pool.acquire().await.expect("a connection");
-        sqlx::raw_sql("BEGIN; SELECT count(*) FROM messages").execute(&mut *connection).await.expect("a snapshot");
-        HeldWrite { connection }
-    }
-
     /// Closes the connections.
     pub async fn close(self) {
         self.pool.close().await;
@@ -64,12 +76,6 @@ pub struct HeldWrite {
 }
 
 impl HeldWrite {
-    /// Runs a statement inside.
-    pub async fn execute(&mut self, statement: &str) {
-        let statement = AssertSqlSafe(statement.to_owned());
-        sqlx::raw_sql(statement).execute(&mut *self.connection).await.expect("the statement runs");
-    }
-
     /// Commits.
     pub async fn release(mut self) {
         sqlx::raw_sql("COMMIT").execute(&mut *self.connection).await.expect("the commit");

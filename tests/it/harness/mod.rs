@@ -14,12 +14,12 @@ mod socket;
 use std::future::Future;
 use std::time::{Duration, Instant};
 
-pub use account::{Device, Keys, Message, PASSWORD, kyber_key, one_time_key, outcome, send_request, signed_key};
+pub use account::{Device, Keys, PASSWORD, kyber_key, one_time_key, outcome, send_request, signed_key};
 pub use binary::Binary;
 pub use client::{Client, Request, Response};
 pub use database::Database;
 pub use observed::observed;
-pub use raw::{RawSocket, opcode, raw_request};
+pub use raw::{RawSocket, opcode, raw_answer, raw_request};
 pub use server::TestServer;
 pub use socket::{Event, Socket, distinct_ids};
 

@@ -17,6 +17,20 @@ pub async fn raw_request(address: SocketAddr, request: &[u8]) -> String {
     String::from_utf8_lossy(&answer).into_owned()
 }
 
+/// Sends these bytes and reads one whole answer, whether or not the server closes after it.
+pub async fn raw_answer(stream: &mut TcpStream, request: &[u8]) -> String {
+    stream.write_all(request).await.expect("the request is sent");
+    let mut answer = Vec::new();
+    while !answer.ends_with(b"\r\n\r\n") {
+        answer.push(within("an answer", stream.read_u8()).await.expect("an answer"));
+    }
+    let head = String::from_utf8_lossy(&answer).to_lowercase();
+    let length = head.lines().find_map(|line| line.strip_prefix("content-length: ")).unwrap_or("0");
+    let mut body = vec![0; length.parse().expect("a length")];
+    within("the body of an answer", stream.read_exact(&mut body)).await.expect("a body");
+    String::from_utf8_lossy(&[answer, body].concat()).into_owned()
+}
+
 /// A gateway socket whose client does everything by hand, or nothing.
 pub struct RawSocket {
     pub stream: TcpStream,
@@ -35,8 +49,13 @@ pub mod opcode {
 impl RawSocket {
     /// Shakes hands, with a receive buffer as small as the system allows, so that what isn't read soon blocks the server.
     pub async fn open(address: SocketAddr, ticket: &str) -> Self {
+        Self::open_with_buffer(address, ticket, 2048).await
+    }
+
+    /// Shakes hands, with a receive buffer of this size.
+    pub async fn open_with_buffer(address: SocketAddr, ticket: &str, bytes: u32) -> Self {
         let socket = TcpSocket::new_v4().expect("a socket");
-        socket.set_recv_buffer_size(2048).expect("a small buffer");
+        socket.set_recv_buffer_size(bytes).expect("a buffer");
         let mut stream = socket.connect(address).await.expect("a connection");
         let request = format!(
             "GET /v1/gateway?ticket={ticket} HTTP/1.1\r\nhost: {address}\r\nconnection: upgrade\r\nupgrade: websocket\r\n\

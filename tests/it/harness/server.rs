@@ -122,7 +122,6 @@ fn test_config(folder: &Path) -> Config {
     config
 }
 
-async fn start(mut config: Config, clock: Clock) -> Server {
-    config.open_data_dir().expect("the folder can be used");
+async fn start(config: Config, clock: Clock) -> Server {
     within("the server to start", Server::start(config, clock)).await.expect("the server starts")
 }

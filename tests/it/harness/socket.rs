@@ -15,6 +15,7 @@ use tokio_tungstenite::tungstenite::{Error, Message};
 
 use super::proto::{AckMessage, Envelope, Payload, PreKeyStatus, WebSocketFrame};
 use super::{PATIENCE, observed, within_time};
+use crate::openapi::Answer;
 
 /// What a socket has to say.
 #[derive(Clone, Debug, PartialEq)]
@@ -57,13 +58,13 @@ impl Socket {
         };
         match within_time(PATIENCE, "the handshake", handshake).await {
             Ok((stream, response)) => {
-                assert!(response.headers().contains_key("x-request-id"), "a 101 without x-request-id");
-                observed::record("GET", path, 101);
+                observed::record("GET", path, &Answer { status: 101, headers: response.headers(), body: None });
                 Ok(Self { stream })
             }
             Err(Error::Http(response)) => {
-                observed::record("GET", path, response.status().as_u16());
-                Err(response.status().as_u16())
+                let status = response.status().as_u16();
+                observed::record("GET", path, &Answer { status, headers: response.headers(), body: None });
+                Err(status)
             }
             Err(error) => panic!("the handshake failed: {error}"),
         }

@@ -67,7 +67,7 @@ async fn a_reset_forgets_all_devices_and_link_sessions_and_makes_a_new_primary_d
     let (alice, bob) = (store.account().await, store.account().await);
     for person in [&alice, &bob] {
         store.open_link(person.user, &link_hash(person.user), NOW + DAY, NOW).await.unwrap();
-        assert!(store.set_push_token(person.no, "token").await.unwrap());
+        assert!(store.set_push_token(person.no, i64::MAX, "token").await.unwrap());
         assert!(store.issue_ticket(person.no, 1, &[person.no.0 as u8; 32], NOW + DAY).await.unwrap());
     }
 
@@ -81,7 +81,8 @@ async fn a_reset_forgets_all_devices_and_link_sessions_and_makes_a_new_primary_d
     let standing = store.standing(device.id).await.unwrap().unwrap();
     assert!(standing.is_primary);
     assert_eq!((standing.no, standing.user), (reset.no, alice.user));
-    let old = Refresh { secret_hash: alice.account.session.secret_hash, key: None, next: alice.account.session, void_to: 0 };
+    let old =
+        Refresh { secret_hash: alice.account.session.secret_hash, key: None, next: alice.account.session, void_to: 0 };
     assert_eq!(store.refresh(&old, NOW).await.unwrap(), Refreshed::Refused);
     let new = Refresh { secret_hash: session.secret_hash, key: None, next: session, void_to: 0 };
     assert!(matches!(store.refresh(&new, NOW).await.unwrap(), Refreshed::Rotated(holder) if holder.no == reset.no));

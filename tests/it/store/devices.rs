@@ -7,7 +7,7 @@ use obscura_server::model::ids::{DeviceId, DeviceNo, IdempotencyKey};
 use obscura_server::model::mail::{Outgoing, Recipient, Sealed, Sender};
 use obscura_server::store::{Refresh, Refreshed, Removed, Standing, Store};
 
-use super::support::{Member, NONE, NOW, Scratch, account, grant, linked, linked_with, new_device, public_key};
+use super::support::{Member, NONE, NOW, TestStore, account, grant, linked, linked_with, new_device, public_key};
 
 /// The tables that hold something for a device, with the column that says for which.
 const TABLES_OF_A_DEVICE: [(&str, &str); 9] = [
@@ -40,19 +40,19 @@ async fn furnish(store: &Store, device: &Member, sender: &Member, others: &[&Mem
     send(store, sender, device, others).await;
     send(store, device, sender, &[]).await;
     store.refill(device.no, &device.keys(2, 1..=3)).await.unwrap();
-    store.set_push_token(device.no, "token").await.unwrap();
+    store.set_push_token(device.no, i64::MAX, "token").await.unwrap();
     assert!(store.issue_ticket(device.no, i64::MAX, &rand::random(), NOW + Duration::from_secs(30)).await.unwrap());
-    let session = grant();
+    let session = grant(NOW);
     store.log_in(device.user, device.device, &session).await.unwrap().unwrap();
-    let next = obscura_server::store::SessionGrant { family: session.family, ..grant() };
+    let next = obscura_server::store::SessionGrant { family: session.family, ..grant(NOW) };
     let wish = Refresh { secret_hash: session.secret_hash, key: None, next, void_to: 0 };
     assert!(matches!(store.refresh(&wish, NOW).await.unwrap(), Refreshed::Rotated(_)));
 }
 
-async fn rows(store: &Scratch, no: DeviceNo) -> Vec<(&'static str, i64)> {
+async fn rows(store: &TestStore, no: DeviceNo) -> Vec<(&'static str, i64)> {
     let mut rows = Vec::new();
     for (table, column) in TABLES_OF_A_DEVICE {
-        let count = store.number(&format!("SELECT count(*) FROM {table} WHERE {column} = {}", no.0)).await;
+        let count = number(&store, &format!("SELECT count(*) FROM {table} WHERE {column} = {}", no.0)).await;
         rows.push((table, count));
     }
     rows
@@ -60,7 +60,7 @@ async fn rows(store: &Scratch, no: DeviceNo) -> Vec<(&'static str, i64)> {
 
 #[tokio::test]
 async fn standing_tells_what_a_token_is_checked_against() {
-    let store = Scratch::open().await;
+    let store = TestStore::open().await;
     let alice = account(&store).await;
     let second = linked(&store, &alice).await;
     let expected = Standing { no: alice.no, user: alice.user, is_primary: true, tokens_void_to: 0 };
@@ -75,7 +75,7 @@ async fn standing_tells_what_a_token_is_checked_against() {
 
 #[tokio::test]
 async fn the_epoch_changes_when_the_session_ends_and_is_none_once_the_device_is_gone() {
-    let store = Scratch::open().await;
+    let store = TestStore::open().await;
     let alice = account(&store).await;
     let second = linked(&store, &alice).await;
     assert_eq!(store.epoch(second.no).await.unwrap(), Some(0));
@@ -87,7 +87,7 @@ async fn the_epoch_changes_when_the_session_ends_and_is_none_once_the_device_is_
 
 #[tokio::test]
 async fn devices_are_listed_oldest_first_with_their_names() {
-    let store = Scratch::open().await;
+    let store = TestStore::open().await;
     let (alice, bob) = (account(&store).await, account(&store).await);
     linked(&store, &bob).await;
     let second = linked(&store, &alice).await;
@@ -100,7 +100,7 @@ async fn devices_are_listed_oldest_first_with_their_names() {
 
 #[tokio::test]
 async fn a_removed_device_leaves_nothing_behind_but_what_it_sent() {
-    let store = Scratch::open().await;
+    let store = TestStore::open().await;
     let (alice, bob) = (account(&store).await, account(&store).await);
     let second = linked(&store, &alice).await;
     furnish(&store, &second, &bob, &[&alice]).await;
@@ -117,14 +117,14 @@ async fn a_removed_device_leaves_nothing_behind_but_what_it_sent() {
 
 #[tokio::test]
 async fn a_reset_leaves_nothing_of_the_old_devices() {
-    let store = Scratch::open().await;
+    let store = TestStore::open().await;
     let (alice, bob) = (account(&store).await, account(&store).await);
     let second = linked(&store, &alice).await;
     furnish(&store, &second, &bob, &[&alice]).await;
     furnish(&store, &alice, &bob, &[&second]).await;
     let of_bob = rows(&store, bob.no).await;
     let device = new_device(alice.keys(1, NONE));
-    store.reset(alice.user, &public_key(&alice.identity()), &device, &grant()).await.unwrap();
+    store.reset(alice.user, &public_key(&alice.identity()), &device, &grant(NOW)).await.unwrap();
     for gone in [alice, second] {
         assert_eq!(rows(&store, gone.no).await, TABLES_OF_A_DEVICE.map(|(table, _)| (table, 0)));
     }
@@ -133,19 +133,19 @@ async fn a_reset_leaves_nothing_of_the_old_devices() {
 
 #[tokio::test]
 async fn a_full_inbox_goes_with_its_device() {
-    let store = Scratch::open_with(|limits| limits.max_inbox_size = 50).await;
+    let store = TestStore::open_with(|limits| limits.max_inbox_size = 50).await;
     let (alice, bob) = (account(&store).await, account(&store).await);
     let second = linked(&store, &alice).await;
     for _ in 0..60 {
         send(&store, &bob, &second, &[&alice]).await;
     }
     store.remove_device(alice.user, second.device).await.unwrap();
-    assert_eq!(store.count("messages").await, 50, "those of the other device");
+    assert_eq!(count(&store, "messages").await, 50, "those of the other device");
 }
 
 #[tokio::test]
 async fn the_primary_device_and_those_of_others_are_not_removed() {
-    let store = Scratch::open().await;
+    let store = TestStore::open().await;
     let (alice, bob) = (account(&store).await, account(&store).await);
     let of_bob = linked(&store, &bob).await;
     for (device, expected) in [
@@ -156,12 +156,12 @@ async fn the_primary_device_and_those_of_others_are_not_removed() {
     ] {
         assert_eq!(store.remove_device(alice.user, device).await.unwrap(), expected);
     }
-    assert_eq!(store.count("devices").await, 3);
+    assert_eq!(count(&store, "devices").await, 3);
 }
 
 #[tokio::test]
 async fn the_number_of_a_removed_device_is_not_used_again() {
-    let store = Scratch::open().await;
+    let store = TestStore::open().await;
     let alice = account(&store).await;
     let second = linked(&store, &alice).await;
     store.remove_device(alice.user, second.device).await.unwrap();
@@ -170,17 +170,25 @@ async fn the_number_of_a_removed_device_is_not_used_again() {
 }
 
 #[tokio::test]
-async fn the_last_push_token_wins_and_a_removed_device_has_none() {
-    let store = Scratch::open().await;
+async fn the_last_push_token_wins() {
+    let store = TestStore::open().await;
+    let alice = account(&store).await;
+    for token in ["first", "last"] {
+        assert!(store.set_push_token(alice.no, 1000, token).await.unwrap());
+    }
+    assert_eq!(count(&store, "push_tokens WHERE token = 'last'").await, 1);
+    assert_eq!(count(&store, "push_tokens").await, 1);
+}
+
+#[tokio::test]
+async fn a_device_that_is_gone_or_logged_out_gets_no_push_token() {
+    let store = TestStore::open().await;
     let alice = account(&store).await;
     let second = linked(&store, &alice).await;
-    for token in ["first", "last"] {
-        assert!(store.set_push_token(second.no, token).await.unwrap());
-    }
-    assert_eq!(store.count("push_tokens WHERE token = 'last'").await, 1);
-    assert_eq!(store.count("push_tokens").await, 1);
-
+    store.log_out(alice.no, 1000).await.unwrap();
+    assert!(!store.set_push_token(alice.no, 1000, "with a token from before the log-out").await.unwrap());
     store.remove_device(alice.user, second.device).await.unwrap();
-    assert!(!store.set_push_token(second.no, "late").await.unwrap());
-    assert_eq!(store.count("push_tokens").await, 0);
+    assert!(!store.set_push_token(second.no, i64::MAX, "late").await.unwrap());
+    assert_eq!(count(&store, "push_tokens").await, 0);
+    assert!(store.set_push_token(alice.no, 1001, "logged in again").await.unwrap());
 }

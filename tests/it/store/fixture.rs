@@ -19,6 +19,7 @@ pub const NOW: Timestamp = Timestamp::from_seconds(1_800_000_000);
 /// An empty store. Its files go when it is dropped.
 pub struct TestStore {
     store: Store,
+    limits: Limits,
     folder: TempDir,
 }
 
@@ -35,7 +36,15 @@ impl TestStore {
         let mut limits = Limits::of(&config);
         change(&mut limits);
         let store = Store::open(&folder.path().join("test.db"), &config.database, limits).await.expect("a store");
-        Self { store, folder }
+        Self { store, limits, folder }
+    }
+
+    /// The same database after closing it and opening it again, as a restart does.
+    pub async fn reopened(self) -> Self {
+        self.store.close().await;
+        let config = Config::embedded(self.folder.path()).expect("the defaults are allowed");
+        let store = Store::open(&self.file(), &config.database, self.limits).await.expect("a store");
+        Self { store, ..self }
     }
 
     /// Where the database file is.

@@ -7,7 +7,7 @@ use obscura_server::store::{Approved, LinkBody, Linked, NewLink, Store};
 use tokio::task::JoinSet;
 
 use super::support::{
-    Member, NONE, NOW, Scratch, account, approved_link, grant, linked, new_device, new_link, public_key,
+    Member, NONE, NOW, TestStore, account, approved_link, grant, linked, new_device, new_link, public_key,
 };
 use crate::harness::signer::Identity;
 
@@ -35,7 +35,7 @@ fn newcomer(account: &Member, hash: [u8; 32]) -> NewLink {
 
 #[tokio::test]
 async fn a_link_session_waits_for_its_approval_and_then_holds_the_parcel() {
-    let store = Scratch::open().await;
+    let store = TestStore::open().await;
     let alice = account(&store).await;
     let hash = opened(&store, &alice, NOW).await;
     assert_eq!(body(&store, &hash).await, LinkBody::Waiting);
@@ -48,7 +48,7 @@ async fn a_link_session_waits_for_its_approval_and_then_holds_the_parcel() {
 
 #[tokio::test]
 async fn an_empty_parcel_approves_too() {
-    let store = Scratch::open().await;
+    let store = TestStore::open().await;
     let alice = account(&store).await;
     let hash = opened(&store, &alice, NOW).await;
     assert_eq!(store.approve_link(alice.user, &hash, b"", NOW).await.unwrap(), Approved::Stored);
@@ -58,7 +58,7 @@ async fn an_empty_parcel_approves_too() {
 
 #[tokio::test]
 async fn a_second_approval_changes_nothing() {
-    let store = Scratch::open().await;
+    let store = TestStore::open().await;
     let alice = account(&store).await;
     let hash = approved_link(&store, &alice).await;
     assert_eq!(store.approve_link(alice.user, &hash, b"other", NOW).await.unwrap(), Approved::Already);
@@ -67,7 +67,7 @@ async fn a_second_approval_changes_nothing() {
 
 #[tokio::test]
 async fn nobody_approves_for_another_account() {
-    let store = Scratch::open().await;
+    let store = TestStore::open().await;
     let (alice, bob) = (account(&store).await, account(&store).await);
     let hash = opened(&store, &alice, NOW).await;
     assert_eq!(approve(&store, &bob, &hash).await, Approved::Unknown);
@@ -77,7 +77,7 @@ async fn nobody_approves_for_another_account() {
 
 #[tokio::test]
 async fn a_new_link_session_replaces_the_waiting_one_of_its_account_only() {
-    let store = Scratch::open().await;
+    let store = TestStore::open().await;
     let (alice, bob) = (account(&store).await, account(&store).await);
     let approved = approved_link(&store, &alice).await;
     let waiting = opened(&store, &alice, NOW).await;
@@ -91,7 +91,7 @@ async fn a_new_link_session_replaces_the_waiting_one_of_its_account_only() {
 
 #[tokio::test]
 async fn link_sessions_opened_at_the_same_instant_leave_one_that_waits() {
-    let store = Scratch::open().await;
+    let store = TestStore::open().await;
     let alice = account(&store).await;
     let mut openers = JoinSet::new();
     for _ in 0..20 {
@@ -107,7 +107,7 @@ async fn link_sessions_opened_at_the_same_instant_leave_one_that_waits() {
 
 #[tokio::test]
 async fn a_link_session_ends_after_its_lifetime() {
-    let store = Scratch::open().await;
+    let store = TestStore::open().await;
     let alice = account(&store).await;
     let approved = approved_link(&store, &alice).await;
     let waiting = opened(&store, &alice, NOW).await;
@@ -123,7 +123,7 @@ async fn a_link_session_ends_after_its_lifetime() {
 
 #[tokio::test]
 async fn expired_link_sessions_are_forgotten_in_steps() {
-    let store = Scratch::open().await;
+    let store = TestStore::open().await;
     let alice = account(&store).await;
     for _ in 0..5 {
         approved_link(&store, &alice).await;
@@ -140,16 +140,16 @@ async fn expired_link_sessions_are_forgotten_in_steps() {
 
 #[tokio::test]
 async fn opening_a_link_session_purges_the_expired_ones_of_the_account() {
-    let store = Scratch::open().await;
+    let store = TestStore::open().await;
     let alice = account(&store).await;
     approved_link(&store, &alice).await;
     opened(&store, &alice, NOW + LIFETIME).await;
-    assert_eq!(store.count("link_sessions").await, 1);
+    assert_eq!(count(&store, "link_sessions").await, 1);
 }
 
 #[tokio::test]
 async fn an_approved_link_session_makes_one_device_and_is_used_up() {
-    let store = Scratch::open().await;
+    let store = TestStore::open().await;
     let alice = account(&store).await;
     let hash = approved_link(&store, &alice).await;
     let mut link = newcomer(&alice, hash);
@@ -161,8 +161,8 @@ async fn an_approved_link_session_makes_one_device_and_is_used_up() {
     assert_eq!(standing.tokens_void_to, 0);
     let devices = store.devices(alice.user).await.unwrap();
     assert_eq!(devices[1].name.as_deref(), Some("Laptop"));
-    assert_eq!(store.prekey_counts(no).await.unwrap().ec, 2);
-    assert_eq!(store.number(&format!("SELECT count(*) FROM sessions WHERE device_no = {}", no.0)).await, 1);
+    assert_eq!(store.prekey_counts(no).await.unwrap().unwrap().ec, 2);
+    assert_eq!(number(&store, &format!("SELECT count(*) FROM sessions WHERE device_no = {}", no.0)).await, 1);
 
     assert_eq!(body(&store, &hash).await, LinkBody::Unknown);
     assert_eq!(store.link_device(&newcomer(&alice, hash), NOW).await.unwrap(), Linked::SessionInvalid);
@@ -170,7 +170,7 @@ async fn an_approved_link_session_makes_one_device_and_is_used_up() {
 
 #[tokio::test]
 async fn a_link_session_makes_one_device_however_many_try_at_once() {
-    let store = Scratch::open().await;
+    let store = TestStore::open().await;
     let alice = account(&store).await;
     let hash = approved_link(&store, &alice).await;
     let mut newcomers = JoinSet::new();
@@ -186,7 +186,7 @@ async fn a_link_session_makes_one_device_however_many_try_at_once() {
 
 #[tokio::test]
 async fn unknown_and_unapproved_link_sessions_link_nothing() {
-    let store = Scratch::open().await;
+    let store = TestStore::open().await;
     let alice = account(&store).await;
     let waiting = opened(&store, &alice, NOW).await;
     for hash in [waiting, rand::random()] {
@@ -198,7 +198,7 @@ async fn unknown_and_unapproved_link_sessions_link_nothing() {
 
 #[tokio::test]
 async fn the_device_limit_refuses_before_the_identity_does_and_keeps_the_session() {
-    let store = Scratch::open_with(|limits| limits.max_devices = 2).await;
+    let store = TestStore::open_with(|limits| limits.max_devices = 2).await;
     let (alice, bob) = (account(&store).await, account(&store).await);
     let second = linked(&store, &alice).await;
     linked(&store, &bob).await;
@@ -209,17 +209,17 @@ async fn the_device_limit_refuses_before_the_identity_does_and_keeps_the_session
 
     store.remove_device(alice.user, second.device).await.unwrap();
     assert_eq!(store.link_device(&link, NOW).await.unwrap(), Linked::IdentityDiffers);
-    assert_eq!(store.count("devices").await, 3, "nothing of a refused device is stored");
+    assert_eq!(count(&store, "devices").await, 3, "nothing of a refused device is stored");
     assert!(matches!(store.link_device(&newcomer(&alice, hash), NOW).await.unwrap(), Linked::Device { .. }));
 }
 
 #[tokio::test]
 async fn a_reset_voids_approved_link_sessions() {
-    let store = Scratch::open().await;
+    let store = TestStore::open().await;
     let alice = account(&store).await;
     let hash = approved_link(&store, &alice).await;
     let device = new_device(alice.keys(1, NONE));
-    let (identity, grant) = (public_key(&alice.identity()), grant());
+    let (identity, grant) = (public_key(&alice.identity()), grant(NOW));
     store.reset(alice.user, &identity, &device, &grant).await.unwrap();
     assert_eq!(store.link_device(&newcomer(&alice, hash), NOW).await.unwrap(), Linked::SessionInvalid);
 }

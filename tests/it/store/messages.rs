@@ -1,1 +1,296 @@
-//! The inboxes in the store.
+//! The inboxes in the store: `settle`, `unsent`, `positions`, `expire_messages`, `expire_sends`.
+
+use std::time::Duration;
+
+use bytes::Bytes;
+use obscura_server::clock::Timestamp;
+use obscura_server::model::ids::{DeviceId, DeviceNo, IdempotencyKey, MessageId, Position, UserId};
+use obscura_server::model::mail::{Envelope, Outcome, Outgoing, Recipient, Replay, Sealed, Sender};
+use obscura_server::store::{Page, Store};
+
+use super::fixture::{NOW, Person, TestStore};
+use crate::harness::Database;
+
+const DAY: Duration = Duration::from_hours(24);
+const RETENTION: Duration = Duration::from_hours(24 * 30);
+const START: Position = Position(0);
+
+fn sender(person: &Person) -> Sender {
+    Sender { user: person.user, device: person.device, no: person.no }
+}
+
+fn mail(from: &Person, recipients: Vec<(UserId, Vec<DeviceId>)>, message: &str) -> Outgoing {
+    let sealed = |device| (device, Sealed(Bytes::copy_from_slice(message.as_bytes())));
+    let recipient = |(user, devices): (UserId, Vec<DeviceId>)| Recipient {
+        user,
+        submissions: devices.into_iter().map(sealed).collect(),
+    };
+    Outgoing {
+        sender: sender(from),
+        key: IdempotencyKey::random(),
+        digest: [1; 16],
+        recipients: recipients.into_iter().map(recipient).collect(),
+    }
+}
+
+fn to(from: &Person, to: &Person, message: &str) -> Outgoing {
+    mail(from, vec![(to.user, vec![to.device])], message)
+}
+
+async fn inbox(store: &Store, person: &Person, now: Timestamp) -> Vec<Envelope> {
+    store.unsent(person.no, START, now, 10_000, 1 << 30).await.unwrap().envelopes
+}
+
+fn bodies(envelopes: &[Envelope]) -> Vec<String> {
+    envelopes.iter().map(|envelope| String::from_utf8_lossy(&envelope.body.0).into_owned()).collect()
+}
+
+fn sizes(page: &Page) -> (Vec<usize>, bool) {
+    (page.envelopes.iter().map(|envelope| envelope.body.0.len()).collect(), page.more)
+}
+
+#[tokio::test]
+async fn a_group_of_sends_is_stored_in_order_and_each_is_answered_by_itself() {
+    let store = TestStore::open().await;
+    let (alice, bob, carol) = (store.account().await, store.account().await, store.account().await);
+    let unknown = DeviceId::random();
+    let group = [
+        to(&alice, &bob, "one"),
+        mail(&carol, vec![(bob.user, vec![])], "not queued"),
+        mail(&alice, vec![(bob.user, vec![bob.device, unknown]), (carol.user, vec![carol.device])], "two"),
+        to(&carol, &bob, "three"),
+    ];
+    let sent = store.settle(&group, &[], NOW).await.unwrap();
+    assert_eq!(sent.iter().map(|sent| sent.replay).collect::<Vec<_>>(), [None; 4]);
+    assert_eq!(sent[0].outcome, Outcome::default());
+    assert_eq!(sent[0].woken, [bob.address()]);
+    assert_eq!(sent[1].outcome.mismatches, [(bob.user, vec![bob.device])]);
+    assert_eq!(sent[1].woken, []);
+    assert_eq!(sent[2].outcome, Outcome { invalid_devices: vec![unknown], mismatches: vec![] });
+    assert_eq!(sent[2].woken, [bob.address(), carol.address()]);
+
+    let bobs = inbox(&store, &bob, NOW).await;
+    assert_eq!(bodies(&bobs), ["one", "two", "three"]);
+    assert!(bobs.is_sorted_by_key(|envelope| (envelope.received_at.millis(), *envelope.id.as_bytes())));
+    assert!(bobs.is_sorted_by_key(|envelope| envelope.position));
+    assert_eq!((bobs[2].sender_user, bobs[2].sender_device, bobs[2].received_at), (carol.user, carol.device, NOW));
+    assert_eq!(bodies(&inbox(&store, &carol, NOW).await), ["two"]);
+}
+
+#[tokio::test]
+async fn a_repeat_within_one_group_or_in_a_later_one_queues_nothing() {
+    let store = TestStore::open().await;
+    let (alice, bob) = (store.account().await, store.account().await);
+    let first = to(&alice, &bob, "once");
+    let other_body = Outgoing { digest: [2; 16], ..first.clone() };
+    let other_sender = Outgoing { sender: sender(&store.account().await), ..first.clone() };
+    let group = [first.clone(), first.clone(), other_body.clone(), other_sender];
+    let sent = store.settle(&group, &[], NOW).await.unwrap();
+    let replays: Vec<_> = sent.iter().map(|sent| sent.replay).collect();
+    assert_eq!(replays, [None, Some(Replay::SameBody), Some(Replay::OtherBody), None]);
+    let sent = store.settle(&[other_body, first], &[], NOW + DAY / 2).await.unwrap();
+    assert_eq!(sent[0].replay, Some(Replay::OtherBody));
+    assert_eq!(sent[1].replay, Some(Replay::SameBody));
+    assert!(sent.iter().all(|sent| sent.woken.is_empty()));
+    assert_eq!(inbox(&store, &bob, NOW).await.len(), 2);
+}
+
+#[tokio::test]
+async fn acks_delete_messages_of_their_own_device_only() {
+    let store = TestStore::open().await;
+    let (alice, bob, carol) = (store.account().await, store.account().await, store.account().await);
+    store.settle(&[to(&alice, &bob, "b1"), to(&alice, &bob, "b2"), to(&alice, &carol, "c")], &[], NOW).await.unwrap();
+    let (bobs, carols) = (inbox(&store, &bob, NOW).await, inbox(&store, &carol, NOW).await);
+    let foreign = [(bob.no, carols[0].position), (carol.no, bobs[0].position), (DeviceNo(999), bobs[1].position)];
+    store.settle(&[], &foreign, NOW).await.unwrap();
+    assert_eq!(inbox(&store, &bob, NOW).await.len() + inbox(&store, &carol, NOW).await.len(), 3);
+
+    let acks = [(bob.no, bobs[0].position), (bob.no, bobs[0].position), (carol.no, carols[0].position), (bob.no, Position(77))];
+    let sent = store.settle(&[to(&alice, &bob, "b3")], &acks, NOW).await.unwrap();
+    assert_eq!(sent.len(), 1);
+    assert_eq!(bodies(&inbox(&store, &bob, NOW).await), ["b2", "b3"]);
+    assert_eq!(bodies(&inbox(&store, &carol, NOW).await), [""; 0]);
+}
+
+#[tokio::test]
+async fn a_position_is_never_used_again_even_after_a_restart_with_an_empty_inbox() {
+    let store = TestStore::open().await;
+    let (alice, bob) = (store.account().await, store.account().await);
+    store.settle(&[to(&alice, &bob, "one"), to(&alice, &bob, "two")], &[], NOW).await.unwrap();
+    let before = inbox(&store, &bob, NOW).await;
+    let acks: Vec<_> = before.iter().map(|envelope| (bob.no, envelope.position)).collect();
+    store.settle(&[], &acks, NOW).await.unwrap();
+    let again = store.reopened().await;
+    again.settle(&[to(&alice, &bob, "three")], &[], NOW).await.unwrap();
+    assert!(inbox(&again, &bob, NOW).await[0].position > before[1].position);
+}
+
+#[tokio::test]
+async fn messages_received_within_one_moment_or_a_step_back_keep_their_order() {
+    let store = TestStore::open().await;
+    let (alice, bob) = (store.account().await, store.account().await);
+    for (number, back) in [0, 0, 3, 1, 0].into_iter().enumerate() {
+        let now = NOW - Duration::from_millis(back);
+        store.settle(&[to(&alice, &bob, &number.to_string())], &[], now).await.unwrap();
+    }
+    let envelopes = inbox(&store, &bob, NOW).await;
+    assert_eq!(bodies(&envelopes), ["0", "1", "2", "3", "4"]);
+    assert!(envelopes.is_sorted_by_key(|envelope| (envelope.received_at.millis(), *envelope.id.as_bytes())));
+}
+
+#[tokio::test]
+async fn a_page_is_bounded_in_messages_and_in_bytes_and_goes_on_where_the_last_one_ended() {
+    let store = TestStore::open().await;
+    let (alice, bob) = (store.account().await, store.account().await);
+    let message = |size: usize| to(&alice, &bob, &"x".repeat(size));
+    store.settle(&[400, 400, 400, 5000, 1, 2].map(message), &[], NOW).await.unwrap();
+    let page = async |after: Position, limit, bytes| store.unsent(bob.no, after, NOW, limit, bytes).await.unwrap();
+
+    let first = page(START, 2, 1 << 30).await;
+    assert_eq!(sizes(&first), (vec![400, 400], true));
+    let after = first.envelopes[1].position;
+    assert_eq!(sizes(&page(after, 2, 1 << 30).await), (vec![400, 5000], true));
+    assert_eq!(sizes(&page(START, 50, 1000).await), (vec![400, 400], true), "envelopes weigh more than their bodies");
+    let third = page(after, 50, 1000).await;
+    assert_eq!(sizes(&third), (vec![400], true));
+    let large = page(third.envelopes[0].position, 50, 1000).await;
+    assert_eq!(sizes(&large), (vec![5000], true), "a larger one comes alone");
+    let rest = page(large.envelopes[0].position, 50, 1 << 30).await;
+    assert_eq!(sizes(&rest), (vec![1, 2], false));
+    assert_eq!(sizes(&page(rest.envelopes[1].position, 50, 1 << 30).await), (vec![], false));
+}
+
+#[tokio::test]
+async fn ids_are_found_in_the_inbox_of_their_own_device_only() {
+    let store = TestStore::open().await;
+    let (alice, bob, carol) = (store.account().await, store.account().await, store.account().await);
+    store.settle(&[to(&alice, &bob, "b1"), to(&alice, &carol, "c"), to(&alice, &bob, "b2")], &[], NOW).await.unwrap();
+    let (bobs, carols) = (inbox(&store, &bob, NOW).await, inbox(&store, &carol, NOW).await);
+    let ids = [bobs[1].id, MessageId::random(), carols[0].id, bobs[1].id];
+    assert_eq!(store.positions(bob.no, &ids).await.unwrap(), [bobs[1].position]);
+    assert_eq!(store.positions(bob.no, &[]).await.unwrap(), []);
+    let many: Vec<_> = (0..5000).map(|_| MessageId::random()).chain([bobs[0].id]).collect();
+    assert_eq!(store.positions(bob.no, &many).await.unwrap(), [bobs[0].position]);
+}
+
+#[tokio::test]
+async fn a_message_is_gone_the_moment_it_has_the_age_of_retention() {
+    let store = TestStore::open().await;
+    let (alice, bob) = (store.account().await, store.account().await);
+    store.settle(&[to(&alice, &bob, "x")], &[], NOW).await.unwrap();
+    assert_eq!(inbox(&store, &bob, NOW + RETENTION - Duration::from_millis(1)).await.len(), 1);
+    assert_eq!(inbox(&store, &bob, NOW + RETENTION).await.len(), 0);
+}
+
+#[tokio::test]
+async fn expired_messages_are_swept_in_steps_and_no_others() {
+    let store = TestStore::open().await;
+    let (alice, bob) = (store.account().await, store.account().await);
+    for minute in 0..10 {
+        let now = NOW + Duration::from_mins(minute);
+        store.settle(&[to(&alice, &bob, &minute.to_string())], &[], now).await.unwrap();
+    }
+    let then = NOW + RETENTION + Duration::from_mins(6);
+    let mut steps = Vec::new();
+    loop {
+        let step = store.expire_messages(then, 3).await.unwrap();
+        steps.push(step.deleted);
+        if !step.more {
+            break;
+        }
+    }
+    assert_eq!(steps.iter().sum::<u64>(), 7);
+    assert!(steps.iter().all(|deleted| *deleted <= 3), "{steps:?}");
+    assert_eq!(Database::open(&store.file()).await.number("SELECT count(*) FROM messages").await, 3);
+    assert_eq!(bodies(&inbox(&store, &bob, then).await), ["7", "8", "9"]);
+    assert_eq!(store.expire_messages(then, 3).await.unwrap().deleted, 0);
+}
+
+#[tokio::test]
+async fn a_clock_that_was_wrong_for_a_while_costs_no_mail() {
+    let store = TestStore::open().await;
+    let (alice, bob) = (store.account().await, store.account().await);
+    store.settle(&[to(&alice, &bob, "before")], &[], NOW).await.unwrap();
+    store.settle(&[to(&alice, &bob, "in 1970")], &[], Timestamp::from_seconds(60)).await.unwrap();
+    store.settle(&[to(&alice, &bob, "after")], &[], NOW).await.unwrap();
+    assert_eq!(store.expire_messages(NOW, 100).await.unwrap().deleted, 1);
+    assert_eq!(bodies(&inbox(&store, &bob, NOW).await), ["before", "after"]);
+}
+
+#[tokio::test]
+async fn the_inbox_limit_holds_in_the_transaction_that_queues() {
+    let store = TestStore::open_with(|limits| limits.max_inbox_size = 5).await;
+    let (alice, bob, carol) = (store.account().await, store.account().await, store.account().await);
+    store.settle(&[to(&carol, &bob, "kept")], &[], NOW).await.unwrap();
+    let flood: Vec<_> = (0..20).map(|number| to(&alice, &bob, &number.to_string())).collect();
+    store.settle(&flood, &[], NOW).await.unwrap();
+    assert_eq!(bodies(&inbox(&store, &bob, NOW).await), ["kept", "16", "17", "18", "19"]);
+
+    // Also after a restart, when the counts have to be found again.
+    let store = store.reopened().await;
+    store.settle(&[to(&alice, &bob, "20")], &[], NOW).await.unwrap();
+    assert_eq!(bodies(&inbox(&store, &bob, NOW).await), ["kept", "17", "18", "19", "20"]);
+    // Expired ones make room first.
+    let later = NOW + RETENTION;
+    store.settle(&[to(&alice, &bob, "new")], &[], later).await.unwrap();
+    assert_eq!(bodies(&inbox(&store, &bob, later).await), ["new"]);
+    assert!(Database::open(&store.file()).await.number("SELECT count(*) FROM messages").await <= 5);
+}
+
+#[tokio::test]
+async fn outcomes_are_forgotten_after_a_day_unless_their_messages_still_wait() {
+    let store = TestStore::open().await;
+    let (alice, bob) = (store.account().await, store.account().await);
+    let (waiting, delivered) = (to(&alice, &bob, "waiting"), to(&alice, &bob, "delivered"));
+    let probe = mail(&alice, vec![(bob.user, vec![])], "");
+    store.settle(&[waiting.clone(), delivered.clone(), probe.clone()], &[], NOW).await.unwrap();
+    let acked = inbox(&store, &bob, NOW).await[1].position;
+    store.settle(&[], &[(bob.no, acked)], NOW).await.unwrap();
+    let database = Database::open(&store.file()).await;
+    let kept = async || database.number("SELECT count(*) FROM sends").await;
+
+    assert_eq!(store.expire_sends(NOW + DAY - Duration::from_secs(1), 100).await.unwrap(), 0);
+    assert_eq!(kept().await, 3);
+    let later = NOW + DAY + Duration::from_secs(1);
+    assert_eq!(store.expire_sends(later, 100).await.unwrap(), 3, "looked at");
+    assert_eq!(kept().await, 1);
+    assert_eq!(store.expire_sends(later, 100).await.unwrap(), 0, "what is kept is not looked at again at once");
+    let sent = store.settle(&[waiting, delivered, probe], &[], later).await.unwrap();
+    let replays: Vec<_> = sent.iter().map(|sent| sent.replay).collect();
+    assert_eq!(replays, [Some(Replay::SameBody), None, None]);
+
+    let position = inbox(&store, &bob, later).await[0].position;
+    store.settle(&[], &[(bob.no, position)], later).await.unwrap();
+    store.expire_sends(later + DAY, 100).await.unwrap();
+    assert_eq!(kept().await, 1, "only the one that was sent anew still waits");
+}
+
+#[tokio::test]
+async fn outcomes_are_swept_in_steps() {
+    let store = TestStore::open().await;
+    let (alice, bob) = (store.account().await, store.account().await);
+    for second in 0..10 {
+        let probe = mail(&alice, vec![(bob.user, vec![])], "");
+        store.settle(&[probe], &[], NOW + Duration::from_secs(second)).await.unwrap();
+    }
+    let mut total = 0;
+    for _ in 0..5 {
+        let step = store.expire_sends(NOW + DAY * 2, 3).await.unwrap();
+        assert!(step <= 3, "{step}");
+        total += step;
+    }
+    assert_eq!(total, 10);
+}
+
+#[tokio::test]
+async fn a_removed_devices_mail_goes_with_it_and_what_it_sent_stays() {
+    let store = TestStore::open().await;
+    let (alice, bob) = (store.account().await, store.account().await);
+    store.settle(&[to(&alice, &bob, "to bob"), to(&bob, &alice, "to alice")], &[], NOW).await.unwrap();
+    let account = &bob.account;
+    store.reset(bob.user, &account.identity, &super::fixture::new_device(), &super::fixture::grant(NOW)).await.unwrap();
+    assert_eq!(inbox(&store, &bob, NOW).await, []);
+    let alices = inbox(&store, &alice, NOW).await;
+    assert_eq!(bodies(&alices), ["to alice"]);
+    assert_eq!(alices[0].sender_device, bob.device);
+}

@@ -1,8 +1,9 @@
-//! Contract tests of the store. Every method is named in here by at least one of them. `support` opens a store and makes
-//! accounts in it.
+//! Contract tests of the store. Every method is named in here by at least one of them. `fixture` opens a
+//! store, `support` makes accounts in it that have keys of their own.
 
 mod accounts;
 mod attachments;
+mod database;
 mod devices;
 mod fixture;
 mod links;

@@ -8,7 +8,7 @@ use obscura_server::store::{Bundle, HandedOut, PrekeyCounts, Refilled, Store};
 use tokio::task::JoinSet;
 
 use super::support::{
-    Member, NONE, Scratch, account, account_with, linked, linked_with, one_time_key, pq_key, prekeys, public_key,
+    Member, NONE, TestStore, account, account_with, linked, linked_with, one_time_key, pq_key, prekeys, public_key,
 };
 use crate::harness::signer::Identity;
 
@@ -17,6 +17,11 @@ const NEVER: u32 = 0;
 
 async fn hand_out(store: &Store, user: UserId) -> HandedOut {
     store.bundles(user, None, NEVER).await.unwrap().unwrap()
+}
+
+/// The stock of a device that is there.
+async fn counts(store: &Store, device: &Member) -> PrekeyCounts {
+    store.prekey_counts(device.no).await.unwrap().unwrap()
 }
 
 /// The only bundle of an account with one device.
@@ -59,7 +64,7 @@ async fn pq_account(store: &Store, one_time: std::ops::RangeInclusive<i32>, pq: 
 
 #[tokio::test]
 async fn a_bundle_holds_what_was_uploaded() {
-    let store = Scratch::open().await;
+    let store = TestStore::open().await;
     let (alice, keys) = pq_account(&store, 7..=7, &[8]).await;
     let bundle = only_bundle(&store, alice.user).await;
     assert_eq!((bundle.device, bundle.registration_id.0), (alice.device, 4711));
@@ -71,7 +76,7 @@ async fn a_bundle_holds_what_was_uploaded() {
 
 #[tokio::test]
 async fn one_time_prekeys_go_oldest_first_and_then_there_are_none() {
-    let store = Scratch::open().await;
+    let store = TestStore::open().await;
     let alice = account(&store).await;
     let mut keys = alice.keys(2, NONE);
     keys.one_time = [30, -5, 12].map(one_time_key).into();
@@ -82,7 +87,7 @@ async fn one_time_prekeys_go_oldest_first_and_then_there_are_none() {
 
 #[tokio::test]
 async fn the_last_resort_key_is_given_again_and_again_once_the_others_are_gone() {
-    let store = Scratch::open().await;
+    let store = TestStore::open().await;
     let (alice, keys) = pq_account(&store, NONE, &[3, 4]).await;
     for expected in [3, 4, 1000, 1000, 1000] {
         assert_eq!(pq_ids(&hand_out(&store, alice.user).await), [Some(expected)]);
@@ -92,21 +97,20 @@ async fn the_last_resort_key_is_given_again_and_again_once_the_others_are_gone()
 
 #[tokio::test]
 async fn a_device_without_kyber_keys_has_none_in_its_bundle() {
-    let store = Scratch::open().await;
+    let store = TestStore::open().await;
     let alice = account(&store).await;
     assert_eq!(pq_ids(&hand_out(&store, alice.user).await), [None]);
 }
 
 #[tokio::test]
 async fn all_devices_come_oldest_first_and_each_spends_a_key_of_its_own() {
-    let store = Scratch::open().await;
+    let store = TestStore::open().await;
     let alice = account(&store).await;
     store.refill(alice.no, &alice.keys(2, 1..=2)).await.unwrap();
     let second = linked_with(&store, &alice, alice.keys(1, 11..=11)).await;
     let third = linked(&store, &alice).await;
-    let devices = |handed_out: &HandedOut| -> Vec<DeviceId> {
-        handed_out.bundles.iter().map(|bundle| bundle.device).collect()
-    };
+    let devices =
+        |handed_out: &HandedOut| -> Vec<DeviceId> { handed_out.bundles.iter().map(|bundle| bundle.device).collect() };
 
     let first_time = hand_out(&store, alice.user).await;
     assert_eq!(devices(&first_time), [alice.device, second.device, third.device]);
@@ -116,7 +120,7 @@ async fn all_devices_come_oldest_first_and_each_spends_a_key_of_its_own() {
 
 #[tokio::test]
 async fn one_device_can_be_asked_for_and_only_its_key_is_spent() {
-    let store = Scratch::open().await;
+    let store = TestStore::open().await;
     let alice = account(&store).await;
     store.refill(alice.no, &alice.keys(2, 1..=2)).await.unwrap();
     let second = linked_with(&store, &alice, alice.keys(1, 11..=12)).await;
@@ -124,13 +128,13 @@ async fn one_device_can_be_asked_for_and_only_its_key_is_spent() {
     assert_eq!(handed_out.bundles.len(), 1);
     assert_eq!(handed_out.bundles[0].device, second.device);
     assert_eq!(one_time_ids(&handed_out), [Some(11)]);
-    assert_eq!(store.prekey_counts(alice.no).await.unwrap().ec, 2);
-    assert_eq!(store.prekey_counts(second.no).await.unwrap().ec, 1);
+    assert_eq!(counts(&store, &alice).await.ec, 2);
+    assert_eq!(counts(&store, &second).await.ec, 1);
 }
 
 #[tokio::test]
 async fn unknown_users_and_devices_and_those_of_others_have_no_bundles() {
-    let store = Scratch::open().await;
+    let store = TestStore::open().await;
     let (alice, bob) = (account(&store).await, account(&store).await);
     for (user, device) in [
         (UserId::random(), None),
@@ -144,7 +148,7 @@ async fn unknown_users_and_devices_and_those_of_others_have_no_bundles() {
 
 #[tokio::test]
 async fn no_one_time_prekey_is_handed_out_twice_however_many_ask_at_once() {
-    let store = Scratch::open().await;
+    let store = TestStore::open().await;
     let pq: Vec<i32> = (1..=40).collect();
     let (alice, _) = pq_account(&store, 1..=40, &pq).await;
     let mut askers = JoinSet::new();
@@ -162,17 +166,17 @@ async fn no_one_time_prekey_is_handed_out_twice_however_many_ask_at_once() {
 
 #[tokio::test]
 async fn what_was_handed_out_is_gone_after_a_restart() {
-    let mut store = Scratch::open().await;
+    let store = TestStore::open().await;
     let alice = account(&store).await;
     store.refill(alice.no, &alice.keys(2, 1..=3)).await.unwrap();
     assert_eq!(one_time_ids(&hand_out(&store, alice.user).await), [Some(1)]);
-    store.reopen().await;
+    let store = store.reopened().await;
     assert_eq!(drain(&store, alice.user).await, [2, 3]);
 }
 
 #[tokio::test]
 async fn devices_below_the_threshold_are_named_each_time() {
-    let store = Scratch::open().await;
+    let store = TestStore::open().await;
     let alice = account(&store).await;
     let rich = linked_with(&store, &alice, alice.keys(1, 1..=10)).await;
     let rich = Address { user: alice.user, device: rich.no };
@@ -186,7 +190,7 @@ async fn devices_below_the_threshold_are_named_each_time() {
 
 #[tokio::test]
 async fn kyber_keys_count_for_the_threshold_only_on_devices_that_use_them() {
-    let store = Scratch::open().await;
+    let store = TestStore::open().await;
     let (modern, _) = pq_account(&store, 1..=10, &[1, 2]).await;
     let old = account(&store).await;
     store.refill(old.no, &old.keys(2, 1..=10)).await.unwrap();
@@ -197,33 +201,33 @@ async fn kyber_keys_count_for_the_threshold_only_on_devices_that_use_them() {
 
 #[tokio::test]
 async fn counts_leave_out_the_last_resort_key() {
-    let store = Scratch::open().await;
+    let store = TestStore::open().await;
     let (alice, _) = pq_account(&store, 1..=5, &[1, 2, 3]).await;
-    let counts = store.prekey_counts(alice.no).await.unwrap();
-    assert_eq!(counts, PrekeyCounts { ec: 5, pq: 3, uses_pq: true });
-    assert!(!counts.is_below(3) && counts.is_below(4));
+    let stock = counts(&store, &alice).await;
+    assert_eq!(stock, PrekeyCounts { ec: 5, pq: 3, uses_pq: true });
+    assert!(!stock.is_below(3) && stock.is_below(4));
     hand_out(&store, alice.user).await;
-    assert_eq!(store.prekey_counts(alice.no).await.unwrap(), PrekeyCounts { ec: 4, pq: 2, uses_pq: true });
+    assert_eq!(counts(&store, &alice).await, PrekeyCounts { ec: 4, pq: 2, uses_pq: true });
 
     let nobody = DeviceNo(i64::MAX);
-    assert_eq!(store.prekey_counts(nobody).await.unwrap(), PrekeyCounts { ec: 0, pq: 0, uses_pq: false });
+    assert_eq!(store.prekey_counts(nobody).await.unwrap(), None);
 }
 
 #[tokio::test]
 async fn a_refill_replaces_the_signed_prekey_and_adds_the_others() {
-    let store = Scratch::open().await;
+    let store = TestStore::open().await;
     let alice = account(&store).await;
     store.refill(alice.no, &alice.keys(2, 1..=2)).await.unwrap();
     let keys = alice.keys(3, 3..=4);
     assert_eq!(store.refill(alice.no, &keys).await.unwrap(), Refilled::Stored);
     assert_eq!(only_bundle(&store, alice.user).await.signed, keys.signed);
     assert_eq!(drain(&store, alice.user).await, [2, 3, 4]);
-    assert_eq!(store.count("device_keys").await, 1, "the older signed prekey is gone");
+    assert_eq!(count(&store, "device_keys").await, 1, "the older signed prekey is gone");
 }
 
 #[tokio::test]
 async fn the_id_of_the_signed_prekey_has_to_rise() {
-    let store = Scratch::open().await;
+    let store = TestStore::open().await;
     let alice = account(&store).await;
     store.refill(alice.no, &alice.keys(7, NONE)).await.unwrap();
     for id in [7, 6, 0, i32::MIN] {
@@ -231,13 +235,13 @@ async fn the_id_of_the_signed_prekey_has_to_rise() {
         assert_eq!(refused, Refilled::SignedIdNotRising, "{id}");
     }
     assert_eq!(only_bundle(&store, alice.user).await.signed.id, KeyId(7));
-    assert_eq!(store.count("one_time_prekeys").await, 0, "nothing of a refused upload is stored");
+    assert_eq!(count(&store, "one_time_prekeys").await, 0, "nothing of a refused upload is stored");
     assert_eq!(store.refill(alice.no, &alice.keys(i32::MAX, NONE)).await.unwrap(), Refilled::Stored);
 }
 
 #[tokio::test]
 async fn the_oldest_keys_make_room_for_new_ones() {
-    let store = Scratch::open_with(|limits| limits.max_prekeys = 5).await;
+    let store = TestStore::open_with(|limits| limits.max_prekeys = 5).await;
     let alice = account(&store).await;
     for (signed, ids) in [(2, 1..=4), (3, 5..=7), (4, 8..=9)] {
         store.refill(alice.no, &alice.keys(signed, ids)).await.unwrap();
@@ -247,7 +251,7 @@ async fn the_oldest_keys_make_room_for_new_ones() {
 
 #[tokio::test]
 async fn the_maximum_holds_for_each_kind_by_itself_and_for_no_other_device() {
-    let store = Scratch::open_with(|limits| limits.max_prekeys = 3).await;
+    let store = TestStore::open_with(|limits| limits.max_prekeys = 3).await;
     let (alice, _) = pq_account(&store, 1..=3, &[1, 2]).await;
     let second = linked_with(&store, &alice, alice.keys(1, 1..=3)).await;
     let mut keys = alice.keys(2, 4..=4);
@@ -257,13 +261,13 @@ async fn the_maximum_holds_for_each_kind_by_itself_and_for_no_other_device() {
     let first = hand_out(&store, alice.user).await;
     assert_eq!(one_time_ids(&first), [Some(2), Some(1)]);
     assert_eq!(pq_ids(&first), [Some(2), None]);
-    assert_eq!(store.prekey_counts(alice.no).await.unwrap(), PrekeyCounts { ec: 2, pq: 2, uses_pq: true });
-    assert_eq!(store.prekey_counts(second.no).await.unwrap().ec, 2);
+    assert_eq!(counts(&store, &alice).await, PrekeyCounts { ec: 2, pq: 2, uses_pq: true });
+    assert_eq!(counts(&store, &second).await.ec, 2);
 }
 
 #[tokio::test]
 async fn an_id_that_is_stored_keeps_its_key() {
-    let store = Scratch::open_with(|limits| limits.max_prekeys = 3).await;
+    let store = TestStore::open_with(|limits| limits.max_prekeys = 3).await;
     let alice = account(&store).await;
     let first = alice.keys(2, 1..=3);
     store.refill(alice.no, &first).await.unwrap();
@@ -277,7 +281,7 @@ async fn an_id_that_is_stored_keeps_its_key() {
 
 #[tokio::test]
 async fn the_same_id_may_name_keys_of_both_kinds_and_of_other_devices() {
-    let store = Scratch::open().await;
+    let store = TestStore::open().await;
     let (alice, _) = pq_account(&store, 1..=1, &[1]).await;
     linked_with(&store, &alice, alice.keys(1, 1..=1)).await;
     let handed_out = hand_out(&store, alice.user).await;
@@ -287,7 +291,7 @@ async fn the_same_id_may_name_keys_of_both_kinds_and_of_other_devices() {
 
 #[tokio::test]
 async fn a_last_resort_key_stays_until_another_is_uploaded() {
-    let store = Scratch::open().await;
+    let store = TestStore::open().await;
     let (alice, first) = pq_account(&store, NONE, &[]).await;
     store.refill(alice.no, &alice.keys(2, NONE)).await.unwrap();
     assert_eq!(only_bundle(&store, alice.user).await.pq, first.pq_last_resort);
@@ -300,12 +304,12 @@ async fn a_last_resort_key_stays_until_another_is_uploaded() {
 
 #[tokio::test]
 async fn one_time_kyber_keys_need_a_last_resort_key() {
-    let store = Scratch::open().await;
+    let store = TestStore::open().await;
     let alice = account(&store).await;
     let mut keys = alice.keys(2, 1..=1);
     keys.pq_one_time = vec![pq_key(&alice.identity(), 1)];
     assert_eq!(store.refill(alice.no, &keys).await.unwrap(), Refilled::LastResortMissing);
-    assert_eq!(store.count("one_time_prekeys").await, 0, "nothing of a refused upload is stored");
+    assert_eq!(count(&store, "one_time_prekeys").await, 0, "nothing of a refused upload is stored");
 
     keys.pq_last_resort = Some(pq_key(&alice.identity(), 1000));
     assert_eq!(store.refill(alice.no, &keys).await.unwrap(), Refilled::Stored);
@@ -316,27 +320,27 @@ async fn one_time_kyber_keys_need_a_last_resort_key() {
 
 #[tokio::test]
 async fn an_upload_may_hold_thousands_of_keys() {
-    let store = Scratch::open_with(|limits| limits.max_prekeys = 2500).await;
+    let store = TestStore::open_with(|limits| limits.max_prekeys = 2500).await;
     let alice = account(&store).await;
     store.refill(alice.no, &alice.keys(2, 1..=2500)).await.unwrap();
-    assert_eq!(store.prekey_counts(alice.no).await.unwrap().ec, 2500);
+    assert_eq!(counts(&store, &alice).await.ec, 2500);
 }
 
 #[tokio::test]
 async fn a_removed_device_can_store_nothing_and_has_no_identity() {
-    let store = Scratch::open().await;
+    let store = TestStore::open().await;
     let alice = account(&store).await;
     let second = linked(&store, &alice).await;
     assert_eq!(store.identity(second.no).await.unwrap(), Some(public_key(&alice.identity())));
     store.remove_device(alice.user, second.device).await.unwrap();
     assert_eq!(store.identity(second.no).await.unwrap(), None);
     assert_eq!(store.refill(second.no, &alice.keys(2, 1..=1)).await.unwrap(), Refilled::DeviceGone);
-    assert_eq!(store.count("one_time_prekeys").await, 0);
+    assert_eq!(count(&store, "one_time_prekeys").await, 0);
 }
 
 #[tokio::test]
 async fn after_a_restore_all_one_time_prekeys_can_be_dropped_and_the_others_stay() {
-    let store = Scratch::open().await;
+    let store = TestStore::open().await;
     let (alice, keys) = pq_account(&store, 1..=4, &[1, 2]).await;
     let bob = account(&store).await;
     store.refill(bob.no, &bob.keys(2, 1..=3)).await.unwrap();

@@ -185,7 +185,7 @@ async fn a_log_out_ends_the_session_and_leaves_the_device() {
     let store = TestStore::open().await;
     let (alice, bob) = (store.account().await, store.account().await);
     for person in [&alice, &bob] {
-        assert!(store.set_push_token(person.no, "token").await.unwrap());
+        assert!(store.set_push_token(person.no, i64::MAX, "token").await.unwrap());
     }
     let (ticket, bobs_ticket) = (store.ticket(alice.no, NOW + SECOND).await, store.ticket(bob.no, NOW + SECOND).await);
     store.log_out(alice.no, VOID_TO).await.unwrap();
@@ -194,7 +194,7 @@ async fn a_log_out_ends_the_session_and_leaves_the_device() {
     assert_eq!(store.redeem_ticket(&ticket, NOW).await.unwrap(), None);
     let standing = store.standing(alice.device).await.unwrap().unwrap();
     assert_eq!(standing.tokens_void_to, VOID_TO);
-    let counts = store.prekey_counts(alice.no).await.unwrap();
+    let counts = store.prekey_counts(alice.no).await.unwrap().unwrap();
     assert_eq!(counts.ec, 2, "the keys stay");
     let database = Database::open(&store.file()).await;
     assert_eq!(database.number("SELECT device_no FROM push_tokens").await, bob.no.0);
@@ -211,7 +211,9 @@ async fn a_log_out_ends_the_session_and_leaves_the_device() {
 async fn every_log_out_begins_a_new_epoch() {
     let store = TestStore::open().await;
     let alice = store.account().await;
-    for (void_to, expected) in [(VOID_TO, VOID_TO), (VOID_TO, VOID_TO + 1), (5, VOID_TO + 2), (VOID_TO + 9, VOID_TO + 9)] {
+    for (void_to, expected) in
+        [(VOID_TO, VOID_TO), (VOID_TO, VOID_TO + 1), (5, VOID_TO + 2), (VOID_TO + 9, VOID_TO + 9)]
+    {
         store.log_out(alice.no, void_to).await.unwrap();
         assert_eq!(store.epoch(alice.no).await.unwrap(), Some(expected));
     }
@@ -244,7 +246,8 @@ async fn of_many_handshakes_with_one_ticket_one_succeeds() {
 async fn no_ticket_is_issued_for_a_void_token_or_a_device_that_is_gone() {
     let store = TestStore::open().await;
     let alice = store.account().await;
-    let issue = async |expires_at| store.issue_ticket(alice.no, expires_at, &rand::random(), NOW + SECOND).await.unwrap();
+    let issue =
+        async |expires_at| store.issue_ticket(alice.no, expires_at, &rand::random(), NOW + SECOND).await.unwrap();
     assert!(issue(1).await);
     store.log_out(alice.no, VOID_TO).await.unwrap();
     assert!(!issue(VOID_TO).await, "its call came in just before the log-out");

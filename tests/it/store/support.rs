@@ -1,82 +1,29 @@
-//! A store in a folder of its own, and accounts in it.
+//! Accounts with keys of their own, and devices that join them.
 
-use std::ops::{Deref, RangeInclusive};
-use std::path::PathBuf;
+use std::ops::RangeInclusive;
 use std::time::Duration;
 
-use obscura_server::clock::Timestamp;
-use obscura_server::config::Config;
 use obscura_server::model::ids::{DeviceId, DeviceNo, UserId};
 use obscura_server::model::keys::{
     KemPublicKey, KeyId, OneTimePreKey, PqKeyId, PqPreKey, PreKeys, PublicKey, RegistrationId, Signature, SignedPreKey,
 };
-use obscura_server::store::{Limits, Linked, NewAccount, NewDevice, NewLink, Registered, SessionGrant, Store};
-use sqlx::AssertSqlSafe;
-use sqlx::sqlite::{SqliteConnectOptions, SqlitePool};
-use tempfile::TempDir;
+use obscura_server::store::{Linked, NewAccount, NewDevice, NewLink, Registered, Store};
 
+use super::fixture::{NOW, TestStore, grant};
 use crate::harness::signer::{Identity, ec_public_key, fake_kem_public_key};
-use crate::harness::unique_name;
+use crate::harness::{Database, unique_name};
 
-/// The time at which a test begins.
-pub const NOW: Timestamp = Timestamp::from_seconds(1_800_000_000);
-
-/// A store that goes away with its folder.
-pub struct Scratch {
-    store: Store,
-    folder: TempDir,
-    config: Config,
-    limits: Limits,
+/// The one number that this query answers.
+pub async fn number(store: &TestStore, query: &str) -> i64 {
+    let database = Database::open(&store.file()).await;
+    let number = database.number(query).await;
+    database.close().await;
+    number
 }
 
-impl Scratch {
-    /// With the limits that are the default.
-    pub async fn open() -> Self {
-        Self::open_with(|_| {}).await
-    }
-
-    /// With these changes to the limits.
-    pub async fn open_with(change: impl FnOnce(&mut Limits)) -> Self {
-        let folder = tempfile::tempdir().unwrap();
-        let config = Config::embedded(folder.path()).unwrap();
-        let mut limits = Limits::of(&config);
-        change(&mut limits);
-        let store = Store::open(&file(&folder), &config.database, limits).await.unwrap();
-        Self { store, folder, config, limits }
-    }
-
-    /// Closes the store and opens it again, as a restart does.
-    pub async fn reopen(&mut self) {
-        self.store.close().await;
-        self.store = Store::open(&file(&self.folder), &self.config.database, self.limits).await.unwrap();
-    }
-
-    /// A connection of our own to the same database.
-    pub async fn pool(&self) -> SqlitePool {
-        SqlitePool::connect_with(SqliteConnectOptions::new().filename(file(&self.folder))).await.unwrap()
-    }
-
-    /// The one number that this query answers.
-    pub async fn number(&self, query: &str) -> i64 {
-        sqlx::query_scalar(AssertSqlSafe(query.to_owned())).fetch_one(&self.pool().await).await.unwrap()
-    }
-
-    /// Rows of a table.
-    pub async fn count(&self, table: &str) -> i64 {
-        self.number(&format!("SELECT count(*) FROM {table}")).await
-    }
-}
-
-impl Deref for Scratch {
-    type Target = Store;
-
-    fn deref(&self) -> &Store {
-        &self.store
-    }
-}
-
-fn file(folder: &TempDir) -> PathBuf {
-    folder.path().join("store.db")
+/// Rows of a table.
+pub async fn count(store: &TestStore, table: &str) -> i64 {
+    number(store, &format!("SELECT count(*) FROM {table}")).await
 }
 
 /// A device in the store.
@@ -117,7 +64,7 @@ pub async fn account_with(store: &Store, seed: u64, prekeys: PreKeys) -> Member 
         password_hash: "$argon2id$".to_owned(),
         identity: public_key(&identity),
         device,
-        session: grant(),
+        session: grant(NOW),
     };
     match store.register(&account).await.unwrap() {
         Registered::Account(no) => Member { user, device: id, no, seed },
@@ -150,21 +97,12 @@ pub async fn approved_link(store: &Store, primary: &Member) -> [u8; 32] {
 
 /// A device that wants to join by this link session.
 pub fn new_link(hash: [u8; 32], identity: &Identity, prekeys: PreKeys) -> NewLink {
-    NewLink { hash, identity: public_key(identity), device: new_device(prekeys), session: grant() }
+    NewLink { hash, identity: public_key(identity), device: new_device(prekeys), session: grant(NOW) }
 }
 
 /// A device without a name.
 pub fn new_device(prekeys: PreKeys) -> NewDevice {
     NewDevice { id: DeviceId::random(), name: None, registration_id: RegistrationId(4711), prekeys }
-}
-
-/// A session for 30 days.
-pub fn grant() -> SessionGrant {
-    SessionGrant {
-        family: rand::random(),
-        secret_hash: rand::random(),
-        expires_at: NOW + Duration::from_hours(30 * 24),
-    }
 }
 
 /// No keys.

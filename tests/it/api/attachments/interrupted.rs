@@ -1,0 +1,178 @@
+//! Uploads that do not come to an end, and many at the same time: nothing stays behind, and memory stays small.
+
+use std::time::Duration;
+
+use bytes::Bytes;
+use futures_util::future::join_all;
+use futures_util::stream;
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::TcpStream;
+
+use super::{download, files, nothing_is_left, put, upload};
+use crate::harness::{Binary, Database, Device, TestServer, eventually, within};
+
+/// An upload of `announced` bytes of which only `sent` are sent, on a connection that stays open.
+async fn begin(device: &Device, announced: usize, sent: usize) -> TcpStream {
+    let mut stream = TcpStream::connect(device.client.address()).await.unwrap();
+    let head = format!(
+        "POST /v1/attachments HTTP/1.1\r\nhost: x\r\nauthorization: Bearer {}\r\ncontent-length: {announced}\r\n\r\n",
+        device.token
+    );
+    stream.write_all(head.as_bytes()).await.unwrap();
+    stream.write_all(&vec![7; sent]).await.unwrap();
+    stream
+}
+
+async fn under_way(server: &TestServer, count: i64) {
+    let database = server.database().await;
+    eventually("the uploads to be under way", async || {
+        let pending = database.number("SELECT count(*) FROM attachments WHERE stored = 0").await;
+        pending == count && files(server).len() as i64 == count
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn an_upload_cut_in_the_middle_leaves_nothing() {
+    let server = TestServer::start().await;
+    let device = server.account().await;
+    for sent in [0, 1, 400_000, 999_999] {
+        let connection = begin(&device, 1_000_000, sent).await;
+        under_way(&server, 1).await;
+        drop(connection);
+        nothing_is_left(&server).await;
+    }
+}
+
+#[tokio::test]
+async fn an_upload_whose_client_stops_sending_times_out_and_leaves_nothing() {
+    let server = TestServer::start_with(|config| config.attachments.timeout = Duration::from_millis(300)).await;
+    let device = server.account().await;
+    let mut connection = begin(&device, 1_000_000, 400_000).await;
+    let mut answer = [0; 12];
+    within("an answer", connection.read_exact(&mut answer)).await.unwrap();
+    assert_eq!(&answer, b"HTTP/1.1 408");
+    // The connection is still open, so this is not because of its end.
+    nothing_is_left(&server).await;
+}
+
+#[tokio::test]
+async fn a_broken_upload_gives_its_room_in_the_quota_back() {
+    let server = TestServer::start_with(|config| config.attachments.quota_bytes = 1_000_000).await;
+    let device = server.account().await;
+    let connection = begin(&device, 1_000_000, 10).await;
+    under_way(&server, 1).await;
+    upload(&device, "abc").send().await.expect(413);
+    drop(connection);
+    nothing_is_left(&server).await;
+    put(&device, b"abc").await;
+}
+
+#[tokio::test]
+async fn whenever_a_client_hangs_up_there_is_a_whole_attachment_or_none() {
+    let server = TestServer::start().await;
+    let device = server.account().await;
+    let size = 300_000;
+    let attempts = (0..60usize).map(|attempt| {
+        let device = &device;
+        async move {
+            // Some are cut in the body, the others at any moment behind it.
+            let sent = if attempt % 3 == 0 { size * attempt / 60 } else { size };
+            let mut connection = begin(device, size, sent).await;
+            if attempt % 2 == 0 {
+                let mut answer = [0; 1];
+                let _ = tokio::time::timeout(Duration::from_micros(attempt as u64 * 300), connection.read(&mut answer))
+                    .await;
+            }
+        }
+    });
+    join_all(attempts).await;
+    let database = server.database().await;
+    let count =
+        async |stored: i64| database.number(&format!("SELECT count(*) FROM attachments WHERE stored = {stored}")).await;
+    eventually("nothing to be under way", async || {
+        count(0).await == 0 && count(2).await == 0 && files(&server).len() as i64 == count(1).await
+    })
+    .await;
+    for file in files(&server) {
+        assert_eq!(std::fs::metadata(&file).unwrap().len(), size as u64);
+        download(&device, file.file_name().unwrap().to_str().unwrap()).send().await.expect(200);
+    }
+}
+
+#[tokio::test]
+async fn what_a_killed_server_left_is_removed_when_it_starts_again() {
+    let folder = tempfile::tempdir().unwrap();
+    let objects = folder.path().join("attachments").join("attachments");
+    let names = || std::fs::read_dir(&objects).unwrap().map(|entry| entry.unwrap().file_name()).collect::<Vec<_>>();
+    let mut server = Binary::start(folder.path(), &[]).await;
+    let device = Device::register(&server.client()).await;
+    let kept = put(&device, b"abc").await;
+    let _connections = [begin(&device, 1_000_000, 400_000).await, begin(&device, 1_000_000, 0).await];
+    eventually("the uploads to be under way", async || names().len() == 3).await;
+    server.kill();
+    assert_eq!(names().len(), 3);
+
+    let _server = server.start_again(folder.path(), &[]).await;
+    assert_eq!(names(), [&*kept]);
+    let database = Database::open(&folder.path().join("obscura.db")).await;
+    assert_eq!(database.number("SELECT count(*) FROM attachments").await, 1);
+    assert_eq!(&download(&device, &kept).send().await.expect(200).body[..], b"abc");
+}
+
+#[tokio::test]
+async fn a_graceful_restart_in_the_middle_of_an_upload_leaves_nothing() {
+    let mut server = TestServer::start_with(|config| config.server.shutdown_timeout = Duration::from_millis(500)).await;
+    let device = server.account().await;
+    let kept = put(&device, b"abc").await;
+    let _connection = begin(&device, 1_000_000, 400_000).await;
+    eventually("the upload to be under way", async || files(&server).len() == 2).await;
+    server.restart().await;
+    eventually("the upload to go", async || files(&server).len() == 1).await;
+    download(&device, &kept).send().await.expect(200);
+}
+
+/// The most memory that the process has had in use.
+fn peak_bytes(server: &Binary) -> u64 {
+    let status = std::fs::read_to_string(format!("/proc/{}/status", server.pid())).unwrap();
+    let line = status.lines().find(|line| line.starts_with("VmHWM:")).unwrap();
+    line.split_whitespace().nth(1).unwrap().parse::<u64>().unwrap() * 1024
+}
+
+#[tokio::test]
+async fn sixteen_uploads_and_downloads_at_once_need_little_memory() {
+    const SIZE: usize = 8 << 20;
+    let folder = tempfile::tempdir().unwrap();
+    let server = Binary::start(folder.path(), &[]).await;
+    let device = Device::register(&server.client()).await;
+    // Forgets the peak that hashing a password has left.
+    std::fs::write(format!("/proc/{}/clear_refs", server.pid()), "5").unwrap();
+    let before = server.resident_bytes();
+    let everybody = tokio::sync::Barrier::new(16);
+    let chunk = Bytes::from(vec![7; 64 << 10]);
+
+    let uploads = (0..16).map(|_| {
+        let (first, rest) = (chunk.clone(), chunk.clone());
+        let (sender, receiver) = tokio::sync::mpsc::channel::<Result<Bytes, std::io::Error>>(1);
+        let body = stream::unfold(receiver, |mut receiver| async { Some((receiver.recv().await?, receiver)) });
+        let request = upload(&device, reqwest::Body::wrap_stream(body)).header("content-length", SIZE.to_string());
+        let (everybody, device) = (&everybody, &device);
+        async move {
+            let feed = async {
+                sender.send(Ok(first)).await.unwrap();
+                everybody.wait().await; // all are under way before any goes on
+                for _ in 1..SIZE / rest.len() {
+                    sender.send(Ok(rest.clone())).await.unwrap();
+                }
+                drop(sender);
+            };
+            let (answer, ()) = tokio::join!(request.send(), feed);
+            let id = answer.expect(201).json()["id"].as_str().unwrap().to_owned();
+            assert_eq!(download(device, &id).send().await.expect(200).body.len(), SIZE);
+        }
+    });
+    join_all(uploads).await;
+    let growth = peak_bytes(&server) - before;
+    assert!(growth < 32 << 20, "128 MiB went up and down again through {} KiB of memory", growth >> 10);
+    println!("128 MiB went up and down again through {} KiB of memory", growth >> 10);
+}

@@ -1,0 +1,76 @@
+//! The database file itself: `open`, `check`, `reclaim`, `close`.
+
+use std::path::Path;
+
+use obscura_server::config::Config;
+use obscura_server::store::{Limits, OpenError, Store};
+
+use super::fixture::TestStore;
+use crate::harness::Database;
+
+async fn open(file: &Path) -> Result<Store, OpenError> {
+    let config = Config::embedded(file.parent().unwrap()).unwrap();
+    Store::open(file, &config.database, Limits::of(&config)).await
+}
+
+#[tokio::test]
+async fn an_open_store_answers_and_a_closed_one_does_not() {
+    let store = TestStore::open().await;
+    store.check().await.unwrap();
+    store.close().await;
+    assert!(store.check().await.is_err());
+}
+
+#[tokio::test]
+async fn every_commit_is_flushed_and_readers_do_not_wait_for_the_writer() {
+    let store = TestStore::open().await;
+    let database = Database::open(&store.file()).await;
+    let held = database.hold_write().await;
+    store.check().await.unwrap();
+    assert!(store.credentials("nobody").await.unwrap().is_none());
+    held.release().await;
+    let mode: String = database.text("PRAGMA journal_mode").await;
+    assert_eq!(mode, "wal");
+    assert_eq!(database.number("PRAGMA auto_vacuum").await, 2, "incremental");
+}
+
+#[tokio::test]
+async fn space_is_given_back_in_steps() {
+    let store = TestStore::open().await;
+    let database = Database::open(&store.file()).await;
+    assert!(!store.reclaim(10).await.unwrap());
+    database.execute("CREATE TABLE large (x); INSERT INTO large VALUES (zeroblob(1000000)); DROP TABLE large").await;
+    let free = async || database.number("PRAGMA freelist_count").await;
+    let before = free().await;
+    assert!(before > 200);
+    assert!(store.reclaim(10).await.unwrap(), "there is more");
+    assert_eq!(free().await, before - 10);
+    assert!(!store.reclaim(10_000).await.unwrap());
+    assert_eq!(free().await, 0);
+}
+
+#[tokio::test]
+async fn a_database_of_a_newer_server_is_left_alone() {
+    let folder = tempfile::tempdir().unwrap();
+    let file = folder.path().join("test.db");
+    open(&file).await.ok().unwrap().close().await;
+    let database = Database::open(&file).await;
+    database.execute("INSERT INTO _sqlx_migrations VALUES (9999, 'future', 0, 1, x'00', 0)").await;
+    database.close().await;
+    let before = std::fs::read(&file).unwrap();
+    let Err(error) = open(&file).await else { panic!("opened a database of the future") };
+    assert!(matches!(error, OpenError::Newer { found: 9999, .. }), "{error}");
+    assert!(error.to_string().contains("newer version"), "{error}");
+    assert_eq!(std::fs::read(&file).unwrap(), before, "nothing is damaged");
+}
+
+#[tokio::test]
+async fn what_is_no_database_is_left_alone() {
+    let folder = tempfile::tempdir().unwrap();
+    let file = folder.path().join("test.db");
+    let text = "this is a letter and no database, ".repeat(300);
+    std::fs::write(&file, &text).unwrap();
+    let Err(error) = open(&file).await else { panic!("opened a letter") };
+    assert!(error.to_string().contains("test.db"), "{error}");
+    assert_eq!(std::fs::read_to_string(&file).unwrap(), text);
+}
