@@ -1,7 +1,8 @@
 //! Builds the parts, opens both ports, starts the tasks, shuts down in order.
 
-use std::fs::File;
+use std::fs::{File, OpenOptions};
 use std::net::SocketAddr;
+use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
@@ -180,7 +181,8 @@ fn server_address(url: &str) -> Option<String> {
 /// Makes sure that no other process serves from this folder: they would not see each other's signals.
 pub(crate) fn lock_folder(folder: &Path) -> Result<File> {
     let path = folder.join("lock");
-    let file = File::create(&path).with_context(|| format!("--data-dir: can't write {}", path.display()))?;
+    let file = OpenOptions::new().create(true).append(true).mode(0o600).open(&path);
+    let file = file.with_context(|| format!("--data-dir: can't write {}", path.display()))?;
     if file.try_lock().is_err() {
         bail!("--data-dir: another server is already running on {}; stop it, or name another folder", folder.display());
     }

@@ -16,6 +16,8 @@ mod send;
 mod sessions;
 
 use std::fmt::Write;
+use std::fs::OpenOptions;
+use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
@@ -149,9 +151,9 @@ impl Store {
     pub async fn open(path: &Path, config: &config::Database, limits: Limits) -> std::result::Result<Self, OpenError> {
         let shown = path.display().to_string();
         let unusable = |cause| OpenError::Unusable { path: shown.clone(), cause };
+        create_private(path).map_err(|error| unusable(sqlx::Error::Io(error)))?;
         let options = SqliteConnectOptions::new()
             .filename(path)
-            .create_if_missing(true)
             .journal_mode(SqliteJournalMode::Wal)
             .synchronous(SqliteSynchronous::Full)
             .busy_timeout(config.acquire_timeout)
@@ -223,6 +225,11 @@ async fn commit(transaction: Transaction<'static, sqlx::Sqlite>) -> Result<()> {
         std::process::exit(74); // EX_IOERR
     }
     Err(error)
+}
+
+/// Makes the file, readable for its owner alone, if there is none. SQLite gives its other files the same mode.
+fn create_private(path: &Path) -> std::io::Result<()> {
+    OpenOptions::new().create(true).append(true).mode(0o600).open(path).map(drop)
 }
 
 async fn migrate(pool: &SqlitePool, path: &str) -> std::result::Result<(), OpenError> {

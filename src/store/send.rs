@@ -23,6 +23,12 @@ impl Store {
         Ok(sent)
     }
 
+    /// Whether this device has sent under this key before, so that a repeat would queue nothing new.
+    pub async fn has_outcome(&self, sender: DeviceNo, key: IdempotencyKey) -> Result<bool> {
+        let found = sqlx::query("SELECT 1 FROM sends WHERE sender_no = $1 AND idempotency_key = $2");
+        Ok(found.bind(sender).bind(key).fetch_optional(&self.read).await?.is_some())
+    }
+
     async fn queue(&self, tx: &mut Transaction<'_, Sqlite>, sends: &[Outgoing], now: Timestamp) -> Result<Vec<Sent>> {
         let mut known = self.known_outcomes(tx, sends, now).await?;
         let devices = current_devices(tx, sends).await?;

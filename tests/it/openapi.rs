@@ -31,8 +31,10 @@ fn the_document_has_exactly_the_routes_of_the_router_with_exactly_their_statuses
     });
     let table: BTreeMap<_, _> = table.collect();
     assert_eq!(table.len(), ROUTES.len(), "a route stands in the table twice");
-    let documented: BTreeMap<_, _> =
-        operations().into_iter().map(|operation| ((operation.method.clone(), operation.path), operation.statuses())).collect();
+    let documented: BTreeMap<_, _> = operations()
+        .into_iter()
+        .map(|operation| ((operation.method.clone(), operation.path), operation.statuses()))
+        .collect();
     for route in table.keys().chain(documented.keys()) {
         assert_eq!(table.get(route), documented.get(route), "{route:?}: the table of routes, and openapi.yaml");
     }
@@ -70,7 +72,8 @@ fn operations_name_the_varying_segments_of_their_paths() {
 
 #[test]
 fn operations_have_distinct_names_and_known_tags() {
-    let ids: BTreeSet<_> = operations().iter().map(|operation| operation.definition["operationId"].to_string()).collect();
+    let ids: BTreeSet<_> =
+        operations().iter().map(|operation| operation.definition["operationId"].to_string()).collect();
     assert_eq!(ids.len(), operations().len());
     let used = operations().into_iter().flat_map(|operation| operation.definition["tags"].as_array().expect("tags"));
     let known = DOCUMENT["tags"].as_array().expect("tags").iter().map(|tag| tag["name"].to_string());

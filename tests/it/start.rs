@@ -1,1 +1,171 @@
-//! start
+//! What the operator sees when the server can't start: one sentence that names the thing and what to do, an exit code
+//! that is not 0, and nothing damaged.
+
+use std::net::TcpListener;
+use std::os::unix::fs::PermissionsExt;
+use std::path::Path;
+
+use crate::harness::{Binary, Database, Device};
+
+/// Runs the program, which has to give up, and answers the one sentence that it says.
+async fn refusal(options: &[&str], variables: &[(&str, &str)]) -> String {
+    let finished = Binary::run(options, variables).await;
+    assert!(!finished.status.success(), "{}", finished.output);
+    assert!(finished.status.code().is_some(), "killed: {}", finished.output);
+    let output = finished.output;
+    assert!(!output.contains("panicked") && !output.contains("Error {"), "{output}");
+    assert_eq!(output.trim().lines().count(), 1, "more than a sentence: {output}");
+    output
+}
+
+fn folder_options<'a>(folder: &'a str, more: &[&'a str]) -> Vec<&'a str> {
+    [&["--data-dir", folder, "--server-host=127.0.0.1", "--server-port=0", "--mgmt-port=0"], more].concat()
+}
+
+#[tokio::test]
+async fn started_with_no_options_it_names_the_way_to_try_it_on_one_machine() {
+    let sentence = refusal(&["--db-url=postgres://user:hunter2@127.0.0.1:1/db"], &[]).await;
+    assert!(sentence.contains("--data-dir"), "{sentence}");
+    assert!(!sentence.contains("hunter2"), "{sentence}");
+    let sentence = refusal(&[], &[]).await;
+    assert!(sentence.contains("--data-dir"), "{sentence}");
+}
+
+#[tokio::test]
+async fn a_data_folder_that_cannot_be_made_is_named() {
+    let folder = tempfile::tempdir().unwrap();
+    let file = folder.path().join("file");
+    std::fs::write(&file, "not a folder").unwrap();
+    let below = file.join("data");
+    for path in [below.to_str().unwrap(), file.to_str().unwrap(), "/proc/data", "/sys/data"] {
+        let sentence = refusal(&folder_options(path, &[]), &[]).await;
+        assert!(sentence.contains("--data-dir") && sentence.contains(path), "{sentence}");
+    }
+    assert_eq!(std::fs::read_to_string(&file).unwrap(), "not a folder");
+}
+
+#[tokio::test]
+async fn a_port_in_use_is_named() {
+    let folder = tempfile::tempdir().unwrap();
+    let folder = folder.path().to_str().unwrap();
+    let taken = TcpListener::bind("127.0.0.1:0").unwrap();
+    let port = taken.local_addr().unwrap().port().to_string();
+    for option in ["--server-port", "--mgmt-port"] {
+        let given = format!("{option}={port}");
+        let options = ["--data-dir", folder, "--server-host=127.0.0.1", "--server-port=0", "--mgmt-port=0"];
+        let options: Vec<&str> = options.into_iter().filter(|other| !other.starts_with(option)).chain([&given[..]]).collect();
+        let sentence = refusal(&options, &[]).await;
+        assert!(sentence.contains(&port) && sentence.contains(option), "{sentence}");
+    }
+}
+
+#[tokio::test]
+async fn a_wrong_value_is_named_with_what_is_allowed() {
+    for (option, value) in [
+        ("--server-port", "70000"),
+        ("--ttl-days", "0"),
+        ("--server-host", "localhost:80"),
+        ("--trusted-proxies", "10.0.0.0/33"),
+        ("--db-url", "mysql://x"),
+        ("--log-format", "xml"),
+    ] {
+        let sentence = refusal(&["--data-dir=/nonexistent", &format!("{option}={value}")], &[]).await;
+        assert!(sentence.contains(option), "{sentence}");
+        assert!(option == "--db-url" || sentence.contains(value), "{sentence}");
+        assert!(sentence.contains("takes"), "{sentence}");
+    }
+    let sentence = refusal(&["--data-dir=/nonexistent"], &[("OBSCURA_TTL_DAYS", "soon")]).await;
+    assert!(sentence.contains("OBSCURA_TTL_DAYS") && sentence.contains("soon"), "{sentence}");
+}
+
+#[tokio::test]
+async fn a_published_or_short_secret_is_refused_and_never_repeated() {
+    let folder = tempfile::tempdir().unwrap();
+    let folder = folder.path().join("data");
+    for secret in ["change_me_in_production", "hunter2hunter2"] {
+        let options = folder_options(folder.to_str().unwrap(), &[]);
+        let sentence = refusal(&options, &[("OBSCURA_AUTH_JWT_SECRET", secret)]).await;
+        assert!(sentence.contains("--jwt-secret"), "{sentence}");
+        assert!(!sentence.contains(secret), "{sentence}");
+    }
+}
+
+#[tokio::test]
+async fn a_generated_secret_is_for_the_owner_only_and_is_kept() {
+    let folder = tempfile::tempdir().unwrap();
+    let data = folder.path().join("data");
+    let mut server = Binary::start(&data, &[]).await;
+    let alice = Device::register(&server.client()).await;
+    let file = data.join("jwt-secret");
+    let secret = std::fs::read_to_string(&file).unwrap();
+    assert!(secret.trim().len() >= 32);
+    assert_eq!(mode(&file), 0o600);
+    assert_eq!(mode(&data), 0o700);
+    server.kill();
+
+    let server = server.start_again(&data, &[]).await;
+    assert_eq!(std::fs::read_to_string(&file).unwrap(), secret);
+    alice.request("GET", "/v1/devices").send().await.expect(200);
+    assert!(!server.output().contains(secret.trim()));
+}
+
+fn mode(path: &Path) -> u32 {
+    std::fs::metadata(path).unwrap().permissions().mode() & 0o777
+}
+
+#[tokio::test]
+async fn a_database_of_a_newer_version_is_left_alone() {
+    let folder = tempfile::tempdir().unwrap();
+    let mut server = Binary::start(folder.path(), &[]).await;
+    server.terminate();
+    assert!(server.exit(crate::harness::PATIENCE).await.success());
+    let file = folder.path().join("obscura.db");
+    let database = Database::open(&file).await;
+    database.execute("INSERT INTO _sqlx_migrations VALUES (9999, 'future', 0, 1, x'00', 0)").await;
+    database.execute("PRAGMA wal_checkpoint(TRUNCATE)").await;
+    database.close().await;
+    let before = std::fs::read(&file).unwrap();
+    let sentence = refusal(&folder_options(folder.path().to_str().unwrap(), &[]), &[]).await;
+    assert!(sentence.contains("newer") && sentence.contains("9999"), "{sentence}");
+    assert_eq!(std::fs::read(&file).unwrap(), before);
+}
+
+#[tokio::test]
+async fn a_broken_database_is_named_and_left_alone() {
+    let folder = tempfile::tempdir().unwrap();
+    let file = folder.path().join("obscura.db");
+    let text = "this is a letter and no database, ".repeat(300);
+    std::fs::write(&file, &text).unwrap();
+    let sentence = refusal(&folder_options(folder.path().to_str().unwrap(), &[]), &[]).await;
+    assert!(sentence.contains("obscura.db"), "{sentence}");
+    assert_eq!(std::fs::read_to_string(&file).unwrap(), text);
+}
+
+#[tokio::test]
+async fn two_servers_do_not_share_a_folder() {
+    let folder = tempfile::tempdir().unwrap();
+    let first = Binary::start(folder.path(), &[]).await;
+    let sentence = refusal(&folder_options(folder.path().to_str().unwrap(), &[]), &[]).await;
+    assert!(sentence.contains("--data-dir"), "{sentence}");
+    Device::register(&first.client()).await;
+}
+
+#[tokio::test]
+async fn it_says_where_it_listens_and_what_to_try_next() {
+    let folder = tempfile::tempdir().unwrap();
+    let server = Binary::start(folder.path(), &[]).await;
+    let output = server.output();
+    assert!(output.contains(&format!("http://{}", server.address())), "{output}");
+    assert!(output.contains("Try next"), "{output}");
+    server.management().get("/readyz").send().await.expect(200);
+    server.client().get("/openapi.yaml").send().await.expect(200);
+}
+
+#[tokio::test]
+async fn help_and_version_are_no_failures() {
+    for option in ["--help", "--version"] {
+        let finished = Binary::run(&[option], &[]).await;
+        assert!(finished.status.success(), "{}", finished.output);
+        assert!(finished.output.contains("obscura-server"), "{}", finished.output);
+    }
+}

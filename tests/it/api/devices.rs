@@ -9,7 +9,8 @@ use uuid::Uuid;
 
 use crate::harness::signer::Identity;
 use crate::harness::{
-    Device, Event, Keys, PASSWORD, Response, Socket, TestServer, kyber_key, one_time_key, signed_key, within,
+    Device, Event, Keys, PASSWORD, Response, Socket, TestServer, eventually, kyber_key, one_time_key, signed_key,
+    within,
 };
 
 async fn list(device: &Device) -> Value {
@@ -283,6 +284,21 @@ mod removing {
         assert_eq!((database.queued(&alice).await, database.queued(&bob).await), (1, 1));
         let from_it = format!("SELECT count(*) FROM messages WHERE sender_device = x'{}'", second.id.simple());
         assert_eq!(database.number(&from_it).await, 1);
+    }
+
+    #[tokio::test]
+    async fn more_mail_than_fits_into_a_transaction_is_deleted_as_well() {
+        let server = TestServer::start().await;
+        let (alice, bob) = (server.account().await, server.account().await);
+        let second = alice.link().await;
+        let large = vec![1; 1_000_000];
+        for _ in 0..40 {
+            bob.send(&[(&alice, b"small"), (&second, &large)]).await;
+        }
+        alice.remove(&second).await;
+        let database = server.database().await;
+        eventually("the mail to be gone", async || database.number("SELECT count(*) FROM messages").await == 40).await;
+        assert_eq!(database.queued(&alice).await, 40);
     }
 
     #[tokio::test]

@@ -115,6 +115,8 @@ fn test_config(folder: &Path) -> Config {
     config.server.port = 0;
     config.server.management_port = 0;
     config.server.max_connections_per_address = 10_000;
+    // Many tests share a few processors and a disk; a writer whose turn comes late is no reason for a 503.
+    config.database.acquire_timeout = super::PATIENCE;
     config.rate_limits.per_second = 1_000_000;
     config.rate_limits.burst = 1_000_000;
     config.rate_limits.auth_per_second = 1_000_000;

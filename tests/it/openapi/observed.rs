@@ -50,7 +50,9 @@ pub fn assert_documented(method: &str, path: &str, answer: &Answer) -> Option<&'
 fn matches(template: &str, path: &str) -> bool {
     let (template, path) = (template.split('/'), path.split('/'));
     template.clone().count() == path.clone().count()
-        && template.zip(path).all(|(expected, given)| expected == given || (expected.starts_with('{') && !given.is_empty()))
+        && template
+            .zip(path)
+            .all(|(expected, given)| expected == given || (expected.starts_with('{') && !given.is_empty()))
 }
 
 /// Fails the test unless headers and body are as this response object says.

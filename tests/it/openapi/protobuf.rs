@@ -57,9 +57,9 @@ fn the_protobuf_contract_has_exactly_the_fields_of_section_13() {
             fields.insert((name.clone(), field.name().to_owned(), field.number(), label + &of_type));
         }
     }
-    let expected = FIELDS.iter().map(|&(message, name, number, of_type)| {
-        (message.to_owned(), name.to_owned(), number, of_type.to_owned())
-    });
+    let expected = FIELDS
+        .iter()
+        .map(|&(message, name, number, of_type)| (message.to_owned(), name.to_owned(), number, of_type.to_owned()));
     assert_eq!(fields, expected.collect());
 }
 
@@ -69,8 +69,8 @@ fn the_number_of_the_older_single_envelope_stays_reserved() {
     let set = protox::compile(["obscura/v1/obscura.proto"], [format!("{root}/proto")]).expect("a contract");
     let messages = &set.file[0].message_type;
     let frame = messages.iter().find(|message| message.name() == "WebSocketFrame").expect("a message");
-    let reserved: Vec<_> = frame.reserved_range.iter().map(|range| range.start()..range.end()).collect();
-    assert_eq!(reserved, [10..11]);
+    let reserved: Vec<_> = frame.reserved_range.iter().map(|range| (range.start(), range.end())).collect();
+    assert_eq!(reserved, [(10, 11)], "from, and up to but without");
 }
 
 #[test]

@@ -72,7 +72,8 @@ fn holds(keyword: &str, expected: &Value, value: &Value) -> Result<bool, String>
         "enum" => expected.as_array().ok_or("an enum is a list")?.contains(value),
         "format" => has_format(value, expected.as_str().ok_or("a format is text")?)?,
         "pattern" => {
-            let pattern = Regex::new(expected.as_str().ok_or("a pattern is text")?).map_err(|error| error.to_string())?;
+            let pattern =
+                Regex::new(expected.as_str().ok_or("a pattern is text")?).map_err(|error| error.to_string())?;
             value.as_str().is_some_and(|text| pattern.is_match(text))
         }
         "minimum" => value.as_i64() >= expected.as_i64(),

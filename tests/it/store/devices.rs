@@ -7,7 +7,8 @@ use obscura_server::model::ids::{DeviceId, DeviceNo, IdempotencyKey};
 use obscura_server::model::mail::{Outgoing, Recipient, Sealed, Sender};
 use obscura_server::store::{Refresh, Refreshed, Removed, Standing, Store};
 
-use super::support::{Member, NONE, NOW, TestStore, account, grant, linked, linked_with, new_device, public_key};
+use super::fixture::{NOW, TestStore, grant};
+use super::support::{Member, NONE, account, count, linked, linked_with, new_device, number, public_key};
 
 /// The tables that hold something for a device, with the column that says for which.
 const TABLES_OF_A_DEVICE: [(&str, &str); 9] = [
@@ -23,8 +24,12 @@ const TABLES_OF_A_DEVICE: [(&str, &str); 9] = [
 ];
 
 async fn send(store: &Store, from: &Member, to: &Member, others: &[&Member]) {
+    send_bytes(store, from, to, others, Bytes::from_static(b"sealed")).await;
+}
+
+async fn send_bytes(store: &Store, from: &Member, to: &Member, others: &[&Member], sealed: Bytes) {
     let submissions = std::iter::once(to).chain(others.iter().copied());
-    let submissions = submissions.map(|device| (device.device, Sealed(Bytes::from_static(b"sealed")))).collect();
+    let submissions = submissions.map(|device| (device.device, Sealed(sealed.clone()))).collect();
     let mail = Outgoing {
         sender: Sender { user: from.user, device: from.device, no: from.no },
         key: IdempotencyKey::random(),
@@ -52,7 +57,7 @@ async fn furnish(store: &Store, device: &Member, sender: &Member, others: &[&Mem
 async fn rows(store: &TestStore, no: DeviceNo) -> Vec<(&'static str, i64)> {
     let mut rows = Vec::new();
     for (table, column) in TABLES_OF_A_DEVICE {
-        let count = number(&store, &format!("SELECT count(*) FROM {table} WHERE {column} = {}", no.0)).await;
+        let count = number(store, &format!("SELECT count(*) FROM {table} WHERE {column} = {}", no.0)).await;
         rows.push((table, count));
     }
     rows
@@ -141,6 +146,32 @@ async fn a_full_inbox_goes_with_its_device() {
     }
     store.remove_device(alice.user, second.device).await.unwrap();
     assert_eq!(count(&store, "messages").await, 50, "those of the other device");
+}
+
+#[tokio::test]
+async fn a_very_large_inbox_goes_step_by_step() {
+    let store = TestStore::open().await;
+    let (alice, bob) = (account(&store).await, account(&store).await);
+    let second = linked(&store, &alice).await;
+    let large = Bytes::from(vec![1; 1 << 20]);
+    for _ in 0..40 {
+        send_bytes(&store, &bob, &second, &[&alice], large.clone()).await;
+    }
+    store.remove_device(alice.user, second.device).await.unwrap();
+    let mut left = vec![count(&store, "messages").await];
+    while store.clear_inboxes(&[second.no]).await.unwrap() {
+        left.push(count(&store, "messages").await);
+    }
+    assert_eq!(left, [64, 48, 40], "16 MiB at once, down to the mail of the other device");
+}
+
+#[tokio::test]
+async fn the_inboxes_of_living_devices_are_not_cleared() {
+    let store = TestStore::open().await;
+    let (alice, bob) = (account(&store).await, account(&store).await);
+    send(&store, &bob, &alice, &[]).await;
+    assert!(!store.clear_inboxes(&[alice.no]).await.unwrap());
+    assert_eq!(count(&store, "messages").await, 1);
 }
 
 #[tokio::test]

@@ -6,9 +6,8 @@ use obscura_server::clock::Timestamp;
 use obscura_server::store::{Approved, LinkBody, Linked, NewLink, Store};
 use tokio::task::JoinSet;
 
-use super::support::{
-    Member, NONE, NOW, TestStore, account, approved_link, grant, linked, new_device, new_link, public_key,
-};
+use super::fixture::{NOW, TestStore, grant};
+use super::support::{Member, NONE, account, approved_link, count, linked, new_device, new_link, number, public_key};
 use crate::harness::signer::Identity;
 
 const LIFETIME: Duration = Duration::from_mins(10);

@@ -7,8 +7,9 @@ use obscura_server::model::keys::{KeyId, PreKeys};
 use obscura_server::store::{Bundle, HandedOut, PrekeyCounts, Refilled, Store};
 use tokio::task::JoinSet;
 
+use super::fixture::TestStore;
 use super::support::{
-    Member, NONE, TestStore, account, account_with, linked, linked_with, one_time_key, pq_key, prekeys, public_key,
+    Member, NONE, account, account_with, count, linked, linked_with, one_time_key, pq_key, prekeys, public_key,
 };
 use crate::harness::signer::Identity;
 
