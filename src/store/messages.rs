@@ -11,6 +11,9 @@ use crate::store::{Result, Store, commit, json_list};
 /// What an envelope weighs on the wire beside its sealed bytes: ids, time and framing.
 const ENVELOPE_OVERHEAD: i64 = 80;
 
+/// Bytes of bodies that one transaction deletes at the most.
+const STEP_BYTES: i64 = 16 << 20;
+
 /// A part of an inbox, oldest first.
 #[derive(Debug, Default, PartialEq, Eq)]
 pub struct Page {
@@ -91,22 +94,26 @@ impl Store {
         Ok(positions)
     }
 
-    /// Deletes up to `limit` messages that are past the retention. It looks at the oldest end of the table only, where
-    /// the expired ones are, since positions ascend in the order of receipt.
+    /// Deletes messages that are past the retention, in a step of up to `limit` messages and 16 MiB, so that
+    /// nobody waits long for the writer. It looks at the oldest end of the table only, where the expired ones are,
+    /// since positions ascend in the order of receipt.
     pub async fn expire_messages(&self, now: Timestamp, limit: u32) -> Result<Expired> {
         let mut tx = self.begin().await?;
         let deleted = sqlx::query(
-            "DELETE FROM messages WHERE position <= (
-                 SELECT MAX(position) FROM (SELECT position, received_at FROM messages ORDER BY position LIMIT $2)
-                 WHERE received_at <= $1) AND received_at <= $1",
+            "DELETE FROM messages WHERE received_at <= $1 AND position <= (
+                 SELECT MAX(position) FROM (
+                     SELECT position, received_at, size, SUM(size) OVER (ORDER BY position) AS total FROM (
+                         SELECT position, received_at, LENGTH(body) AS size FROM messages ORDER BY position LIMIT $2))
+                 WHERE received_at <= $1 AND (total <= $3 OR total = size))",
         )
         .bind(now - self.limits.retention)
         .bind(limit)
+        .bind(STEP_BYTES)
         .execute(&mut *tx)
         .await?
         .rows_affected();
         commit(tx).await?;
-        Ok(Expired { deleted, more: deleted >= u64::from(limit) })
+        Ok(Expired { deleted, more: deleted > 0 })
     }
 
     /// Forgets up to about `limit` outcomes that are past their age. One whose messages still wait is kept, and looked

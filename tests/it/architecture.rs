@@ -1,1 +1,211 @@
-//! architecture
+//! Checks the drawing: who may use whom, where SQL and HTTP stop, how long files get, and that every method of the store
+//! is tested.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::path::{Path, PathBuf};
+
+/// Plain values. They may use each other as far as this says.
+const GROUND: &[(&str, &[&str])] = &[
+    ("clock", &[]),
+    ("model", &["clock"]),
+    ("config", &["model", "clock"]),
+    ("tasks", &["config", "clock"]),
+    ("telemetry", &["config"]),
+    ("wire", &["model", "clock"]),
+];
+
+/// Rooms that hold something. Each uses the ground; what else it may use is listed.
+const MIDDLE: &[(&str, &[&str])] =
+    &[("auth", &[]), ("blobs", &[]), ("bus", &[]), ("disk", &[]), ("store", &[]), ("mailroom", &["store", "bus"])];
+
+/// What starts work. Each uses ground and middle; what else it may use is listed.
+const ENTRANCES: &[(&str, &[&str])] = &[
+    ("app", &[]),
+    ("api", &["app", "gateway"]),
+    ("gateway", &["app"]),
+    ("sweeps", &["app"]),
+    ("listener", &["api", "gateway"]),
+    ("server", &["app", "api", "gateway", "sweeps", "listener"]),
+    ("commands", &["server"]),
+];
+
+const SOURCE: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/src");
+
+struct SourceFile {
+    path: PathBuf,
+    /// The room it belongs to: the first folder or file below `src`.
+    room: String,
+    text: String,
+}
+
+fn sources() -> Vec<SourceFile> {
+    let mut files = Vec::new();
+    collect(Path::new(SOURCE), &mut files);
+    let file = |path: PathBuf| {
+        let below = path.strip_prefix(SOURCE).unwrap();
+        let room = below.components().next().unwrap().as_os_str().to_string_lossy().trim_end_matches(".rs").to_owned();
+        SourceFile { text: std::fs::read_to_string(&path).unwrap(), room, path }
+    };
+    files.into_iter().map(file).collect()
+}
+
+fn collect(folder: &Path, files: &mut Vec<PathBuf>) {
+    for entry in std::fs::read_dir(folder).unwrap() {
+        let path = entry.unwrap().path();
+        if path.is_dir() {
+            collect(&path, files);
+        } else if path.extension().is_some_and(|extension| extension == "rs") {
+            files.push(path);
+        }
+    }
+    files.sort();
+}
+
+impl SourceFile {
+    /// The text without the unit tests at its end and without comments.
+    fn code(&self) -> String {
+        if self.path.file_name().is_some_and(|name| name == "tests.rs") {
+            return String::new();
+        }
+        let code = self.text.split("#[cfg(test)]\nmod ").next().unwrap_or_default();
+        code.lines().filter(|line| !line.trim_start().starts_with("//")).collect::<Vec<_>>().join("\n")
+    }
+
+    /// The rooms that the code mentions as `crate::room`.
+    fn uses(&self) -> BTreeSet<String> {
+        let code = self.code();
+        let mentioned = code.split("crate::").skip(1).flat_map(|rest| match rest.strip_prefix('{') {
+            Some(list) => first_segments(list),
+            None => vec![segment(rest)],
+        });
+        mentioned.filter(|room| *room != self.room && !room.is_empty()).collect()
+    }
+}
+
+/// The names in `{a::b, c::{d, e}}`, without what they are followed by.
+fn first_segments(list: &str) -> Vec<String> {
+    let (mut depth, mut names, mut name) = (1, Vec::new(), String::new());
+    for character in list.chars() {
+        match character {
+            '{' => depth += 1,
+            '}' => depth -= 1,
+            ',' if depth == 1 => names.push(std::mem::take(&mut name)),
+            other if depth == 1 => name.push(other),
+            _ => {}
+        }
+        if depth == 0 {
+            break;
+        }
+    }
+    names.push(name);
+    names.into_iter().map(|name| segment(name.trim())).collect()
+}
+
+fn segment(text: &str) -> String {
+    text.chars().take_while(|character| character.is_alphanumeric() || *character == '_').collect()
+}
+
+fn names(rooms: &[(&'static str, &[&str])]) -> Vec<&'static str> {
+    rooms.iter().map(|(room, _)| *room).collect()
+}
+
+/// Who may use whom.
+fn allowed() -> BTreeMap<&'static str, BTreeSet<&'static str>> {
+    let (ground, middle) = (names(GROUND), names(MIDDLE));
+    let below = |rooms: &[(&'static str, &'static [&'static str])], base: Vec<&'static str>| {
+        let rule = |(room, more): &(&'static str, &'static [&'static str])| {
+            (*room, base.iter().chain(*more).copied().collect::<BTreeSet<_>>())
+        };
+        rooms.iter().map(rule).collect::<Vec<_>>()
+    };
+    let everything_below = ground.iter().chain(&middle).copied().collect::<Vec<_>>();
+    // The protobuf types stop at `wire`, which only the entrances use.
+    let without_wire = ground.iter().filter(|room| **room != "wire").copied().collect();
+    let rules = [below(GROUND, Vec::new()), below(MIDDLE, without_wire), below(ENTRANCES, everything_below)];
+    rules.into_iter().flatten().collect()
+}
+
+#[test]
+fn rooms_use_only_the_rooms_below_them() {
+    let allowed = allowed();
+    let mut broken = Vec::new();
+    for file in sources() {
+        if ["main", "lib"].contains(&file.room.as_str()) {
+            continue;
+        }
+        let Some(may) = allowed.get(file.room.as_str()) else {
+            broken.push(format!("{} is in a room that tests/it/architecture.rs doesn't know", file.path.display()));
+            continue;
+        };
+        for used in file.uses() {
+            if !may.contains(used.as_str()) {
+                broken.push(format!("{} uses {used}", file.path.display()));
+            }
+        }
+    }
+    assert!(broken.is_empty(), "{}", broken.join("\n"));
+}
+
+/// Fails when one of these words is in the code of a room that isn't listed.
+fn assert_confined(words: &[&str], rooms: &[&str]) {
+    for file in sources() {
+        let code = file.code();
+        for word in words {
+            let is_allowed = rooms.contains(&file.room.as_str());
+            assert!(is_allowed || !code.contains(word), "{} mentions {word}", file.path.display());
+        }
+    }
+}
+
+#[test]
+fn sql_stops_at_the_store() {
+    let statements = ["SELECT ", "INSERT INTO", "DELETE FROM", "UPDATE ", "sqlx::query"];
+    assert_confined(&statements, &["store"]);
+    // Others may derive how their types are stored, and nothing else.
+    assert_confined(&["SqlitePool", "Transaction<", "fetch_all", "fetch_one"], &["store"]);
+}
+
+#[test]
+fn http_stops_at_the_entrances() {
+    assert_confined(&["axum"], &["api", "gateway", "listener", "server"]);
+    assert_confined(&["hyper"], &["api", "listener", "server"]);
+    assert_confined(&["prost"], &["wire", "api"]);
+}
+
+#[test]
+fn only_the_clock_reads_the_clock_and_only_the_configuration_the_environment() {
+    assert_confined(&["SystemTime::now", "Uuid::now_v7"], &["clock"]);
+    assert_confined(&["env::var"], &["config"]);
+    // The level of the log comes from `RUST_LOG`, which is read by the library that everybody knows.
+    assert_confined(&["try_from_default_env"], &["telemetry"]);
+    assert_confined(&["tokio::spawn", "task::spawn("], &["tasks"]);
+}
+
+#[test]
+fn no_file_is_longer_than_four_hundred_lines() {
+    for file in sources() {
+        let lines = file.text.lines().count();
+        assert!(lines <= 400, "{} has {lines} lines", file.path.display());
+    }
+}
+
+#[test]
+fn every_method_of_the_store_is_named_in_a_contract_test() {
+    let folder = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/it/store");
+    let mut tests = Vec::new();
+    collect(Path::new(folder), &mut tests);
+    let tests: String = tests.iter().map(|path| std::fs::read_to_string(path).unwrap()).collect();
+    for file in sources().iter().filter(|file| file.room == "store") {
+        let code = file.code();
+        for method in code.split("pub async fn ").skip(1).map(segment) {
+            assert!(tests.contains(&format!("{method}(")), "no test calls {method} of {}", file.path.display());
+        }
+    }
+}
+
+#[test]
+fn every_file_of_the_source_says_what_it_is() {
+    for file in sources() {
+        assert!(file.text.starts_with("//! "), "{} has no first line that says what it is", file.path.display());
+    }
+}

@@ -35,6 +35,17 @@ async fn a_full_disk_refuses_sends_and_uploads_and_lets_everything_else_go_on() 
 }
 
 #[tokio::test]
+async fn a_full_disk_does_not_change_the_answer_to_a_repeat() {
+    let mut server = TestServer::start().await;
+    let (alice, bob) = (server.account().await, server.account().await);
+    let (key, message) = (uuid::Uuid::new_v4(), send_request(&[(&bob, b"once")]));
+    alice.post_messages(key, &message).await.expect(200);
+    server.restart_with(|config| config.disk_reserve_bytes = ENORMOUS).await;
+    let repeated = alice.post_messages(key, &message).await.expect(200);
+    assert_eq!(repeated.headers["idempotency-replayed"], "true");
+}
+
+#[tokio::test]
 async fn a_refused_upload_is_not_read() {
     let server = TestServer::start_with(|config| config.disk_reserve_bytes = ENORMOUS).await;
     let device = server.account().await;

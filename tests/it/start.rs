@@ -122,12 +122,11 @@ async fn a_database_of_a_newer_version_is_left_alone() {
     let file = folder.path().join("obscura.db");
     let database = Database::open(&file).await;
     database.execute("INSERT INTO _sqlx_migrations VALUES (9999, 'future', 0, 1, x'00', 0)").await;
-    database.execute("PRAGMA wal_checkpoint(TRUNCATE)").await;
+    let before = database.everything().await;
     database.close().await;
-    let before = std::fs::read(&file).unwrap();
     let sentence = refusal(&folder_options(folder.path().to_str().unwrap(), &[]), &[]).await;
     assert!(sentence.contains("newer") && sentence.contains("9999"), "{sentence}");
-    assert_eq!(std::fs::read(&file).unwrap(), before);
+    assert!(Database::open(&file).await.everything().await == before, "something was changed");
 }
 
 #[tokio::test]
@@ -138,7 +137,7 @@ async fn a_broken_database_is_named_and_left_alone() {
     std::fs::write(&file, &text).unwrap();
     let sentence = refusal(&folder_options(folder.path().to_str().unwrap(), &[]), &[]).await;
     assert!(sentence.contains("obscura.db"), "{sentence}");
-    assert_eq!(std::fs::read_to_string(&file).unwrap(), text);
+    assert!(std::fs::read_to_string(&file).unwrap() == text, "something was changed");
 }
 
 #[tokio::test]

@@ -206,7 +206,7 @@ async fn the_contract_is_served_as_it_stands() {
     let server = TestServer::start().await;
     let answer = server.client().get("/openapi.yaml").send().await.expect(200);
     assert_eq!(answer.header("content-type"), Some("text/yaml"));
-    assert_eq!(answer.body, include_str!("../../../openapi.yaml"));
+    assert!(answer.body == include_str!("../../../openapi.yaml"));
     let version = format!("version: {}", env!("CARGO_PKG_VERSION"));
     for text in ["openapi: 3.0.3", "title: Obscura Server API", &version] {
         assert!(String::from_utf8_lossy(&answer.body).contains(text), "{text}");
@@ -257,7 +257,7 @@ async fn without_a_good_token_every_authenticated_endpoint_says_401_and_changes_
             assert_eq!(answer.error(), "Unauthorized");
         }
     }
-    assert_eq!(database.everything().await, before);
+    assert!(database.everything().await == before, "something was changed");
 }
 
 // ---- bodies ----
@@ -281,7 +281,7 @@ async fn bodies_of_more_than_two_mebibytes_are_refused_everywhere() {
         let unannounced = reqwest::Body::wrap_stream(futures_util::stream::iter(pieces));
         request().body(unannounced).send().await.expect(413);
     }
-    assert_eq!(database.everything().await, before);
+    assert!(database.everything().await == before, "something was changed");
 }
 
 #[tokio::test]
@@ -306,7 +306,7 @@ async fn json_is_read_strictly_everywhere() {
         let not_utf8 = request().header("content-type", "application/json").body(&b"{\"token\":\"\xff\"}"[..]).send().await;
         assert!([400, 422].contains(&not_utf8.status), "{method} {template}: {}", not_utf8.status);
     }
-    assert_eq!(database.everything().await, before);
+    assert!(database.everything().await == before, "something was changed");
 }
 
 #[tokio::test]

@@ -56,12 +56,12 @@ async fn a_database_of_a_newer_server_is_left_alone() {
     open(&file).await.ok().unwrap().close().await;
     let database = Database::open(&file).await;
     database.execute("INSERT INTO _sqlx_migrations VALUES (9999, 'future', 0, 1, x'00', 0)").await;
+    let before = database.everything().await;
     database.close().await;
-    let before = std::fs::read(&file).unwrap();
     let Err(error) = open(&file).await else { panic!("opened a database of the future") };
     assert!(matches!(error, OpenError::Newer { found: 9999, .. }), "{error}");
     assert!(error.to_string().contains("newer version"), "{error}");
-    assert_eq!(std::fs::read(&file).unwrap(), before, "nothing is damaged");
+    assert!(Database::open(&file).await.everything().await == before, "something was changed");
 }
 
 #[tokio::test]
@@ -72,5 +72,5 @@ async fn what_is_no_database_is_left_alone() {
     std::fs::write(&file, &text).unwrap();
     let Err(error) = open(&file).await else { panic!("opened a letter") };
     assert!(error.to_string().contains("test.db"), "{error}");
-    assert_eq!(std::fs::read_to_string(&file).unwrap(), text);
+    assert!(std::fs::read_to_string(&file).unwrap() == text, "something was changed");
 }

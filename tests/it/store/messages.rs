@@ -294,3 +294,14 @@ async fn a_removed_devices_mail_goes_with_it_and_what_it_sent_stays() {
     assert_eq!(bodies(&alices), ["to alice"]);
     assert_eq!(alices[0].sender_device, bob.device);
 }
+
+#[tokio::test]
+async fn a_key_has_an_outcome_for_the_device_that_used_it_and_for_no_other() {
+    let store = TestStore::open().await;
+    let (alice, bob) = (store.account().await, store.account().await);
+    let sent = to(&alice, &bob, "once");
+    assert!(!store.has_outcome(alice.no, sent.key).await.unwrap());
+    store.settle(std::slice::from_ref(&sent), &[], NOW).await.unwrap();
+    assert!(store.has_outcome(alice.no, sent.key).await.unwrap());
+    assert!(!store.has_outcome(bob.no, sent.key).await.unwrap());
+}
