@@ -10,10 +10,11 @@ use axum::http::{HeaderMap, header};
 use bytes::{Bytes, BytesMut};
 use http_body_util::BodyExt;
 use prost::Message;
-use serde::de::DeserializeOwned;
+use serde::de::{DeserializeOwned, IgnoredAny};
 use serde_json::error::Category;
 
 use crate::api::error::ApiError;
+use crate::api::strict::Strict;
 use crate::app::App;
 use crate::model::ids::{Address, AttachmentId, DeviceId, DeviceNo, IdempotencyKey, UserId};
 
@@ -78,13 +79,27 @@ impl<T: DeserializeOwned> FromRequest<App> for Json<T> {
             return Err(ApiError::UnsupportedMediaType);
         }
         let body = read_body(request.into_body()).await?;
-        match serde_json::from_slice(&body) {
+        match read_json(&body) {
             Ok(value) => Ok(Self(value)),
             // The message of a data error names members and types, never the value of a secret: see `describe`.
-            Err(error) if error.classify() == Category::Data => Err(ApiError::Unprocessable(describe(&error))),
+            Err(error) if error.classify() == Category::Data && is_well_formed(&body) => {
+                Err(ApiError::Unprocessable(describe(&error)))
+            }
             Err(_) => Err(ApiError::bad_request("The body is not well-formed JSON")),
         }
     }
+}
+
+fn read_json<T: DeserializeOwned>(body: &[u8]) -> serde_json::Result<T> {
+    let mut json = serde_json::Deserializer::from_slice(body);
+    let value = T::deserialize(Strict(&mut json))?;
+    json.end()?;
+    Ok(value)
+}
+
+/// Reading stops at the first member of a wrong type; what comes after it may be no JSON at all.
+fn is_well_formed(body: &[u8]) -> bool {
+    serde_json::from_slice::<IgnoredAny>(body).is_ok()
 }
 
 /// True for `application/json` and `application/<x>+json`, with or without parameters.

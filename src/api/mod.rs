@@ -16,6 +16,7 @@ pub mod messages;
 pub mod push_token;
 mod request;
 pub mod sessions;
+mod strict;
 
 use axum::Router;
 use axum::http::header;

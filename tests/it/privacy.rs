@@ -94,7 +94,6 @@ async fn talk(server: &Binary, secrets: &mut Secrets, alice: &Device, bob: &Devi
     let ticket = alice.ticket().await;
     secrets.add("a ticket", &ticket);
     let mut socket = Socket::open(server.address(), &ticket).await.ok().unwrap();
-    socket.pre_keys().await;
     assert_eq!(Socket::open(server.address(), &ticket).await.err(), Some(401));
 
     let key = Uuid::new_v4();
@@ -169,6 +168,7 @@ async fn run_with(variables: &[(&str, &str)], options: &[&str]) -> (Secrets, Str
     secrets.add("the signing secret", std::fs::read_to_string(folder.path().join("jwt-secret")).unwrap().trim());
     server.terminate();
     assert!(server.exit(PATIENCE + Duration::from_secs(5)).await.success());
+    assert!(server.output().contains("the server has stopped"), "nothing is logged at all: {}", server.output());
     (secrets, server.output())
 }
 

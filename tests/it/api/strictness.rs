@@ -17,6 +17,7 @@ pub async fn assert_strict(request: impl Fn() -> Request, good: &Value, required
         without.remove(*member);
         refused(&request, &Value::Object(without).to_string(), 422).await;
         refused(&request, &with(members, member, Value::Null), 422).await;
+        refused(&request, &format!("{{{}:null", json!(member)), 400).await;
     }
     for (member, value) in members {
         for wrong in other_types(value) {

@@ -1,8 +1,10 @@
 //! A second connection to a server's database, to see what is really there and to stand in its way.
 
+use std::collections::BTreeSet;
 use std::path::Path;
 use std::time::Duration;
 
+use bytes::Bytes;
 use sqlx::pool::PoolConnection;
 use sqlx::sqlite::{SqliteConnectOptions, SqlitePool, SqlitePoolOptions};
 use sqlx::{AssertSqlSafe, Sqlite};
@@ -30,6 +32,13 @@ impl Database {
     /// The one text that this query answers.
     pub async fn text(&self, query: &str) -> String {
         sqlx::query_scalar(AssertSqlSafe(query.to_owned())).fetch_one(&self.pool).await.expect("a text")
+    }
+
+    /// The ids of all queued messages.
+    pub async fn message_ids(&self) -> BTreeSet<Bytes> {
+        let ids: Vec<Vec<u8>> =
+            sqlx::query_scalar("SELECT id FROM messages").fetch_all(&self.pool).await.expect("the ids");
+        ids.into_iter().map(Bytes::from).collect()
     }
 
     /// Everything in all tables as one text, to see that nothing has changed.

@@ -49,25 +49,39 @@ impl Socket {
 
     /// A handshake on any path.
     pub async fn open_path(address: SocketAddr, path: &str) -> Result<Self, u16> {
-        let request = format!("ws://{address}{path}").into_client_request().expect("a request");
+        match Self::handshake(address, path).await {
+            Ok(socket) => Ok(socket),
+            Err(Error::Http(response)) => Err(response.status().as_u16()),
+            Err(error) => panic!("the handshake failed: {error}"),
+        }
+    }
+
+    /// Uses up a ticket, if somebody is there to take it.
+    pub async fn try_open(address: SocketAddr, ticket: &str) -> Option<Self> {
+        Self::handshake(address, &format!("/v1/gateway?ticket={ticket}")).await.ok()
+    }
+
+    async fn handshake(address: SocketAddr, path: &str) -> Result<Self, Error> {
+        let request = format!("ws://{address}{path}").into_client_request()?;
         let config = WebSocketConfig::default().read_buffer_size(4096).write_buffer_size(0);
         let handshake = async {
-            let tcp = TcpStream::connect(address).await.expect("a connection");
-            tcp.set_nodelay(true).expect("no delay");
+            let tcp = TcpStream::connect(address).await?;
+            tcp.set_nodelay(true)?;
             tokio_tungstenite::client_async_with_config(request, tcp, Some(config)).await
         };
-        match within_time(PATIENCE, "the handshake", handshake).await {
-            Ok((stream, response)) => {
+        let answer = within_time(PATIENCE, "the handshake", handshake).await;
+        match &answer {
+            Ok((_, response)) => {
+                assert!(response.headers().contains_key("x-request-id"), "a 101 without x-request-id");
                 observed::record("GET", path, &Answer { status: 101, headers: response.headers(), body: None });
-                Ok(Self { stream })
             }
             Err(Error::Http(response)) => {
                 let status = response.status().as_u16();
                 observed::record("GET", path, &Answer { status, headers: response.headers(), body: None });
-                Err(status)
             }
-            Err(error) => panic!("the handshake failed: {error}"),
+            Err(_) => {}
         }
+        answer.map(|(stream, _)| Self { stream })
     }
 
     /// What comes next.
@@ -169,8 +183,14 @@ impl Socket {
 
     /// Acknowledges these ids.
     pub async fn ack_ids(&mut self, message_ids: Vec<Bytes>) {
+        assert!(self.try_ack_ids(message_ids).await, "the socket is closed");
+    }
+
+    /// Acknowledges these ids, if the socket is still open.
+    pub async fn try_ack_ids(&mut self, message_ids: Vec<Bytes>) -> bool {
         let frame = WebSocketFrame { payload: Some(Payload::Ack(AckMessage { message_ids })) };
-        self.send(Message::Binary(frame.encode_to_vec().into())).await;
+        let sending = self.stream.send(Message::Binary(frame.encode_to_vec().into()));
+        within_time(PATIENCE, "an ack to be sent", sending).await.is_ok()
     }
 
     /// Acknowledges these messages.

@@ -224,6 +224,9 @@ async fn failures_have_exactly_the_headers_and_the_body_of_the_document() {
         let unknown = unknown.map(|(name, _)| component(&format!("#/components/responses/{name}")));
         for definition in documented.chain(unknown) {
             check(&status.to_string(), definition, &answer);
+            let example = &definition["content"]["application/json"]["example"];
+            let body: Value = serde_json::from_slice(&body).unwrap();
+            assert!(body["error"] == "text" || *example == body, "{status}: {body}, and for example {example}");
         }
         statuses.insert(status);
     }
