@@ -57,8 +57,7 @@ pub async fn serve(listener: TcpListener, router: Router, connections: Connectio
         let Some(permit) = connections.admit(peer.ip()) else { continue };
         let _ = stream.set_nodelay(true);
         let progress = Arc::<Progress>::default();
-        let stream =
-            Bounded { stream, progress, write_timeout: patience.write, stalled: None, _permit: permit };
+        let stream = Bounded { stream, progress, write_timeout: patience.write, stalled: None, _permit: permit };
         tasks.attend(converse(stream, peer, router.clone(), patience.head, tasks.clone()));
     }
 }

@@ -159,7 +159,7 @@ async fn what_was_answered_survives_twenty_crashes() {
 
     for _ in 0..CRASHES {
         // A crash may come at any moment, so at a random one.
-        tokio::time::sleep(Duration::from_millis(rand::random_range(20..350))).await;
+        tokio::time::sleep(Duration::from_millis(rand::random_range(20..500))).await;
         look_at_the_database(folder.path(), &diary).await;
         tokio::time::sleep(Duration::from_micros(rand::random_range(0..20_000))).await;
         server.kill();
