@@ -1,10 +1,13 @@
 //! Passwords: hashing them and checking them, a few at a time and off the async threads.
 
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
 
 use argon2::password_hash::phc::PasswordHash;
-use argon2::{Algorithm, Argon2, Params, PasswordHasher, PasswordVerifier, Version};
+use argon2::{Algorithm, Argon2, Block, Params, Version};
+use base64::Engine as _;
+use base64::engine::general_purpose::STANDARD_NO_PAD;
+use subtle::ConstantTimeEq;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tracing::error;
 
@@ -31,8 +34,13 @@ struct Queue {
     places: Arc<Semaphore>,
     /// One permit for each processor, so that no more memory than that is taken at once.
     processors: Arc<Semaphore>,
+    /// What hashes work in, one for each processor at the most. It is kept, because allocators hand such large pieces
+    /// back late or never when threads take turns with them.
+    memory: Mutex<Vec<Memory>>,
     hashes_done: AtomicU64,
 }
+
+type Memory = Vec<Block>;
 
 impl Passwords {
     /// A queue with as many hashes at once as there are processors.
@@ -42,6 +50,7 @@ impl Passwords {
             queue: Arc::new(Queue {
                 places: Arc::new(Semaphore::new(processors + MAX_WAITING)),
                 processors: Arc::new(Semaphore::new(processors)),
+                memory: Mutex::default(),
                 hashes_done: AtomicU64::new(0),
             }),
         }
@@ -49,8 +58,12 @@ impl Passwords {
 
     /// The hash of a password, with a salt of its own, in PHC form.
     pub async fn hash(&self, password: String) -> Result<String, Busy> {
-        self.in_turn(move || {
-            argon2id().hash_password(password.as_bytes()).expect("the parameters are valid").to_string()
+        self.in_turn(move |memory| {
+            let salt: [u8; 16] = rand::random();
+            let mut output = [0; Params::DEFAULT_OUTPUT_LEN];
+            argon2id(our_costs(), &password, &salt, &mut output, memory).expect("the parameters are valid");
+            let (salt, output) = (STANDARD_NO_PAD.encode(salt), STANDARD_NO_PAD.encode(output));
+            format!("$argon2id$v=19$m={MEMORY_KIB},t={PASSES},p={LANES}${salt}${output}")
         })
         .await
     }
@@ -58,13 +71,11 @@ impl Passwords {
     /// Whether the password is the one that was hashed. Without a hash it never is, and finding that out takes the same
     /// work: so the time tells nobody whether an account exists.
     pub async fn verify(&self, password: String, hash: Option<String>) -> Result<bool, Busy> {
-        self.in_turn(move || match hash {
-            Some(hash) => is_hash_of(&hash, &password),
+        self.in_turn(move |memory| match hash {
+            Some(hash) => is_hash_of(&hash, &password, memory),
             None => {
                 let mut unused = [0; Params::DEFAULT_OUTPUT_LEN];
-                let salt = b"nobody's account";
-                argon2id()
-                    .hash_password_into(password.as_bytes(), salt, &mut unused)
+                argon2id(our_costs(), &password, b"nobody's account", &mut unused, memory)
                     .expect("the parameters are valid");
                 std::hint::black_box(unused);
                 false
@@ -80,13 +91,18 @@ impl Passwords {
 
     /// Runs `work` when a processor is free. Whoever stops waiting gives up the place at once; work that has begun keeps
     /// its permits to its end, because its memory is taken until then.
-    async fn in_turn<T: Send + 'static>(&self, work: impl FnOnce() -> T + Send + 'static) -> Result<T, Busy> {
+    async fn in_turn<T: Send + 'static>(
+        &self,
+        work: impl FnOnce(&mut Memory) -> T + Send + 'static,
+    ) -> Result<T, Busy> {
         let place = self.queue.places.clone().try_acquire_owned().map_err(|_| Busy)?;
         let processor = self.queue.processors.clone().acquire_owned().await.expect("the semaphore is never closed");
         let queue = self.queue.clone();
         let done = tokio::task::spawn_blocking(move || {
             let _permits: [OwnedSemaphorePermit; 2] = [processor, place];
-            let result = work();
+            let mut memory = queue.memory().pop().unwrap_or_default();
+            let result = work(&mut memory);
+            queue.memory().push(memory);
             queue.hashes_done.fetch_add(1, Ordering::Relaxed);
             result
         });
@@ -100,26 +116,53 @@ impl Default for Passwords {
     }
 }
 
-fn argon2id() -> Argon2<'static> {
-    let params = Params::new(MEMORY_KIB, PASSES, LANES, None).expect("the parameters are valid");
-    Argon2::new(Algorithm::Argon2id, Version::V0x13, params)
+impl Queue {
+    fn memory(&self) -> std::sync::MutexGuard<'_, Vec<Memory>> {
+        self.memory.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+fn our_costs() -> Params {
+    Params::new(MEMORY_KIB, PASSES, LANES, None).expect("the parameters are valid")
+}
+
+fn argon2id(
+    costs: Params,
+    password: &str,
+    salt: &[u8],
+    output: &mut [u8],
+    memory: &mut Memory,
+) -> Result<(), argon2::Error> {
+    memory.resize(costs.block_count(), Block::default());
+    let argon2id = Argon2::new(Algorithm::Argon2id, Version::V0x13, costs);
+    argon2id.hash_password_into_with_memory(password.as_bytes(), salt, output, memory)
 }
 
 /// The costs are those of the hash, so older hashes stay good when ours change.
-fn is_hash_of(hash: &str, password: &str) -> bool {
-    match PasswordHash::new(hash) {
-        Ok(hash) => argon2id().verify_password(password.as_bytes(), &hash).is_ok(),
-        Err(error) => {
-            error!(%error, "a stored password hash can't be read; nobody can log in with it");
-            false
-        }
+fn is_hash_of(hash: &str, password: &str, memory: &mut Memory) -> bool {
+    let Some((costs, salt, expected)) = parts(hash) else {
+        error!("a stored password hash can't be read; nobody can log in with it");
+        return false;
+    };
+    let mut output = vec![0; expected.len()];
+    argon2id(costs, password, &salt, &mut output, memory).is_ok() && output.ct_eq(&expected).into()
+}
+
+/// Costs, salt and output of a hash in PHC form; `None` when it isn't one of Argon2id, version 19.
+fn parts(hash: &str) -> Option<(Params, Vec<u8>, Vec<u8>)> {
+    let hash = PasswordHash::new(hash).ok()?;
+    if hash.algorithm.as_str() != "argon2id" || hash.version != Some(19) {
+        return None;
     }
+    let costs = Params::try_from(&hash).ok()?;
+    Some((costs, hash.salt?.as_ref().to_vec(), hash.hash?.as_bytes().to_vec()))
 }
 
 #[cfg(test)]
 mod tests {
     use std::sync::mpsc;
 
+    use argon2::{PasswordHasher, PasswordVerifier};
     use futures_util::future::join_all;
     use futures_util::poll;
 
@@ -163,6 +206,21 @@ mod tests {
     }
 
     #[tokio::test]
+    async fn our_hashes_are_what_the_library_itself_makes_and_accepts() {
+        let hash = Passwords::new().hash(PASSWORD.into()).await.unwrap();
+        let parsed = PasswordHash::new(&hash).unwrap();
+        assert!(Argon2::default().verify_password(PASSWORD.as_bytes(), &parsed).is_ok());
+    }
+
+    #[tokio::test]
+    async fn no_more_memory_is_kept_than_processors_can_use() {
+        let passwords = Passwords::new();
+        join_all((0..20).map(|_| passwords.verify(PASSWORD.into(), None))).await;
+        let kept = passwords.queue.memory().len();
+        assert!((1..=passwords.queue.processors.available_permits()).contains(&kept), "{kept}");
+    }
+
+    #[tokio::test]
     async fn a_damaged_hash_fits_no_password() {
         for damaged in ["", "nonsense", "$argon2id$v=19$m=19456,t=2,p=1$c2FsdHNhbHQ"] {
             assert_eq!(Passwords::new().verify(PASSWORD.into(), Some(damaged.into())).await, Ok(false), "{damaged}");
@@ -174,17 +232,17 @@ mod tests {
         let passwords = Passwords::new();
         let processors = passwords.queue.processors.available_permits();
         let (ends, waits): (Vec<_>, Vec<_>) = (0..processors).map(|_| mpsc::channel::<()>()).unzip();
-        let mut running = join_all(waits.into_iter().map(|wait| passwords.in_turn(move || wait.recv().is_ok())));
+        let mut running = join_all(waits.into_iter().map(|wait| passwords.in_turn(move |_| wait.recv().is_ok())));
         assert!(poll!(&mut running).is_pending());
         assert_eq!(passwords.queue.processors.available_permits(), 0);
 
-        let mut waiting = Box::pin(join_all((0..MAX_WAITING).map(|_| passwords.in_turn(|| ()))));
+        let mut waiting = Box::pin(join_all((0..MAX_WAITING).map(|_| passwords.in_turn(|_| ()))));
         assert!(poll!(&mut waiting).is_pending());
         assert_eq!(passwords.hash(PASSWORD.into()).await, Err(Busy));
         assert_eq!(passwords.verify(PASSWORD.into(), None).await, Err(Busy));
 
         drop(waiting); // their clients hang up
-        let next = passwords.in_turn(|| "next");
+        let next = passwords.in_turn(|_| "next");
         ends.iter().for_each(|end| end.send(()).unwrap());
         assert_eq!(next.await, Ok("next"));
         assert!(running.await.iter().all(|done| *done == Ok(true)));
@@ -195,7 +253,7 @@ mod tests {
         let passwords = Passwords::new();
         let processors = passwords.queue.processors.available_permits();
         let (end, wait) = mpsc::channel::<()>();
-        let mut running = Box::pin(passwords.in_turn(move || wait.recv().is_ok()));
+        let mut running = Box::pin(passwords.in_turn(move |_| wait.recv().is_ok()));
         assert!(poll!(&mut running).is_pending());
         drop(running);
         assert_eq!(passwords.queue.processors.available_permits(), processors - 1);
