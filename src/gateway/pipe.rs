@@ -16,6 +16,8 @@ use futures_util::{Sink, Stream, StreamExt};
 const MAX_INBOUND_BYTES: usize = 256 << 10;
 /// Idle sockets keep their read buffer, so it is small. Frames of clients are small too.
 const READ_BUFFER_BYTES: usize = 1024;
+/// Pings that are read while earlier answers wait to be taken. A client that only writes is then read no further.
+const UNANSWERED_PINGS: u32 = 16;
 /// How long a client may take to take notice of our goodbye.
 const GOODBYE: Duration = Duration::from_secs(1);
 
@@ -61,12 +63,14 @@ pub(super) struct Pipe {
     socket: WebSocket,
     progress: Arc<Progress>,
     writing: bool,
+    /// Pings whose answers may still wait in the socket.
+    unanswered: u32,
     written_before: u64,
 }
 
 impl Pipe {
     pub(super) fn new(socket: WebSocket, progress: Arc<Progress>) -> Self {
-        Self { socket, progress, writing: false, written_before: 0 }
+        Self { socket, progress, writing: false, unanswered: 0, written_before: 0 }
     }
 
     /// True while a frame of ours is under way. Another one may be started only when it is not.
@@ -98,14 +102,14 @@ impl Pipe {
         if self.writing {
             match Pin::new(&mut self.socket).poll_flush(context) {
                 Poll::Ready(Ok(())) => {
-                    self.writing = false;
+                    (self.writing, self.unanswered) = (false, 0);
                     return Poll::Ready(Event::Written);
                 }
                 Poll::Ready(Err(_)) => return Poll::Ready(Event::Closed),
                 Poll::Pending => {}
             }
         }
-        if !reading {
+        if !reading || self.unanswered >= UNANSWERED_PINGS {
             return Poll::Pending;
         }
         loop {
@@ -113,7 +117,12 @@ impl Pipe {
                 Some(Ok(Message::Binary(bytes))) => Poll::Ready(Event::Binary(bytes)),
                 // After a close nothing but the end of the stream follows; reading on sends our answer to it.
                 Some(Ok(Message::Close(_))) => continue,
-                Some(Ok(Message::Text(_) | Message::Ping(_) | Message::Pong(_))) => Poll::Ready(Event::Alive),
+                Some(Ok(Message::Ping(_))) => {
+                    // The answer is in the socket's buffer now, and under way like a frame of ours.
+                    (self.writing, self.unanswered) = (true, self.unanswered + 1);
+                    Poll::Ready(Event::Alive)
+                }
+                Some(Ok(Message::Text(_) | Message::Pong(_))) => Poll::Ready(Event::Alive),
                 Some(Err(_)) | None => Poll::Ready(Event::Closed),
             };
         }

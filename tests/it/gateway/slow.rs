@@ -2,9 +2,9 @@
 
 use std::time::Duration;
 
-use tokio::io::AsyncReadExt;
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
 
-use crate::harness::{Binary, Device, RawSocket, Socket, TestServer, eventually, within};
+use crate::harness::{Binary, Device, Event, RawSocket, Socket, TestServer, eventually, opcode, within};
 
 const KIB: u64 = 1024;
 const MIB: u64 = 1024 * KIB;
@@ -30,6 +30,62 @@ async fn a_client_that_takes_no_byte_is_closed_at_the_write_deadline() {
     let _ = within("the end of the stream", socket.stream.read_to_end(&mut rest)).await;
     assert!(rest.len() < 8 * MIB as usize);
     assert_eq!(server.database().await.queued(&bob).await, 8, "nothing is lost");
+}
+
+/// Pings are signs of life, but they don't buy the right to be served by hand-feeding.
+#[tokio::test]
+async fn a_client_that_pings_all_the_time_and_never_reads_is_closed_as_well() {
+    let server = TestServer::start_with(|config| config.gateway.write_timeout = Duration::from_secs(1)).await;
+    let (alice, bob) = (server.account().await, server.account().await);
+    fill(&alice, &bob, 16).await;
+    let mut socket = RawSocket::open(server.address(), &bob.ticket().await).await;
+    let app = server.server().app().clone();
+    let ended = async {
+        eventually("the session to begin", async || app.bus.listening() == 1).await;
+        eventually("the session to end", async || app.bus.listening() == 0).await;
+    };
+    let pinging = async {
+        while socket.send(opcode::PING, &[7; 125]).await.is_ok() {
+            tokio::time::sleep(Duration::from_millis(1)).await;
+        }
+        std::future::pending::<()>().await;
+    };
+    tokio::select! {
+        () = ended => {}
+        () = pinging => {}
+    }
+}
+
+#[tokio::test]
+async fn answers_to_pings_are_not_collected_for_a_client_that_never_reads() {
+    let server = TestServer::start_with(|config| config.gateway.write_timeout = Duration::from_secs(3)).await;
+    let bob = server.account().await;
+    let mut socket = RawSocket::open(server.address(), &bob.ticket().await).await;
+    let ping = [0x89, 0xfd, 0, 0, 0, 0].into_iter().chain([7; 125]).collect::<Vec<u8>>().repeat(1000);
+    let mut sent = 0;
+    while within("the server to take pings or to close", socket.stream.write_all(&ping)).await.is_ok() {
+        sent += ping.len() as u64;
+        // More than the buffers of both kernels hold: somebody must have stored the rest.
+        assert!(sent < 24 * MIB, "the server goes on reading");
+    }
+}
+
+#[tokio::test]
+async fn the_last_of_many_pings_at_once_is_answered() {
+    let server = TestServer::start().await;
+    let bob = server.account().await;
+    let mut socket = bob.connect().await;
+    for number in 0..500 {
+        socket.ping(number.to_string().as_bytes()).await;
+    }
+    loop {
+        match socket.next().await {
+            Event::Pong(payload) if payload == "499" => break,
+            Event::Pong(_) => {}
+            other => panic!("{other:?}"),
+        }
+    }
+    assert_eq!(socket.until_pong().await, []);
 }
 
 #[tokio::test]
