@@ -5,6 +5,7 @@ use std::sync::Arc;
 use crate::auth::passwords::Passwords;
 use crate::auth::tokens::Tokens;
 use crate::blobs::Blobs;
+use crate::bodies::Bodies;
 use crate::bus::Bus;
 use crate::clock::Clock;
 use crate::config::Config;
@@ -28,6 +29,8 @@ pub struct App {
     pub passwords: Passwords,
     /// Makes and checks tokens.
     pub tokens: Tokens,
+    /// The memory that the bodies of all requests may take.
+    pub bodies: Bodies,
     /// Whether there is room to grow.
     pub disk: Disk,
     /// What time it is.

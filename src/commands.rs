@@ -60,7 +60,7 @@ async fn after_restore(config: Config) -> anyhow::Result<String> {
     if !file.exists() {
         bail!("there is no database at {}; restore the backup first", file.display());
     }
-    let _lock = config.data_dir.as_deref().map(server::lock_folder).transpose()?;
+    let _lock = server::lock_database(file)?;
     let store = Store::open(file, &config.database, store::Limits::of(&config)).await?;
     let dropped = store.forget_one_time_prekeys().await?;
     store.close().await;

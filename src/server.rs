@@ -18,6 +18,7 @@ use crate::app::App;
 use crate::auth::passwords::Passwords;
 use crate::auth::tokens::Tokens;
 use crate::blobs::Blobs;
+use crate::bodies::Bodies;
 use crate::bus::Bus;
 use crate::clock::Clock;
 use crate::config::{self, Config};
@@ -30,6 +31,8 @@ use crate::tasks::Tasks;
 
 /// Connections to the management port: a few probes, never the public.
 const MANAGEMENT_CONNECTIONS: usize = 64;
+/// Memory for the bodies of all requests at once.
+const BODIES_KIB: usize = 128 << 10;
 /// How long an unused server address is tried before the start is given up.
 const PROBE_TIMEOUT: Duration = Duration::from_secs(3);
 
@@ -40,8 +43,8 @@ pub struct Server {
     keepers: Tasks,
     api_address: SocketAddr,
     management_address: SocketAddr,
-    /// Held for as long as the server runs: nobody else may use the data folder.
-    _lock: Option<File>,
+    /// Held for as long as the server runs: nobody else may use the database.
+    _lock: File,
 }
 
 impl Server {
@@ -50,7 +53,7 @@ impl Server {
         let file = database_file(&config.database).await?;
         config.open_data_dir()?;
         config.check_secret()?;
-        let lock = config.data_dir.as_deref().map(lock_folder).transpose()?;
+        let lock = lock_database(&file)?;
         let config = Arc::new(config);
         let store = Store::open(&file, &config.database, store::Limits::of(&config)).await?;
         let blobs = Blobs::open(&config.attachments)?;
@@ -67,6 +70,7 @@ impl Server {
                 config.auth.access_token_lifetime,
                 config.auth.refresh_token_lifetime,
             ),
+            bodies: Bodies::new(BODIES_KIB),
             disk: Disk::new(file.parent().map(Path::to_owned), config.disk_reserve_bytes),
             clock,
             tasks,
@@ -178,15 +182,16 @@ fn server_address(url: &str) -> Option<String> {
     Some(if has_port { host.to_owned() } else { format!("{host}:5432") })
 }
 
-/// Makes sure that no other process serves from this folder: they would not see each other's signals.
-pub(crate) fn lock_folder(folder: &Path) -> Result<File> {
-    let path = folder.join("lock");
-    let file = OpenOptions::new().create(true).append(true).mode(0o600).open(&path);
-    let file = file.with_context(|| format!("--data-dir: can't write {}", path.display()))?;
-    if file.try_lock().is_err() {
-        bail!("--data-dir: another server is already running on {}; stop it, or name another folder", folder.display());
+/// Makes sure that no other server uses this database: they would not see each other's signals.
+pub(crate) fn lock_database(file: &Path) -> Result<File> {
+    let mut path = file.as_os_str().to_owned();
+    path.push(".lock");
+    let lock = OpenOptions::new().create(true).append(true).mode(0o600).open(&path);
+    let lock = lock.with_context(|| format!("can't write {}; check its folder", path.display()))?;
+    if lock.try_lock().is_err() {
+        bail!("another server is already running on {}; stop it, or name another --data-dir", file.display());
     }
-    Ok(file)
+    Ok(lock)
 }
 
 #[cfg(test)]

@@ -15,7 +15,8 @@ CREATE TABLE devices (
     name            TEXT,
     registration_id INTEGER NOT NULL,
     is_primary      INTEGER NOT NULL,
-    tokens_void_to  INTEGER NOT NULL DEFAULT 0    -- access tokens that expire at or before this second are void
+    tokens_void_to  INTEGER NOT NULL DEFAULT 0,   -- access tokens that expire at or before this second are void
+    tokens_issued_to INTEGER NOT NULL DEFAULT 0   -- the latest second in which one of its access tokens expires
 ) STRICT;
 CREATE INDEX devices_of_user ON devices (user_id, no);
 

@@ -11,6 +11,7 @@ use tracing::error;
 
 use crate::auth::passwords::Busy;
 use crate::blobs::BlobError;
+use crate::bodies::NoRoom;
 use crate::mailroom::MailroomError;
 use crate::store::StoreError;
 
@@ -170,6 +171,12 @@ impl From<Busy> for ApiError {
 impl From<StoreError> for ApiError {
     fn from(error: StoreError) -> Self {
         error!(%error, "a request failed in the database");
+        Self::unavailable()
+    }
+}
+
+impl From<NoRoom> for ApiError {
+    fn from(_: NoRoom) -> Self {
         Self::unavailable()
     }
 }

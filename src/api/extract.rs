@@ -3,7 +3,6 @@
 //! Axum runs extractors in the order of a handler's arguments. `Caller` comes first everywhere, so that a missing or
 //! void token wins over anything else that is wrong.
 
-use axum::body::Body;
 use axum::extract::{FromRequest, FromRequestParts, RawPathParams, Request};
 use axum::http::request::Parts;
 use axum::http::{HeaderMap, header};
@@ -16,6 +15,7 @@ use serde_json::error::Category;
 use crate::api::error::ApiError;
 use crate::api::strict::Strict;
 use crate::app::App;
+use crate::bodies::Share;
 use crate::model::ids::{Address, AttachmentId, DeviceId, DeviceNo, IdempotencyKey, UserId};
 
 /// The largest body that is read into memory: JSON, sends and link-session approvals. Attachments are streamed.
@@ -74,11 +74,11 @@ pub struct Json<T>(pub T);
 impl<T: DeserializeOwned> FromRequest<App> for Json<T> {
     type Rejection = ApiError;
 
-    async fn from_request(request: Request, _: &App) -> Result<Self, ApiError> {
+    async fn from_request(request: Request, app: &App) -> Result<Self, ApiError> {
         if !is_json(request.headers()) {
             return Err(ApiError::UnsupportedMediaType);
         }
-        let body = read_body(request.into_body()).await?;
+        let RawBody { bytes: body, .. } = RawBody::from_request(request, app).await?;
         match read_json(&body) {
             Ok(value) => Ok(Self(value)),
             // The message of a data error names members and types, never the value of a secret: see `describe`.
@@ -121,33 +121,34 @@ fn describe(error: &serde_json::Error) -> String {
 
 /// A body of at most [`MAX_BODY_BYTES`]. Its content type is not looked at.
 #[derive(Debug)]
-pub struct RawBody(pub Bytes);
+pub struct RawBody {
+    /// What the client sent.
+    pub bytes: Bytes,
+    /// The body's share of the memory that all bodies may take. To be kept for as long as the bytes are.
+    pub share: Share,
+}
 
 impl FromRequest<App> for RawBody {
     type Rejection = ApiError;
 
-    async fn from_request(request: Request, _: &App) -> Result<Self, ApiError> {
-        read_body(request.into_body()).await.map(Self)
-    }
-}
-
-/// Reads a whole body of at most [`MAX_BODY_BYTES`].
-pub async fn read_body(mut body: Body) -> Result<Bytes, ApiError> {
-    let too_large = || ApiError::TooLarge("Payload too large".into());
-    let announced = axum::body::HttpBody::size_hint(&body).lower();
-    if announced > MAX_BODY_BYTES as u64 {
-        return Err(too_large());
-    }
-    let mut whole = BytesMut::with_capacity(announced as usize);
-    while let Some(frame) = body.frame().await {
-        let frame = frame.map_err(|_| ApiError::bad_request("The body could not be read"))?;
-        let Ok(data) = frame.into_data() else { continue };
-        if whole.len() + data.len() > MAX_BODY_BYTES {
+    async fn from_request(request: Request, app: &App) -> Result<Self, ApiError> {
+        let mut body = request.into_body();
+        let too_large = || ApiError::TooLarge("Payload too large".into());
+        if axum::body::HttpBody::size_hint(&body).lower() > MAX_BODY_BYTES as u64 {
             return Err(too_large());
         }
-        whole.extend_from_slice(&data);
+        let (mut bytes, mut share) = (BytesMut::new(), Share::default());
+        while let Some(frame) = body.frame().await {
+            let frame = frame.map_err(|_| ApiError::bad_request("The body could not be read"))?;
+            let Ok(data) = frame.into_data() else { continue };
+            if bytes.len() + data.len() > MAX_BODY_BYTES {
+                return Err(too_large());
+            }
+            share.grow_to(bytes.len() + data.len(), &app.bodies).await?;
+            bytes.extend_from_slice(&data);
+        }
+        Ok(Self { bytes: bytes.freeze(), share })
     }
-    Ok(whole.freeze())
 }
 
 /// A protobuf answer.

@@ -70,7 +70,7 @@ pub async fn approve(
     State(app): State<App>,
     caller: Caller,
     PathId(LinkHash(hash)): PathId<LinkHash>,
-    RawBody(parcel): RawBody,
+    RawBody { bytes: parcel, share: _share }: RawBody,
 ) -> Result<StatusCode, ApiError> {
     if !caller.is_primary {
         return Err(ApiError::forbidden("Primary device required"));

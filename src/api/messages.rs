@@ -19,7 +19,7 @@ pub async fn send(
     State(app): State<App>,
     caller: Caller,
     headers: HeaderMap,
-    RawBody(body): RawBody,
+    RawBody { bytes: body, share: _share }: RawBody,
 ) -> Result<Response, ApiError> {
     let key = required_key(&headers)?;
     let digest = Sha256::digest(&body);

@@ -130,8 +130,13 @@ impl NewSession {
     }
 
     fn with(token: RefreshToken, tokens: &Tokens, now: Timestamp) -> Self {
-        let expires_at = tokens.refresh_expiry(now);
-        Self { token, grant: SessionGrant { family: token.family(), secret_hash: token.secret_hash(), expires_at } }
+        let grant = SessionGrant {
+            access_expires_at: tokens.latest_access_expiry(now),
+            family: token.family(),
+            secret_hash: token.secret_hash(),
+            expires_at: tokens.refresh_expiry(now),
+        };
+        Self { token, grant }
     }
 
     /// What the device is told, whose access token shall expire at `expires_at`: see [`Tokens::access_expiry`].

@@ -20,6 +20,8 @@ pub const REPEAT_WINDOW: Duration = Duration::from_secs(60);
 /// The session that a device is about to get, as the store knows its refresh token.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub struct SessionGrant {
+    /// The Unix second in which the access token expires that comes with it.
+    pub access_expires_at: i64,
     /// The half of the token that stays through refreshes.
     pub family: [u8; 16],
     /// SHA-256 of the half that changes.
@@ -206,6 +208,9 @@ pub(super) async fn open(tx: &mut Transaction<'_, Sqlite>, no: DeviceNo, grant: 
                      secret_hash = excluded.secret_hash, expires_at = excluded.expires_at";
     let insert = sqlx::query(statement).bind(no).bind(&grant.family[..]).bind(&grant.secret_hash[..]);
     insert.bind(grant.expires_at).execute(&mut **tx).await?;
+    // Remembered rather than reckoned at log-out: the clock or the configured lifetime may be another one by then.
+    let statement = "UPDATE devices SET tokens_issued_to = MAX(tokens_issued_to, $2, tokens_void_to + 1) WHERE no = $1";
+    sqlx::query(statement).bind(no).bind(grant.access_expires_at).execute(&mut **tx).await?;
     Ok(())
 }
 
@@ -264,8 +269,7 @@ async fn end(tx: &mut Transaction<'_, Sqlite>, no: DeviceNo, void_to: i64) -> Re
         sqlx::query(statement).bind(no).execute(&mut **tx).await?;
     }
     // It always grows: gateway sockets notice by it that the session they began in has ended.
-    let statement = "UPDATE devices SET tokens_void_to = \
-                     CASE WHEN tokens_void_to < $2 THEN $2 ELSE tokens_void_to + 1 END WHERE no = $1";
+    let statement = "UPDATE devices SET tokens_void_to = MAX(tokens_void_to + 1, tokens_issued_to, $2) WHERE no = $1";
     sqlx::query(statement).bind(no).bind(void_to).execute(&mut **tx).await?;
     Ok(())
 }

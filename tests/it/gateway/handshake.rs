@@ -1,8 +1,17 @@
 //! Sections 8.1 and 8.2 of the contract: tickets and the handshake.
 
+use std::net::SocketAddr;
+use std::sync::Arc;
 use std::time::Duration;
 
-use crate::harness::{Device, Event, Keys, RawSocket, Socket, TestServer, opcode, raw_request, within};
+use axum::extract::WebSocketUpgrade;
+use obscura_server::app::App;
+use obscura_server::model::ids::DeviceId;
+use obscura_server::store::{Standing, TicketHolder};
+use tokio::net::TcpListener;
+use uuid::Uuid;
+
+use crate::harness::{Event, Keys, RawSocket, Socket, TestServer, opcode, raw_request, send_request, within};
 
 /// A handshake by hand, with these header lines instead of the usual ones, on a connection that is closed afterwards.
 async fn handshake(server: &TestServer, path: &str, headers: &str, version: &str) -> String {
@@ -204,8 +213,7 @@ async fn a_device_removed_during_its_handshake_keeps_no_socket() {
         if round % 3 > 0 {
             tokio::task::yield_now().await;
         }
-        let removing = remove(&alice, &tablet);
-        let (opened, ()) = tokio::join!(opening, removing);
+        let (opened, ()) = tokio::join!(opening, alice.remove(&tablet));
         match opened.unwrap() {
             Err(status) => assert_eq!(status, 401),
             Ok(mut socket) => {
@@ -216,8 +224,42 @@ async fn a_device_removed_during_its_handshake_keeps_no_socket() {
     }
 }
 
-async fn remove(alice: &Device, device: &Device) {
-    alice.remove(device).await;
+/// The moment between the redeemed ticket and the session's first look, held open.
+#[tokio::test]
+async fn a_session_looks_at_the_standing_of_its_device_before_anything_else() {
+    let server = TestServer::start().await;
+    let (alice, bob) = (server.account().await, server.account().await);
+    let (removed, logged_out) = (alice.link().await, alice.link().await);
+    let message = send_request(&[(&removed, b"sealed"), (&logged_out, b"sealed"), (&alice, b"sealed")]);
+    bob.post_messages(Uuid::new_v4(), &message).await.expect(200);
+    let app = server.server().app().clone();
+    for device in [&removed, &logged_out] {
+        let id = DeviceId::from_bytes(device.id.as_bytes()).unwrap();
+        let standing = app.store.standing(id).await.unwrap().unwrap();
+        let Standing { no, user, tokens_void_to, .. } = standing;
+        let holder = TicketHolder { user, device: id, no, tokens_void_to };
+        if device.id == removed.id {
+            alice.remove(device).await;
+        } else {
+            device.log_out().await;
+        }
+        let mut socket = RawSocket::open(serve_session(app.clone(), holder).await, "redeemed").await;
+        assert_eq!(socket.receive().await, Some((opcode::CLOSE, Vec::new())));
+        assert_eq!(socket.receive().await, None);
+    }
+}
+
+/// A port at which every socket is a session of this device.
+async fn serve_session(app: App, holder: TicketHolder) -> SocketAddr {
+    let connect = move |upgrade: WebSocketUpgrade| {
+        let session = move |socket| obscura_server::gateway::run(app.clone(), holder, socket, Arc::default());
+        async move { upgrade.on_upgrade(session) }
+    };
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let address = listener.local_addr().unwrap();
+    let router = axum::Router::new().route("/v1/gateway", axum::routing::get(connect));
+    tokio::spawn(async move { axum::serve(listener, router).await });
+    address
 }
 
 #[tokio::test]

@@ -8,8 +8,8 @@ use bytes::Bytes;
 use reqwest::header::{HeaderMap, HeaderName, HeaderValue};
 use serde_json::Value;
 
-use super::{observed, within_time};
-use crate::openapi::Answer;
+use super::within_time;
+use crate::openapi::{Answer, assert_documented};
 
 /// Where a server is. It moves when the server restarts.
 #[derive(Clone)]
@@ -128,11 +128,11 @@ impl Request {
         let url = format!("http://{}{}", self.client.address(), self.path);
         let method = reqwest::Method::from_bytes(self.method.as_bytes()).expect("a method");
         let sent_id = self.headers.get("x-request-id").cloned();
-        let mut request = self.client.http.request(method, url).headers(self.headers);
+        let mut request = self.client.http.request(method, &url).headers(self.headers);
         if let Some(body) = self.body {
             request = request.body(body);
         }
-        let what = format!("{} {} to be answered", self.method, self.path);
+        let what = format!("{} {url} to be answered", self.method);
         let answer = async {
             let response = request.send().await?;
             let (status, headers) = (response.status().as_u16(), response.headers().clone());
@@ -215,6 +215,6 @@ impl Response {
             assert!(self.status != status || self.headers.contains_key(header), "{what} without {header}");
         }
         let body = (self.method != "HEAD").then_some(&*self.body);
-        observed::record(&self.method, &self.path, &Answer { status: self.status, headers: &self.headers, body });
+        assert_documented(&self.method, &self.path, &Answer { status: self.status, headers: &self.headers, body });
     }
 }

@@ -4,7 +4,6 @@ mod account;
 mod binary;
 mod client;
 mod database;
-mod observed;
 pub mod proto;
 mod raw;
 mod server;
@@ -18,7 +17,6 @@ pub use account::{Device, Keys, PASSWORD, kyber_key, one_time_key, outcome, send
 pub use binary::Binary;
 pub use client::{Client, Request, Response};
 pub use database::Database;
-pub use observed::observed;
 pub use raw::{RawSocket, opcode, raw_answer, raw_request};
 pub use server::TestServer;
 pub use socket::{Event, Socket, distinct_ids};

@@ -14,8 +14,8 @@ use tokio_tungstenite::tungstenite::protocol::{CloseFrame, WebSocketConfig, fram
 use tokio_tungstenite::tungstenite::{Error, Message};
 
 use super::proto::{AckMessage, Envelope, Payload, PreKeyStatus, WebSocketFrame};
-use super::{PATIENCE, observed, within_time};
-use crate::openapi::Answer;
+use super::{PATIENCE, within_time};
+use crate::openapi::{Answer, assert_documented};
 
 /// What a socket has to say.
 #[derive(Clone, Debug, PartialEq)]
@@ -73,11 +73,11 @@ impl Socket {
         match &answer {
             Ok((_, response)) => {
                 assert!(response.headers().contains_key("x-request-id"), "a 101 without x-request-id");
-                observed::record("GET", path, &Answer { status: 101, headers: response.headers(), body: None });
+                assert_documented("GET", path, &Answer { status: 101, headers: response.headers(), body: None });
             }
             Err(Error::Http(response)) => {
                 let status = response.status().as_u16();
-                observed::record("GET", path, &Answer { status, headers: response.headers(), body: None });
+                assert_documented("GET", path, &Answer { status, headers: response.headers(), body: None });
             }
             Err(_) => {}
         }

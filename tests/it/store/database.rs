@@ -22,7 +22,7 @@ async fn an_open_store_answers_and_a_closed_one_does_not() {
 }
 
 #[tokio::test]
-async fn every_commit_is_flushed_and_readers_do_not_wait_for_the_writer() {
+async fn readers_do_not_wait_for_the_writer() {
     let store = TestStore::open().await;
     let database = Database::open(&store.file()).await;
     let held = database.hold_write().await;

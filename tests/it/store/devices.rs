@@ -10,6 +10,9 @@ use obscura_server::store::{Refresh, Refreshed, Removed, Standing, Store};
 use super::fixture::{NOW, TestStore, grant};
 use super::support::{Member, NONE, account, count, linked, linked_with, new_device, number, public_key};
 
+/// A log-out voids tokens up to here: later than any that the fixture issues.
+const VOID_TO: i64 = NOW.seconds() + 2000;
+
 /// The tables that hold something for a device, with the column that says for which.
 const TABLES_OF_A_DEVICE: [(&str, &str); 9] = [
     ("devices", "no"),
@@ -74,8 +77,8 @@ async fn standing_tells_what_a_token_is_checked_against() {
     assert_eq!(store.standing(second.device).await.unwrap(), Some(expected));
     assert_eq!(store.standing(DeviceId::random()).await.unwrap(), None);
 
-    store.log_out(second.no, 1234).await.unwrap();
-    assert_eq!(store.standing(second.device).await.unwrap(), Some(Standing { tokens_void_to: 1234, ..expected }));
+    store.log_out(second.no, VOID_TO).await.unwrap();
+    assert_eq!(store.standing(second.device).await.unwrap(), Some(Standing { tokens_void_to: VOID_TO, ..expected }));
 }
 
 #[tokio::test]
@@ -84,8 +87,8 @@ async fn the_epoch_changes_when_the_session_ends_and_is_none_once_the_device_is_
     let alice = account(&store).await;
     let second = linked(&store, &alice).await;
     assert_eq!(store.epoch(second.no).await.unwrap(), Some(0));
-    store.log_out(second.no, 1234).await.unwrap();
-    assert_eq!(store.epoch(second.no).await.unwrap(), Some(1234));
+    store.log_out(second.no, VOID_TO).await.unwrap();
+    assert_eq!(store.epoch(second.no).await.unwrap(), Some(VOID_TO));
     store.remove_device(alice.user, second.device).await.unwrap();
     assert_eq!(store.epoch(second.no).await.unwrap(), None);
 }
@@ -216,10 +219,10 @@ async fn a_device_that_is_gone_or_logged_out_gets_no_push_token() {
     let store = TestStore::open().await;
     let alice = account(&store).await;
     let second = linked(&store, &alice).await;
-    store.log_out(alice.no, 1000).await.unwrap();
-    assert!(!store.set_push_token(alice.no, 1000, "with a token from before the log-out").await.unwrap());
+    store.log_out(alice.no, VOID_TO).await.unwrap();
+    assert!(!store.set_push_token(alice.no, VOID_TO, "with a token from before the log-out").await.unwrap());
     store.remove_device(alice.user, second.device).await.unwrap();
     assert!(!store.set_push_token(second.no, i64::MAX, "late").await.unwrap());
     assert_eq!(count(&store, "push_tokens").await, 0);
-    assert!(store.set_push_token(alice.no, 1001, "logged in again").await.unwrap());
+    assert!(store.set_push_token(alice.no, VOID_TO + 1, "logged in again").await.unwrap());
 }

@@ -129,5 +129,6 @@ pub fn public_key(seed: u64) -> PublicKey {
 /// A session of a family of its own that expires a day after `now`.
 pub fn grant(now: Timestamp) -> SessionGrant {
     let expires_at = now + std::time::Duration::from_hours(24);
-    SessionGrant { family: rand::random(), secret_hash: rand::random(), expires_at }
+    let access_expires_at = now.seconds() + 900;
+    SessionGrant { access_expires_at, family: rand::random(), secret_hash: rand::random(), expires_at }
 }

@@ -279,3 +279,14 @@ async fn the_sweeps_forget_what_has_expired_a_batch_at_a_time() {
     assert_eq!(store.expire_refresh_uses(end - MILLISECOND, 10).await.unwrap(), 0);
     assert_eq!(store.expire_refresh_uses(end, 10).await.unwrap(), 1);
 }
+
+#[tokio::test]
+async fn a_log_out_voids_every_token_ever_issued_though_the_clock_or_the_lifetime_have_changed() {
+    let store = TestStore::open().await;
+    let alice = store.account().await;
+    let issued_long_ago = SessionGrant { access_expires_at: VOID_TO + 86_400, ..grant(NOW) };
+    store.log_in(alice.user, alice.device, &issued_long_ago).await.unwrap();
+    store.log_in(alice.user, alice.device, &grant(NOW)).await.unwrap();
+    store.log_out(alice.no, VOID_TO).await.unwrap();
+    assert_eq!(store.epoch(alice.no).await.unwrap(), Some(VOID_TO + 86_400));
+}
