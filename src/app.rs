@@ -5,12 +5,12 @@ use std::sync::Arc;
 use crate::auth::passwords::Passwords;
 use crate::auth::tokens::Tokens;
 use crate::blobs::Blobs;
-use crate::bodies::Bodies;
 use crate::bus::Bus;
 use crate::clock::Clock;
 use crate::config::Config;
 use crate::disk::Disk;
 use crate::mailroom::Mailroom;
+use crate::memory::Budget;
 use crate::store::Store;
 use crate::tasks::Tasks;
 
@@ -30,7 +30,9 @@ pub struct App {
     /// Makes and checks tokens.
     pub tokens: Tokens,
     /// The memory that the bodies of all requests may take.
-    pub bodies: Bodies,
+    pub bodies: Budget,
+    /// The memory that the large frames of all sockets may take.
+    pub frames: Budget,
     /// Whether there is room to grow.
     pub disk: Disk,
     /// What time it is.

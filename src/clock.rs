@@ -53,6 +53,10 @@ impl Sub<Duration> for Timestamp {
     }
 }
 
+/// No honest clock is behind this second (2026-01-01). Machines without a battery start in 1970; what they receive before
+/// their clock is set would be taken for expired afterwards.
+pub const EARLIEST: Timestamp = Timestamp::from_seconds(1_767_225_600);
+
 /// The wall clock. Cloning gives the same clock.
 #[derive(Clone, Debug, Default)]
 pub struct Clock {

@@ -24,6 +24,8 @@ struct Inner {
     /// When the file system was last asked, in milliseconds since `opened`.
     asked_at: AtomicU64,
     free_bytes: AtomicU64,
+    /// Bytes of the uploads under way. Counted in full, though part of them is on the disk already.
+    claimed: AtomicU64,
     warned: AtomicBool,
 }
 
@@ -37,6 +39,7 @@ impl Disk {
             opened: Instant::now(),
             asked_at: AtomicU64::new(0),
             free_bytes: AtomicU64::new(u64::MAX),
+            claimed: AtomicU64::new(0),
             warned: AtomicBool::new(false),
         };
         inner.ask();
@@ -48,9 +51,27 @@ impl Disk {
         self.inner.free_bytes() >= self.inner.reserve_bytes
     }
 
-    /// Whether attachments may still be taken in. They stop earlier, so that messages go on for longer.
-    pub fn room_for_attachments(&self) -> bool {
-        self.inner.free_bytes() >= self.inner.reserve_bytes.saturating_mul(2)
+    /// Room for an attachment of this size, while it is being uploaded. Attachments stop earlier than messages, which so
+    /// go on for longer.
+    pub fn room_for_attachment(&self, bytes: u64) -> Option<Claim> {
+        let claimed = self.inner.claimed.fetch_add(bytes, Ordering::Relaxed) + bytes;
+        let claim = Claim { disk: self.clone(), bytes };
+        let free = self.inner.free_bytes().saturating_sub(claimed);
+        let is_room = self.inner.folder.is_none() || free >= self.inner.reserve_bytes.saturating_mul(2);
+        is_room.then_some(claim)
+    }
+}
+
+/// What an upload that is under way will take of the disk. Dropping it gives up the claim.
+#[derive(Debug)]
+pub struct Claim {
+    disk: Disk,
+    bytes: u64,
+}
+
+impl Drop for Claim {
+    fn drop(&mut self) {
+        self.disk.inner.claimed.fetch_sub(self.bytes, Ordering::Relaxed);
     }
 }
 
@@ -92,12 +113,23 @@ mod tests {
     }
 
     #[test]
+    fn uploads_under_way_count_as_if_they_were_on_the_disk() {
+        let folder = tempfile::tempdir().unwrap();
+        let disk = Disk::new(Some(folder.path().to_owned()), 1);
+        let most = free_bytes(folder.path()) / 4 * 3;
+        let first = disk.room_for_attachment(most).unwrap();
+        assert!(disk.room_for_attachment(most).is_none());
+        drop(first);
+        assert!(disk.room_for_attachment(most).is_some());
+    }
+
+    #[test]
     fn messages_are_taken_for_longer_than_attachments() {
         let folder = tempfile::tempdir().unwrap();
         let free = free_bytes(folder.path());
         let room = |reserve| {
             let disk = Disk::new(Some(folder.path().to_owned()), reserve);
-            (disk.room_for_messages(), disk.room_for_attachments())
+            (disk.room_for_messages(), disk.room_for_attachment(1).is_some())
         };
         assert_eq!(room(free / 4), (true, true));
         assert_eq!(room(free / 4 * 3), (true, false));
@@ -109,14 +141,14 @@ mod tests {
     fn no_reserve_or_no_folder_means_room() {
         let folder = tempfile::tempdir().unwrap();
         for disk in [Disk::new(Some(folder.path().to_owned()), 0), Disk::new(None, u64::MAX / 2)] {
-            assert!(disk.room_for_messages() && disk.room_for_attachments());
+            assert!(disk.room_for_messages() && disk.room_for_attachment(1).is_some());
         }
     }
 
     #[test]
     fn a_file_system_that_does_not_answer_has_room() {
         let disk = Disk::new(Some("/nowhere/at/all".into()), u64::MAX / 2);
-        assert!(disk.room_for_messages() && disk.room_for_attachments());
+        assert!(disk.room_for_messages() && disk.room_for_attachment(1).is_some());
         assert!(disk.inner.warned.load(Ordering::Relaxed));
     }
 

@@ -12,10 +12,10 @@ pub mod wire;
 // Middle: the rooms that hold something. They don't know each other.
 pub mod auth;
 pub mod blobs;
-pub mod bodies;
 pub mod bus;
 pub mod disk;
 pub mod mailroom;
+pub mod memory;
 pub mod store;
 
 // Entrances: what starts work.

@@ -1,5 +1,6 @@
 //! Reads the configuration, runs the server, sets the exit code.
 
+use std::io::Write;
 use std::process::ExitCode;
 
 use obscura_server::clock::Clock;
@@ -37,7 +38,8 @@ async fn run(loaded: Loaded) -> anyhow::Result<ExitCode> {
         server = Server::start(loaded.config, Clock::system()) => server?,
         () = asked(&mut stop) => return Ok(ExitCode::SUCCESS),
     };
-    println!("{}", commands::welcome(&server, data_dir.as_deref()));
+    // Whoever closed our standard output doesn't want to know.
+    let _ = writeln!(std::io::stdout(), "{}", commands::welcome(&server, data_dir.as_deref()));
     let exit = tokio::select! {
         () = asked(&mut stop) => ExitCode::SUCCESS,
         () = server.failed() => ExitCode::FAILURE,

@@ -18,13 +18,13 @@ use crate::app::App;
 use crate::auth::passwords::Passwords;
 use crate::auth::tokens::Tokens;
 use crate::blobs::Blobs;
-use crate::bodies::Bodies;
 use crate::bus::Bus;
-use crate::clock::Clock;
+use crate::clock::{Clock, EARLIEST};
 use crate::config::{self, Config};
 use crate::disk::Disk;
 use crate::listener::{self, Patience};
 use crate::mailroom::Mailroom;
+use crate::memory::Budget;
 use crate::store::{self, Store};
 use crate::sweeps;
 use crate::tasks::Tasks;
@@ -33,6 +33,8 @@ use crate::tasks::Tasks;
 const MANAGEMENT_CONNECTIONS: usize = 64;
 /// Memory for the bodies of all requests at once.
 const BODIES_KIB: usize = 128 << 10;
+/// Memory for the large frames of all sockets at once.
+const FRAMES_KIB: usize = 64 << 10;
 /// How long an unused server address is tried before the start is given up.
 const PROBE_TIMEOUT: Duration = Duration::from_secs(3);
 
@@ -50,13 +52,20 @@ pub struct Server {
 impl Server {
     /// Starts a server. When it returns, both ports answer. Errors are sentences for whoever started it.
     pub async fn start(mut config: Config, clock: Clock) -> Result<Self> {
+        if clock.now() < EARLIEST {
+            bail!("the clock of this machine is wrong (it is before 2026); set it, and start the server then");
+        }
         let file = database_file(&config.database).await?;
         config.open_data_dir()?;
         config.check_secret()?;
         let lock = lock_database(&file)?;
         let config = Arc::new(config);
+        let api = bind(&config.server, config.server.port).await?;
+        let management = bind(&config.server, config.server.management_port).await?;
+        let (api_address, management_address) = (api.local_addr()?, management.local_addr()?);
         let store = Store::open(&file, &config.database, store::Limits::of(&config)).await?;
         let blobs = Blobs::open(&config.attachments)?;
+        // Nothing can fail from here on, so no task is left behind by a start that was given up.
         let (tasks, keepers) = (Tasks::new(), Tasks::new());
         let bus = Bus::local(config.gateway.max_connections_per_device);
         let app = App {
@@ -70,15 +79,13 @@ impl Server {
                 config.auth.access_token_lifetime,
                 config.auth.refresh_token_lifetime,
             ),
-            bodies: Bodies::new(BODIES_KIB),
+            bodies: Budget::new(BODIES_KIB),
+            frames: Budget::new(FRAMES_KIB),
             disk: Disk::new(file.parent().map(Path::to_owned), config.disk_reserve_bytes),
             clock,
             tasks,
             config,
         };
-        let (api, management) =
-            (bind(&app, app.config.server.port).await?, bind(&app, app.config.server.management_port).await?);
-        let (api_address, management_address) = (api.local_addr()?, management.local_addr()?);
         open(&app, &keepers, api, management).await;
         info!(port = api_address.port(), management_port = management_address.port(), "the server is ready");
         Ok(Self { app, keepers, api_address, management_address, _lock: lock })
@@ -145,8 +152,8 @@ async fn open(app: &App, keepers: &Tasks, api: TcpListener, management: TcpListe
     keepers.spawn("management", listener::serve(management, router, few, patience, keepers.clone()));
 }
 
-async fn bind(app: &App, port: u16) -> Result<TcpListener> {
-    let address = SocketAddr::new(app.config.server.host, port);
+async fn bind(config: &config::Server, port: u16) -> Result<TcpListener> {
+    let address = SocketAddr::new(config.host, port);
     TcpListener::bind(address).await.with_context(|| {
         format!(
             "can't listen on {address}; stop what uses that port, or choose another with --server-port or --mgmt-port"

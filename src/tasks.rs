@@ -32,9 +32,10 @@ impl Tasks {
         Self::default()
     }
 
-    /// Runs `future` until it ends. It has to watch [`Tasks::stopping`] itself. If it panics, the server stops.
+    /// Runs `future` until shutdown, for which it has to watch [`Tasks::stopping`] itself. If it ends or panics before,
+    /// the server stops.
     pub fn spawn(&self, name: &'static str, future: impl Future<Output = ()> + Send + 'static) {
-        let guard = PanicGuard { name, failed: self.failed.clone() };
+        let guard = EndGuard { name, stopping: self.stopping.clone(), failed: self.failed.clone() };
         self.tracker.spawn(async move {
             let _guard = guard;
             future.await;
@@ -69,7 +70,7 @@ impl Tasks {
     {
         let tasks = self.clone();
         self.spawn(name, async move {
-            let mut pause = jittered(period).min(FIRST_PAUSE);
+            let mut pause = jittered(period.min(FIRST_PAUSE));
             loop {
                 tokio::select! {
                     () = tasks.stopping() => return,
@@ -97,7 +98,7 @@ impl Tasks {
         self.stopping.is_cancelled()
     }
 
-    /// Ends when a task has panicked; the server then has to stop.
+    /// Ends when a task has died; the server then has to stop.
     pub async fn failed(&self) {
         self.failed.cancelled().await;
     }
@@ -126,15 +127,16 @@ pub fn jittered(period: Duration) -> Duration {
     period.mul_f64(rand::rng().random_range(0.9..1.1))
 }
 
-struct PanicGuard {
+struct EndGuard {
     name: &'static str,
+    stopping: CancellationToken,
     failed: CancellationToken,
 }
 
-impl Drop for PanicGuard {
+impl Drop for EndGuard {
     fn drop(&mut self) {
-        if std::thread::panicking() {
-            error!(task = self.name, "a background task panicked");
+        if std::thread::panicking() || !self.stopping.is_cancelled() {
+            error!(task = self.name, "a background task died");
             self.failed.cancel();
         }
     }
@@ -186,9 +188,11 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_panicking_task_is_noticed() {
-        let tasks = Tasks::new();
-        tasks.spawn("test", async { panic!("on purpose") });
-        tokio::time::timeout(Duration::from_secs(5), tasks.failed()).await.unwrap();
+    async fn a_task_that_panics_or_ends_too_early_is_noticed() {
+        for early_end in [true, false] {
+            let tasks = Tasks::new();
+            tasks.spawn("test", async move { assert!(early_end, "on purpose") });
+            tokio::time::timeout(Duration::from_secs(5), tasks.failed()).await.unwrap();
+        }
     }
 }

@@ -4,6 +4,7 @@ use std::collections::HashSet;
 
 use bytes::Bytes;
 use prost::Message as _;
+use prost::encoding::{self, DecodeContext, WireType};
 
 use crate::model::ids::{DeviceId, IdempotencyKey, MessageId, UserId};
 use crate::model::mail::{Envelope, Outcome, Outgoing, Recipient, Sealed, Sender};
@@ -32,8 +33,8 @@ pub enum BadSend {
     Structure(&'static str),
 }
 
-/// Reads and checks the body of a send: everything that can be told without looking at the database (WIRE section
-/// 7.1, in its order). `limit` bounds the recipients and, separately, all their submissions.
+/// Reads and checks the body of a send: everything that can be told without looking at the database, in
+/// the order of the contract. `limit` bounds the recipients and, separately, all their submissions.
 pub fn outgoing(
     body: Bytes,
     sender: Sender,
@@ -41,11 +42,13 @@ pub fn outgoing(
     digest: [u8; 16],
     limit: usize,
 ) -> Result<Outgoing, BadSend> {
-    let request = SendMessageRequest::decode(body).map_err(|_| BadSend::NotProtobuf)?;
-    let submissions: usize = request.recipients.iter().map(|recipient| recipient.submissions.len()).sum();
-    if request.recipients.len() > limit || submissions > limit {
+    // Counted before anything is decoded: two bytes on the wire can make a recipient, which takes far more in memory.
+    let recipients = fields(&body, 1).take(limit + 1);
+    let submissions = recipients.clone().flat_map(|recipient| fields(recipient, 2)).take(limit + 1);
+    if recipients.count() > limit || submissions.count() > limit {
         return Err(BadSend::TooMany);
     }
+    let request = SendMessageRequest::decode(body).map_err(|_| BadSend::NotProtobuf)?;
     let (mut users, mut devices) = (HashSet::new(), HashSet::new());
     let mut recipients = Vec::with_capacity(request.recipients.len());
     for recipient in request.recipients {
@@ -71,6 +74,26 @@ pub fn outgoing(
         recipients.push(Recipient { user, submissions });
     }
     Ok(Outgoing { sender, key, digest, recipients })
+}
+
+/// The fields of a message that have this number and a length, as they stand on the wire. Ends where the message stops
+/// being well formed.
+fn fields(mut message: &[u8], number: u32) -> impl Iterator<Item = &[u8]> + Clone {
+    std::iter::from_fn(move || {
+        while !message.is_empty() {
+            let (tag, wire_type) = encoding::decode_key(&mut message).ok()?;
+            if wire_type != WireType::LengthDelimited {
+                encoding::skip_field(wire_type, tag, &mut message, DecodeContext::default()).ok()?;
+                continue;
+            }
+            let length = usize::try_from(encoding::decode_varint(&mut message).ok()?).ok()?;
+            let field = message.split_off(..length)?;
+            if tag == number {
+                return Some(field);
+            }
+        }
+        None
+    })
 }
 
 /// The answer to a send.
@@ -126,5 +149,46 @@ pub fn acknowledged(frame: Bytes) -> Vec<MessageId> {
             ack.message_ids.iter().filter_map(|id| MessageId::from_bytes(id)).collect()
         }
         _ => Vec::new(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::model::ids::DeviceNo;
+
+    fn read(body: Vec<u8>) -> Result<Outgoing, BadSend> {
+        let sender = Sender { user: UserId::random(), device: DeviceId::random(), no: DeviceNo(1) };
+        outgoing(body.into(), sender, IdempotencyKey::random(), [0; 16], 3)
+    }
+
+    fn request(submissions: &[usize]) -> Vec<u8> {
+        let id = || Bytes::copy_from_slice(UserId::random().as_bytes());
+        let submission = |_| send_message_request::Submission { device_id: id(), message: Bytes::from_static(b"x") };
+        let recipients = submissions.iter().map(|count| send_message_request::Recipient {
+            user_id: id(),
+            submissions: (0..*count).map(submission).collect(),
+        });
+        SendMessageRequest { recipients: recipients.collect() }.encode_to_vec()
+    }
+
+    #[test]
+    fn recipients_and_submissions_have_the_same_limit_each() {
+        for allowed in [&[][..], &[0, 0, 0], &[3], &[1, 1, 1], &[2, 0, 1]] {
+            assert!(read(request(allowed)).is_ok(), "{allowed:?}");
+        }
+        for excessive in [&[0, 0, 0, 0][..], &[4], &[2, 2], &[0, 0, 0, 3]] {
+            assert_eq!(read(request(excessive)).unwrap_err(), BadSend::TooMany, "{excessive:?}");
+        }
+        assert_eq!(read([0x0a, 0x00].repeat(1 << 20)).unwrap_err(), BadSend::TooMany);
+    }
+
+    #[test]
+    fn unknown_fields_are_passed_over_and_broken_ones_refused() {
+        let mut body = request(&[1]);
+        body.extend([0x7a, 2, 1, 2, 0x78, 5, 0x75, 1, 2, 3, 4]); // field 15: bytes, a varint, 32 bits
+        assert!(read(body.clone()).is_ok());
+        body.push(0x0a);
+        assert_eq!(read(body).unwrap_err(), BadSend::NotProtobuf);
     }
 }

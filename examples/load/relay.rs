@@ -47,6 +47,7 @@ struct Received {
     /// For each sender, how often each of its messages came.
     times: Vec<Vec<u8>>,
     reordered: usize,
+    frames: usize,
     /// Microseconds from the intended moment of the send to the arrival.
     latencies: Vec<u32>,
 }
@@ -152,6 +153,7 @@ async fn receive(mut socket: Socket, by: usize, plan: Arc<Plan>) -> Result<Recei
             () = plan.enough.cancelled() => return Ok(received),
         };
         let arrived = plan.began.elapsed();
+        received.frames += 1;
         for mail in &mail {
             received.take(&mail.message, arrived, plan.from - plan.began).context("a message that nobody sent")?;
         }
@@ -180,7 +182,7 @@ impl Received {
 }
 
 fn account(report: &mut Report, sent: &[Vec<usize>], received: Vec<Received>) {
-    let (mut lost, mut repeated, mut reordered, mut latencies) = (0, 0, 0, Vec::new());
+    let (mut lost, mut repeated, mut reordered, mut frames, mut latencies) = (0, 0, 0, 0, Vec::new());
     for received in received {
         for (sender, times) in received.times.iter().enumerate() {
             let distinct = times.iter().filter(|times| **times > 0).count();
@@ -188,10 +190,13 @@ fn account(report: &mut Report, sent: &[Vec<usize>], received: Vec<Received>) {
             repeated += times.iter().map(|times| usize::from(*times)).sum::<usize>() - distinct;
         }
         reordered += received.reordered;
+        frames += received.frames;
         latencies.extend(received.latencies);
     }
     report.add_latencies("send to delivery", &mut latencies);
-    report.add("sent", sent.iter().flatten().sum::<usize>() as f64);
+    let total: usize = sent.iter().flatten().sum();
+    report.add("messages in a frame", total as f64 / frames as f64);
+    report.add("sent", total as f64);
     report.add("lost", lost as f64);
     report.add("repeated", repeated as f64);
     report.add("reordered", reordered as f64);

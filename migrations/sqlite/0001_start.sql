@@ -1,5 +1,5 @@
 -- Times are Unix milliseconds. Ids that clients see are 16-byte UUIDs. Secrets are kept as SHA-256 only.
--- No column says when an account or device was made, or when it was last seen.
+-- No column says when an account or device was made.
 
 CREATE TABLE users (
     id            BLOB PRIMARY KEY NOT NULL,
@@ -81,7 +81,7 @@ CREATE TABLE push_tokens (
 ) STRICT;
 
 -- The inboxes. `position` only grows and is never used again, and SQLite has one writer at a time: so rows become
--- visible in the order of `position`, which is also the order of receipt and of expiry.
+-- visible in the order of `position`. Time of receipt follows it as well as the clock does.
 CREATE TABLE messages (
     position      INTEGER PRIMARY KEY AUTOINCREMENT,
     device_no     INTEGER NOT NULL,
@@ -92,6 +92,7 @@ CREATE TABLE messages (
     body          BLOB NOT NULL
 ) STRICT;
 CREATE INDEX messages_of_device ON messages (device_no, position);
+CREATE INDEX messages_by_age ON messages (received_at);
 
 CREATE TABLE sends (                              -- outcomes, for requests that come again
     sender_no       INTEGER NOT NULL,

@@ -1,4 +1,4 @@
-//! Attachments: upload and download (WIRE section 9).
+//! Attachments: upload and download.
 
 mod conditions;
 
@@ -41,9 +41,7 @@ pub async fn upload(
 ) -> Result<(StatusCode, axum::Json<Attachment>), ApiError> {
     let size = content_length(&headers).ok_or(ApiError::LengthRequired)?;
     check_size(size, &app.config.attachments)?;
-    if !app.disk.room_for_attachments() {
-        return Err(ApiError::DiskFull);
-    }
+    let claim = app.disk.room_for_attachment(size).ok_or(ApiError::DiskFull)?;
     let upload = Upload { id: AttachmentId::random(), user: caller.user, size, began: app.clock.now() };
     let attachment =
         Attachment { id: upload.id.to_string(), expires_at: (upload.began + app.config.retention).seconds() };
@@ -52,7 +50,12 @@ pub async fn upload(
     // done elsewhere, and hears of it when this future is dropped.
     let abandoned = CancellationToken::new();
     let _guard = abandoned.clone().drop_guard();
-    app.tasks.finish(upload.run(app.clone(), body, abandoned)).await?;
+    let uploaded = upload.run(app.clone(), body, abandoned);
+    let uploaded = async move {
+        let _claim = claim;
+        uploaded.await
+    };
+    app.tasks.finish(uploaded).await?;
     Ok((StatusCode::CREATED, axum::Json(attachment)))
 }
 

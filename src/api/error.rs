@@ -11,8 +11,8 @@ use tracing::error;
 
 use crate::auth::passwords::Busy;
 use crate::blobs::BlobError;
-use crate::bodies::NoRoom;
 use crate::mailroom::MailroomError;
+use crate::memory::NoRoom;
 use crate::store::StoreError;
 
 /// What a client is told when something went wrong. The body is always `{"error": "<message>"}`.

@@ -15,7 +15,7 @@ use serde_json::error::Category;
 use crate::api::error::ApiError;
 use crate::api::strict::Strict;
 use crate::app::App;
-use crate::bodies::Share;
+use crate::memory::Share;
 use crate::model::ids::{Address, AttachmentId, DeviceId, DeviceNo, IdempotencyKey, UserId};
 
 /// The largest body that is read into memory: JSON, sends and link-session approvals. Attachments are streamed.
@@ -67,7 +67,7 @@ fn bearer_token(headers: &HeaderMap) -> Option<&str> {
     headers.get(header::AUTHORIZATION)?.to_str().ok()?.strip_prefix("Bearer ")
 }
 
-/// A JSON body of type `T`, read strictly (WIRE section 1.3).
+/// A JSON body of type `T`, read strictly: unknown members are passed over, everything else has to fit.
 #[derive(Debug)]
 pub struct Json<T>(pub T);
 

@@ -9,6 +9,7 @@ use axum::http::StatusCode;
 use axum::response::Response;
 use axum::{Extension, Json};
 use serde::{Deserialize, Serialize};
+use tracing::error;
 
 use crate::api::error::ApiError;
 use crate::api::extract::Caller;
@@ -51,6 +52,8 @@ pub async fn connect(
     let upgrade = upgrade.map_err(refused)?;
     let Ok(Query(query)) = query else { return Err(ApiError::bad_request("The ticket parameter is missing")) };
     let redeemed = app.store.redeem_ticket(&OpaqueSecret::hash_of(&query.ticket), app.clock.now()).await;
+    // The contract knows no other answer to a ticket that can't be looked up: the client asks for another one.
+    let redeemed = redeemed.inspect_err(|error| error!(%error, "a ticket could not be redeemed"));
     let holder = redeemed.ok().flatten().ok_or(ApiError::Unauthorized)?;
     let attended = app.tasks.attended();
     Ok(gateway::limited(upgrade).on_upgrade(move |socket| async move {

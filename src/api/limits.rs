@@ -1,4 +1,4 @@
-//! Rate limits for each client address, and what a client's address is behind proxies (WIRE sections 11.2 and 11.3).
+//! Rate limits for each client address, and what a client's address is behind proxies.
 //!
 //! Memory is bounded: a bucket that is full again is the same as one that was never used, so a sweep drops it. When
 //! [`MAX_BUCKETS`] are in use all the same, that sweep runs at once; if it does not help, all buckets of the tier are

@@ -24,6 +24,8 @@ pub(super) type Stored = bool;
 pub(super) struct Acks {
     waiting: Vec<Ack>,
     due: Option<Instant>,
+    /// Set after a failed write: nothing is tried before.
+    retry_at: Option<Instant>,
     /// The write under way, and what it writes in case it fails.
     storing: Option<(Vec<Ack>, BoxFuture<'static, Stored>)>,
 }
@@ -50,7 +52,8 @@ impl Acks {
     /// True when a write should start.
     pub(super) fn are_due(&self, now: Instant, config: &config::Gateway) -> bool {
         let enough = config.ack_batch_size.min(config.ack_buffer_size);
-        self.storing.is_none() && (self.waiting.len() >= enough || self.due.is_some_and(|due| due <= now))
+        let may_try = self.storing.is_none() && self.retry_at.is_none_or(|retry_at| retry_at <= now);
+        may_try && (self.waiting.len() >= enough || self.due.is_some_and(|due| due <= now))
     }
 
     /// When the next write is due, if nothing comes before that.
@@ -80,10 +83,12 @@ impl Acks {
     /// Takes note of how the write under way has ended. What wasn't written waits again.
     pub(super) fn settle(&mut self, stored: Stored) {
         let Some((mut batch, _)) = self.storing.take() else { return };
+        self.retry_at = None;
         if !stored {
             batch.append(&mut self.waiting);
             self.waiting = batch;
-            self.due = Some(Instant::now() + RETRY);
+            let retry_at = Instant::now() + RETRY;
+            (self.due, self.retry_at) = (Some(retry_at), Some(retry_at));
         }
     }
 
@@ -120,4 +125,27 @@ async fn write(app: App, device: DeviceNo, batch: Vec<Ack>) -> Stored {
         }
     }
     positions.is_empty() || app.mailroom.acknowledge(device, positions).await.is_ok()
+}
+
+#[cfg(test)]
+mod tests {
+    use std::path::Path;
+
+    use super::*;
+
+    #[tokio::test(start_paused = true)]
+    async fn a_failed_write_of_a_full_batch_is_not_repeated_at_once() {
+        let config = config::Config::embedded(Path::new("unused")).unwrap().gateway;
+        let mut acks = Acks::default();
+        for _ in 0..2 * config.ack_batch_size {
+            acks.add(MessageId::random(), None, Instant::now());
+        }
+        assert!(acks.are_due(Instant::now(), &config));
+        acks.storing = Some((acks.waiting.drain(..config.ack_batch_size).collect(), Box::pin(pending())));
+        acks.settle(false);
+        assert_eq!(acks.waiting.len(), 2 * config.ack_batch_size, "nothing is lost");
+        assert!(!acks.are_due(Instant::now(), &config));
+        assert!(acks.due().unwrap() > Instant::now());
+        assert!(acks.are_due(acks.due().unwrap(), &config));
+    }
 }

@@ -11,6 +11,7 @@ use axum::extract::WebSocketUpgrade;
 use axum::extract::ws::{CloseFrame, Message, WebSocket};
 use bytes::Bytes;
 use futures_util::{Sink, Stream, StreamExt};
+use tokio::time::Sleep;
 
 /// The largest frame, and the largest message of several frames, that a client may send.
 const MAX_INBOUND_BYTES: usize = 256 << 10;
@@ -66,16 +67,18 @@ pub(super) struct Pipe {
     /// Pings whose answers may still wait in the socket.
     unanswered: u32,
     written_before: u64,
+    /// Set when writing has failed. Until it ends, what has arrived (acks, say) is still read.
+    broken: Option<Pin<Box<Sleep>>>,
 }
 
 impl Pipe {
     pub(super) fn new(socket: WebSocket, progress: Arc<Progress>) -> Self {
-        Self { socket, progress, writing: false, unanswered: 0, written_before: 0 }
+        Self { socket, progress, writing: false, unanswered: 0, written_before: 0, broken: None }
     }
 
     /// True while a frame of ours is under way. Another one may be started only when it is not.
     pub(super) fn is_writing(&self) -> bool {
-        self.writing
+        self.writing || self.broken.is_some()
     }
 
     /// True when the kernel has accepted bytes since the last call.
@@ -84,12 +87,18 @@ impl Pipe {
         std::mem::replace(&mut self.written_before, written) != written
     }
 
-    /// Starts to write a frame; [`Pipe::next`] goes on with it. The error is that of a closed connection.
-    pub(super) fn start(&mut self, message: Message) -> Result<(), axum::Error> {
-        debug_assert!(!self.writing, "one frame at a time");
-        Pin::new(&mut self.socket).start_send(message)?;
-        self.writing = true;
-        Ok(())
+    /// Starts to write a frame; [`Pipe::next`] goes on with it.
+    pub(super) fn start(&mut self, message: Message) {
+        debug_assert!(!self.is_writing(), "one frame at a time");
+        match Pin::new(&mut self.socket).start_send(message) {
+            Ok(()) => self.writing = true,
+            Err(_) => self.give_up_writing(),
+        }
+    }
+
+    fn give_up_writing(&mut self) {
+        self.writing = false;
+        self.broken = Some(Box::pin(tokio::time::sleep(GOODBYE)));
     }
 
     /// Waits for the next event while writing what is under way. Reads only if `reading`. Dropping the future loses
@@ -105,9 +114,14 @@ impl Pipe {
                     (self.writing, self.unanswered) = (false, 0);
                     return Poll::Ready(Event::Written);
                 }
-                Poll::Ready(Err(_)) => return Poll::Ready(Event::Closed),
+                Poll::Ready(Err(_)) => self.give_up_writing(),
                 Poll::Pending => {}
             }
+        }
+        if let Some(end) = &mut self.broken
+            && end.as_mut().poll(context).is_ready()
+        {
+            return Poll::Ready(Event::Closed);
         }
         if !reading || self.unanswered >= UNANSWERED_PINGS {
             return Poll::Pending;

@@ -14,6 +14,7 @@ use crate::bus::{Signal, Signals, Wakeups};
 use crate::gateway::acks::Acks;
 use crate::gateway::inflight::Inflight;
 use crate::gateway::pipe::{Event, Pipe, Progress};
+use crate::memory::Share;
 use crate::model::ids::{DeviceNo, Position};
 use crate::store::{Result, TicketHolder};
 use crate::tasks::jittered;
@@ -25,6 +26,9 @@ const FIRST_RETRY: Duration = Duration::from_millis(100);
 const SLOWEST_RETRY: Duration = Duration::from_secs(1);
 /// No single look at the database may hold a session up for longer.
 const LOOK_TIMEOUT: Duration = Duration::from_secs(5);
+
+/// A frame with up to so many bytes of messages, or with a single larger one, is sent however little memory is left.
+const MODEST_BYTES: usize = 64 << 10;
 
 /// Why a session ends.
 enum End {
@@ -70,6 +74,8 @@ struct Session {
     acks: Acks,
     /// The inbox has been sent up to here.
     sent_to: Position,
+    /// The memory of the frame under way, if that is a large one.
+    share: Option<Share>,
     mail_wanted: bool,
     status_wanted: bool,
     standing_wanted: bool,
@@ -104,6 +110,7 @@ impl Session {
             inflight: Inflight::default(),
             acks: Acks::default(),
             sent_to: Position::default(),
+            share: None,
             mail_wanted: true,
             status_wanted: true,
             // The device may have been removed between the redeemed ticket and our subscription.
@@ -139,7 +146,7 @@ impl Session {
                 event = self.pipe.next(reading) => match event {
                     Event::Binary(frame) => self.heard(frame),
                     Event::Alive => self.last_heard = Instant::now(),
-                    Event::Written => {}
+                    Event::Written => self.share = None,
                     Event::Closed => return End::Gone,
                 },
                 () = &mut timer => if let Some(end) = self.tick() { return end },
@@ -155,7 +162,8 @@ impl Session {
         }
         if self.ping_due <= now && !self.pipe.is_writing() {
             self.ping_due = now + self.app.config.gateway.ping_interval;
-            return self.start(Message::Ping(Bytes::new()));
+            self.start(Message::Ping(Bytes::new()));
+            return Ok(());
         }
         if self.retry.is_some_and(|retry| retry.due > now) {
             return Ok(());
@@ -163,24 +171,18 @@ impl Session {
         match self.look().await {
             Ok(Some(frame)) => {
                 self.retry = None;
-                self.start(frame)
+                self.start(frame);
             }
-            Ok(None) => {
-                self.retry = None;
-                Ok(())
-            }
-            Err(NoFrame::Dismissed) => Err(End::Dismissed),
-            Err(NoFrame::Failed) => {
-                self.failed();
-                Ok(())
-            }
+            Ok(None) => self.retry = None,
+            Err(NoFrame::Dismissed) => return Err(End::Dismissed),
+            Err(NoFrame::Failed) => self.failed(),
         }
+        Ok(())
     }
 
-    fn start(&mut self, frame: Message) -> std::result::Result<(), End> {
-        let now = Instant::now();
-        self.moving_due = now + self.moving_step();
-        self.pipe.start(frame).map_err(|_| End::Gone)
+    fn start(&mut self, frame: Message) {
+        self.moving_due = Instant::now() + self.moving_step();
+        self.pipe.start(frame);
     }
 
     /// Looks at what has been asked to be looked at, until there is something to send.
@@ -210,8 +212,16 @@ impl Session {
     async fn next_batch(&mut self) -> std::result::Result<Option<Message>, NoFrame> {
         let (limit, max_bytes) = (self.app.config.messaging.batch_limit, self.app.config.gateway.max_batch_bytes);
         let now = self.app.clock.now();
+        // Large frames only while there is memory for them; modest ones always.
+        let mut share = self.app.frames.try_take(max_bytes);
+        let max_bytes = if share.is_some() { max_bytes } else { max_bytes.min(MODEST_BYTES) };
         let page = timely(self.app.store.unsent(self.device, self.sent_to, now, limit, max_bytes)).await?;
         self.mail_wanted = page.more;
+        let bytes: usize = page.envelopes.iter().map(|envelope| envelope.body.0.len()).sum();
+        if let Some(share) = &mut share {
+            share.shrink_to(if bytes > MODEST_BYTES { bytes } else { 0 });
+        }
+        self.share = share;
         let Some(last) = page.envelopes.last() else { return Ok(None) };
         self.sent_to = last.position;
         page.envelopes.iter().for_each(|envelope| self.inflight.sent(envelope.id, envelope.position));

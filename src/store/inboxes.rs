@@ -14,7 +14,7 @@ use crate::store::outcome::Queued;
 /// Devices whose inbox size is remembered. Past that all are forgotten, and counted again when they get mail.
 const REMEMBERED_INBOXES: usize = 100_000;
 /// A clock that steps back by less than this doesn't change the order of receipt times.
-const CLOCK_STEP: Duration = Duration::from_secs(10);
+const CLOCK_STEP: Duration = Duration::from_hours(24);
 
 /// What the writer remembers between groups. There is one writer, so nobody else changes it.
 pub(super) struct Inboxes {
@@ -44,9 +44,13 @@ impl Inboxes {
     pub(super) async fn load(pool: &SqlitePool) -> std::result::Result<Self, sqlx::Error> {
         let last: Option<i64> =
             sqlx::query_scalar("SELECT seq FROM sqlite_sequence WHERE name = 'messages'").fetch_optional(pool).await?;
+        let newest: Option<Timestamp> =
+            sqlx::query_scalar("SELECT received_at FROM messages ORDER BY position DESC LIMIT 1")
+                .fetch_optional(pool)
+                .await?;
         let state = InboxState {
             last_position: last.unwrap_or_default(),
-            last_receipt: Timestamp::default(),
+            last_receipt: newest.unwrap_or_default(),
             sequence: ContextV7::new(),
             at_most: HashMap::new(),
         };

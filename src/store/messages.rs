@@ -1,5 +1,7 @@
 //! The inboxes: read, find, expire. Queueing is in `send`.
 
+use std::time::Duration;
+
 use bytes::Bytes;
 use sqlx::Row;
 
@@ -11,6 +13,8 @@ use crate::store::{Result, Store, commit, json_list};
 /// What an envelope weighs on the wire beside its sealed bytes: ids, time and framing.
 const ENVELOPE_OVERHEAD: i64 = 80;
 
+/// How far ahead of the clock a time of receipt may be, the clock having been corrected meanwhile.
+const CLOCK_TOLERANCE: Duration = Duration::from_hours(24);
 /// Bytes of bodies that one transaction deletes at the most.
 const STEP_BYTES: i64 = 16 << 20;
 
@@ -94,17 +98,27 @@ impl Store {
         Ok(positions)
     }
 
-    /// Deletes messages that are past the retention, in a step of up to `limit` messages and 16 MiB, so that
-    /// nobody waits long for the writer. It looks at the oldest end of the table only, where the expired ones are,
-    /// since positions ascend in the order of receipt.
+    /// Deletes messages that are past the retention, in a step of up to `limit` messages and 16 MiB, so that nobody
+    /// waits long for the writer. One that seems to come from the future was received while the clock was wrong; it
+    /// counts as received now, or it would outlive its age.
     pub async fn expire_messages(&self, now: Timestamp, limit: u32) -> Result<Expired> {
         let mut tx = self.begin().await?;
+        sqlx::query(
+            "UPDATE messages SET received_at = $1 WHERE position IN
+                 (SELECT position FROM messages WHERE received_at > $2 ORDER BY received_at LIMIT $3)",
+        )
+        .bind(now)
+        .bind(now + CLOCK_TOLERANCE)
+        .bind(limit)
+        .execute(&mut *tx)
+        .await?;
         let deleted = sqlx::query(
-            "DELETE FROM messages WHERE received_at <= $1 AND position <= (
-                 SELECT MAX(position) FROM (
-                     SELECT position, received_at, size, SUM(size) OVER (ORDER BY position) AS total FROM (
-                         SELECT position, received_at, LENGTH(body) AS size FROM messages ORDER BY position LIMIT $2))
-                 WHERE received_at <= $1 AND (total <= $3 OR total = size))",
+            "DELETE FROM messages WHERE position IN (
+                 SELECT position FROM (
+                     SELECT position, size, SUM(size) OVER (ORDER BY received_at, position) AS total FROM (
+                         SELECT position, received_at, LENGTH(body) AS size FROM messages
+                         WHERE received_at <= $1 ORDER BY received_at LIMIT $2))
+                 WHERE total <= $3 OR total = size)",
         )
         .bind(now - self.limits.retention)
         .bind(limit)

@@ -24,7 +24,7 @@ use std::time::Duration;
 
 use sqlx::migrate::{MigrateError, Migrator};
 use sqlx::sqlite::{SqliteAutoVacuum, SqliteConnectOptions, SqliteJournalMode, SqlitePoolOptions, SqliteSynchronous};
-use sqlx::{SqlitePool, Transaction};
+use sqlx::{Connection, SqliteConnection, SqlitePool, Transaction};
 
 use crate::config;
 
@@ -176,16 +176,18 @@ impl Store {
                 .idle_timeout(None)
                 .max_lifetime(None)
         };
-        let write = pool(1).connect_with(writer).await.map_err(unusable)?;
+        let write = pool(1).after_release(|connection, _| Box::pin(is_sound(connection)));
+        let write = write.connect_with(writer).await.map_err(unusable)?;
         migrate(&write, &shown).await?;
         let read = pool(READERS).connect_with(readers).await.map_err(unusable)?;
         let inboxes = Arc::new(inboxes::Inboxes::load(&write).await.map_err(unusable)?);
         Ok(Self { write, read, inboxes, limits })
     }
 
-    /// Answers when the database can be read.
+    /// Answers when the database can be read and written.
     pub async fn check(&self) -> Result<()> {
         sqlx::query("SELECT 1").execute(&self.read).await?;
+        self.begin().await?.rollback().await?;
         Ok(())
     }
 
@@ -197,13 +199,14 @@ impl Store {
 
     /// Gives up to `pages` unused pages of the file back to the file system. Answers whether there may be more.
     pub async fn reclaim(&self, pages: u32) -> Result<bool> {
-        let mut connection = self.write.acquire().await?;
-        let free: u32 = sqlx::query_scalar("PRAGMA freelist_count").fetch_one(&mut *connection).await?;
+        let mut tx = self.begin().await?;
+        let free: u32 = sqlx::query_scalar("PRAGMA freelist_count").fetch_one(&mut *tx).await?;
         if free == 0 {
             return Ok(false);
         }
         let statement = format!("PRAGMA incremental_vacuum({pages})");
-        sqlx::query(sqlx::AssertSqlSafe(statement)).fetch_all(&mut *connection).await?;
+        sqlx::query(sqlx::AssertSqlSafe(statement)).fetch_all(&mut *tx).await?;
+        commit(tx).await?;
         Ok(free > pages)
     }
 
@@ -211,6 +214,16 @@ impl Store {
     async fn begin(&self) -> Result<Transaction<'static, sqlx::Sqlite>> {
         Ok(self.write.begin_with("BEGIN IMMEDIATE").await?)
     }
+}
+
+/// Whether the connection can go on. On some errors (a full disk is one) SQLite ends a transaction by itself; the
+/// driver then still believes in it and could never begin another one, so the connection has to be replaced.
+async fn is_sound(connection: &mut SqliteConnection) -> std::result::Result<bool, sqlx::Error> {
+    if connection.is_in_transaction() {
+        // The rollback of a transaction that was given up is still under way. This waits for it.
+        connection.ping().await?;
+    }
+    Ok(!connection.is_in_transaction())
 }
 
 /// Commits, and returns once the changes are on disk.
@@ -253,4 +266,28 @@ fn json_list<T: std::fmt::Display>(values: impl Iterator<Item = T>) -> String {
     }
     list.push(']');
     list
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn a_write_that_met_a_full_disk_does_not_stop_the_ones_after_it() {
+        let folder = tempfile::tempdir().unwrap();
+        let config = config::Config::embedded(folder.path()).unwrap();
+        let store = Store::open(&folder.path().join("db"), &config.database, Limits::of(&config)).await.unwrap();
+        let pages: i64 = sqlx::query_scalar("PRAGMA page_count").fetch_one(&store.write).await.unwrap();
+        let limit = format!("PRAGMA max_page_count = {}", pages + 2);
+        sqlx::query(sqlx::AssertSqlSafe(limit)).execute(&store.write).await.unwrap();
+
+        let mut tx = store.begin().await.unwrap();
+        let large = sqlx::query("INSERT INTO refresh_uses VALUES (zeroblob(100000), 1, NULL, 0)");
+        let error = StoreError::from(large.execute(&mut *tx).await.unwrap_err());
+        assert!(error.is_full(), "{error}");
+        drop(tx);
+
+        store.check().await.unwrap();
+        commit(store.begin().await.unwrap()).await.unwrap();
+    }
 }

@@ -17,7 +17,7 @@ pub(super) struct Queued<'a> {
 }
 
 /// Holds a send against the devices that there are: for each recipient either all its devices are covered and get
-/// their message, or none do (WIRE section 7.2). The sending device is never counted.
+/// their message, or none do. The sending device is never counted.
 pub(super) fn evaluate<'a>(mail: &'a Outgoing, devices: &Devices) -> (Outcome, Vec<Queued<'a>>) {
     let mut outcome = Outcome::default();
     let mut queued = Vec::new();
@@ -46,7 +46,7 @@ pub(super) fn evaluate<'a>(mail: &'a Outgoing, devices: &Devices) -> (Outcome, V
     (outcome, queued)
 }
 
-/// The stored form of an outcome: empty when everything was queued, else counts (big-endian `u16`) and 16-byte ids.
+/// The stored form of an outcome: empty when everything was queued, else counts (big-endian `u32`) and 16-byte ids.
 pub(super) fn encode(outcome: &Outcome) -> Vec<u8> {
     if *outcome == Outcome::default() {
         return Vec::new();
@@ -75,7 +75,7 @@ pub(super) fn decode(bytes: &[u8]) -> Option<Outcome> {
 }
 
 fn push_count(bytes: &mut Vec<u8>, count: usize) {
-    let count = u16::try_from(count).expect("a send names far fewer devices, as its body is at most 2 MiB");
+    let count = u32::try_from(count).expect("a body of 2 MiB has no room for that many ids");
     bytes.extend_from_slice(&count.to_be_bytes());
 }
 
@@ -85,8 +85,8 @@ fn push_ids(bytes: &mut Vec<u8>, ids: &[DeviceId]) {
 }
 
 fn take_count(rest: &mut &[u8]) -> Option<usize> {
-    let bytes = rest.split_off(..2)?;
-    Some(usize::from(u16::from_be_bytes([bytes[0], bytes[1]])))
+    let bytes = rest.split_off(..4)?;
+    usize::try_from(u32::from_be_bytes(bytes.try_into().ok()?)).ok()
 }
 
 fn take_ids(rest: &mut &[u8]) -> Option<Vec<DeviceId>> {

@@ -18,7 +18,7 @@ const GROUND: &[(&str, &[&str])] = &[
 const MIDDLE: &[(&str, &[&str])] = &[
     ("auth", &[]),
     ("blobs", &[]),
-    ("bodies", &[]),
+    ("memory", &[]),
     ("bus", &[]),
     ("disk", &[]),
     ("store", &[]),

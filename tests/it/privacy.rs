@@ -127,7 +127,8 @@ async fn misbehave(secrets: &mut Secrets, alice: &Device, bob: &Device) {
     secrets.add("a request id", request_id);
     secrets.add("a forwarded address", "198.51.100.77");
     secrets.add("a user agent", "Private-Agent/1.0");
-    let wrong = json!({"username": alice.username, "password": "a wrong password 42", "deviceId": alice.id.to_string()});
+    let wrong =
+        json!({"username": alice.username, "password": "a wrong password 42", "deviceId": alice.id.to_string()});
     secrets.add("a wrong password", "a wrong password 42");
     let odd = |method: &str, path: &str| {
         let request = client.request(method, path).header("x-request-id", request_id);
@@ -135,7 +136,12 @@ async fn misbehave(secrets: &mut Secrets, alice: &Device, bob: &Device) {
     };
     odd("POST", "/v1/session").json(&wrong).send().await.expect(401);
     odd("POST", "/v1/users/reset").json(&wrong).send().await.expect(422);
-    odd("POST", "/v1/session").body("{\"username\":\"very_private_name").header("content-type", "application/json").send().await.expect(400);
+    odd("POST", "/v1/session")
+        .body("{\"username\":\"very_private_name")
+        .header("content-type", "application/json")
+        .send()
+        .await
+        .expect(400);
     odd("POST", "/v1/session/refresh").json(&json!({"refreshToken": bob.refresh_token})).send().await.expect(200);
     odd("POST", "/v1/session/refresh").json(&json!({"refreshToken": bob.refresh_token})).send().await.expect(401);
     odd("GET", "/v1/devices").token("forged.token.secret").send().await.expect(401);

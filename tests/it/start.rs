@@ -53,7 +53,8 @@ async fn a_port_in_use_is_named() {
     for option in ["--server-port", "--mgmt-port"] {
         let given = format!("{option}={port}");
         let options = ["--data-dir", folder, "--server-host=127.0.0.1", "--server-port=0", "--mgmt-port=0"];
-        let options: Vec<&str> = options.into_iter().filter(|other| !other.starts_with(option)).chain([&given[..]]).collect();
+        let options: Vec<&str> =
+            options.into_iter().filter(|other| !other.starts_with(option)).chain([&given[..]]).collect();
         let sentence = refusal(&options, &[]).await;
         assert!(sentence.contains(&port) && sentence.contains(option), "{sentence}");
     }

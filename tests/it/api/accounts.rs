@@ -1,4 +1,4 @@
-//! Sections 4.1, 4.2 and 4.6 of the contract: register and reset.
+//! Register and reset.
 
 use std::sync::Arc;
 

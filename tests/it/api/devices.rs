@@ -1,4 +1,4 @@
-//! Listing, linking and removing devices (WIRE sections 5.1, 5.2 and 5.6).
+//! Listing, linking and removing devices.
 
 use std::sync::Arc;
 use std::time::Duration;

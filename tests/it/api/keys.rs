@@ -1,4 +1,4 @@
-//! Bundles, refill and counts (WIRE section 6, and the post-quantum members of LIBSIGNAL section 5).
+//! Bundles, refill and counts, with and without post-quantum members.
 
 mod fetching;
 mod refilling;

@@ -1,4 +1,4 @@
-//! Limits for each client address: requests (WIRE 11.2), which address counts (11.3), and open connections.
+//! Limits for each client address: requests, which address counts, and open connections.
 
 use std::time::Duration;
 

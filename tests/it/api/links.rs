@@ -1,4 +1,4 @@
-//! Link sessions: open, approve and read (WIRE sections 5.3 to 5.5). Using one is tested with the devices.
+//! Link sessions: open, approve and read. Using one is tested with the devices.
 
 use std::time::Duration;
 

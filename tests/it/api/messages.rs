@@ -1,4 +1,4 @@
-//! Sections 7.1, 7.2 and 7.4 of the contract: what a send is checked for, and what is queued.
+//! What a send is checked for, and what is queued.
 
 use bytes::Bytes;
 use prost::Message as _;

@@ -2,6 +2,7 @@
 
 mod accounts;
 mod attachments;
+mod bodies;
 mod conventions;
 mod devices;
 mod keys;
@@ -13,4 +14,5 @@ mod refresh;
 mod repeats;
 mod sessions;
 mod strictness;
+mod timeouts;
 mod tokens;

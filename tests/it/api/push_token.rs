@@ -1,4 +1,4 @@
-//! Push tokens (WIRE section 10.1).
+//! Push tokens.
 
 use serde_json::{Value, json};
 

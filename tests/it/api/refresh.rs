@@ -1,4 +1,4 @@
-//! Section 4.4 of the contract: exchanging refresh tokens, lost answers and theft.
+//! Exchanging refresh tokens, lost answers and theft.
 
 use std::time::Duration;
 

@@ -1,4 +1,4 @@
-//! Section 7.3 of the contract: a send that comes again has no second effect.
+//! A send that comes again has no second effect.
 
 use std::time::Duration;
 

@@ -1,4 +1,4 @@
-//! Sections 4.3 and 4.5 of the contract: log in and log out. Passwords are checked in turn, and nobody learns names.
+//! Log in and log out. Passwords are checked in turn, and nobody learns names.
 
 use std::future::Future;
 use std::task::Poll;

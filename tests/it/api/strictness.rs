@@ -1,4 +1,4 @@
-//! How strictly an endpoint reads its JSON body (section 1.3 of the contract). Every endpoint with one is held to it.
+//! How strictly an endpoint reads its JSON body. Every endpoint with one is held to it.
 
 use serde_json::{Map, Value, json};
 

@@ -1,4 +1,4 @@
-//! Section 2 of the contract: who is let in with an access token.
+//! Who is let in with an access token.
 
 use std::time::Duration;
 

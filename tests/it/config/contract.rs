@@ -93,7 +93,7 @@ pub const FURTHER: &str = "\
 pub const OURS: &str = "\
 --attachment-quota-bytes OBSCURA_ATTACHMENT_QUOTA_BYTES 1073741824
 --disk-reserve-bytes OBSCURA_DISK_RESERVE_BYTES 268435456
---server-header-timeout-secs OBSCURA_SERVER_HEADER_TIMEOUT_SECS 15
+--server-header-timeout-secs OBSCURA_SERVER_HEADER_TIMEOUT_SECS 75
 --server-max-connections OBSCURA_SERVER_MAX_CONNECTIONS 65536
 --server-max-connections-per-address OBSCURA_SERVER_MAX_CONNECTIONS_PER_ADDRESS 512
 --ws-write-timeout-secs OBSCURA_WS_WRITE_TIMEOUT_SECS 20

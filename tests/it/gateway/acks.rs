@@ -1,4 +1,4 @@
-//! Sections 8.3 and 8.6 of the contract: what clients send, above all acks.
+//! What clients send, above all acks.
 
 use std::time::Duration;
 
@@ -121,7 +121,16 @@ async fn malformed_unknown_and_repeated_ids_are_passed_over_and_the_good_ones_co
     let ids: Vec<Bytes> = socket.messages(3).await.into_iter().map(|envelope| envelope.id).collect();
     let odd = [Bytes::new(), ids[0].slice(..15), Bytes::from([&ids[0][..], b"1"].concat()), Bytes::from(vec![0; 16])];
     let unknown = Bytes::copy_from_slice(Uuid::new_v4().as_bytes());
-    let mixed = vec![odd[0].clone(), ids[1].clone(), odd[1].clone(), unknown, ids[1].clone(), odd[2].clone(), ids[2].clone(), odd[3].clone()];
+    let mixed = vec![
+        odd[0].clone(),
+        ids[1].clone(),
+        odd[1].clone(),
+        unknown,
+        ids[1].clone(),
+        odd[2].clone(),
+        ids[2].clone(),
+        odd[3].clone(),
+    ];
     socket.ack_ids(mixed.clone()).await;
     socket.ack_ids(mixed).await;
     let database = server.database().await;

@@ -1,4 +1,4 @@
-//! Section 8.5 of the contract: what waits is delivered, in order, in frames that are not too large.
+//! What waits is delivered, in order, in frames that are not too large.
 
 use std::time::Duration;
 

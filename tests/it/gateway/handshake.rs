@@ -1,4 +1,4 @@
-//! Sections 8.1 and 8.2 of the contract: tickets and the handshake.
+//! Tickets and the handshake.
 
 use std::net::SocketAddr;
 use std::sync::Arc;
@@ -111,7 +111,8 @@ async fn other_query_members_and_the_authorization_header_are_not_looked_at() {
     let path = format!("/v1/gateway?device=1&ticket={ticket}&token=%22");
     assert!(Socket::open_path(server.address(), &path).await.is_ok());
 
-    let headers = format!("connection: upgrade, close\r\nupgrade: websocket\r\n{KEY}{VERSION}authorization: Bearer forged\r\n");
+    let headers =
+        format!("connection: upgrade, close\r\nupgrade: websocket\r\n{KEY}{VERSION}authorization: Bearer forged\r\n");
     let wrong = handshake(&server, "/v1/gateway?ticket=unknown", &headers, "1.1").await;
     assert!(wrong.starts_with("HTTP/1.1 401 "), "{wrong}");
 }

@@ -1,4 +1,4 @@
-//! Section 8.4 of the contract: telling a device that its one-time prekeys run out.
+//! Telling a device that its one-time prekeys run out.
 
 use std::time::Duration;
 

@@ -47,7 +47,9 @@ impl Database {
         let tables: Vec<String> = sqlx::query_scalar(tables).fetch_all(&self.pool).await.expect("the tables");
         let mut everything = String::new();
         for table in tables {
-            let columns = format!("SELECT group_concat('quote(' || name || ')', ' || '','' || ') FROM pragma_table_info('{table}')");
+            let columns = format!(
+                "SELECT group_concat('quote(' || name || ')', ' || '','' || ') FROM pragma_table_info('{table}')"
+            );
             let columns = self.text(&columns).await;
             let rows = format!("SELECT coalesce(group_concat({columns}, char(10)), '') FROM {table}");
             everything += &format!("{table}\n{}\n", self.text(&rows).await);

@@ -1,4 +1,4 @@
-//! The messages of section 13 of the contract, written down by hand: a number that changes in `proto/` fails the tests.
+//! The messages of the contract, written down by hand: a number that changes in `proto/` fails the tests.
 
 use bytes::Bytes;
 

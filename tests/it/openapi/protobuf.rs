@@ -2,7 +2,7 @@
 
 use std::collections::BTreeSet;
 
-/// Section 13 of the contract, and after it our additions. Message, field, number, type.
+/// The contract as it was published, and after it our additions. Message, field, number, type.
 const FIELDS: &[(&str, &str, i32, &str)] = &[
     ("SendMessageRequest", "recipients", 1, "repeated SendMessageRequest.Recipient"),
     ("SendMessageRequest.Recipient", "user_id", 1, "bytes"),

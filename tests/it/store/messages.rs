@@ -105,7 +105,12 @@ async fn acks_delete_messages_of_their_own_device_only() {
     store.settle(&[], &foreign, NOW).await.unwrap();
     assert_eq!(inbox(&store, &bob, NOW).await.len() + inbox(&store, &carol, NOW).await.len(), 3);
 
-    let acks = [(bob.no, bobs[0].position), (bob.no, bobs[0].position), (carol.no, carols[0].position), (bob.no, Position(77))];
+    let acks = [
+        (bob.no, bobs[0].position),
+        (bob.no, bobs[0].position),
+        (carol.no, carols[0].position),
+        (bob.no, Position(77)),
+    ];
     let sent = store.settle(&[to(&alice, &bob, "b3")], &acks, NOW).await.unwrap();
     assert_eq!(sent.len(), 1);
     assert_eq!(bodies(&inbox(&store, &bob, NOW).await), ["b2", "b3"]);

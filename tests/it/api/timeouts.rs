@@ -1,0 +1,92 @@
+//! Nobody can make the server wait for ever. And what is no HTTP at all.
+
+use std::time::{Duration, Instant};
+
+use tokio::net::TcpStream;
+use uuid::Uuid;
+
+use crate::harness::{Device, TestServer, raw_answer, raw_request};
+
+fn stalled(path: &str, device: &Device) -> Vec<u8> {
+    let key = Uuid::new_v4();
+    let token = &device.token;
+    format!(
+        "POST {path} HTTP/1.1\r\nhost: test\r\nauthorization: Bearer {token}\r\nidempotency-key: {key}\r\n\
+         content-type: application/json\r\ncontent-length: 100\r\n\r\n{{\"username\":"
+    )
+    .into_bytes()
+}
+
+#[tokio::test]
+async fn an_upload_that_stalls_gets_408() {
+    let server = TestServer::start_with(|config| {
+        config.server.request_timeout = Duration::from_secs(1);
+        config.attachments.timeout = Duration::from_secs(3);
+    })
+    .await;
+    let alice = server.account().await;
+    for (path, seconds) in [("/v1/users", 1), ("/v1/messages", 1), ("/v1/attachments", 3)] {
+        let begun = Instant::now();
+        let mut stream = TcpStream::connect(server.address()).await.unwrap();
+        let answer = raw_answer(&mut stream, &stalled(path, &alice)).await;
+        assert!(answer.starts_with("HTTP/1.1 408 "), "{path}: {answer}");
+        assert!(answer.to_lowercase().contains("x-request-id: "), "{path}: {answer}");
+        let took = begun.elapsed();
+        let limit = Duration::from_secs(seconds);
+        assert!(took >= limit && took < limit + Duration::from_secs(5), "{path}: {took:?}");
+    }
+}
+
+#[tokio::test]
+async fn the_timeout_on_top_of_all_others_holds_for_attachments_too() {
+    let server = TestServer::start_with(|config| config.server.global_timeout = Duration::from_secs(1)).await;
+    let alice = server.account().await;
+    for path in ["/v1/users", "/v1/attachments"] {
+        let mut stream = TcpStream::connect(server.address()).await.unwrap();
+        let answer = raw_answer(&mut stream, &stalled(path, &alice)).await;
+        assert!(answer.starts_with("HTTP/1.1 408 "), "{path}: {answer}");
+    }
+}
+
+#[tokio::test]
+async fn a_connection_whose_request_head_does_not_come_is_closed() {
+    let server = TestServer::start_with(|config| config.server.header_timeout = Duration::from_secs(1)).await;
+    let (nothing, half) = tokio::join!(
+        raw_request(server.address(), b""),
+        raw_request(server.address(), b"GET /openapi.yaml HTTP/1.1\r\nhost: ")
+    );
+    assert!(!nothing.contains("200") && !half.contains("200"));
+}
+
+#[tokio::test]
+async fn requests_on_one_connection_are_answered_one_after_another() {
+    let server = TestServer::start().await;
+    let mut stream = TcpStream::connect(server.address()).await.unwrap();
+    let request = b"GET /v1/nowhere HTTP/1.1\r\nhost: x\r\n\r\n";
+    for _ in 0..3 {
+        let answer = raw_answer(&mut stream, request).await;
+        assert!(answer.starts_with("HTTP/1.1 404 "), "{answer}");
+    }
+}
+
+#[tokio::test]
+async fn what_is_no_http_does_no_harm() {
+    let server = TestServer::start().await;
+    let requests: [&[u8]; 7] = [
+        b"\0\0\0\0\r\n\r\n",
+        b"GET\r\n\r\n",
+        b"GET / HTTP/9.9\r\n\r\n",
+        b"GET /v1/devices HTTP/1.1\r\nhost: x\r\nauthorization: \0\r\n\r\n",
+        b"POST /v1/users HTTP/1.1\r\nhost: x\r\ncontent-length: -1\r\n\r\n",
+        b"POST /v1/users HTTP/1.1\r\nhost: x\r\ncontent-length: 1\r\ncontent-length: 2\r\n\r\n{}",
+        b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n",
+    ];
+    for request in requests {
+        let answer = raw_request(server.address(), request).await;
+        assert!(answer.is_empty() || answer.starts_with("HTTP/1.1 4"), "{answer}");
+    }
+    let endless = [b"GET / HTTP/1.1\r\nhost: x\r\nx: ".to_vec(), vec![b'x'; 1_000_000]].concat();
+    let mut stream = TcpStream::connect(server.address()).await.unwrap();
+    let _ = tokio::io::AsyncWriteExt::write_all(&mut stream, &endless).await;
+    server.client().get("/openapi.yaml").send().await.expect(200);
+}
