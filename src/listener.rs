@@ -14,11 +14,12 @@ use hyper::body::Incoming;
 use hyper::server::conn::http1;
 use hyper::service::service_fn;
 use hyper_util::rt::{TokioIo, TokioTimer};
+use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::time::Sleep;
 use tower::ServiceExt;
-use tracing::{debug, error};
+use tracing::{debug, error, warn};
 
 use crate::api::connections::{Connections, Permit};
 use crate::gateway::Progress;
@@ -28,6 +29,25 @@ use crate::tasks::Tasks;
 const BUFFER_BYTES: usize = 64 << 10;
 /// After accepting has failed (no descriptors left, say), before it is tried again.
 const PAUSE_AFTER_FAILURE: Duration = Duration::from_millis(100);
+
+/// Open files beside connections: databases, attachments on their way, logs.
+const OTHER_FILES: u64 = 128;
+
+/// Raises this process's limit of open files as far as it may, and answers how many of `wanted` connections fit.
+pub fn connections_that_fit(wanted: usize) -> usize {
+    let limit = getrlimit(Resource::Nofile);
+    let raised = Rlimit { current: limit.maximum, ..limit };
+    let open_files = match setrlimit(Resource::Nofile, raised) {
+        Ok(()) => raised.current,
+        Err(_) => limit.current,
+    };
+    let fit = open_files.map_or(u64::MAX, |files| files.saturating_sub(OTHER_FILES).max(files / 2));
+    let fit = usize::try_from(fit).unwrap_or(usize::MAX);
+    if fit < wanted {
+        warn!(connections = fit, "the system allows fewer open files than --server-max-connections needs");
+    }
+    fit.min(wanted)
+}
 
 /// How long a client may make the server wait.
 #[derive(Clone, Copy, Debug)]
@@ -54,7 +74,10 @@ pub async fn serve(listener: TcpListener, router: Router, connections: Connectio
             }
         };
         // Above the caps a connection is closed at once: answering would cost what the cap is there to save.
-        let Some(permit) = connections.admit(peer.ip()) else { continue };
+        let Some(permit) = connections.admit(peer.ip()) else {
+            debug!("a connection above the caps was turned away");
+            continue;
+        };
         let _ = stream.set_nodelay(true);
         let progress = Arc::<Progress>::default();
         let stream = Bounded { stream, progress, write_timeout: patience.write, stalled: None, _permit: permit };
@@ -148,5 +171,17 @@ impl AsyncWrite for Bounded {
 
     fn poll_shutdown(self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
         Pin::new(&mut self.get_mut().stream).poll_shutdown(context)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn no_more_connections_are_promised_than_files_may_be_open() {
+        assert_eq!(connections_that_fit(1), 1);
+        let files = getrlimit(Resource::Nofile).current.unwrap_or(u64::MAX);
+        assert!((connections_that_fit(usize::MAX) as u64) <= files);
     }
 }

@@ -41,8 +41,10 @@ const PROBE_TIMEOUT: Duration = Duration::from_secs(3);
 /// A running server.
 pub struct Server {
     app: App,
-    /// Tasks that outlive the entrances: the mailroom, whose callers are all of them, and the management port.
+    /// The mailroom, which outlives the entrances, because all of them call it.
     keepers: Tasks,
+    /// The management port. Nobody waits for those who ask there.
+    probes: Tasks,
     api_address: SocketAddr,
     management_address: SocketAddr,
     /// Held for as long as the server runs: nobody else may use the database.
@@ -66,7 +68,7 @@ impl Server {
         let store = Store::open(&file, &config.database, store::Limits::of(&config)).await?;
         let blobs = Blobs::open(&config.attachments)?;
         // Nothing can fail from here on, so no task is left behind by a start that was given up.
-        let (tasks, keepers) = (Tasks::new(), Tasks::new());
+        let (tasks, keepers, probes) = (Tasks::new(), Tasks::new(), Tasks::new());
         let bus = Bus::local(config.gateway.max_connections_per_device);
         let app = App {
             mailroom: Mailroom::open(store.clone(), bus.clone(), clock.clone(), &keepers),
@@ -86,9 +88,9 @@ impl Server {
             tasks,
             config,
         };
-        open(&app, &keepers, api, management).await;
+        open(&app, &probes, api, management).await;
         info!(port = api_address.port(), management_port = management_address.port(), "the server is ready");
-        Ok(Self { app, keepers, api_address, management_address, _lock: lock })
+        Ok(Self { app, keepers, probes, api_address, management_address, _lock: lock })
     }
 
     /// Where the API listens.
@@ -111,6 +113,7 @@ impl Server {
         tokio::select! {
             () = self.app.tasks.failed() => {}
             () = self.keepers.failed() => {}
+            () = self.probes.failed() => {}
         }
     }
 
@@ -132,16 +135,20 @@ impl Server {
         }
         self.keepers.stop();
         self.keepers.ended().await;
+        self.probes.stop();
         self.app.store.close().await;
         info!("the server has stopped");
     }
 }
 
-async fn open(app: &App, keepers: &Tasks, api: TcpListener, management: TcpListener) {
+async fn open(app: &App, probes: &Tasks, api: TcpListener, management: TcpListener) {
     let server = &app.config.server;
     let limits = Limits::new(&app.config.rate_limits, server.trusted_proxies.clone());
-    let connections =
-        Connections::new(server.max_connections, server.max_connections_per_address, server.trusted_proxies.clone());
+    let connections = Connections::new(
+        listener::connections_that_fit(server.max_connections),
+        server.max_connections_per_address,
+        server.trusted_proxies.clone(),
+    );
     let forgetful = limits.clone();
     sweeps::start(app, move || forgetful.sweep()).await;
     let router = api::router(app.clone(), &limits);
@@ -149,7 +156,7 @@ async fn open(app: &App, keepers: &Tasks, api: TcpListener, management: TcpListe
     app.tasks.spawn("api", listener::serve(api, router, connections, patience, app.tasks.clone()));
     let few = Connections::new(MANAGEMENT_CONNECTIONS, MANAGEMENT_CONNECTIONS, Vec::new());
     let router = management::router(app.clone());
-    keepers.spawn("management", listener::serve(management, router, few, patience, keepers.clone()));
+    probes.spawn("management", listener::serve(management, router, few, patience, probes.clone()));
 }
 
 async fn bind(config: &config::Server, port: u16) -> Result<TcpListener> {

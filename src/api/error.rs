@@ -1,4 +1,4 @@
-//! `ApiError`: every failure that a client can see. It is answered, counted and logged here and nowhere else.
+//! `ApiError`: every failure that a client can see, and its answer. Causes are logged here, and never shown.
 
 use std::borrow::Cow;
 use std::time::Duration;

@@ -1,4 +1,4 @@
-//! Sections 1.3 and 1.5 of the contract, and nonsense of every kind, for all endpoints.
+//! What bodies and paths may hold, and nonsense of every kind, for all endpoints.
 
 use serde_json::json;
 use uuid::Uuid;

@@ -162,7 +162,7 @@ async fn no_subprotocol_is_chosen_and_no_extension_used() {
     let offers = "sec-websocket-protocol: chat\r\nsec-websocket-extensions: permessage-deflate\r\n";
     // The ping ends the head for sure, and the close frame ends the connection.
     let mut request = format!("GET {} HTTP/1.1\r\nhost: test\r\n{UPGRADE}{KEY}{VERSION}{offers}\r\n", path(&ticket));
-    request.push_str("\u{8}"); // overwritten below: a masked close frame
+    request.push('\u{8}'); // overwritten below: a masked close frame
     let mut request = request.into_bytes();
     request.pop();
     request.extend([0x88, 0x80, 0, 0, 0, 0]);
