@@ -61,6 +61,7 @@ impl Server {
         config.open_data_dir()?;
         config.check_secret()?;
         let lock = lock_database(&file)?;
+        warn_of_what_is_not_there(&config);
         let config = Arc::new(config);
         let api = bind(&config.server, config.server.port).await?;
         let management = bind(&config.server, config.server.management_port).await?;
@@ -185,6 +186,18 @@ async fn database_file(database: &config::Database) -> Result<PathBuf> {
     bail!(
         "--db-url: this version stores in SQLite only and can't use the PostgreSQL server at {address} yet; {try_alone}"
     )
+}
+
+/// Nobody should believe that phones are woken or traces exported when they aren't.
+fn warn_of_what_is_not_there(config: &Config) {
+    let is_asked_for = [
+        ("--pubsub-url", !config.pubsub.url.expose().starts_with("local:")),
+        ("--fcm-project-id", config.fcm.project_id.is_some()),
+        ("--otlp-endpoint", config.telemetry.otlp_endpoint.is_some()),
+    ];
+    for (option, _) in is_asked_for.iter().filter(|(_, is_asked_for)| *is_asked_for) {
+        warn!(option, "this version does not act on this option yet");
+    }
 }
 
 /// Host and port of `scheme://user:password@host:port/name`, without the secrets in it.

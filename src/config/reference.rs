@@ -19,8 +19,12 @@ obscura-server --data-dir ./data
 is a complete server on one machine (embedded mode). Whatever is not given then takes its embedded form: the database is
 `sqlite:DIR/obscura.db`, attachments are in `file:DIR/attachments`, the bus between sockets is `local:`, and the secret that signs
 access tokens is made once and kept in `DIR/jwt-secret` (readable by its owner only; keep it with your backups). The folder is made
-if it is missing. Each of these can still be given, for instance a bucket for the attachments. The characters `?`, `%` and `#` are
+if it is missing. Each of these can still be given by itself. The characters `?`, `%` and `#` are
 not allowed in the folder's path.
+
+**What this version does not do yet:** it stores in SQLite and a folder, and signals within its process. The options that concern
+PostgreSQL, Valkey, S3, push and OTLP are checked, and act once those parts are there. A start that can't do without them says so,
+and one that merely names them warns.
 
 Without `--data-dir` the server expects PostgreSQL, Valkey and S3-compatible storage, and a secret:
 
