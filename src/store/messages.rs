@@ -47,11 +47,12 @@ impl Store {
         limit: u32,
         max_bytes: usize,
     ) -> Result<Page> {
-        // The sizes are summed up before any body is read, so that no more bodies are in memory than are sent.
+        // The sizes are summed up before any body is read, so that no more bodies are in memory than are sent. The limit
+        // is an expression, because SQLite prepares a statement anew each time a bare parameter behind LIMIT is bound.
         let rows = sqlx::query(
             "WITH page AS MATERIALIZED (
                  SELECT position, LENGTH(body) + $5 AS size FROM messages
-                 WHERE device_no = $1 AND position > $2 AND received_at > $3 ORDER BY position LIMIT $4),
+                 WHERE device_no = $1 AND position > $2 AND received_at > $3 ORDER BY position LIMIT $4 + 0),
              weighed AS (SELECT position, size, SUM(size) OVER (ORDER BY position ROWS UNBOUNDED PRECEDING) AS total FROM page)
              SELECT m.position, m.id, m.sender_user, m.sender_device, m.received_at, m.body, weighed.position
              FROM weighed CROSS JOIN messages m ON m.position = weighed.position

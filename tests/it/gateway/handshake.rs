@@ -160,12 +160,9 @@ async fn no_subprotocol_is_chosen_and_no_extension_used() {
     let alice = server.account().await;
     let ticket = alice.ticket().await;
     let offers = "sec-websocket-protocol: chat\r\nsec-websocket-extensions: permessage-deflate\r\n";
-    // The ping ends the head for sure, and the close frame ends the connection.
-    let mut request = format!("GET {} HTTP/1.1\r\nhost: test\r\n{UPGRADE}{KEY}{VERSION}{offers}\r\n", path(&ticket));
-    request.push('\u{8}'); // overwritten below: a masked close frame
-    let mut request = request.into_bytes();
-    request.pop();
-    request.extend([0x88, 0x80, 0, 0, 0, 0]);
+    let head = format!("GET {} HTTP/1.1\r\nhost: test\r\n{UPGRADE}{KEY}{VERSION}{offers}\r\n", path(&ticket));
+    let close_frame = [0x88, 0x80, 0, 0, 0, 0]; // so that the connection ends
+    let request = [head.as_bytes(), &close_frame].concat();
     let answer = raw_request(server.address(), &request).await.to_lowercase();
     assert!(answer.starts_with("http/1.1 101 "), "{answer}");
     assert!(answer.contains("x-request-id: "), "{answer}");
