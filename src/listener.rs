@@ -19,7 +19,7 @@ use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::time::Sleep;
 use tower::ServiceExt;
-use tracing::{debug, error, warn};
+use tracing::{debug, error, info};
 
 use crate::api::connections::{Connections, Permit};
 use crate::gateway::Progress;
@@ -44,7 +44,10 @@ pub fn connections_that_fit(wanted: usize) -> usize {
     let fit = open_files.map_or(u64::MAX, |files| files.saturating_sub(OTHER_FILES).max(files / 2));
     let fit = usize::try_from(fit).unwrap_or(usize::MAX);
     if fit < wanted {
-        warn!(connections = fit, "the system allows fewer open files than --server-max-connections needs");
+        info!(
+            connections = fit,
+            "as many connections as the system allows open files for, fewer than --server-max-connections"
+        );
     }
     fit.min(wanted)
 }
