@@ -55,7 +55,7 @@ impl Store {
     /// The credentials of the account with this name, which is given in lower case.
     pub async fn credentials(&self, username: &str) -> Result<Option<Credentials>> {
         let statement = "SELECT id, password_hash FROM users WHERE username = $1";
-        Ok(sqlx::query_as(statement).bind(username).fetch_optional(&self.read).await?)
+        Ok(sqlx::query_as(statement).bind(username).fetch_optional(&mut *self.read.get().await?).await?)
     }
 
     /// Makes an account with its primary device, and logs that in.

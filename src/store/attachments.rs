@@ -110,7 +110,7 @@ impl Store {
                 .bind(id)
                 .bind(STORED)
                 .bind(now - self.limits.retention)
-                .fetch_optional(&self.read)
+                .fetch_optional(&mut *self.read.get().await?)
                 .await?;
         Ok(size.map(|size| StoredAttachment { size: size.unsigned_abs() }))
     }
@@ -132,7 +132,7 @@ impl Store {
         .bind(after.created_at)
         .bind(after.id)
         .bind(limit)
-        .fetch_all(&self.read)
+        .fetch_all(&mut *self.read.get().await?)
         .await?)
     }
 

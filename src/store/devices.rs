@@ -59,19 +59,19 @@ impl Store {
     /// Where the device stands now; `None` when there is no such device (any more).
     pub async fn standing(&self, device: DeviceId) -> Result<Option<Standing>> {
         let statement = "SELECT no, user_id, is_primary, tokens_void_to FROM devices WHERE id = $1";
-        Ok(sqlx::query_as(statement).bind(device).fetch_optional(&self.read).await?)
+        Ok(sqlx::query_as(statement).bind(device).fetch_optional(&mut *self.read.get().await?).await?)
     }
 
     /// The device's `tokens_void_to`, which changes whenever its session is ended; `None` when the device is gone.
     pub async fn epoch(&self, no: DeviceNo) -> Result<Option<i64>> {
         let statement = "SELECT tokens_void_to FROM devices WHERE no = $1";
-        Ok(sqlx::query_scalar(statement).bind(no).fetch_optional(&self.read).await?)
+        Ok(sqlx::query_scalar(statement).bind(no).fetch_optional(&mut *self.read.get().await?).await?)
     }
 
     /// The account's devices, oldest first.
     pub async fn devices(&self, user: UserId) -> Result<Vec<DeviceRow>> {
         let statement = "SELECT id, name, is_primary FROM devices WHERE user_id = $1 ORDER BY no";
-        Ok(sqlx::query_as(statement).bind(user).fetch_all(&self.read).await?)
+        Ok(sqlx::query_as(statement).bind(user).fetch_all(&mut *self.read.get().await?).await?)
     }
 
     /// Removes a linked device of the account, with everything that was kept for it, but for the rest of a very large

@@ -92,7 +92,11 @@ impl Store {
     /// What the link session holds. Reading changes nothing.
     pub async fn link_body(&self, hash: &[u8; 32], now: Timestamp) -> Result<LinkBody> {
         let statement = "SELECT approval FROM link_sessions WHERE hash = $1 AND expires_at > $2";
-        let found = sqlx::query_scalar(statement).bind(&hash[..]).bind(now).fetch_optional(&self.read).await?;
+        let found = sqlx::query_scalar(statement)
+            .bind(&hash[..])
+            .bind(now)
+            .fetch_optional(&mut *self.read.get().await?)
+            .await?;
         Ok(match found {
             None => LinkBody::Unknown,
             Some(None) => LinkBody::Waiting,

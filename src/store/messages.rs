@@ -64,7 +64,7 @@ impl Store {
         .bind(limit)
         .bind(ENVELOPE_OVERHEAD)
         .bind(i64::try_from(max_bytes).unwrap_or(i64::MAX))
-        .fetch_all(&self.read)
+        .fetch_all(&mut *self.read.get().await?)
         .await?;
         let envelopes: Vec<_> = rows
             .into_iter()
@@ -94,7 +94,7 @@ impl Store {
         .bind(device)
         .bind(ids)
         .bind(offsets)
-        .fetch_all(&self.read)
+        .fetch_all(&mut *self.read.get().await?)
         .await?;
         Ok(positions)
     }

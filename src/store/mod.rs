@@ -12,6 +12,7 @@ mod messages;
 mod outcome;
 mod prekeys;
 mod push_tokens;
+mod readers;
 mod send;
 mod sessions;
 
@@ -27,6 +28,7 @@ use sqlx::sqlite::{SqliteAutoVacuum, SqliteConnectOptions, SqliteJournalMode, Sq
 use sqlx::{Connection, SqliteConnection, SqlitePool, Transaction};
 
 use crate::config;
+use crate::store::readers::Readers;
 
 pub use accounts::{Credentials, NewAccount, Registered, Reset};
 pub use attachments::{AttachmentAge, Reserved, StoredAttachment};
@@ -113,7 +115,7 @@ pub enum OpenError {
 #[derive(Clone)]
 pub struct Store {
     write: SqlitePool,
-    read: SqlitePool,
+    read: Readers,
     inboxes: Arc<inboxes::Inboxes>,
     limits: Limits,
 }
@@ -167,26 +169,24 @@ impl Store {
         // Without the writer's settings, some of which take the write lock when they are made.
         let readers = options.pragma("query_only", "on").pragma("cache_size", "-8192");
         // A connection to a file doesn't wear out, and its caches are worth keeping.
-        let pool = |connections| {
-            SqlitePoolOptions::new()
-                .min_connections(connections)
-                .max_connections(connections)
-                .acquire_timeout(config.acquire_timeout)
-                .test_before_acquire(false)
-                .idle_timeout(None)
-                .max_lifetime(None)
-        };
-        let write = pool(1).after_release(|connection, _| Box::pin(is_sound(connection)));
+        let write = SqlitePoolOptions::new()
+            .min_connections(1)
+            .max_connections(1)
+            .acquire_timeout(config.acquire_timeout)
+            .test_before_acquire(false)
+            .idle_timeout(None)
+            .max_lifetime(None)
+            .after_release(|connection, _| Box::pin(is_sound(connection)));
         let write = write.connect_with(writer).await.map_err(unusable)?;
         migrate(&write, &shown).await?;
-        let read = pool(READERS).connect_with(readers).await.map_err(unusable)?;
+        let read = Readers::open(&readers, READERS, config.acquire_timeout).await.map_err(unusable)?;
         let inboxes = Arc::new(inboxes::Inboxes::load(&write).await.map_err(unusable)?);
         Ok(Self { write, read, inboxes, limits })
     }
 
     /// Answers when the database can be read and written.
     pub async fn check(&self) -> Result<()> {
-        sqlx::query("SELECT 1").execute(&self.read).await?;
+        sqlx::query("SELECT 1").execute(&mut *self.read.get().await?).await?;
         self.begin().await?.rollback().await?;
         Ok(())
     }

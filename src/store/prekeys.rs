@@ -122,13 +122,14 @@ impl Store {
 
     /// How many one-time prekeys the device has left; `None` when the device is gone.
     pub async fn prekey_counts(&self, no: DeviceNo) -> Result<Option<PrekeyCounts>> {
-        Ok(sqlx::query_as(COUNT_KEYS).bind(no).fetch_optional(&self.read).await?)
+        Ok(sqlx::query_as(COUNT_KEYS).bind(no).fetch_optional(&mut *self.read.get().await?).await?)
     }
 
     /// The identity key of the account that the device belongs to; `None` when the device is gone.
     pub async fn identity(&self, no: DeviceNo) -> Result<Option<PublicKey>> {
         let statement = "SELECT identity_key FROM users WHERE id = (SELECT user_id FROM devices WHERE no = $1)";
-        let key: Option<Vec<u8>> = sqlx::query_scalar(statement).bind(no).fetch_optional(&self.read).await?;
+        let key: Option<Vec<u8>> =
+            sqlx::query_scalar(statement).bind(no).fetch_optional(&mut *self.read.get().await?).await?;
         key.map(|key| intact(PublicKey::from_bytes(&key))).transpose()
     }
 

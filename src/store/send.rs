@@ -26,7 +26,7 @@ impl Store {
     /// Whether this device has sent under this key before, so that a repeat would queue nothing new.
     pub async fn has_outcome(&self, sender: DeviceNo, key: IdempotencyKey) -> Result<bool> {
         let found = sqlx::query("SELECT 1 FROM sends WHERE sender_no = $1 AND idempotency_key = $2");
-        Ok(found.bind(sender).bind(key).fetch_optional(&self.read).await?.is_some())
+        Ok(found.bind(sender).bind(key).fetch_optional(&mut *self.read.get().await?).await?.is_some())
     }
 
     async fn queue(&self, tx: &mut Transaction<'_, Sqlite>, sends: &[Outgoing], now: Timestamp) -> Result<Vec<Sent>> {

@@ -111,7 +111,7 @@ impl Store {
     pub async fn refresh(&self, wish: &Refresh, now: Timestamp) -> Result<Refreshed> {
         // Tokens that never were must not keep the one writer busy.
         let known = sqlx::query("SELECT 1 FROM sessions WHERE family = $1").bind(&wish.next.family[..]);
-        if known.fetch_optional(&self.read).await?.is_none() {
+        if known.fetch_optional(&mut *self.read.get().await?).await?.is_none() {
             return Ok(Refreshed::Refused);
         }
         let mut tx = self.begin().await?;
@@ -152,7 +152,7 @@ impl Store {
     /// Uses a gateway ticket up. `None` when it is unknown, used or expired, or its device is gone or logged out.
     pub async fn redeem_ticket(&self, hash: &[u8; 32], now: Timestamp) -> Result<Option<TicketHolder>> {
         let known = sqlx::query("SELECT 1 FROM gateway_tickets WHERE hash = $1").bind(&hash[..]);
-        if known.fetch_optional(&self.read).await?.is_none() {
+        if known.fetch_optional(&mut *self.read.get().await?).await?.is_none() {
             return Ok(None);
         }
         let mut tx = self.begin().await?;

@@ -62,6 +62,7 @@ async fn a_burst_of_fetches_is_told_once_with_the_final_count() {
     let alice = server.account().await;
     let bob = device(&server, 22, None).await;
     let mut socket = bob.connect().await;
+    assert_eq!(socket.until_pong().await, []);
     for _ in 0..10 {
         alice.bundles(bob.user).await;
     }
@@ -89,6 +90,7 @@ async fn a_device_that_refilled_in_time_is_not_told() {
     let alice = server.account().await;
     let bob = device(&server, 20, None).await;
     let mut socket = bob.connect().await;
+    assert_eq!(socket.until_pong().await, []);
     alice.bundles(bob.user).await; // 19: the device is to be told soon
     bob.refill(2, 100, 2).await; // 21: it need not be
     let nothing = tokio::time::timeout(Duration::from_secs(3), socket.read()).await;
