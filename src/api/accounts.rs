@@ -15,10 +15,10 @@ use crate::app::App;
 use crate::model::ids::{DeviceId, UserId};
 use crate::store::{NewAccount, NewDevice, Registered};
 
-/// `POST /v1/users`
+/// `POST /v1/users` and `POST /v1/users/reset`: an account, and the device that is to be its primary one.
 #[derive(Deserialize)]
 #[serde(rename_all = "camelCase")]
-pub struct RegisterRequest {
+pub struct AccountRequest {
     /// The account's name: 3 to 50 ASCII letters, digits and underscores. Case doesn't matter.
     pub username: String,
     /// Its password: 12 to 1024 bytes.
@@ -39,34 +39,10 @@ pub struct RegisterRequest {
     pub pq_pre_keys: Option<Vec<PqPreKeyBody>>,
 }
 
-/// `POST /v1/users/reset`
-#[derive(Deserialize)]
-#[serde(rename_all = "camelCase")]
-pub struct ResetRequest {
-    /// The account's name, in any case.
-    pub username: String,
-    /// Its password.
-    pub password: String,
-    /// What the owner calls the new device.
-    pub name: Option<String>,
-    /// The account's new identity key.
-    pub identity_key: String,
-    /// The new device's installation, as it names it.
-    pub registration_id: i32,
-    /// The new device's signed prekey.
-    pub signed_pre_key: SignedPreKeyBody,
-    /// Its one-time prekeys.
-    pub one_time_pre_keys: Vec<OneTimePreKeyBody>,
-    /// Its last-resort Kyber prekey.
-    pub pq_last_resort_pre_key: Option<PqPreKeyBody>,
-    /// Its one-time Kyber prekeys.
-    pub pq_pre_keys: Option<Vec<PqPreKeyBody>>,
-}
-
 /// Makes an account with its primary device.
 pub async fn register(
     State(app): State<App>,
-    Json(request): Json<RegisterRequest>,
+    Json(request): Json<AccountRequest>,
 ) -> Result<(StatusCode, axum::Json<AuthResponse>), ApiError> {
     let (username, password, keys) = request.into_parts();
     let username = checked_username(&username)?;
@@ -95,7 +71,7 @@ pub async fn register(
 /// Starts an account over with a new identity and one new device.
 pub async fn reset(
     State(app): State<App>,
-    Json(request): Json<ResetRequest>,
+    Json(request): Json<AccountRequest>,
 ) -> Result<axum::Json<AuthResponse>, ApiError> {
     let (username, password, keys) = request.into_parts();
     let keys = keys.check(app.config.prekeys.max).await?;
@@ -114,24 +90,7 @@ pub async fn reset(
         .await
 }
 
-impl RegisterRequest {
-    fn into_parts(self) -> (String, String, DeviceKeysBody) {
-        let keys = DeviceKeysBody {
-            name: self.name,
-            identity_key: self.identity_key,
-            registration_id: self.registration_id,
-            prekeys: PreKeysBody {
-                signed: self.signed_pre_key,
-                one_time: self.one_time_pre_keys,
-                pq_last_resort: self.pq_last_resort_pre_key,
-                pq_one_time: self.pq_pre_keys,
-            },
-        };
-        (self.username, self.password, keys)
-    }
-}
-
-impl ResetRequest {
+impl AccountRequest {
     fn into_parts(self) -> (String, String, DeviceKeysBody) {
         let keys = DeviceKeysBody {
             name: self.name,

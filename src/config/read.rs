@@ -48,11 +48,6 @@ impl Config {
         })
     }
 
-    /// Reads this process's own arguments and variables.
-    pub fn load() -> Result<Loaded, ConfigError> {
-        Self::parse_from(std::env::args_os(), environment)
-    }
-
     /// The settings that these arguments, the program's name first, and these variables make.
     pub fn parse_from<T: Into<OsString> + Clone>(
         arguments: impl IntoIterator<Item = T>,

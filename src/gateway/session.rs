@@ -16,7 +16,7 @@ use crate::gateway::inflight::Inflight;
 use crate::gateway::pipe::{Event, Pipe, Progress};
 use crate::memory::Share;
 use crate::model::ids::{DeviceNo, Position};
-use crate::store::{Result, TicketHolder};
+use crate::store::{Result, SessionHolder};
 use crate::tasks::jittered;
 use crate::wire;
 
@@ -43,7 +43,7 @@ enum End {
 }
 
 /// Serves one socket from its handshake to its end.
-pub async fn run(app: App, holder: TicketHolder, socket: WebSocket, progress: Arc<Progress>) {
+pub async fn run(app: App, holder: SessionHolder, socket: WebSocket, progress: Arc<Progress>) {
     // Subscribed before the first read: what is queued from here on is either read or signalled.
     let wakeups = app.bus.subscribe(holder.no);
     let mut session = Session::new(app, &holder, Pipe::new(socket, progress));
@@ -98,7 +98,7 @@ struct Retry {
 }
 
 impl Session {
-    fn new(app: App, holder: &TicketHolder, pipe: Pipe) -> Self {
+    fn new(app: App, holder: &SessionHolder, pipe: Pipe) -> Self {
         let now = Instant::now();
         let config = &app.config.gateway;
         let (ping_due, look_due) = (now + config.ping_interval, now + jittered(config.look_interval));

@@ -4,7 +4,7 @@ use sqlx::{FromRow, Sqlite, Transaction};
 
 use crate::model::ids::{DeviceId, DeviceNo, UserId};
 use crate::model::keys::{PreKeys, RegistrationId};
-use crate::store::{Result, Store, commit, prekeys};
+use crate::store::{Result, Store, commit, json_list, prekeys};
 
 /// A device that is about to be made.
 #[derive(Clone, Debug)]
@@ -127,7 +127,7 @@ pub(super) async fn insert(
 /// sent stay.
 pub(super) async fn forget(tx: &mut Transaction<'_, Sqlite>, nos: &[DeviceNo]) -> Result<()> {
     for statement in FORGET {
-        sqlx::query(statement).bind(json_list(nos)).execute(&mut **tx).await?;
+        sqlx::query(statement).bind(json_list(nos.iter().map(|no| no.0))).execute(&mut **tx).await?;
     }
     forget_mail(tx, nos).await?;
     Ok(())
@@ -135,12 +135,12 @@ pub(super) async fn forget(tx: &mut Transaction<'_, Sqlite>, nos: &[DeviceNo]) -
 
 /// Deletes the oldest messages of devices that are gone, as many as one transaction should. Answers how many.
 async fn forget_mail(tx: &mut Transaction<'_, Sqlite>, gone: &[DeviceNo]) -> Result<u64> {
-    let done = sqlx::query(FORGET_MAIL).bind(json_list(gone)).bind(MAIL_AT_ONCE).execute(&mut **tx).await?;
+    let done = sqlx::query(FORGET_MAIL)
+        .bind(json_list(gone.iter().map(|no| no.0)))
+        .bind(MAIL_AT_ONCE)
+        .execute(&mut **tx)
+        .await?;
     Ok(done.rows_affected())
-}
-
-fn json_list(nos: &[DeviceNo]) -> String {
-    format!("{:?}", nos.iter().map(|no| no.0).collect::<Vec<_>>())
 }
 
 /// Bytes of messages that are deleted at once. A full inbox of the largest messages has 2 GB; deleting it takes many

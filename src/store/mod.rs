@@ -36,7 +36,7 @@ pub use devices::{DeviceRow, NewDevice, Removed, Standing};
 pub use links::{Approved, LinkBody, Linked, NewLink};
 pub use messages::{Expired, Page};
 pub use prekeys::{Bundle, HandedOut, PrekeyCounts, Refilled};
-pub use sessions::{REPEAT_WINDOW, Refresh, Refreshed, SessionGrant, SessionHolder, TicketHolder};
+pub use sessions::{REPEAT_WINDOW, Refresh, Refreshed, SessionGrant, SessionHolder};
 
 static MIGRATIONS: Migrator = sqlx::migrate!("migrations/sqlite");
 

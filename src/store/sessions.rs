@@ -51,9 +51,6 @@ pub struct SessionHolder {
     pub tokens_void_to: i64,
 }
 
-/// The device for which a gateway ticket was issued.
-pub type TicketHolder = SessionHolder;
-
 /// A wish to exchange a refresh token for the next one of its family.
 #[derive(Clone, Copy, Debug)]
 pub struct Refresh {
@@ -150,7 +147,7 @@ impl Store {
     }
 
     /// Uses a gateway ticket up. `None` when it is unknown, used or expired, or its device is gone or logged out.
-    pub async fn redeem_ticket(&self, hash: &[u8; 32], now: Timestamp) -> Result<Option<TicketHolder>> {
+    pub async fn redeem_ticket(&self, hash: &[u8; 32], now: Timestamp) -> Result<Option<SessionHolder>> {
         let known = sqlx::query("SELECT 1 FROM gateway_tickets WHERE hash = $1").bind(&hash[..]);
         if known.fetch_optional(&mut *self.read.get().await?).await?.is_none() {
             return Ok(None);

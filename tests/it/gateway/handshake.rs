@@ -7,7 +7,7 @@ use std::time::Duration;
 use axum::extract::WebSocketUpgrade;
 use obscura_server::app::App;
 use obscura_server::model::ids::DeviceId;
-use obscura_server::store::{Standing, TicketHolder};
+use obscura_server::store::{SessionHolder, Standing};
 use tokio::net::TcpListener;
 use uuid::Uuid;
 
@@ -235,7 +235,7 @@ async fn a_session_looks_at_the_standing_of_its_device_before_anything_else() {
         let id = DeviceId::from_bytes(device.id.as_bytes()).unwrap();
         let standing = app.store.standing(id).await.unwrap().unwrap();
         let Standing { no, user, tokens_void_to, .. } = standing;
-        let holder = TicketHolder { user, device: id, no, tokens_void_to };
+        let holder = SessionHolder { user, device: id, no, tokens_void_to };
         if device.id == removed.id {
             alice.remove(device).await;
         } else {
@@ -248,7 +248,7 @@ async fn a_session_looks_at_the_standing_of_its_device_before_anything_else() {
 }
 
 /// A port at which every socket is a session of this device.
-async fn serve_session(app: App, holder: TicketHolder) -> SocketAddr {
+async fn serve_session(app: App, holder: SessionHolder) -> SocketAddr {
     let connect = move |upgrade: WebSocketUpgrade| {
         let session = move |socket| obscura_server::gateway::run(app.clone(), holder, socket, Arc::default());
         async move { upgrade.on_upgrade(session) }
