@@ -23,7 +23,7 @@ mod start;
 #[expect(dead_code, reason = "the tests use all of it, this tool only a part")]
 mod signer;
 
-use anyhow::Result;
+use anyhow::{Result, bail};
 
 use options::{Mode, Options};
 use report::Report;
@@ -35,7 +35,11 @@ async fn main() -> Result<()> {
     let mut reports = Vec::new();
     for run in 1..=options.runs {
         eprintln!("run {run} of {}, load average {}", options.runs, report::load_average());
-        reports.push(measure(&options).await?);
+        reports.push(tokio::select! {
+            report = measure(&options) => report?,
+            // Ends the server and removes its folder on the way out.
+            _ = tokio::signal::ctrl_c() => bail!("interrupted"),
+        });
     }
     println!("{}", Report::table(&reports));
     Ok(())
