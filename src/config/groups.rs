@@ -63,6 +63,10 @@ pub struct Database {
     pub idle_timeout: Duration,
     /// A connection this old is replaced.
     pub max_lifetime: Duration,
+    /// PostgreSQL: a statement that takes longer is given up.
+    pub statement_timeout: Duration,
+    /// PostgreSQL: longest wait for another transaction's lock.
+    pub lock_timeout: Duration,
 }
 
 impl Database {
@@ -251,6 +255,8 @@ pub struct Attachments {
     pub secret_key: Option<Secret>,
     /// The bucket goes into the path instead of the host name; MinIO needs it.
     pub force_path_style: bool,
+    /// Makes the bucket at the start if there is none.
+    pub create_bucket: bool,
     /// Put before the id to name an object; may be empty.
     pub prefix: String,
     /// Smallest attachment, at most `max_size_bytes`.

@@ -148,6 +148,8 @@ fn database(given: &Given) -> Database {
         acquire_timeout: given.duration("db-acquire-timeout-secs"),
         idle_timeout: given.duration("db-idle-timeout-secs"),
         max_lifetime: given.duration("db-max-lifetime-secs"),
+        statement_timeout: given.duration("db-statement-timeout-ms"),
+        lock_timeout: given.duration("db-lock-timeout-ms"),
     }
 }
 
@@ -263,6 +265,7 @@ fn attachments(given: &Given) -> Attachments {
         access_key: given.optional("storage-access-key").map(Secret::new),
         secret_key: given.optional("storage-secret-key").map(Secret::new),
         force_path_style: given.is_on("storage-force-path-style"),
+        create_bucket: given.is_on("storage-create-bucket"),
         prefix: given.text("attachment-prefix"),
         min_size_bytes: given.number("attachment-min-size-bytes"),
         max_size_bytes: given.number("storage-max-size-bytes"),

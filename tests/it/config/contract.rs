@@ -93,6 +93,9 @@ pub const FURTHER: &str = "\
 pub const OURS: &str = "\
 --attachment-quota-bytes OBSCURA_ATTACHMENT_QUOTA_BYTES 1073741824
 --disk-reserve-bytes OBSCURA_DISK_RESERVE_BYTES 268435456
+--db-statement-timeout-ms OBSCURA_DATABASE_STATEMENT_TIMEOUT_MS 10000
+--db-lock-timeout-ms OBSCURA_DATABASE_LOCK_TIMEOUT_MS 5000
+--storage-create-bucket OBSCURA_STORAGE_CREATE_BUCKET false
 --server-header-timeout-secs OBSCURA_SERVER_HEADER_TIMEOUT_SECS 75
 --server-max-connections OBSCURA_SERVER_MAX_CONNECTIONS 65536
 --server-max-connections-per-address OBSCURA_SERVER_MAX_CONNECTIONS_PER_ADDRESS 512
