@@ -61,7 +61,7 @@ async fn after_restore(config: Config) -> anyhow::Result<String> {
         bail!("there is no database at {}; restore the backup first", file.display());
     }
     let _lock = server::lock_database(file)?;
-    let store = Store::open(file, &config.database, store::Limits::of(&config)).await?;
+    let store = Store::open(&config.database, store::Limits::of(&config)).await?;
     let dropped = store.forget_one_time_prekeys().await?;
     store.close().await;
     Ok(format!("Dropped {dropped} one-time prekeys. The server can be started; devices will be asked for new ones."))

@@ -3,7 +3,7 @@
 use std::fs::{File, OpenOptions};
 use std::net::SocketAddr;
 use std::os::unix::fs::OpenOptionsExt;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -27,7 +27,7 @@ use crate::mailroom::Mailroom;
 use crate::memory::Budget;
 use crate::store::{self, Store};
 use crate::sweeps;
-use crate::tasks::Tasks;
+use crate::tasks::{Tasks, jittered};
 
 /// Connections to the management port: a few probes, never the public.
 const MANAGEMENT_CONNECTIONS: usize = 64;
@@ -35,8 +35,10 @@ const MANAGEMENT_CONNECTIONS: usize = 64;
 const BODIES_KIB: usize = 128 << 10;
 /// Memory for the large frames of all sockets at once.
 const FRAMES_KIB: usize = 64 << 10;
-/// How long an unused server address is tried before the start is given up.
-const PROBE_TIMEOUT: Duration = Duration::from_secs(3);
+/// The first pause before a database that isn't there is tried again; it doubles up to [`LONGEST_WAIT`].
+const FIRST_WAIT: Duration = Duration::from_secs(1);
+/// The longest such pause.
+const LONGEST_WAIT: Duration = Duration::from_secs(10);
 
 /// A running server.
 pub struct Server {
@@ -47,8 +49,8 @@ pub struct Server {
     probes: Tasks,
     api_address: SocketAddr,
     management_address: SocketAddr,
-    /// Held for as long as the server runs: nobody else may use the database.
-    _lock: File,
+    /// Held for as long as the server runs: nobody else may use the file of a database.
+    _lock: Option<File>,
 }
 
 impl Server {
@@ -57,16 +59,15 @@ impl Server {
         if clock.now() < EARLIEST {
             bail!("the clock of this machine is wrong (it is before 2026); set it, and start the server then");
         }
-        let file = database_file(&config.database).await?;
         config.open_data_dir()?;
         config.check_secret()?;
-        let lock = lock_database(&file)?;
+        let lock = config.database.file().map(lock_database).transpose()?;
         warn_of_what_is_not_there(&config);
         let config = Arc::new(config);
         let api = bind(&config.server, config.server.port).await?;
         let management = bind(&config.server, config.server.management_port).await?;
         let (api_address, management_address) = (api.local_addr()?, management.local_addr()?);
-        let store = Store::open(&file, &config.database, store::Limits::of(&config)).await?;
+        let store = open_store(&config).await?;
         let blobs = Blobs::open(&config.attachments)?;
         // Nothing can fail from here on, so no task is left behind by a start that was given up.
         let (tasks, keepers, probes) = (Tasks::new(), Tasks::new(), Tasks::new());
@@ -84,7 +85,10 @@ impl Server {
             ),
             bodies: Budget::new(BODIES_KIB),
             frames: Budget::new(FRAMES_KIB),
-            disk: Disk::new(file.parent().map(Path::to_owned), config.disk_reserve_bytes),
+            disk: Disk::new(
+                config.database.file().and_then(Path::parent).map(Path::to_owned),
+                config.disk_reserve_bytes,
+            ),
             clock,
             tasks,
             config,
@@ -169,23 +173,20 @@ async fn bind(config: &config::Server, port: u16) -> Result<TcpListener> {
     })
 }
 
-/// The file of the embedded database. A database server is asked whether it is there, so that the sentence about it is
-/// the right one.
-async fn database_file(database: &config::Database) -> Result<PathBuf> {
-    if let Some(file) = database.file() {
-        return Ok(file.to_owned());
+/// Opens the database. A server that isn't there yet is waited for: in a deployment whose parts start together, one is
+/// always the last.
+async fn open_store(config: &Config) -> Result<Store> {
+    let mut pause = FIRST_WAIT;
+    loop {
+        match Store::open(&config.database, store::Limits::of(config)).await {
+            Err(error) if error.is_temporary() => {
+                warn!(%error, "waiting for the database; trying again in {} s", pause.as_secs());
+                tokio::time::sleep(jittered(pause)).await;
+                pause = (pause * 2).min(LONGEST_WAIT);
+            }
+            opened => return Ok(opened?),
+        }
     }
-    let try_alone = "to try Obscura Server on this machine alone, start it with --data-dir DIR";
-    let Some(address) = server_address(database.url.expose()) else {
-        bail!("--db-url: this is not a URL of a database this server knows; {try_alone}");
-    };
-    let answers = tokio::time::timeout(PROBE_TIMEOUT, tokio::net::TcpStream::connect(&address)).await;
-    if !matches!(answers, Ok(Ok(_))) {
-        bail!("no database answers at {address} (--db-url); start it or name another, or, {try_alone}");
-    }
-    bail!(
-        "--db-url: this version stores in SQLite only and can't use the PostgreSQL server at {address} yet; {try_alone}"
-    )
 }
 
 /// Nobody should believe that phones are woken or traces exported when they aren't.
@@ -200,15 +201,6 @@ fn warn_of_what_is_not_there(config: &Config) {
     }
 }
 
-/// Host and port of `scheme://user:password@host:port/name`, without the secrets in it.
-fn server_address(url: &str) -> Option<String> {
-    let (_, rest) = url.split_once("://")?;
-    let authority = rest.split(['/', '?']).next()?;
-    let host = authority.rsplit('@').next()?;
-    let has_port = host.rsplit_once(':').is_some_and(|(_, port)| port.parse::<u16>().is_ok());
-    Some(if has_port { host.to_owned() } else { format!("{host}:5432") })
-}
-
 /// Makes sure that no other server uses this database: they would not see each other's signals.
 pub(crate) fn lock_database(file: &Path) -> Result<File> {
     let mut path = file.as_os_str().to_owned();
@@ -219,21 +211,4 @@ pub(crate) fn lock_database(file: &Path) -> Result<File> {
         bail!("another server is already running on {}; stop it, or name another --data-dir", file.display());
     }
     Ok(lock)
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn the_address_in_a_url_is_found_without_its_secrets() {
-        for (url, address) in [
-            ("postgres://user:p%40ss@db.example:6543/name?x=1", Some("db.example:6543")),
-            ("postgres://user:password@localhost/signal_server", Some("localhost:5432")),
-            ("postgres://[::1]/name", Some("[::1]:5432")),
-            ("nonsense", None),
-        ] {
-            assert_eq!(server_address(url).as_deref(), address);
-        }
-    }
 }

@@ -4,6 +4,7 @@ mod attachments;
 
 use std::fmt::Display;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use tracing::info;
@@ -19,6 +20,8 @@ const STEP: u32 = 500;
 const RECLAIM_PAGES: u32 = 1000;
 /// How often secrets that live for minutes at the most are cleaned up.
 const SHORT_LIVED: Duration = Duration::from_mins(1);
+/// How often idle connections to the database are looked through.
+const CONNECTIONS: Duration = Duration::from_secs(15);
 
 /// Removes what the last run of the server left unfinished, then starts the repeated jobs. Call it before the first
 /// request comes in: it takes every upload that is under way for an interrupted one.
@@ -29,23 +32,48 @@ pub async fn start(app: &App, forget_clients: impl Fn() + Send + 'static) {
 
     let config = &app.config;
     let messages = config.messaging.cleanup_interval;
-    every(app, "expired messages", messages, expired_messages);
-    every(app, "outcomes of sends", messages, outcomes_of_sends);
-    every(app, "unused space", messages, unused_space);
+    shared(app, "expired messages", messages, expired_messages);
+    shared(app, "outcomes of sends", messages, outcomes_of_sends);
+    shared(app, "unused space", messages, unused_space);
 
     let attachments = config.attachments.cleanup_interval;
     let walk = Arc::new(Walk::default());
-    every(app, "expired attachments", attachments, move |app| attachments::remove_expired(app, walk.clone()));
+    shared(app, "expired attachments", attachments, move |app| attachments::remove_expired(app, walk.clone()));
     let walk = Arc::new(Walk::default());
-    every(app, "stale uploads", attachments, move |app| attachments::remove_stale(app, walk.clone()));
+    shared(app, "stale uploads", attachments, move |app| attachments::remove_stale(app, walk.clone()));
 
-    every(app, "expired sessions", config.auth.refresh_token_cleanup_interval, expired_sessions);
-    every(app, "expired tickets", SHORT_LIVED, expired_tickets);
-    every(app, "used refresh tokens", SHORT_LIVED, used_refresh_tokens);
-    every(app, "expired link sessions", SHORT_LIVED, expired_links);
+    shared(app, "expired sessions", config.auth.refresh_token_cleanup_interval, expired_sessions);
+    shared(app, "expired tickets", SHORT_LIVED, expired_tickets);
+    shared(app, "used refresh tokens", SHORT_LIVED, used_refresh_tokens);
+    shared(app, "expired link sessions", SHORT_LIVED, expired_links);
+    every(app, "database connections", CONNECTIONS, database_connections);
     app.tasks.every("clients of the rate limiter", SHORT_LIVED, move || {
         forget_clients();
         std::future::ready(Ok::<_, StoreError>(Round::Done))
+    });
+}
+
+/// A job that one node does for all, once in a period.
+fn shared<F, E>(app: &App, name: &'static str, period: Duration, job: impl Fn(App) -> F + Send + Sync + 'static)
+where
+    F: Future<Output = Result<Round, E>> + Send,
+    E: Display + From<StoreError>,
+{
+    let (job, under_way) = (Arc::new(job), Arc::new(AtomicBool::new(false)));
+    every(app, name, period, move |app| {
+        let (job, under_way) = (job.clone(), under_way.clone());
+        async move {
+            // Shorter than the shortest pause between two rounds, or we would find our own claim in the way.
+            let claimed_for = period.mul_f64(0.8);
+            let is_ours =
+                under_way.load(Ordering::Relaxed) || app.store.claim_job(name, claimed_for, app.clock.now()).await?;
+            if !is_ours {
+                return Ok(Round::Done);
+            }
+            let round = job(app).await;
+            under_way.store(matches!(round, Ok(Round::More)), Ordering::Relaxed);
+            round
+        }
     });
 }
 
@@ -72,6 +100,11 @@ async fn outcomes_of_sends(app: App) -> Result<Round, StoreError> {
 
 async fn unused_space(app: App) -> Result<Round, StoreError> {
     Ok(if app.store.reclaim(RECLAIM_PAGES).await? { Round::More } else { Round::Done })
+}
+
+async fn database_connections(app: App) -> Result<Round, StoreError> {
+    app.store.tend_connections().await?;
+    Ok(Round::Done)
 }
 
 async fn expired_sessions(app: App) -> Result<Round, StoreError> {

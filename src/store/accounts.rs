@@ -4,7 +4,8 @@ use sqlx::FromRow;
 
 use crate::model::ids::{Address, DeviceNo, UserId};
 use crate::model::keys::PublicKey;
-use crate::store::{NewDevice, Result, SessionGrant, Store, commit, devices, sessions};
+use crate::store::database::{on, reading, run};
+use crate::store::{NewDevice, Result, SessionGrant, Store, devices, sessions};
 
 /// What a log-in is checked against.
 #[derive(Clone, FromRow)]
@@ -55,7 +56,7 @@ impl Store {
     /// The credentials of the account with this name, which is given in lower case.
     pub async fn credentials(&self, username: &str) -> Result<Option<Credentials>> {
         let statement = "SELECT id, password_hash FROM users WHERE username = $1";
-        Ok(sqlx::query_as(statement).bind(username).fetch_optional(&mut *self.read.get().await?).await?)
+        reading!(self, |db| sqlx::query_as(statement).bind(username).fetch_optional(db))
     }
 
     /// Makes an account with its primary device, and logs that in.
@@ -63,15 +64,24 @@ impl Store {
         let mut tx = self.begin().await?;
         let statement = "INSERT INTO users (id, username, password_hash, identity_key) VALUES ($1, $2, $3, $4) \
                          ON CONFLICT (username) DO NOTHING";
-        let insert = sqlx::query(statement).bind(account.user).bind(&account.username).bind(&account.password_hash);
-        let inserted = insert.bind(&account.identity.as_bytes()[..]).execute(&mut *tx).await?;
-        if inserted.rows_affected() == 0 {
-            return Ok(Registered::UsernameTaken);
-        }
-        let no = devices::insert(&mut tx, account.user, &account.device, true).await?;
-        sessions::open(&mut tx, no, &account.session).await?;
-        commit(tx).await?;
-        Ok(Registered::Account(no))
+        let inserted = run!(
+            &mut tx,
+            sqlx::query(statement)
+                .bind(account.user)
+                .bind(&account.username)
+                .bind(&account.password_hash)
+                .bind(&account.identity.as_bytes()[..])
+        )?;
+        let registered = if inserted == 0 {
+            Registered::UsernameTaken
+        } else {
+            devices::make_lock(&mut tx, account.user).await?;
+            let no = devices::insert(&mut tx, account.user, &account.device, true).await?;
+            sessions::open(&mut tx, no, &account.session).await?;
+            Registered::Account(no)
+        };
+        tx.commit().await?;
+        Ok(registered)
     }
 
     /// Starts the account over: forgets all its devices and link sessions, gives it a new identity key and a new primary
@@ -84,15 +94,16 @@ impl Store {
         session: &SessionGrant,
     ) -> Result<Reset> {
         let mut tx = self.begin().await?;
+        devices::lock_account(&mut tx, user).await?;
         let statement = "SELECT no FROM devices WHERE user_id = $1 ORDER BY no";
-        let gone: Vec<DeviceNo> = sqlx::query_scalar(statement).bind(user).fetch_all(&mut *tx).await?;
+        let gone: Vec<DeviceNo> = on!(&mut tx, |db| sqlx::query_scalar(statement).bind(user).fetch_all(db))?;
         devices::forget(&mut tx, &gone).await?;
-        sqlx::query("DELETE FROM link_sessions WHERE user_id = $1").bind(user).execute(&mut *tx).await?;
-        let replace = sqlx::query("UPDATE users SET identity_key = $2 WHERE id = $1").bind(user);
-        replace.bind(&identity.as_bytes()[..]).execute(&mut *tx).await?;
+        run!(&mut tx, sqlx::query("DELETE FROM link_sessions WHERE user_id = $1").bind(user))?;
+        let replace = "UPDATE users SET identity_key = $2 WHERE id = $1";
+        run!(&mut tx, sqlx::query(replace).bind(user).bind(&identity.as_bytes()[..]))?;
         let no = devices::insert(&mut tx, user, device, true).await?;
         sessions::open(&mut tx, no, session).await?;
-        commit(tx).await?;
+        tx.commit().await?;
         Ok(Reset { no, removed: gone.into_iter().map(|device| Address { user, device }).collect() })
     }
 }

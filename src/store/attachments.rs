@@ -6,7 +6,8 @@ use sqlx::types::Uuid;
 
 use crate::clock::Timestamp;
 use crate::model::ids::{AttachmentId, UserId};
-use crate::store::{Result, Store, commit};
+use crate::store::database::{Tx, on, reading, run};
+use crate::store::{Result, Store, devices};
 
 /// What an attempt to reserve room for an attachment came to.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -42,10 +43,10 @@ impl AttachmentAge {
 }
 
 /// Values of the column `stored`.
-const PENDING: i64 = 0;
-const STORED: i64 = 1;
+const PENDING: i32 = 0;
+const STORED: i32 = 1;
 /// The upload took far too long. It can't become stored any more, and a sweep is about to remove it.
-const ABANDONED: i64 = 2;
+const ABANDONED: i32 = 2;
 
 /// An account may have as many attachments as blocks of this size fit into its quota, and at least [`MIN_COUNT`].
 /// Otherwise a million attachments of a byte each would fill the disk without passing any quota.
@@ -66,25 +67,20 @@ impl Store {
         let [size, quota] = [size, quota].map(|bytes| i64::try_from(bytes).unwrap_or(i64::MAX));
         let mut tx = self.begin().await?;
         if quota > 0 {
-            let (count, used): (i64, i64) = sqlx::query_as(
-                "SELECT COUNT(*), CAST(COALESCE(SUM(size), 0) AS BIGINT) FROM attachments WHERE user_id = $1",
-            )
-            .bind(user)
-            .fetch_one(&mut *tx)
-            .await?;
+            // So that two uploads don't pass the quota together.
+            devices::lock_account(&mut tx, user).await?;
+            let statement =
+                "SELECT COUNT(*), CAST(COALESCE(SUM(size), 0) AS BIGINT) FROM attachments WHERE user_id = $1";
+            let (count, used): (i64, i64) = on!(&mut tx, |db| sqlx::query_as(statement).bind(user).fetch_one(db))?;
             if used.saturating_add(size) > quota || count >= (quota / BLOCK_BYTES).max(MIN_COUNT) {
+                tx.commit().await?;
                 return Ok(Reserved::QuotaExceeded);
             }
         }
-        sqlx::query("INSERT INTO attachments (id, user_id, size, stored, created_at) VALUES ($1, $2, $3, $4, $5)")
-            .bind(id)
-            .bind(user)
-            .bind(size)
-            .bind(PENDING)
-            .bind(Timestamp::from_seconds(now.seconds()))
-            .execute(&mut *tx)
-            .await?;
-        commit(tx).await?;
+        let statement = "INSERT INTO attachments (id, user_id, size, stored, created_at) VALUES ($1, $2, $3, $4, $5)";
+        let created_at = Timestamp::from_seconds(now.seconds());
+        run!(&mut tx, sqlx::query(statement).bind(id).bind(user).bind(size).bind(PENDING).bind(created_at))?;
+        tx.commit().await?;
         Ok(Reserved::Yes)
     }
 
@@ -92,26 +88,18 @@ impl Store {
     /// to go.
     pub async fn attachment_stored(&self, id: AttachmentId) -> Result<bool> {
         let mut tx = self.begin().await?;
-        let changed = sqlx::query("UPDATE attachments SET stored = $2 WHERE id = $1 AND stored = $3")
-            .bind(id)
-            .bind(STORED)
-            .bind(PENDING)
-            .execute(&mut *tx)
-            .await?
-            .rows_affected();
-        commit(tx).await?;
+        let statement = "UPDATE attachments SET stored = $2 WHERE id = $1 AND stored = $3";
+        let changed = run!(&mut tx, sqlx::query(statement).bind(id).bind(STORED).bind(PENDING))?;
+        tx.commit().await?;
         Ok(changed == 1)
     }
 
     /// The attachment, if it is complete and has not expired at `now`.
     pub async fn attachment(&self, id: AttachmentId, now: Timestamp) -> Result<Option<StoredAttachment>> {
+        let statement = "SELECT size FROM attachments WHERE id = $1 AND stored = $2 AND created_at > $3";
+        let since = now - self.limits.retention;
         let size: Option<i64> =
-            sqlx::query_scalar("SELECT size FROM attachments WHERE id = $1 AND stored = $2 AND created_at > $3")
-                .bind(id)
-                .bind(STORED)
-                .bind(now - self.limits.retention)
-                .fetch_optional(&mut *self.read.get().await?)
-                .await?;
+            reading!(self, |db| sqlx::query_scalar(statement).bind(id).bind(STORED).bind(since).fetch_optional(db))?;
         Ok(size.map(|size| StoredAttachment { size: size.unsigned_abs() }))
     }
 
@@ -123,17 +111,15 @@ impl Store {
         limit: u32,
     ) -> Result<Vec<AttachmentAge>> {
         let after = after.unwrap_or_else(AttachmentAge::start);
-        Ok(sqlx::query_as(
-            "SELECT created_at, id FROM attachments
+        let statement = "SELECT created_at, id FROM attachments
              WHERE created_at <= $1 AND (created_at, id) > ($2, $3)
-             ORDER BY created_at, id LIMIT $4",
-        )
-        .bind(now - self.limits.retention)
-        .bind(after.created_at)
-        .bind(after.id)
-        .bind(limit)
-        .fetch_all(&mut *self.read.get().await?)
-        .await?)
+             ORDER BY created_at, id LIMIT $4";
+        reading!(self, |db| sqlx::query_as(statement)
+            .bind(now - self.limits.retention)
+            .bind(after.created_at)
+            .bind(after.id)
+            .bind(i64::from(limit))
+            .fetch_all(db))
     }
 
     /// Gives up the oldest uploads that began before `before` and are still not complete, those after `after`. They
@@ -146,21 +132,19 @@ impl Store {
     ) -> Result<Vec<AttachmentAge>> {
         let after = after.unwrap_or_else(AttachmentAge::start);
         let mut tx = self.begin().await?;
-        let mut stale: Vec<AttachmentAge> = sqlx::query_as(
-            "UPDATE attachments SET stored = $1 WHERE id IN (
+        let statement = "UPDATE attachments SET stored = $1 WHERE stored <> 1 AND id IN (
                  SELECT id FROM attachments
                  WHERE stored <> 1 AND created_at < $2 AND (created_at, id) > ($3, $4)
                  ORDER BY created_at, id LIMIT $5)
-             RETURNING created_at, id",
-        )
-        .bind(ABANDONED)
-        .bind(before)
-        .bind(after.created_at)
-        .bind(after.id)
-        .bind(limit)
-        .fetch_all(&mut *tx)
-        .await?;
-        commit(tx).await?;
+             RETURNING created_at, id";
+        let mut stale: Vec<AttachmentAge> = on!(&mut tx, |db| sqlx::query_as(statement)
+            .bind(ABANDONED)
+            .bind(before)
+            .bind(after.created_at)
+            .bind(after.id)
+            .bind(i64::from(limit))
+            .fetch_all(db))?;
+        tx.commit().await?;
         stale.sort_unstable();
         Ok(stale)
     }
@@ -171,12 +155,19 @@ impl Store {
             return Ok(());
         }
         let mut tx = self.begin().await?;
-        let mut statement = sqlx::QueryBuilder::new("DELETE FROM attachments WHERE id IN (");
-        let mut list = statement.separated(", ");
-        for id in ids {
-            list.push_bind(*id);
+        match &mut tx {
+            Tx::Sqlite(tx) => {
+                let mut statement = sqlx::QueryBuilder::new("DELETE FROM attachments WHERE id IN (");
+                let mut list = statement.separated(", ");
+                for id in ids {
+                    list.push_bind(*id);
+                }
+                statement.push(")").build().execute(&mut **tx).await?;
+            }
+            Tx::Postgres(tx) => {
+                tx.run(sqlx::query("DELETE FROM attachments WHERE id = ANY($1)").bind(ids)).await?;
+            }
         }
-        statement.push(")").build().execute(&mut *tx).await?;
-        commit(tx).await
+        tx.commit().await
     }
 }

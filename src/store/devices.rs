@@ -1,10 +1,11 @@
 //! The devices of an account.
 
-use sqlx::{FromRow, Sqlite, Transaction};
+use sqlx::FromRow;
 
 use crate::model::ids::{DeviceId, DeviceNo, UserId};
 use crate::model::keys::{PreKeys, RegistrationId};
-use crate::store::{Result, Store, commit, json_list, prekeys};
+use crate::store::database::{Tx, on, reading, run};
+use crate::store::{Result, Store, json_list, prekeys};
 
 /// A device that is about to be made.
 #[derive(Clone, Debug)]
@@ -59,27 +60,28 @@ impl Store {
     /// Where the device stands now; `None` when there is no such device (any more).
     pub async fn standing(&self, device: DeviceId) -> Result<Option<Standing>> {
         let statement = "SELECT no, user_id, is_primary, tokens_void_to FROM devices WHERE id = $1";
-        Ok(sqlx::query_as(statement).bind(device).fetch_optional(&mut *self.read.get().await?).await?)
+        reading!(self, |db| sqlx::query_as(statement).bind(device).fetch_optional(db))
     }
 
     /// The device's `tokens_void_to`, which changes whenever its session is ended; `None` when the device is gone.
     pub async fn epoch(&self, no: DeviceNo) -> Result<Option<i64>> {
         let statement = "SELECT tokens_void_to FROM devices WHERE no = $1";
-        Ok(sqlx::query_scalar(statement).bind(no).fetch_optional(&mut *self.read.get().await?).await?)
+        reading!(self, |db| sqlx::query_scalar(statement).bind(no).fetch_optional(db))
     }
 
     /// The account's devices, oldest first.
     pub async fn devices(&self, user: UserId) -> Result<Vec<DeviceRow>> {
         let statement = "SELECT id, name, is_primary FROM devices WHERE user_id = $1 ORDER BY no";
-        Ok(sqlx::query_as(statement).bind(user).fetch_all(&mut *self.read.get().await?).await?)
+        reading!(self, |db| sqlx::query_as(statement).bind(user).fetch_all(db))
     }
 
     /// Removes a linked device of the account, with everything that was kept for it, but for the rest of a very large
     /// inbox: see [`Store::clear_inboxes`]. What it sent to others stays.
     pub async fn remove_device(&self, user: UserId, device: DeviceId) -> Result<Removed> {
         let mut tx = self.begin().await?;
+        lock_account(&mut tx, user).await?;
         let statement = "SELECT no, is_primary FROM devices WHERE id = $1 AND user_id = $2";
-        let found = sqlx::query_as(statement).bind(device).bind(user).fetch_optional(&mut *tx).await?;
+        let found = on!(&mut tx, |db| sqlx::query_as(statement).bind(device).bind(user).fetch_optional(db))?;
         let removed = match found {
             None => Removed::Unknown,
             Some((_, true)) => Removed::Primary,
@@ -88,7 +90,7 @@ impl Store {
                 Removed::Device(no)
             }
         };
-        commit(tx).await?;
+        tx.commit().await?;
         Ok(removed)
     }
 
@@ -97,50 +99,84 @@ impl Store {
     pub async fn clear_inboxes(&self, gone: &[DeviceNo]) -> Result<bool> {
         let mut tx = self.begin().await?;
         let deleted = forget_mail(&mut tx, gone).await?;
-        commit(tx).await?;
+        tx.commit().await?;
         Ok(deleted > 0)
     }
 }
 
+/// Makes the row by which an account is locked. SQLite needs none: it has one writer.
+pub(super) async fn make_lock(tx: &mut Tx, user: UserId) -> Result<()> {
+    if matches!(tx, Tx::Postgres(_)) {
+        run!(tx, sqlx::query("INSERT INTO mail_locks (user_id) VALUES ($1)").bind(user))?;
+    }
+    Ok(())
+}
+
+/// Keeps everybody else from queueing for the account and from changing its devices, until the commit. What is read
+/// afterwards is how it stays until then.
+pub(super) async fn lock_account(tx: &mut Tx, user: UserId) -> Result<()> {
+    if matches!(tx, Tx::Postgres(_)) {
+        let statement = "SELECT user_id FROM mail_locks WHERE user_id = $1 FOR NO KEY UPDATE";
+        let _: Option<UserId> = on!(tx, |db| sqlx::query_scalar(statement).bind(user).fetch_optional(db))?;
+    }
+    Ok(())
+}
+
+/// Keeps everybody else from changing the device and its session, until the commit.
+pub(super) async fn lock(tx: &mut Tx, no: DeviceNo) -> Result<()> {
+    if matches!(tx, Tx::Postgres(_)) {
+        let statement = "SELECT no FROM devices WHERE no = $1 FOR NO KEY UPDATE";
+        let _: Option<DeviceNo> = on!(tx, |db| sqlx::query_scalar(statement).bind(no).fetch_optional(db))?;
+    }
+    Ok(())
+}
+
 /// Makes a device with its keys.
-pub(super) async fn insert(
-    tx: &mut Transaction<'_, Sqlite>,
-    user: UserId,
-    device: &NewDevice,
-    is_primary: bool,
-) -> Result<DeviceNo> {
+pub(super) async fn insert(tx: &mut Tx, user: UserId, device: &NewDevice, is_primary: bool) -> Result<DeviceNo> {
     let statement = "INSERT INTO devices (id, user_id, name, registration_id, is_primary) VALUES ($1, $2, $3, $4, $5) \
                      RETURNING no";
-    let no = sqlx::query_scalar(statement)
+    let no = on!(tx, |db| sqlx::query_scalar(statement)
         .bind(device.id)
         .bind(user)
         .bind(device.name.as_deref())
         .bind(device.registration_id.0)
         .bind(is_primary)
-        .fetch_one(&mut **tx)
-        .await?;
+        .fetch_one(db))?;
     prekeys::insert(tx, no, &device.prekeys).await?;
     Ok(no)
 }
 
 /// Forgets devices and everything that was kept for them, but for the rest of very large inboxes. Messages that they
-/// sent stay.
-pub(super) async fn forget(tx: &mut Transaction<'_, Sqlite>, nos: &[DeviceNo]) -> Result<()> {
-    for statement in FORGET {
-        sqlx::query(statement).bind(json_list(nos.iter().map(|no| no.0))).execute(&mut **tx).await?;
+/// sent stay. The account is locked.
+pub(super) async fn forget(tx: &mut Tx, nos: &[DeviceNo]) -> Result<()> {
+    match tx {
+        Tx::Sqlite(tx) => {
+            for statement in FORGET {
+                sqlx::query(statement).bind(json_list(nos.iter().map(|no| no.0))).execute(&mut **tx).await?;
+            }
+        }
+        Tx::Postgres(tx) => {
+            // The devices go first: whoever is about to keep something for one of them holds its row, and finds it gone
+            // afterwards.
+            for statement in FORGET_IN_POSTGRES {
+                tx.run(sqlx::query(statement).bind(nos)).await?;
+            }
+        }
     }
     forget_mail(tx, nos).await?;
     Ok(())
 }
 
 /// Deletes the oldest messages of devices that are gone, as many as one transaction should. Answers how many.
-async fn forget_mail(tx: &mut Transaction<'_, Sqlite>, gone: &[DeviceNo]) -> Result<u64> {
-    let done = sqlx::query(FORGET_MAIL)
-        .bind(json_list(gone.iter().map(|no| no.0)))
-        .bind(MAIL_AT_ONCE)
-        .execute(&mut **tx)
-        .await?;
-    Ok(done.rows_affected())
+async fn forget_mail(tx: &mut Tx, gone: &[DeviceNo]) -> Result<u64> {
+    match tx {
+        Tx::Sqlite(tx) => {
+            let list = json_list(gone.iter().map(|no| no.0));
+            let done = sqlx::query(FORGET_MAIL).bind(list).bind(MAIL_AT_ONCE).execute(&mut **tx).await?;
+            Ok(done.rows_affected())
+        }
+        Tx::Postgres(tx) => tx.run(sqlx::query(FORGET_MAIL_IN_POSTGRES).bind(gone).bind(MAIL_AT_ONCE)).await,
+    }
 }
 
 /// Bytes of messages that are deleted at once. A full inbox of the largest messages has 2 GB; deleting it takes many
@@ -168,3 +204,23 @@ const FORGET_MAIL: &str = "\
                 SELECT position, length(body) AS size FROM messages \
                 WHERE device_no IN (SELECT value FROM json_each($1)) AND device_no NOT IN (SELECT no FROM devices))) \
         WHERE size_before < $2)";
+
+/// $1 is an array of device numbers.
+const FORGET_IN_POSTGRES: [&str; 8] = [
+    "DELETE FROM devices WHERE no = ANY($1)",
+    "DELETE FROM sends WHERE sender_no = ANY($1)",
+    "DELETE FROM push_tokens WHERE device_no = ANY($1)",
+    "DELETE FROM gateway_tickets WHERE device_no = ANY($1)",
+    "DELETE FROM refresh_uses WHERE device_no = ANY($1)",
+    "DELETE FROM sessions WHERE device_no = ANY($1)",
+    "DELETE FROM one_time_prekeys WHERE device_no = ANY($1)",
+    "DELETE FROM device_keys WHERE device_no = ANY($1)",
+];
+
+/// See [`FORGET_MAIL`].
+const FORGET_MAIL_IN_POSTGRES: &str = "\
+    DELETE FROM messages m USING ( \
+        SELECT device_no, position, sum(size) OVER (ORDER BY device_no, position) - size AS size_before FROM ( \
+            SELECT device_no, position, octet_length(body) AS size FROM messages \
+            WHERE device_no = ANY($1) AND NOT EXISTS (SELECT 1 FROM devices WHERE no = device_no)) mail) gone \
+    WHERE m.device_no = gone.device_no AND m.position = gone.position AND gone.size_before < $2";

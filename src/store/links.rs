@@ -3,7 +3,8 @@
 use crate::clock::Timestamp;
 use crate::model::ids::{DeviceNo, UserId};
 use crate::model::keys::PublicKey;
-use crate::store::{NewDevice, Result, SessionGrant, Store, commit, devices, sessions};
+use crate::store::database::{Tx, on, reading, run};
+use crate::store::{NewDevice, Result, SessionGrant, Store, devices, sessions};
 
 /// What became of an approval.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -65,38 +66,39 @@ impl Store {
     /// Opens a link session. It replaces the account's one that waits for approval; approved ones stay.
     pub async fn open_link(&self, user: UserId, hash: &[u8; 32], expires_at: Timestamp, now: Timestamp) -> Result<()> {
         let mut tx = self.begin().await?;
+        devices::lock_account(&mut tx, user).await?;
         let replaced = "DELETE FROM link_sessions WHERE user_id = $1 AND (approval IS NULL OR expires_at <= $2)";
-        sqlx::query(replaced).bind(user).bind(now).execute(&mut *tx).await?;
+        run!(&mut tx, sqlx::query(replaced).bind(user).bind(now))?;
         let opened = "INSERT INTO link_sessions (hash, user_id, expires_at) VALUES ($1, $2, $3)";
-        sqlx::query(opened).bind(&hash[..]).bind(user).bind(expires_at).execute(&mut *tx).await?;
-        commit(tx).await
+        run!(&mut tx, sqlx::query(opened).bind(&hash[..]).bind(user).bind(expires_at))?;
+        tx.commit().await
     }
 
     /// Approves a link session of the account and leaves a parcel in it for the new device.
     pub async fn approve_link(&self, user: UserId, hash: &[u8; 32], parcel: &[u8], now: Timestamp) -> Result<Approved> {
         let mut tx = self.begin().await?;
+        devices::lock_account(&mut tx, user).await?;
         let statement = "SELECT approval IS NOT NULL FROM link_sessions \
                          WHERE hash = $1 AND user_id = $2 AND expires_at > $3";
-        let found = sqlx::query_scalar(statement).bind(&hash[..]).bind(user).bind(now);
-        match found.fetch_optional(&mut *tx).await? {
-            None => return Ok(Approved::Unknown),
-            Some(true) => return Ok(Approved::Already),
-            Some(false) => {}
-        }
-        let statement = "UPDATE link_sessions SET approval = $2 WHERE hash = $1";
-        sqlx::query(statement).bind(&hash[..]).bind(parcel).execute(&mut *tx).await?;
-        commit(tx).await?;
-        Ok(Approved::Stored)
+        let is_approved =
+            on!(&mut tx, |db| sqlx::query_scalar(statement).bind(&hash[..]).bind(user).bind(now).fetch_optional(db))?;
+        let approved = match is_approved {
+            None => Approved::Unknown,
+            Some(true) => Approved::Already,
+            Some(false) => {
+                let statement = "UPDATE link_sessions SET approval = $2 WHERE hash = $1";
+                run!(&mut tx, sqlx::query(statement).bind(&hash[..]).bind(parcel))?;
+                Approved::Stored
+            }
+        };
+        tx.commit().await?;
+        Ok(approved)
     }
 
     /// What the link session holds. Reading changes nothing.
     pub async fn link_body(&self, hash: &[u8; 32], now: Timestamp) -> Result<LinkBody> {
         let statement = "SELECT approval FROM link_sessions WHERE hash = $1 AND expires_at > $2";
-        let found = sqlx::query_scalar(statement)
-            .bind(&hash[..])
-            .bind(now)
-            .fetch_optional(&mut *self.read.get().await?)
-            .await?;
+        let found = reading!(self, |db| sqlx::query_scalar(statement).bind(&hash[..]).bind(now).fetch_optional(db))?;
         Ok(match found {
             None => LinkBody::Unknown,
             Some(None) => LinkBody::Waiting,
@@ -109,30 +111,36 @@ impl Store {
     /// Unless the link session itself is invalid, a refusal leaves it usable.
     pub async fn link_device(&self, link: &NewLink, now: Timestamp) -> Result<Linked> {
         // Ids that never were must not keep the one writer busy: everybody may try.
-        if self.link_body(&link.hash, now).await? == LinkBody::Unknown {
-            return Ok(Linked::SessionInvalid);
-        }
+        let statement = "SELECT user_id FROM link_sessions WHERE hash = $1 AND expires_at > $2";
+        let found: Option<UserId> =
+            reading!(self, |db| sqlx::query_scalar(statement).bind(&link.hash[..]).bind(now).fetch_optional(db))?;
+        let Some(user) = found else { return Ok(Linked::SessionInvalid) };
         let mut tx = self.begin().await?;
+        devices::lock_account(&mut tx, user).await?;
+        let linked = self.join(&mut tx, link, now).await?;
+        tx.commit().await?;
+        Ok(linked)
+    }
+
+    async fn join(&self, tx: &mut Tx, link: &NewLink, now: Timestamp) -> Result<Linked> {
         let statement = "\
             SELECT u.id, u.identity_key, (SELECT count(*) FROM devices d WHERE d.user_id = u.id) \
             FROM link_sessions l JOIN users u ON u.id = l.user_id \
             WHERE l.hash = $1 AND l.approval IS NOT NULL AND l.expires_at > $2";
-        let found = sqlx::query_as(statement).bind(&link.hash[..]).bind(now).fetch_optional(&mut *tx).await?;
-        let Some((user, identity, devices)): Option<(UserId, Vec<u8>, u32)> = found else {
+        let found = on!(tx, |db| sqlx::query_as(statement).bind(&link.hash[..]).bind(now).fetch_optional(db))?;
+        let Some((user, identity, devices)): Option<(UserId, Vec<u8>, i64)> = found else {
             return Ok(Linked::SessionInvalid);
         };
         let max = self.limits.max_devices;
-        if devices >= max {
+        if devices >= i64::from(max) {
             return Ok(Linked::LimitReached { max });
         }
         if identity != link.identity.as_bytes() {
             return Ok(Linked::IdentityDiffers);
         }
-        let used = "DELETE FROM link_sessions WHERE hash = $1";
-        sqlx::query(used).bind(&link.hash[..]).execute(&mut *tx).await?;
-        let no = devices::insert(&mut tx, user, &link.device, false).await?;
-        sessions::open(&mut tx, no, &link.session).await?;
-        commit(tx).await?;
+        run!(tx, sqlx::query("DELETE FROM link_sessions WHERE hash = $1").bind(&link.hash[..]))?;
+        let no = devices::insert(tx, user, &link.device, false).await?;
+        sessions::open(tx, no, &link.session).await?;
         Ok(Linked::Device { user, no })
     }
 
@@ -141,8 +149,8 @@ impl Store {
         let mut tx = self.begin().await?;
         let statement = "DELETE FROM link_sessions WHERE hash IN ( \
                              SELECT hash FROM link_sessions WHERE expires_at <= $1 ORDER BY expires_at LIMIT $2)";
-        let done = sqlx::query(statement).bind(now).bind(limit).execute(&mut *tx).await?;
-        commit(tx).await?;
-        Ok(done.rows_affected())
+        let done = run!(&mut tx, sqlx::query(statement).bind(now).bind(i64::from(limit)))?;
+        tx.commit().await?;
+        Ok(done)
     }
 }

@@ -3,15 +3,17 @@
 use std::time::Duration;
 
 use bytes::Bytes;
-use sqlx::Row;
+use sqlx::FromRow;
 
 use crate::clock::Timestamp;
-use crate::model::ids::{DeviceNo, MessageId, Position};
+use crate::model::ids::{DeviceId, DeviceNo, MessageId, Position, UserId};
 use crate::model::mail::{Envelope, MAX_MESSAGE_BYTES, Sealed};
-use crate::store::{Result, Store, commit, json_list};
+use crate::store::database::{Database, on, reading, run, timely};
+use crate::store::postgres::give_back;
+use crate::store::{Result, Store, json_list};
 
 /// What an envelope weighs on the wire beside its sealed bytes: ids, time and framing.
-const ENVELOPE_OVERHEAD: i64 = 80;
+const ENVELOPE_OVERHEAD: i32 = 80;
 
 /// How far ahead of the clock a time of receipt may be, the clock having been corrected meanwhile.
 const CLOCK_TOLERANCE: Duration = Duration::from_hours(24);
@@ -47,36 +49,20 @@ impl Store {
         limit: u32,
         max_bytes: usize,
     ) -> Result<Page> {
-        // The sizes are summed up before any body is read, so that no more bodies are in memory than are sent. The limit
-        // is an expression, because SQLite prepares a statement anew each time a bare parameter behind LIMIT is bound.
-        let rows = sqlx::query(
-            "WITH page AS MATERIALIZED (
-                 SELECT position, LENGTH(body) + $5 AS size FROM messages
-                 WHERE device_no = $1 AND position > $2 AND received_at > $3 ORDER BY position LIMIT $4 + 0),
-             weighed AS (SELECT position, size, SUM(size) OVER (ORDER BY position ROWS UNBOUNDED PRECEDING) AS total FROM page)
-             SELECT m.position, m.id, m.sender_user, m.sender_device, m.received_at, m.body, weighed.position
-             FROM weighed CROSS JOIN messages m ON m.position = weighed.position
-             WHERE weighed.total <= $6 OR weighed.total = weighed.size ORDER BY m.position",
-        )
-        .bind(device)
-        .bind(after)
-        .bind(now - self.limits.retention)
-        .bind(limit)
-        .bind(ENVELOPE_OVERHEAD)
-        .bind(i64::try_from(max_bytes).unwrap_or(i64::MAX))
-        .fetch_all(&mut *self.read.get().await?)
-        .await?;
-        let envelopes: Vec<_> = rows
-            .into_iter()
-            .map(|row| Envelope {
-                position: row.get(0),
-                id: row.get(1),
-                sender_user: row.get(2),
-                sender_device: row.get(3),
-                received_at: row.get(4),
-                body: Sealed(Bytes::from(row.get::<Vec<u8>, _>(5))),
-            })
-            .collect();
+        let max_weight = i64::try_from(max_bytes).unwrap_or(i64::MAX);
+        let statement = match &self.database {
+            Database::Sqlite(_) => UNSENT,
+            Database::Postgres(_) => UNSENT_IN_POSTGRES,
+        };
+        let rows: Vec<MessageRow> = reading!(self, |db| sqlx::query_as(statement)
+            .bind(device)
+            .bind(after)
+            .bind(now - self.limits.retention)
+            .bind(i64::from(limit))
+            .bind(ENVELOPE_OVERHEAD)
+            .bind(max_weight)
+            .fetch_all(db))?;
+        let envelopes: Vec<_> = rows.into_iter().map(Envelope::from).collect();
         let bytes: usize = envelopes.iter().map(|envelope| envelope.body.0.len() + ENVELOPE_OVERHEAD as usize).sum();
         // A page that another large message would not have fitted into may have been cut short.
         let more = envelopes.len() >= limit as usize || bytes + MAX_MESSAGE_BYTES > max_bytes;
@@ -85,18 +71,24 @@ impl Store {
 
     /// Where these messages lie in the inbox of `device`. Ids of other devices' messages, and unknown ones, are left out.
     pub async fn positions(&self, device: DeviceNo, ids: &[MessageId]) -> Result<Vec<Position>> {
-        let offsets = json_list((0..ids.len()).map(|n| n * 16 + 1));
-        let ids: Vec<u8> = ids.iter().flat_map(|id| *id.as_bytes()).collect();
-        let positions = sqlx::query_scalar(
-            "SELECT position FROM messages
-             WHERE device_no = $1 AND id IN (SELECT substr($2, value, 16) FROM json_each($3))",
-        )
-        .bind(device)
-        .bind(ids)
-        .bind(offsets)
-        .fetch_all(&mut *self.read.get().await?)
-        .await?;
-        Ok(positions)
+        match &self.database {
+            Database::Sqlite(sqlite) => {
+                let offsets = json_list((0..ids.len()).map(|n| n * 16 + 1));
+                let ids: Vec<u8> = ids.iter().flat_map(|id| *id.as_bytes()).collect();
+                let statement = "SELECT position FROM messages
+                     WHERE device_no = $1 AND id IN (SELECT substr($2, value, 16) FROM json_each($3))";
+                let find = sqlx::query_scalar(statement).bind(device).bind(ids).bind(offsets);
+                Ok(find.fetch_all(&mut *sqlite.read.get().await?).await?)
+            }
+            Database::Postgres(postgres) => {
+                let statement = "SELECT position FROM messages WHERE device_no = $1 AND id = ANY($2)";
+                let mut reader = postgres.pool.get().await?;
+                let find = sqlx::query_scalar(statement).bind(device).bind(ids).fetch_all(&mut *reader);
+                let found = timely(postgres.limit, find).await;
+                give_back(reader, &found);
+                found
+            }
+        }
     }
 
     /// Deletes messages that are past the retention, in a step of up to `limit` messages and 16 MiB, so that nobody
@@ -104,30 +96,13 @@ impl Store {
     /// counts as received now, or it would outlive its age.
     pub async fn expire_messages(&self, now: Timestamp, limit: u32) -> Result<Expired> {
         let mut tx = self.begin().await?;
-        sqlx::query(
-            "UPDATE messages SET received_at = $1 WHERE position IN
-                 (SELECT position FROM messages WHERE received_at > $2 ORDER BY received_at LIMIT $3)",
-        )
-        .bind(now)
-        .bind(now + CLOCK_TOLERANCE)
-        .bind(limit)
-        .execute(&mut *tx)
-        .await?;
-        let deleted = sqlx::query(
-            "DELETE FROM messages WHERE position IN (
-                 SELECT position FROM (
-                     SELECT position, size, SUM(size) OVER (ORDER BY received_at, position) AS total FROM (
-                         SELECT position, received_at, LENGTH(body) AS size FROM messages
-                         WHERE received_at <= $1 ORDER BY received_at LIMIT $2))
-                 WHERE total <= $3 OR total = size)",
-        )
-        .bind(now - self.limits.retention)
-        .bind(limit)
-        .bind(STEP_BYTES)
-        .execute(&mut *tx)
-        .await?
-        .rows_affected();
-        commit(tx).await?;
+        let corrected = tx.either(CORRECT, CORRECT_IN_POSTGRES);
+        let ahead = now + CLOCK_TOLERANCE;
+        run!(&mut tx, sqlx::query(corrected).bind(now).bind(ahead).bind(i64::from(limit)))?;
+        let expired = tx.either(EXPIRE, EXPIRE_IN_POSTGRES);
+        let before = now - self.limits.retention;
+        let deleted = run!(&mut tx, sqlx::query(expired).bind(before).bind(i64::from(limit)).bind(STEP_BYTES))?;
+        tx.commit().await?;
         Ok(Expired { deleted, more: deleted > 0 })
     }
 
@@ -135,30 +110,98 @@ impl Store {
     /// at again later. Answers how many were looked at.
     pub async fn expire_sends(&self, now: Timestamp, limit: u32) -> Result<u64> {
         let mut tx = self.begin().await?;
-        let last: Option<Timestamp> = sqlx::query_scalar(
-            "SELECT MAX(review_at) FROM
-                 (SELECT review_at FROM sends WHERE review_at <= $1 ORDER BY review_at LIMIT $2)",
-        )
-        .bind(now)
-        .bind(limit)
-        .fetch_one(&mut *tx)
-        .await?;
-        let Some(last) = last else { return Ok(0) };
-        let deleted = sqlx::query(
-            "DELETE FROM sends WHERE review_at <= $1 AND NOT EXISTS
-                 (SELECT 1 FROM messages m WHERE m.position BETWEEN sends.first_position AND sends.last_position)",
-        )
-        .bind(last)
-        .execute(&mut *tx)
-        .await?
-        .rows_affected();
-        let kept = sqlx::query("UPDATE sends SET review_at = $2 WHERE review_at <= $1")
-            .bind(last)
-            .bind(now + self.limits.idempotency_lifetime)
-            .execute(&mut *tx)
-            .await?
-            .rows_affected();
-        commit(tx).await?;
-        Ok(deleted + kept)
+        let statement = "SELECT MAX(review_at) FROM
+                 (SELECT review_at FROM sends WHERE review_at <= $1 ORDER BY review_at LIMIT $2) due";
+        let last: Option<Timestamp> =
+            on!(&mut tx, |db| sqlx::query_scalar(statement).bind(now).bind(i64::from(limit)).fetch_one(db))?;
+        let mut seen = 0;
+        if let Some(last) = last {
+            let forget = tx.either(FORGET_SENDS, FORGET_SENDS_IN_POSTGRES);
+            seen += run!(&mut tx, sqlx::query(forget).bind(last))?;
+            let later = now + self.limits.idempotency_lifetime;
+            let keep = "UPDATE sends SET review_at = $2 WHERE review_at <= $1";
+            seen += run!(&mut tx, sqlx::query(keep).bind(last).bind(later))?;
+        }
+        tx.commit().await?;
+        Ok(seen)
     }
 }
+
+#[derive(FromRow)]
+struct MessageRow {
+    position: Position,
+    id: MessageId,
+    sender_user: UserId,
+    sender_device: DeviceId,
+    received_at: Timestamp,
+    body: Vec<u8>,
+}
+
+impl From<MessageRow> for Envelope {
+    fn from(row: MessageRow) -> Self {
+        Self {
+            position: row.position,
+            id: row.id,
+            sender_user: row.sender_user,
+            sender_device: row.sender_device,
+            received_at: row.received_at,
+            body: Sealed(Bytes::from(row.body)),
+        }
+    }
+}
+
+/// The sizes are summed up before any body is read, so that no more bodies are in memory than are sent. The limit is an
+/// expression, because SQLite prepares a statement anew each time a bare parameter behind LIMIT is bound.
+const UNSENT: &str = "\
+    WITH page AS MATERIALIZED ( \
+        SELECT position, LENGTH(body) + $5 AS size FROM messages \
+        WHERE device_no = $1 AND position > $2 AND received_at > $3 ORDER BY position LIMIT $4 + 0), \
+    weighed AS ( \
+        SELECT position, size, SUM(size) OVER (ORDER BY position ROWS UNBOUNDED PRECEDING) AS total FROM page) \
+    SELECT m.position, m.id, m.sender_user, m.sender_device, m.received_at, m.body \
+    FROM weighed CROSS JOIN messages m ON m.position = weighed.position \
+    WHERE weighed.total <= $6 OR weighed.total = weighed.size ORDER BY m.position";
+
+/// Large bodies lie outside of their rows, and are fetched only for what is answered.
+const UNSENT_IN_POSTGRES: &str = "\
+    SELECT position, id, sender_user, sender_device, received_at, body FROM ( \
+        SELECT *, SUM(size) OVER (ORDER BY position) AS total FROM ( \
+            SELECT position, id, sender_user, sender_device, received_at, body, octet_length(body) + $5 AS size \
+            FROM messages WHERE device_no = $1 AND position > $2 AND received_at > $3 \
+            ORDER BY position LIMIT $4) page) weighed \
+    WHERE total <= $6 OR total = size ORDER BY position";
+
+const CORRECT: &str = "\
+    UPDATE messages SET received_at = $1 WHERE position IN \
+        (SELECT position FROM messages WHERE received_at > $2 ORDER BY received_at LIMIT $3)";
+
+const CORRECT_IN_POSTGRES: &str = "\
+    UPDATE messages SET received_at = $1 WHERE (device_no, position) IN \
+        (SELECT device_no, position FROM messages WHERE received_at > $2 ORDER BY received_at LIMIT $3 \
+         FOR UPDATE SKIP LOCKED)";
+
+const EXPIRE: &str = "\
+    DELETE FROM messages WHERE position IN ( \
+        SELECT position FROM ( \
+            SELECT position, size, SUM(size) OVER (ORDER BY received_at, position) AS total FROM ( \
+                SELECT position, received_at, LENGTH(body) AS size FROM messages \
+                WHERE received_at <= $1 ORDER BY received_at LIMIT $2)) \
+        WHERE total <= $3 OR total = size)";
+
+/// What somebody else is deleting at this moment is left to them.
+const EXPIRE_IN_POSTGRES: &str = "\
+    WITH oldest AS MATERIALIZED ( \
+        SELECT device_no, position, received_at, octet_length(body) AS size FROM messages \
+        WHERE received_at <= $1 ORDER BY received_at, position LIMIT $2 FOR UPDATE SKIP LOCKED) \
+    DELETE FROM messages m USING ( \
+        SELECT device_no, position, size, SUM(size) OVER (ORDER BY received_at, position) AS total FROM oldest) gone \
+    WHERE m.device_no = gone.device_no AND m.position = gone.position AND (gone.total <= $3 OR gone.total = gone.size)";
+
+const FORGET_SENDS: &str = "\
+    DELETE FROM sends WHERE review_at <= $1 AND NOT EXISTS \
+        (SELECT 1 FROM messages m WHERE m.position BETWEEN sends.first_position AND sends.last_position)";
+
+const FORGET_SENDS_IN_POSTGRES: &str = "\
+    DELETE FROM sends WHERE review_at <= $1 AND NOT EXISTS \
+        (SELECT 1 FROM messages m WHERE m.received_at = sends.sent_at \
+         AND m.position BETWEEN sends.first_position AND sends.last_position)";

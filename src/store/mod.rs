@@ -1,34 +1,36 @@
 //! What must survive a restart, in a SQL database. A method is one operation of the domain and one transaction.
 //!
-//! SQLite lets one connection write at a time, so writers queue for the one connection of `write`; `read` has several
-//! that never wait for a writer (write-ahead log). Every commit is on disk before it returns (`synchronous=FULL`).
+//! There are two databases, SQLite and PostgreSQL. A statement that both understand is written once and runs on
+//! whichever is open (`on!`, `reading!`); where they differ the two stand side by side. Every commit is on disk before
+//! it returns.
 
 mod accounts;
 mod attachments;
+mod database;
 mod devices;
-mod inboxes;
+mod jobs;
 mod links;
 mod messages;
+mod numbering;
 mod outcome;
+mod pool;
+mod postgres;
 mod prekeys;
 mod push_tokens;
-mod readers;
 mod send;
 mod sessions;
+mod sqlite;
 
 use std::fmt::Write;
-use std::fs::OpenOptions;
-use std::os::unix::fs::OpenOptionsExt;
-use std::path::Path;
-use std::sync::Arc;
 use std::time::Duration;
 
 use sqlx::migrate::{MigrateError, Migrator};
-use sqlx::sqlite::{SqliteAutoVacuum, SqliteConnectOptions, SqliteJournalMode, SqlitePoolOptions, SqliteSynchronous};
-use sqlx::{Connection, SqliteConnection, SqlitePool, Transaction};
 
 use crate::config;
-use crate::store::readers::Readers;
+use crate::store::database::{Database, Tx};
+use crate::store::numbering::Numbering;
+use crate::store::postgres::PostgresStore;
+use crate::store::sqlite::{SQLITE_FULL, SqliteStore};
 
 pub use accounts::{Credentials, NewAccount, Registered, Reset};
 pub use attachments::{AttachmentAge, Reserved, StoredAttachment};
@@ -37,13 +39,6 @@ pub use links::{Approved, LinkBody, Linked, NewLink};
 pub use messages::{Expired, Page};
 pub use prekeys::{Bundle, HandedOut, PrekeyCounts, Refilled};
 pub use sessions::{REPEAT_WINDOW, Refresh, Refreshed, SessionGrant, SessionHolder};
-
-static MIGRATIONS: Migrator = sqlx::migrate!("migrations/sqlite");
-
-/// How many connections read beside the one that writes.
-const READERS: u32 = 4;
-/// The write-ahead log is folded back into the database after this many pages (16 MiB).
-const CHECKPOINT_PAGES: u32 = 4000;
 
 /// The database could not do what it was asked: it is away, busy for too long, full, or broken.
 ///
@@ -55,23 +50,30 @@ pub struct StoreError(#[from] sqlx::Error);
 impl StoreError {
     /// True when the disk or a size limit stopped a write.
     pub fn is_full(&self) -> bool {
-        self.primary_code() == Some(SQLITE_FULL)
+        // SQLite's code without the extension bits.
+        sqlite::result_code(self).map(|code| code & 0xff) == Some(SQLITE_FULL) || self.sqlstate() == Some("53100")
     }
 
-    fn code(&self) -> Option<i32> {
-        self.0.as_database_error()?.code()?.parse().ok()
+    /// True when another transaction was in the way, so that the same one may succeed when it is tried again.
+    fn is_collision(&self) -> bool {
+        matches!(self.sqlstate(), Some("40001" | "40P01"))
     }
 
-    /// SQLite's result code without the extension bits.
-    fn primary_code(&self) -> Option<i32> {
-        self.code().map(|code| code & 0xff)
+    /// True when nobody can tell what became of the connection.
+    fn is_lost_connection(&self) -> bool {
+        match &self.0 {
+            sqlx::Error::Database(_) => matches!(self.sqlstate(), Some("57P01" | "57P02" | "57P03")),
+            sqlx::Error::RowNotFound | sqlx::Error::ColumnDecode { .. } | sqlx::Error::Decode(_) => false,
+            _ => true,
+        }
+    }
+
+    /// PostgreSQL's code: <https://www.postgresql.org/docs/current/errcodes-appendix.html>
+    fn sqlstate(&self) -> Option<&str> {
+        let error = self.0.as_database_error()?;
+        Some(error.try_downcast_ref::<sqlx::postgres::PgDatabaseError>()?.code())
     }
 }
-
-/// <https://www.sqlite.org/rescode.html>
-const SQLITE_FULL: i32 = 13;
-const SQLITE_IOERR_FSYNC: i32 = 1034;
-const SQLITE_IOERR_DIR_FSYNC: i32 = 1290;
 
 /// The result of every method of the store.
 pub type Result<T> = std::result::Result<T, StoreError>;
@@ -89,34 +91,92 @@ pub enum OpenError {
         /// What SQLite said.
         cause: sqlx::Error,
     },
+    /// The URL can't be read.
+    #[error(
+        "--db-url: this is not a URL of a database; it takes sqlite:PATH or postgres://USER:PASSWORD@HOST:PORT/NAME"
+    )]
+    Url,
+    /// The server is not there, or not yet. Waiting may help.
+    #[error(
+        "no database answers at {address} (--db-url): {cause}; start it or name another, or, to try Obscura Server on this machine alone, start it with --data-dir DIR"
+    )]
+    Away {
+        /// Host and port.
+        address: String,
+        /// What happened.
+        cause: sqlx::Error,
+    },
+    /// The server is there and doesn't let us in.
+    #[error(
+        "the database at {address} refuses (--db-url): {cause}; check the user, the password and the name in the URL"
+    )]
+    Refused {
+        /// Host and port.
+        address: String,
+        /// What the server said.
+        cause: sqlx::Error,
+    },
+    /// The server is too old.
+    #[error("the database at {address} is PostgreSQL {found}; this server needs 15 or newer")]
+    TooOld {
+        /// Host and port.
+        address: String,
+        /// The major version.
+        found: i32,
+    },
+    /// A transfer into the database has not finished.
+    #[error(
+        "a transfer into the database at {address} has not finished; run `obscura-server transfer` again to its end"
+    )]
+    Unfinished {
+        /// Host and port.
+        address: String,
+    },
     /// A later version of the server has changed the tables.
     #[error(
-        "the database {path} was written by a newer version of this server (schema {found}, this one knows {known}); run that version, or restore a backup made before the upgrade"
+        "the {database} was written by a newer version of this server (schema {found}, this one knows {known}); run that version, or restore a backup made before the upgrade"
     )]
     Newer {
-        /// The file.
-        path: String,
+        /// Which one.
+        database: String,
         /// The newest migration in the database.
         found: i64,
         /// The newest migration in this binary.
         known: i64,
     },
     /// A migration failed or was changed after it had been applied.
-    #[error("the tables of the database {path} could not be brought up to date: {cause}")]
+    #[error("the tables of the {database} could not be brought up to date: {cause}")]
     Migration {
-        /// The file.
-        path: String,
+        /// Which one.
+        database: String,
         /// What went wrong.
         cause: MigrateError,
     },
 }
 
+impl OpenError {
+    /// True when the same attempt may succeed a little later.
+    pub fn is_temporary(&self) -> bool {
+        matches!(self, Self::Away { .. })
+    }
+
+    /// Tells a server that isn't there from one that doesn't let us in.
+    fn connecting(address: String, cause: sqlx::Error) -> Self {
+        let code = cause.as_database_error().and_then(|error| error.code()).unwrap_or_default();
+        let is_starting = code.starts_with("57P") || code.starts_with("53") || code.starts_with("08");
+        match cause {
+            sqlx::Error::Database(_) if !is_starting => Self::Refused { address, cause },
+            sqlx::Error::Configuration(_) | sqlx::Error::Tls(_) => Self::Refused { address, cause },
+            cause => Self::Away { address, cause },
+        }
+    }
+}
+
 /// The database.
 #[derive(Clone)]
 pub struct Store {
-    write: SqlitePool,
-    read: Readers,
-    inboxes: Arc<inboxes::Inboxes>,
+    database: Database,
+    numbering: Numbering,
     limits: Limits,
 }
 
@@ -149,110 +209,76 @@ impl Limits {
 }
 
 impl Store {
-    /// Opens the SQLite database in the file `path`, makes it if it isn't there, and brings its tables up to date.
-    pub async fn open(path: &Path, config: &config::Database, limits: Limits) -> std::result::Result<Self, OpenError> {
-        let shown = path.display().to_string();
-        let unusable = |cause| OpenError::Unusable { path: shown.clone(), cause };
-        create_private(path).map_err(|error| unusable(sqlx::Error::Io(error)))?;
-        let options = SqliteConnectOptions::new()
-            .filename(path)
-            .journal_mode(SqliteJournalMode::Wal)
-            .synchronous(SqliteSynchronous::Full)
-            .busy_timeout(config.acquire_timeout)
-            .pragma("temp_store", "memory");
-        let writer = options
-            .clone()
-            .auto_vacuum(SqliteAutoVacuum::Incremental)
-            .pragma("wal_autocheckpoint", CHECKPOINT_PAGES.to_string())
-            .pragma("journal_size_limit", (64 << 20).to_string())
-            .pragma("cache_size", "-65536");
-        // Without the writer's settings, some of which take the write lock when they are made.
-        let readers = options.pragma("query_only", "on").pragma("cache_size", "-8192");
-        // A connection to a file doesn't wear out, and its caches are worth keeping.
-        let write = SqlitePoolOptions::new()
-            .min_connections(1)
-            .max_connections(1)
-            .acquire_timeout(config.acquire_timeout)
-            .test_before_acquire(false)
-            .idle_timeout(None)
-            .max_lifetime(None)
-            .after_release(|connection, _| Box::pin(is_sound(connection)));
-        let write = write.connect_with(writer).await.map_err(unusable)?;
-        migrate(&write, &shown).await?;
-        let read = Readers::open(&readers, READERS, config.acquire_timeout).await.map_err(unusable)?;
-        let inboxes = Arc::new(inboxes::Inboxes::load(&write).await.map_err(unusable)?);
-        Ok(Self { write, read, inboxes, limits })
+    /// Opens the database that the URL names and brings its tables up to date. The file of a `sqlite:` URL is made if it
+    /// isn't there.
+    pub async fn open(config: &config::Database, limits: Limits) -> std::result::Result<Self, OpenError> {
+        let (database, numbering) = match config.file() {
+            Some(file) => {
+                let sqlite = SqliteStore::open(file, config).await?;
+                let unusable = |cause| OpenError::Unusable { path: file.display().to_string(), cause };
+                let numbering = Numbering::load(&sqlite.write).await.map_err(unusable)?;
+                (Database::Sqlite(sqlite), numbering)
+            }
+            None => (Database::Postgres(PostgresStore::open(config).await?), Numbering::new()),
+        };
+        Ok(Self { database, numbering, limits })
     }
 
     /// Answers when the database can be read and written.
     pub async fn check(&self) -> Result<()> {
-        sqlx::query("SELECT 1").execute(&mut *self.read.get().await?).await?;
-        self.begin().await?.rollback().await?;
-        Ok(())
+        match &self.database {
+            Database::Sqlite(sqlite) => sqlite.check().await,
+            Database::Postgres(postgres) => postgres.check().await,
+        }
     }
 
-    /// Waits for the running transactions and closes the files.
+    /// Waits for the running transactions and closes the connections.
     pub async fn close(&self) {
-        self.read.close().await;
-        self.write.close().await;
+        match &self.database {
+            Database::Sqlite(sqlite) => sqlite.close().await,
+            Database::Postgres(postgres) => postgres.pool.close().await,
+        }
     }
 
-    /// Gives up to `pages` unused pages of the file back to the file system. Answers whether there may be more.
+    /// Gives up to `pages` unused pages of SQLite's file back to the file system. Answers whether there may be more.
+    /// PostgreSQL does so by itself.
     pub async fn reclaim(&self, pages: u32) -> Result<bool> {
-        let mut tx = self.begin().await?;
-        let free: u32 = sqlx::query_scalar("PRAGMA freelist_count").fetch_one(&mut *tx).await?;
-        if free == 0 {
-            return Ok(false);
+        match &self.database {
+            Database::Sqlite(sqlite) => sqlite.reclaim(pages).await,
+            Database::Postgres(_) => Ok(false),
         }
-        let statement = format!("PRAGMA incremental_vacuum({pages})");
-        sqlx::query(sqlx::AssertSqlSafe(statement)).fetch_all(&mut *tx).await?;
-        commit(tx).await?;
-        Ok(free > pages)
     }
 
-    /// Starts a transaction that may write. It waits its turn, so it never meets another writer of this process.
-    async fn begin(&self) -> Result<Transaction<'static, sqlx::Sqlite>> {
-        Ok(self.write.begin_with("BEGIN IMMEDIATE").await?)
+    /// Closes connections to PostgreSQL that nobody needs, and makes those that are to be kept.
+    pub async fn tend_connections(&self) -> Result<()> {
+        match &self.database {
+            Database::Sqlite(_) => Ok(()),
+            Database::Postgres(postgres) => postgres.pool.tend().await,
+        }
+    }
+
+    /// True when no other node can use the database.
+    pub fn is_our_own(&self) -> bool {
+        matches!(self.database, Database::Sqlite(_))
+    }
+
+    /// Starts a transaction that may write.
+    async fn begin(&self) -> Result<Tx> {
+        Ok(match &self.database {
+            Database::Sqlite(sqlite) => Tx::Sqlite(sqlite.begin().await?),
+            Database::Postgres(postgres) => Tx::Postgres(postgres.begin().await?),
+        })
     }
 }
 
-/// Whether the connection can go on. On some errors (a full disk is one) SQLite ends a transaction by itself; the
-/// driver then still believes in it and could never begin another one, so the connection has to be replaced.
-async fn is_sound(connection: &mut SqliteConnection) -> std::result::Result<bool, sqlx::Error> {
-    if connection.is_in_transaction() {
-        // The rollback of a transaction that was given up is still under way. This waits for it.
-        connection.ping().await?;
-    }
-    Ok(!connection.is_in_transaction())
-}
-
-/// Commits, and returns once the changes are on disk.
-///
-/// A failed fsync ends the process: the kernel may already have dropped the pages it could not write, so nothing that
-/// is read from now on can be trusted. Whoever supervises the process starts it again on what is really there.
-async fn commit(transaction: Transaction<'static, sqlx::Sqlite>) -> Result<()> {
-    let Err(error) = transaction.commit().await else { return Ok(()) };
-    let error = StoreError(error);
-    if matches!(error.code(), Some(SQLITE_IOERR_FSYNC | SQLITE_IOERR_DIR_FSYNC)) {
-        tracing::error!(%error, "the disk did not confirm a write; stopping so that nothing unsure is served");
-        std::process::exit(74); // EX_IOERR
-    }
-    Err(error)
-}
-
-/// Makes the file, readable for its owner alone, if there is none. SQLite gives its other files the same mode.
-fn create_private(path: &Path) -> std::io::Result<()> {
-    OpenOptions::new().create(true).append(true).mode(0o600).open(path).map(drop)
-}
-
-async fn migrate(pool: &SqlitePool, path: &str) -> std::result::Result<(), OpenError> {
-    MIGRATIONS.run(pool).await.map_err(|cause| match cause {
+fn migration_error(database: String, migrations: &Migrator, cause: MigrateError) -> OpenError {
+    match cause {
         MigrateError::VersionMissing(found) => {
-            let known = MIGRATIONS.iter().map(|migration| migration.version).max().unwrap_or_default();
-            OpenError::Newer { path: path.to_owned(), found, known }
+            let known = migrations.iter().map(|migration| migration.version).max().unwrap_or_default();
+            OpenError::Newer { database, found, known }
         }
-        cause => OpenError::Migration { path: path.to_owned(), cause },
-    })
+        cause => OpenError::Migration { database, cause },
+    }
 }
 
 /// `[1,2,3]`
@@ -266,28 +292,4 @@ fn json_list<T: std::fmt::Display>(values: impl Iterator<Item = T>) -> String {
     }
     list.push(']');
     list
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[tokio::test]
-    async fn a_write_that_met_a_full_disk_does_not_stop_the_ones_after_it() {
-        let folder = tempfile::tempdir().unwrap();
-        let config = config::Config::embedded(folder.path()).unwrap();
-        let store = Store::open(&folder.path().join("db"), &config.database, Limits::of(&config)).await.unwrap();
-        let pages: i64 = sqlx::query_scalar("PRAGMA page_count").fetch_one(&store.write).await.unwrap();
-        let limit = format!("PRAGMA max_page_count = {}", pages + 2);
-        sqlx::query(sqlx::AssertSqlSafe(limit)).execute(&store.write).await.unwrap();
-
-        let mut tx = store.begin().await.unwrap();
-        let large = sqlx::query("INSERT INTO refresh_uses VALUES (zeroblob(100000), 1, NULL, 0)");
-        let error = StoreError::from(large.execute(&mut *tx).await.unwrap_err());
-        assert!(error.is_full(), "{error}");
-        drop(tx);
-
-        store.check().await.unwrap();
-        commit(store.begin().await.unwrap()).await.unwrap();
-    }
 }

@@ -3,14 +3,15 @@
 //! A one-time prekey is deleted in the transaction that reads it, and that transaction is on disk before anybody sees
 //! the key. So no crash and no race gives one key to two people.
 
-use sqlx::{FromRow, QueryBuilder, Sqlite, Transaction};
+use sqlx::{FromRow, QueryBuilder, Sqlite};
 
 use crate::model::ids::{Address, DeviceId, DeviceNo, UserId};
 use crate::model::keys::{
     KemPublicKey, KeyError, KeyId, OneTimePreKey, PqKeyId, PqPreKey, PreKeys, PublicKey, RegistrationId, Signature,
     SignedPreKey,
 };
-use crate::store::{Result, Store, StoreError, commit};
+use crate::store::database::{Tx, on, reading, run};
+use crate::store::{Result, Store, StoreError, devices};
 
 /// What it takes to start a session with a device.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -43,8 +44,10 @@ pub struct HandedOut {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, FromRow)]
 pub struct PrekeyCounts {
     /// Elliptic-curve keys.
+    #[sqlx(try_from = "i64")]
     pub ec: u32,
     /// Post-quantum keys. The last-resort key does not count.
+    #[sqlx(try_from = "i64")]
     pub pq: u32,
     /// True when the device has a last-resort post-quantum key, and so is expected to keep one-time ones in stock.
     pub uses_pq: bool,
@@ -77,11 +80,17 @@ impl Store {
     /// A device left with fewer than `threshold` one-time prekeys counts as low.
     pub async fn bundles(&self, user: UserId, device: Option<DeviceId>, threshold: u32) -> Result<Option<HandedOut>> {
         let mut tx = self.begin().await?;
-        let rows: Vec<DeviceRow> = sqlx::query_as(READ_DEVICES).bind(user).bind(device).fetch_all(&mut *tx).await?;
+        let rows: Vec<DeviceRow> =
+            on!(&mut tx, |db| sqlx::query_as(READ_DEVICES).bind(user).bind(device).fetch_all(db))?;
+        let take = tx.either(TAKE_KEYS, TAKE_KEYS_IN_POSTGRES);
+        let mut taken: Vec<TakenRow> = match rows.len() {
+            0 => Vec::new(),
+            _ => on!(&mut tx, |db| sqlx::query_as(take).bind(user).bind(device).fetch_all(db))?,
+        };
+        tx.commit().await?;
         if rows.is_empty() {
             return Ok(None);
         }
-        let mut taken: Vec<TakenRow> = sqlx::query_as(TAKE_KEYS).bind(user).bind(device).fetch_all(&mut *tx).await?;
         let mut handed_out = HandedOut { bundles: Vec::with_capacity(rows.len()), low: Vec::new() };
         for row in rows {
             let mut take = |kind| {
@@ -94,7 +103,6 @@ impl Store {
             }
             handed_out.bundles.push(row.bundle(ec, pq)?);
         }
-        commit(tx).await?;
         Ok(Some(handed_out))
     }
 
@@ -104,32 +112,33 @@ impl Store {
     /// One whose id is stored already changes nothing.
     pub async fn refill(&self, no: DeviceNo, keys: &PreKeys) -> Result<Refilled> {
         let mut tx = self.begin().await?;
+        devices::lock(&mut tx, no).await?;
         let statement = "SELECT signed_id, pq_last_resort_id IS NOT NULL FROM device_keys WHERE device_no = $1";
-        let stored: Option<(i32, bool)> = sqlx::query_as(statement).bind(no).fetch_optional(&mut *tx).await?;
-        let Some((signed_id, has_last_resort)) = stored else { return Ok(Refilled::DeviceGone) };
-        if keys.signed.id.0 <= signed_id {
-            return Ok(Refilled::SignedIdNotRising);
-        }
-        if keys.needs_stored_last_resort() && !has_last_resort {
-            return Ok(Refilled::LastResortMissing);
-        }
-        replace(&mut tx, no, keys).await?;
-        add_one_time(&mut tx, no, keys).await?;
-        prune(&mut tx, no, self.limits.max_prekeys).await?;
-        commit(tx).await?;
-        Ok(Refilled::Stored)
+        let stored: Option<(i32, bool)> = on!(&mut tx, |db| sqlx::query_as(statement).bind(no).fetch_optional(db))?;
+        let refilled = match stored {
+            None => Refilled::DeviceGone,
+            Some((signed_id, _)) if keys.signed.id.0 <= signed_id => Refilled::SignedIdNotRising,
+            Some((_, false)) if keys.needs_stored_last_resort() => Refilled::LastResortMissing,
+            Some(_) => {
+                replace(&mut tx, no, keys).await?;
+                add_one_time(&mut tx, no, keys).await?;
+                prune(&mut tx, no, self.limits.max_prekeys).await?;
+                Refilled::Stored
+            }
+        };
+        tx.commit().await?;
+        Ok(refilled)
     }
 
     /// How many one-time prekeys the device has left; `None` when the device is gone.
     pub async fn prekey_counts(&self, no: DeviceNo) -> Result<Option<PrekeyCounts>> {
-        Ok(sqlx::query_as(COUNT_KEYS).bind(no).fetch_optional(&mut *self.read.get().await?).await?)
+        reading!(self, |db| sqlx::query_as(COUNT_KEYS).bind(no).fetch_optional(db))
     }
 
     /// The identity key of the account that the device belongs to; `None` when the device is gone.
     pub async fn identity(&self, no: DeviceNo) -> Result<Option<PublicKey>> {
         let statement = "SELECT identity_key FROM users WHERE id = (SELECT user_id FROM devices WHERE no = $1)";
-        let key: Option<Vec<u8>> =
-            sqlx::query_scalar(statement).bind(no).fetch_optional(&mut *self.read.get().await?).await?;
+        let key: Option<Vec<u8>> = reading!(self, |db| sqlx::query_scalar(statement).bind(no).fetch_optional(db))?;
         key.map(|key| intact(PublicKey::from_bytes(&key))).transpose()
     }
 
@@ -137,9 +146,9 @@ impl Store {
     /// keys may have been handed out since the backup was made.
     pub async fn forget_one_time_prekeys(&self) -> Result<u64> {
         let mut tx = self.begin().await?;
-        let done = sqlx::query("DELETE FROM one_time_prekeys").execute(&mut *tx).await?;
-        commit(tx).await?;
-        Ok(done.rows_affected())
+        let done = run!(&mut tx, sqlx::query("DELETE FROM one_time_prekeys"))?;
+        tx.commit().await?;
+        Ok(done)
     }
 }
 
@@ -166,6 +175,16 @@ const TAKE_KEYS: &str = "\
         WHERE d.user_id = $1 AND ($2 IS NULL OR d.id = $2) GROUP BY o.device_no, o.kind) \
     RETURNING device_no, kind, key_id, public_key, signature";
 
+/// The same; a key that somebody else is taking at this moment is left to them.
+const TAKE_KEYS_IN_POSTGRES: &str = "\
+    WITH oldest AS MATERIALIZED ( \
+        SELECT o.no FROM devices d CROSS JOIN (VALUES (0), (1)) AS kinds (kind) CROSS JOIN LATERAL ( \
+            SELECT o.no FROM one_time_prekeys o WHERE o.device_no = d.no AND o.kind = kinds.kind \
+            ORDER BY o.no LIMIT 1 FOR UPDATE SKIP LOCKED) o \
+        WHERE d.user_id = $1 AND ($2 IS NULL OR d.id = $2)) \
+    DELETE FROM one_time_prekeys WHERE no IN (SELECT no FROM oldest) \
+    RETURNING device_no, kind, key_id, public_key, signature";
+
 const COUNT_KEYS: &str = "\
     SELECT (SELECT count(*) FROM one_time_prekeys o WHERE o.device_no = k.device_no AND o.kind = 0) AS ec, \
            (SELECT count(*) FROM one_time_prekeys o WHERE o.device_no = k.device_no AND o.kind = 1) AS pq, \
@@ -189,7 +208,9 @@ struct DeviceRow {
     pq_last_resort_id: Option<i32>,
     pq_last_resort_key: Option<Vec<u8>>,
     pq_last_resort_signature: Option<Vec<u8>>,
+    #[sqlx(try_from = "i64")]
     ec_stored: u32,
+    #[sqlx(try_from = "i64")]
     pq_stored: u32,
 }
 
@@ -254,7 +275,7 @@ pub(super) fn intact<T>(value: std::result::Result<T, KeyError>) -> Result<T> {
 }
 
 /// Stores the first keys of a device.
-pub(super) async fn insert(tx: &mut Transaction<'_, Sqlite>, no: DeviceNo, keys: &PreKeys) -> Result<()> {
+pub(super) async fn insert(tx: &mut Tx, no: DeviceNo, keys: &PreKeys) -> Result<()> {
     let statement = "\
         INSERT INTO device_keys (device_no, signed_id, signed_key, signed_signature, \
                                  pq_last_resort_id, pq_last_resort_key, pq_last_resort_signature) \
@@ -264,7 +285,7 @@ pub(super) async fn insert(tx: &mut Transaction<'_, Sqlite>, no: DeviceNo, keys:
 }
 
 /// Puts the signed keys of an upload in place of the stored ones. A last-resort key that is not in it stays.
-async fn replace(tx: &mut Transaction<'_, Sqlite>, no: DeviceNo, keys: &PreKeys) -> Result<()> {
+async fn replace(tx: &mut Tx, no: DeviceNo, keys: &PreKeys) -> Result<()> {
     let statement = "\
         UPDATE device_keys SET signed_id = $2, signed_key = $3, signed_signature = $4, \
                pq_last_resort_id = COALESCE($5, pq_last_resort_id), \
@@ -274,52 +295,75 @@ async fn replace(tx: &mut Transaction<'_, Sqlite>, no: DeviceNo, keys: &PreKeys)
     store_signed(tx, statement, no, keys).await
 }
 
-async fn store_signed(
-    tx: &mut Transaction<'_, Sqlite>,
-    statement: &'static str,
-    no: DeviceNo,
-    keys: &PreKeys,
-) -> Result<()> {
+async fn store_signed(tx: &mut Tx, statement: &'static str, no: DeviceNo, keys: &PreKeys) -> Result<()> {
     let last_resort = keys.pq_last_resort.as_ref();
-    sqlx::query(statement)
-        .bind(no)
-        .bind(keys.signed.id.0)
-        .bind(&keys.signed.public_key.as_bytes()[..])
-        .bind(&keys.signed.signature.as_bytes()[..])
-        .bind(last_resort.map(|key| key.id.get()))
-        .bind(last_resort.map(|key| &key.public_key.as_bytes()[..]))
-        .bind(last_resort.map(|key| &key.signature.as_bytes()[..]))
-        .execute(&mut **tx)
-        .await?;
+    run!(
+        tx,
+        sqlx::query(statement)
+            .bind(no)
+            .bind(keys.signed.id.0)
+            .bind(&keys.signed.public_key.as_bytes()[..])
+            .bind(&keys.signed.signature.as_bytes()[..])
+            .bind(last_resort.map(|key| key.id.get()))
+            .bind(last_resort.map(|key| &key.public_key.as_bytes()[..]))
+            .bind(last_resort.map(|key| &key.signature.as_bytes()[..]))
+    )?;
     Ok(())
 }
 
+/// A one-time key as a row: kind, id, key, signature.
+type OneTimeRow<'a> = (i32, i32, &'a [u8], Option<&'a [u8]>);
+
 /// Adds the one-time keys of an upload, in their order, without those whose ids are stored already.
-async fn add_one_time(tx: &mut Transaction<'_, Sqlite>, no: DeviceNo, keys: &PreKeys) -> Result<()> {
+async fn add_one_time(tx: &mut Tx, no: DeviceNo, keys: &PreKeys) -> Result<()> {
     let ec = keys.one_time.iter().map(|key| (EC, key.id.0, &key.public_key.as_bytes()[..], None));
     let pq = keys
         .pq_one_time
         .iter()
         .map(|key| (PQ, key.id.get(), &key.public_key.as_bytes()[..], Some(&key.signature.as_bytes()[..])));
-    let rows: Vec<_> = ec.chain(pq).collect();
+    let rows: Vec<OneTimeRow<'_>> = ec.chain(pq).collect();
     for rows in rows.chunks(ROWS_PER_STATEMENT) {
-        let mut statement = QueryBuilder::<Sqlite>::new(
-            "INSERT INTO one_time_prekeys (device_no, kind, key_id, public_key, signature) ",
-        );
-        statement.push_values(rows, |mut row, (kind, id, key, signature)| {
-            row.push_bind(no).push_bind(*kind).push_bind(*id).push_bind(*key).push_bind(*signature);
-        });
-        statement.push(" ON CONFLICT (device_no, kind, key_id) DO NOTHING");
-        // Hardly two uploads have the same number of keys, so these would fill the cache of statements.
-        statement.build().persistent(false).execute(&mut **tx).await?;
+        match tx {
+            Tx::Sqlite(tx) => {
+                let mut statement = QueryBuilder::<Sqlite>::new(
+                    "INSERT INTO one_time_prekeys (device_no, kind, key_id, public_key, signature) ",
+                );
+                statement.push_values(rows, |mut row, (kind, id, key, signature)| {
+                    row.push_bind(no).push_bind(*kind).push_bind(*id).push_bind(*key).push_bind(*signature);
+                });
+                statement.push(" ON CONFLICT (device_no, kind, key_id) DO NOTHING");
+                // Hardly two uploads have the same number of keys, so these would fill the cache of statements.
+                statement.build().persistent(false).execute(&mut **tx).await?;
+            }
+            Tx::Postgres(tx) => {
+                let column = |of: fn(&OneTimeRow<'_>) -> i32| rows.iter().map(of).collect::<Vec<i32>>();
+                let public_keys: Vec<&[u8]> = rows.iter().map(|(_, _, key, _)| *key).collect();
+                let signatures: Vec<Option<&[u8]>> = rows.iter().map(|(.., signature)| *signature).collect();
+                let insert = sqlx::query(ADD_KEYS_IN_POSTGRES)
+                    .bind(no)
+                    .bind(column(|row| row.0))
+                    .bind(column(|row| row.1))
+                    .bind(public_keys)
+                    .bind(signatures);
+                tx.run(insert).await?;
+            }
+        }
     }
     Ok(())
 }
 
+/// The numbers are given in the order of the arrays.
+const ADD_KEYS_IN_POSTGRES: &str = "\
+    INSERT INTO one_time_prekeys (device_no, kind, key_id, public_key, signature) \
+    SELECT $1, kind, key_id, public_key, signature \
+    FROM unnest($2::int[], $3::int[], $4::bytea[], $5::bytea[]) \
+         WITH ORDINALITY AS keys (kind, key_id, public_key, signature, place) \
+    ORDER BY place ON CONFLICT (device_no, kind, key_id) DO NOTHING";
+
 /// Drops the oldest one-time keys of each kind beyond `max`.
-async fn prune(tx: &mut Transaction<'_, Sqlite>, no: DeviceNo, max: u32) -> Result<()> {
+async fn prune(tx: &mut Tx, no: DeviceNo, max: u32) -> Result<()> {
     for kind in [EC, PQ] {
-        sqlx::query(PRUNE).bind(no).bind(kind).bind(max).execute(&mut **tx).await?;
+        run!(tx, sqlx::query(PRUNE).bind(no).bind(kind).bind(i64::from(max)))?;
     }
     Ok(())
 }

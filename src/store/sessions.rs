@@ -5,11 +5,12 @@
 use std::fmt;
 use std::time::Duration;
 
-use sqlx::{FromRow, Sqlite, Transaction};
+use sqlx::FromRow;
 
 use crate::clock::Timestamp;
 use crate::model::ids::{Address, DeviceId, DeviceNo, IdempotencyKey, UserId};
-use crate::store::{Result, Store, commit};
+use crate::store::database::{Tx, on, reading, run};
+use crate::store::{Result, Store, devices};
 
 /// A refresh token that is presented again so soon is a client racing itself, and no sign of theft.
 const RACE_WINDOW: Duration = Duration::from_secs(10);
@@ -95,28 +96,34 @@ impl Store {
     /// device.
     pub async fn log_in(&self, user: UserId, device: DeviceId, grant: &SessionGrant) -> Result<Option<SessionHolder>> {
         let mut tx = self.begin().await?;
-        let statement = "SELECT user_id, id, no, tokens_void_to FROM devices WHERE id = $1 AND user_id = $2";
+        // Held, so that it can't be removed before it has its session.
+        let statement = tx.either(
+            "SELECT user_id, id, no, tokens_void_to FROM devices WHERE id = $1 AND user_id = $2",
+            "SELECT user_id, id, no, tokens_void_to FROM devices WHERE id = $1 AND user_id = $2 FOR NO KEY UPDATE",
+        );
         let holder: Option<SessionHolder> =
-            sqlx::query_as(statement).bind(device).bind(user).fetch_optional(&mut *tx).await?;
-        let Some(holder) = holder else { return Ok(None) };
-        open(&mut tx, holder.no, grant).await?;
-        commit(tx).await?;
-        Ok(Some(holder))
+            on!(&mut tx, |db| sqlx::query_as(statement).bind(device).bind(user).fetch_optional(db))?;
+        if let Some(holder) = &holder {
+            open(&mut tx, holder.no, grant).await?;
+        }
+        tx.commit().await?;
+        Ok(holder)
     }
 
     /// Exchanges a refresh token.
     pub async fn refresh(&self, wish: &Refresh, now: Timestamp) -> Result<Refreshed> {
         // Tokens that never were must not keep the one writer busy.
-        let known = sqlx::query("SELECT 1 FROM sessions WHERE family = $1").bind(&wish.next.family[..]);
-        if known.fetch_optional(&mut *self.read.get().await?).await?.is_none() {
-            return Ok(Refreshed::Refused);
-        }
+        let statement = "SELECT device_no FROM sessions WHERE family = $1";
+        let known: Option<DeviceNo> =
+            reading!(self, |db| sqlx::query_scalar(statement).bind(&wish.next.family[..]).fetch_optional(db))?;
+        let Some(no) = known else { return Ok(Refreshed::Refused) };
         let mut tx = self.begin().await?;
+        devices::lock(&mut tx, no).await?;
         let refreshed = match session_of(&mut tx, &wish.next.family).await? {
             Some(session) if session.expires_at > now => exchange(&mut tx, &session, wish, now).await?,
             _ => Refreshed::Refused,
         };
-        commit(tx).await?;
+        tx.commit().await?;
         Ok(refreshed)
     }
 
@@ -125,7 +132,7 @@ impl Store {
     pub async fn log_out(&self, no: DeviceNo, void_to: i64) -> Result<()> {
         let mut tx = self.begin().await?;
         end(&mut tx, no, void_to).await?;
-        commit(tx).await
+        tx.commit().await
     }
 
     /// Remembers a gateway ticket of a device that called with an access token which expires at `token_expires_at`.
@@ -138,38 +145,46 @@ impl Store {
         expires_at: Timestamp,
     ) -> Result<bool> {
         let mut tx = self.begin().await?;
-        let statement = "INSERT INTO gateway_tickets (hash, device_no, expires_at) \
-                         SELECT $1, no, $2 FROM devices WHERE no = $3 AND tokens_void_to < $4";
-        let insert = sqlx::query(statement).bind(&hash[..]).bind(expires_at).bind(no).bind(token_expires_at);
-        let issued = insert.execute(&mut *tx).await?.rows_affected() == 1;
-        commit(tx).await?;
+        let statement = tx.either(
+            "INSERT INTO gateway_tickets (hash, device_no, expires_at) \
+             SELECT $1, no, $2 FROM devices WHERE no = $3 AND tokens_void_to < $4",
+            "INSERT INTO gateway_tickets (hash, device_no, expires_at) \
+             SELECT $1, no, $2 FROM devices WHERE no = $3 AND tokens_void_to < $4 FOR SHARE",
+        );
+        let insert =
+            run!(&mut tx, sqlx::query(statement).bind(&hash[..]).bind(expires_at).bind(no).bind(token_expires_at));
+        let issued = insert? == 1;
+        tx.commit().await?;
         Ok(issued)
     }
 
     /// Uses a gateway ticket up. `None` when it is unknown, used or expired, or its device is gone or logged out.
     pub async fn redeem_ticket(&self, hash: &[u8; 32], now: Timestamp) -> Result<Option<SessionHolder>> {
-        let known = sqlx::query("SELECT 1 FROM gateway_tickets WHERE hash = $1").bind(&hash[..]);
-        if known.fetch_optional(&mut *self.read.get().await?).await?.is_none() {
+        let statement = "SELECT device_no FROM gateway_tickets WHERE hash = $1";
+        let known: Option<DeviceNo> =
+            reading!(self, |db| sqlx::query_scalar(statement).bind(&hash[..]).fetch_optional(db))?;
+        if known.is_none() {
             return Ok(None);
         }
         let mut tx = self.begin().await?;
         let statement = "DELETE FROM gateway_tickets WHERE hash = $1 RETURNING device_no, expires_at";
         let ticket: Option<(DeviceNo, Timestamp)> =
-            sqlx::query_as(statement).bind(&hash[..]).fetch_optional(&mut *tx).await?;
+            on!(&mut tx, |db| sqlx::query_as(statement).bind(&hash[..]).fetch_optional(db))?;
         let holder = match ticket {
             Some((no, expires_at)) if expires_at > now => {
                 let statement = "SELECT user_id, id, no, tokens_void_to FROM devices WHERE no = $1";
-                sqlx::query_as(statement).bind(no).fetch_optional(&mut *tx).await?
+                on!(&mut tx, |db| sqlx::query_as(statement).bind(no).fetch_optional(db))?
             }
             _ => None,
         };
-        commit(tx).await?;
+        tx.commit().await?;
         Ok(holder)
     }
 
     /// Forgets refresh tokens that have expired, at most `limit`. Answers how many.
     pub async fn expire_sessions(&self, now: Timestamp, limit: u32) -> Result<u64> {
-        let statement = "DELETE FROM sessions WHERE device_no IN \
+        // Compared twice, because a device may get a new session in between.
+        let statement = "DELETE FROM sessions WHERE expires_at <= $1 AND device_no IN \
                          (SELECT device_no FROM sessions WHERE expires_at <= $1 ORDER BY expires_at LIMIT $2)";
         self.sweep(statement, now, limit).await
     }
@@ -192,39 +207,39 @@ impl Store {
 
     async fn sweep(&self, statement: &'static str, until: Timestamp, limit: u32) -> Result<u64> {
         let mut tx = self.begin().await?;
-        let swept = sqlx::query(statement).bind(until).bind(limit).execute(&mut *tx).await?.rows_affected();
-        commit(tx).await?;
+        let swept = run!(&mut tx, sqlx::query(statement).bind(until).bind(i64::from(limit)))?;
+        tx.commit().await?;
         Ok(swept)
     }
 }
 
 /// Gives the device this session in place of the one it may have.
-pub(super) async fn open(tx: &mut Transaction<'_, Sqlite>, no: DeviceNo, grant: &SessionGrant) -> Result<()> {
+pub(super) async fn open(tx: &mut Tx, no: DeviceNo, grant: &SessionGrant) -> Result<()> {
     let statement = "INSERT INTO sessions (device_no, family, secret_hash, expires_at) VALUES ($1, $2, $3, $4) \
                      ON CONFLICT (device_no) DO UPDATE SET family = excluded.family, \
                      secret_hash = excluded.secret_hash, expires_at = excluded.expires_at";
-    let insert = sqlx::query(statement).bind(no).bind(&grant.family[..]).bind(&grant.secret_hash[..]);
-    insert.bind(grant.expires_at).execute(&mut **tx).await?;
+    run!(
+        tx,
+        sqlx::query(statement).bind(no).bind(&grant.family[..]).bind(&grant.secret_hash[..]).bind(grant.expires_at)
+    )?;
     // Remembered rather than reckoned at log-out: the clock or the configured lifetime may be another one by then.
-    let statement = "UPDATE devices SET tokens_issued_to = MAX(tokens_issued_to, $2, tokens_void_to + 1) WHERE no = $1";
-    sqlx::query(statement).bind(no).bind(grant.access_expires_at).execute(&mut **tx).await?;
+    let statement = tx.either(
+        "UPDATE devices SET tokens_issued_to = MAX(tokens_issued_to, $2, tokens_void_to + 1) WHERE no = $1",
+        "UPDATE devices SET tokens_issued_to = GREATEST(tokens_issued_to, $2, tokens_void_to + 1) WHERE no = $1",
+    );
+    run!(tx, sqlx::query(statement).bind(no).bind(grant.access_expires_at))?;
     Ok(())
 }
 
-async fn session_of(tx: &mut Transaction<'_, Sqlite>, family: &[u8; 16]) -> Result<Option<Session>> {
+async fn session_of(tx: &mut Tx, family: &[u8; 16]) -> Result<Option<Session>> {
     let statement = "SELECT devices.user_id, devices.id, devices.no, devices.tokens_void_to, \
                      sessions.secret_hash, sessions.expires_at \
                      FROM sessions JOIN devices ON devices.no = sessions.device_no WHERE sessions.family = $1";
-    Ok(sqlx::query_as(statement).bind(&family[..]).fetch_optional(&mut **tx).await?)
+    on!(tx, |db| sqlx::query_as(statement).bind(&family[..]).fetch_optional(db))
 }
 
 /// The presented token belongs to this living session: it is its current one, or one that was exchanged before.
-async fn exchange(
-    tx: &mut Transaction<'_, Sqlite>,
-    session: &Session,
-    wish: &Refresh,
-    now: Timestamp,
-) -> Result<Refreshed> {
+async fn exchange(tx: &mut Tx, session: &Session, wish: &Refresh, now: Timestamp) -> Result<Refreshed> {
     let holder = session.holder;
     if session.secret_hash == wish.secret_hash {
         open(tx, holder.no, &wish.next).await?;
@@ -232,10 +247,10 @@ async fn exchange(
         return Ok(Refreshed::Rotated(holder));
     }
     let statement = "SELECT idempotency_key, used_at FROM refresh_uses WHERE secret_hash = $1 AND device_no = $2";
-    let used: Option<(Option<Vec<u8>>, Timestamp)> =
-        sqlx::query_as(statement).bind(&wish.secret_hash[..]).bind(holder.no).fetch_optional(&mut **tx).await?;
+    let used: Option<(Option<IdempotencyKey>, Timestamp)> =
+        on!(tx, |db| sqlx::query_as(statement).bind(&wish.secret_hash[..]).bind(holder.no).fetch_optional(db))?;
     if let Some((key, used_at)) = used {
-        let is_same_wish = wish.key.is_some_and(|wished| key.as_deref() == Some(&wished.as_bytes()[..]));
+        let is_same_wish = wish.key.is_some() && wish.key == key;
         if is_same_wish && used_at > now - REPEAT_WINDOW {
             return Ok(Refreshed::Repeated { holder, used_at });
         }
@@ -247,26 +262,29 @@ async fn exchange(
     Ok(Refreshed::Stolen(Address { user: holder.user, device: holder.no }))
 }
 
-async fn remember_use(tx: &mut Transaction<'_, Sqlite>, no: DeviceNo, wish: &Refresh, now: Timestamp) -> Result<()> {
+async fn remember_use(tx: &mut Tx, no: DeviceNo, wish: &Refresh, now: Timestamp) -> Result<()> {
     let statement =
         "INSERT INTO refresh_uses (secret_hash, device_no, idempotency_key, used_at) VALUES ($1, $2, $3, $4)";
-    let key = wish.key.as_ref().map(|key| &key.as_bytes()[..]);
-    sqlx::query(statement).bind(&wish.secret_hash[..]).bind(no).bind(key).bind(now).execute(&mut **tx).await?;
+    run!(tx, sqlx::query(statement).bind(&wish.secret_hash[..]).bind(no).bind(wish.key).bind(now))?;
     Ok(())
 }
 
 /// Ends the device's session, if it has one, and voids its access tokens and tickets in any case.
-async fn end(tx: &mut Transaction<'_, Sqlite>, no: DeviceNo, void_to: i64) -> Result<()> {
+async fn end(tx: &mut Tx, no: DeviceNo, void_to: i64) -> Result<()> {
+    // First, so that whoever is about to keep something for this session waits, and then finds it ended. The number
+    // always grows: gateway sockets notice by it that the session they began in has ended.
+    let statement = tx.either(
+        "UPDATE devices SET tokens_void_to = MAX(tokens_void_to + 1, tokens_issued_to, $2) WHERE no = $1",
+        "UPDATE devices SET tokens_void_to = GREATEST(tokens_void_to + 1, tokens_issued_to, $2) WHERE no = $1",
+    );
+    run!(tx, sqlx::query(statement).bind(no).bind(void_to))?;
     for statement in [
         "DELETE FROM sessions WHERE device_no = $1",
         "DELETE FROM refresh_uses WHERE device_no = $1",
         "DELETE FROM gateway_tickets WHERE device_no = $1",
         "DELETE FROM push_tokens WHERE device_no = $1",
     ] {
-        sqlx::query(statement).bind(no).execute(&mut **tx).await?;
+        run!(tx, sqlx::query(statement).bind(no))?;
     }
-    // It always grows: gateway sockets notice by it that the session they began in has ended.
-    let statement = "UPDATE devices SET tokens_void_to = MAX(tokens_void_to + 1, tokens_issued_to, $2) WHERE no = $1";
-    sqlx::query(statement).bind(no).bind(void_to).execute(&mut **tx).await?;
     Ok(())
 }

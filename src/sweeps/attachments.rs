@@ -63,7 +63,7 @@ pub async fn remove_stale(app: App, walk: Arc<Walk>) -> Result<Round, SweepError
 /// Removes what uploads left that the last run of the server did not finish. Only where no other node can be in the
 /// middle of one: with a database of our own.
 pub async fn remove_interrupted(app: &App) {
-    if !app.config.database.url.expose().starts_with("sqlite:") {
+    if !app.store.is_our_own() {
         return;
     }
     let walk = Walk::default();

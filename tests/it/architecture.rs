@@ -175,9 +175,11 @@ fn sql_stops_at_the_store() {
 /// Whether a commit outlives a power cut can't be seen by a test, only that it is asked for.
 #[test]
 fn every_connection_is_told_to_flush_its_commits() {
-    let store = std::fs::read_to_string(Path::new(SOURCE).join("store/mod.rs")).unwrap();
-    assert_eq!(store.matches("SqliteConnectOptions::new()").count(), 1, "one place says how the file is opened");
-    assert!(store.contains(".synchronous(SqliteSynchronous::Full)") && store.contains("SqliteJournalMode::Wal"));
+    let sqlite = std::fs::read_to_string(Path::new(SOURCE).join("store/sqlite.rs")).unwrap();
+    assert_eq!(sqlite.matches("SqliteConnectOptions::new()").count(), 1, "one place says how the file is opened");
+    assert!(sqlite.contains(".synchronous(SqliteSynchronous::Full)") && sqlite.contains("SqliteJournalMode::Wal"));
+    let postgres = std::fs::read_to_string(Path::new(SOURCE).join("store/postgres.rs")).unwrap();
+    assert!(postgres.contains(r#"("synchronous_commit", "on".to_owned())"#), "whatever the server's own setting is");
 }
 
 #[test]

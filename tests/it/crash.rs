@@ -134,7 +134,7 @@ async fn fetch(asker: Device, target: Device, diary: Arc<Diary>) {
 /// the next start has to recover the database.
 async fn look_at_the_database(folder: &Path, diary: &Diary) {
     let acknowledged = diary.acknowledged.lock().unwrap().clone();
-    let database = Database::open(&folder.join("obscura.db")).await;
+    let database = Database::of(folder).await;
     let stored = database.message_ids().await;
     database.close().await;
     diary.flushed.lock().unwrap().extend(acknowledged.difference(&stored).cloned());
@@ -186,7 +186,7 @@ async fn what_was_answered_survives_twenty_crashes() {
 }
 
 async fn assert_nothing_was_lost(folder: &Path, receivers: &[Device], diary: &Diary) {
-    let database = Database::open(&folder.join("obscura.db")).await;
+    let database = Database::of(folder).await;
     let mut left = BTreeSet::new();
     for receiver in receivers {
         let mut socket = receiver.connect().await;

@@ -45,7 +45,7 @@ async fn requests_under_way_are_answered_and_new_ones_are_not_taken() {
     let folder = tempfile::tempdir().unwrap();
     let mut server = Binary::start(folder.path(), &[]).await;
     let (alice, bob) = (Device::register(&server.client()).await, Device::register(&server.client()).await);
-    let database = Database::open(&folder.path().join("obscura.db")).await;
+    let database = Database::of(folder.path()).await;
     let held = database.hold_write().await;
     let (address, request) = (server.address(), raw_send(&alice, &bob));
     let mut stream = TcpStream::connect(address).await.unwrap();

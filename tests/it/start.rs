@@ -5,7 +5,7 @@ use std::net::TcpListener;
 use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 
-use crate::harness::{Binary, Database, Device};
+use crate::harness::{Binary, Database, Device, deployment};
 
 /// Runs the program, which has to give up, and answers the one sentence that it says.
 async fn refusal(options: &[&str], variables: &[(&str, &str)]) -> String {
@@ -18,8 +18,10 @@ async fn refusal(options: &[&str], variables: &[(&str, &str)]) -> String {
     output
 }
 
+const PORTS: [&str; 3] = ["--server-host=127.0.0.1", "--server-port=0", "--mgmt-port=0"];
+
 fn folder_options<'a>(folder: &'a str, more: &[&'a str]) -> Vec<&'a str> {
-    [&["--data-dir", folder, "--server-host=127.0.0.1", "--server-port=0", "--mgmt-port=0"], more].concat()
+    [&["--data-dir", folder], &PORTS[..], more].concat()
 }
 
 #[tokio::test]
@@ -95,7 +97,7 @@ async fn a_published_or_short_secret_is_refused_and_never_repeated() {
 async fn a_generated_secret_is_for_the_owner_only_and_is_kept() {
     let folder = tempfile::tempdir().unwrap();
     let data = folder.path().join("data");
-    let mut server = Binary::start(&data, &[]).await;
+    let mut server = Binary::start_embedded(&data, &[]).await;
     let alice = Device::register(&server.client()).await;
     let file = data.join("jwt-secret");
     let secret = std::fs::read_to_string(&file).unwrap();
@@ -120,14 +122,19 @@ async fn a_database_of_a_newer_version_is_left_alone() {
     let mut server = Binary::start(folder.path(), &[]).await;
     server.terminate();
     assert!(server.exit(crate::harness::PATIENCE).await.success());
-    let file = folder.path().join("obscura.db");
-    let database = Database::open(&file).await;
-    database.execute("INSERT INTO _sqlx_migrations VALUES (9999, 'future', 0, 1, x'00', 0)").await;
+    let database = Database::of(folder.path()).await;
+    database
+        .execute(
+            "INSERT INTO _sqlx_migrations (version, description, success, checksum, execution_time)
+             SELECT 9999, 'future', success, checksum, 0 FROM _sqlx_migrations WHERE version = 1",
+        )
+        .await;
     let before = database.everything().await;
-    database.close().await;
-    let sentence = refusal(&folder_options(folder.path().to_str().unwrap(), &[]), &[]).await;
+    let options = deployment::options(folder.path()).await;
+    let options: Vec<&str> = options.iter().map(String::as_str).chain(PORTS).collect();
+    let sentence = refusal(&options, &[]).await;
     assert!(sentence.contains("newer") && sentence.contains("9999"), "{sentence}");
-    assert!(Database::open(&file).await.everything().await == before, "something was changed");
+    assert!(database.everything().await == before, "something was changed");
 }
 
 #[tokio::test]
@@ -144,7 +151,7 @@ async fn a_broken_database_is_named_and_left_alone() {
 #[tokio::test]
 async fn two_servers_do_not_share_a_folder() {
     let folder = tempfile::tempdir().unwrap();
-    let first = Binary::start(folder.path(), &[]).await;
+    let first = Binary::start_embedded(folder.path(), &[]).await;
     let sentence = refusal(&folder_options(folder.path().to_str().unwrap(), &[]), &[]).await;
     assert!(sentence.contains("--data-dir"), "{sentence}");
     Device::register(&first.client()).await;

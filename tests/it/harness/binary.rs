@@ -8,7 +8,7 @@ use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use super::client::Target;
-use super::{Client, PATIENCE};
+use super::{Client, PATIENCE, deployment};
 
 /// What the program takes to listen on free ports of this machine and not to count requests.
 const TEST_OPTIONS: &[&str] = &[
@@ -28,6 +28,7 @@ pub struct Binary {
     output: Arc<Mutex<String>>,
     target: Target,
     management: Target,
+    is_embedded: bool,
 }
 
 /// How a program that ended by itself ended.
@@ -46,25 +47,38 @@ impl Binary {
     /// The program with these further options and environment variables.
     pub async fn start_with(folder: &Path, options: &[&str], variables: &[(&str, &str)]) -> Self {
         let anywhere = Target::new(([127, 0, 0, 1], 0).into());
-        Self::launch(folder, options, variables, anywhere.clone(), anywhere).await
+        Self::launch(deployment::options(folder).await, options, variables, (anywhere.clone(), anywhere)).await
+    }
+
+    /// The program in embedded mode, whatever this run is about: for what only that has.
+    pub async fn start_embedded(folder: &Path, options: &[&str]) -> Self {
+        let anywhere = Target::new(([127, 0, 0, 1], 0).into());
+        let mut binary =
+            Self::launch(deployment::embedded_options(folder), options, &[], (anywhere.clone(), anywhere)).await;
+        binary.is_embedded = true;
+        binary
     }
 
     /// A new process on the same folder, after this one has ended. Clients made before go on with the new one.
     pub async fn start_again(&self, folder: &Path, options: &[&str]) -> Self {
-        Self::launch(folder, options, &[], self.target.clone(), self.management.clone()).await
+        let layout =
+            if self.is_embedded { deployment::embedded_options(folder) } else { deployment::options(folder).await };
+        let targets = (self.target.clone(), self.management.clone());
+        let mut binary = Self::launch(layout, options, &[], targets).await;
+        binary.is_embedded = self.is_embedded;
+        binary
     }
 
     async fn launch(
-        folder: &Path,
+        layout: Vec<String>,
         options: &[&str],
         variables: &[(&str, &str)],
-        target: Target,
-        management: Target,
+        (target, management): (Target, Target),
     ) -> Self {
         let mut command = command(variables);
-        command.arg("--data-dir").arg(folder).args(TEST_OPTIONS).args(options);
+        command.args(layout).args(TEST_OPTIONS).args(options);
         let (child, output) = spawn(command);
-        let mut binary = Self { child, output, target, management };
+        let mut binary = Self { child, output, target, management, is_embedded: false };
         let (api, port) = binary.wait_for_addresses().await;
         binary.target.set(api);
         binary.management = Target::new(port);
@@ -97,7 +111,7 @@ impl Binary {
         command.args(options);
         let (child, output) = spawn(command);
         let anywhere = Target::new(([127, 0, 0, 1], 0).into());
-        let mut binary = Self { child, output, target: anywhere.clone(), management: anywhere };
+        let mut binary = Self { child, output, target: anywhere.clone(), management: anywhere, is_embedded: false };
         let status = binary.exit(PATIENCE).await;
         Finished { status, output: binary.output() }
     }

@@ -2,93 +2,164 @@
 
 use std::collections::BTreeSet;
 use std::path::Path;
+use std::str::FromStr;
 use std::time::Duration;
 
 use bytes::Bytes;
+use obscura_server::config;
 use sqlx::pool::PoolConnection;
+use sqlx::postgres::{PgConnectOptions, PgPool, PgPoolOptions};
 use sqlx::sqlite::{SqliteConnectOptions, SqlitePool, SqlitePoolOptions};
-use sqlx::{AssertSqlSafe, Sqlite};
+use sqlx::types::Uuid;
+use sqlx::{AssertSqlSafe, Postgres, Sqlite};
 
-use super::Device;
+use super::{Device, deployment};
 
 /// The database of a server.
-pub struct Database {
-    pool: SqlitePool,
+pub enum Database {
+    Sqlite(SqlitePool),
+    Postgres(PgPool),
+}
+
+/// Runs the same on either.
+macro_rules! on {
+    ($database:expr, |$pool:ident| $body:expr) => {
+        match $database {
+            Database::Sqlite($pool) => $body,
+            Database::Postgres($pool) => $body,
+        }
+    };
 }
 
 impl Database {
-    /// Opens the file, which has to exist.
-    pub async fn open(file: &Path) -> Self {
-        let options = SqliteConnectOptions::new().filename(file).busy_timeout(Duration::from_secs(20));
-        let pool = SqlitePoolOptions::new().max_connections(3).connect_with(options).await.expect("the database opens");
-        Self { pool }
+    /// The database of the server on this folder.
+    pub async fn of(folder: &Path) -> Self {
+        Self::open(&deployment::database_config(folder).await).await
+    }
+
+    /// The database that a server with this configuration uses. It has to exist.
+    pub async fn open(config: &config::Database) -> Self {
+        match config.file() {
+            Some(file) => {
+                let options = SqliteConnectOptions::new().filename(file).busy_timeout(Duration::from_secs(20));
+                let pool = SqlitePoolOptions::new().max_connections(3).connect_with(options).await;
+                Self::Sqlite(pool.expect("the database opens"))
+            }
+            None => {
+                let options = PgConnectOptions::from_str(config.url.expose()).expect("a URL");
+                let pool = PgPoolOptions::new().max_connections(3).connect_with(options).await;
+                Self::Postgres(pool.expect("the database opens"))
+            }
+        }
     }
 
     /// The one number that this query answers.
     pub async fn number(&self, query: &str) -> i64 {
-        sqlx::query_scalar(AssertSqlSafe(query.to_owned())).fetch_one(&self.pool).await.expect("a number")
+        let query = AssertSqlSafe(query.to_owned());
+        on!(self, |pool| sqlx::query_scalar(query).fetch_one(pool).await).expect("a number")
     }
 
     /// The one text that this query answers.
     pub async fn text(&self, query: &str) -> String {
-        sqlx::query_scalar(AssertSqlSafe(query.to_owned())).fetch_one(&self.pool).await.expect("a text")
+        let query = AssertSqlSafe(query.to_owned());
+        on!(self, |pool| sqlx::query_scalar(query).fetch_one(pool).await).expect("a text")
     }
 
     /// The ids of all queued messages.
     pub async fn message_ids(&self) -> BTreeSet<Bytes> {
-        let ids: Vec<Vec<u8>> =
-            sqlx::query_scalar("SELECT id FROM messages").fetch_all(&self.pool).await.expect("the ids");
-        ids.into_iter().map(Bytes::from).collect()
+        let query = "SELECT id FROM messages";
+        let ids: Vec<Uuid> = on!(self, |pool| sqlx::query_scalar(query).fetch_all(pool).await).expect("the ids");
+        ids.into_iter().map(|id| Bytes::copy_from_slice(id.as_bytes())).collect()
     }
 
     /// Everything in all tables as one text, to see that nothing has changed.
     pub async fn everything(&self) -> String {
-        let tables = "SELECT name FROM sqlite_master WHERE type = 'table' AND name NOT LIKE 'sqlite_%' ORDER BY name";
-        let tables: Vec<String> = sqlx::query_scalar(tables).fetch_all(&self.pool).await.expect("the tables");
         let mut everything = String::new();
-        for table in tables {
-            let columns = format!(
-                "SELECT group_concat('quote(' || name || ')', ' || '','' || ') FROM pragma_table_info('{table}')"
-            );
-            let columns = self.text(&columns).await;
-            let rows = format!("SELECT coalesce(group_concat({columns}, char(10)), '') FROM {table}");
+        for table in self.tables().await {
+            let rows = match self {
+                Self::Sqlite(_) => {
+                    let columns = format!(
+                        "SELECT group_concat('quote(' || name || ')', ' || '','' || ') FROM pragma_table_info('{table}')"
+                    );
+                    let columns = self.text(&columns).await;
+                    format!("SELECT coalesce(group_concat({columns}, char(10)), '') FROM {table}")
+                }
+                Self::Postgres(_) => {
+                    format!("SELECT coalesce(string_agg(t::text, chr(10) ORDER BY t::text), '') FROM {table} t")
+                }
+            };
             everything += &format!("{table}\n{}\n", self.text(&rows).await);
         }
         everything
     }
 
+    /// The names of all tables but the one of the repeated jobs, which goes on by itself.
+    async fn tables(&self) -> Vec<String> {
+        let query = match self {
+            Self::Sqlite(_) => {
+                "SELECT name FROM sqlite_master WHERE type = 'table' AND name NOT LIKE 'sqlite_%' ORDER BY name"
+            }
+            Self::Postgres(_) => {
+                "SELECT tablename::text FROM pg_tables WHERE schemaname = 'public' AND tablename <> 'jobs' ORDER BY 1"
+            }
+        };
+        on!(self, |pool| sqlx::query_scalar(query).fetch_all(pool).await).expect("the tables")
+    }
+
     /// Runs a statement.
     pub async fn execute(&self, statement: &str) {
-        sqlx::raw_sql(AssertSqlSafe(statement.to_owned())).execute(&self.pool).await.expect("the statement runs");
+        let statement = AssertSqlSafe(statement.to_owned());
+        match self {
+            Self::Sqlite(pool) => drop(sqlx::raw_sql(statement).execute(pool).await.expect("the statement runs")),
+            Self::Postgres(pool) => drop(sqlx::raw_sql(statement).execute(pool).await.expect("the statement runs")),
+        }
     }
 
     /// How many messages wait for a device.
     pub async fn queued(&self, device: &Device) -> i64 {
         let query = "SELECT count(*) FROM messages JOIN devices ON no = device_no WHERE devices.id = $1";
-        sqlx::query_scalar(query).bind(device.id).fetch_one(&self.pool).await.expect("a count")
+        on!(self, |pool| sqlx::query_scalar(query).bind(device.id).fetch_one(pool).await).expect("a count")
     }
 
     /// Begins a transaction that keeps every other writer waiting until it is released.
     pub async fn hold_write(&self) -> HeldWrite {
-        let mut connection = self.pool.acquire().await.expect("a connection");
-        sqlx::raw_sql("BEGIN IMMEDIATE").execute(&mut *connection).await.expect("the lock");
-        HeldWrite { connection }
+        match self {
+            Self::Sqlite(pool) => {
+                let mut connection = pool.acquire().await.expect("a connection");
+                sqlx::raw_sql("BEGIN IMMEDIATE").execute(&mut *connection).await.expect("the lock");
+                HeldWrite::Sqlite(connection)
+            }
+            Self::Postgres(pool) => {
+                let lock = format!("BEGIN; LOCK TABLE {} IN EXCLUSIVE MODE", self.tables().await.join(", "));
+                let mut connection = pool.acquire().await.expect("a connection");
+                sqlx::raw_sql(AssertSqlSafe(lock)).execute(&mut *connection).await.expect("the lock");
+                HeldWrite::Postgres(connection)
+            }
+        }
     }
 
     /// Closes the connections.
     pub async fn close(self) {
-        self.pool.close().await;
+        on!(self, |pool| pool.close().await);
     }
 }
 
 /// An open transaction.
-pub struct HeldWrite {
-    connection: PoolConnection<Sqlite>,
+pub enum HeldWrite {
+    Sqlite(PoolConnection<Sqlite>),
+    Postgres(PoolConnection<Postgres>),
 }
 
 impl HeldWrite {
     /// Commits.
-    pub async fn release(mut self) {
-        sqlx::raw_sql("COMMIT").execute(&mut *self.connection).await.expect("the commit");
+    pub async fn release(self) {
+        match self {
+            Self::Sqlite(mut connection) => {
+                drop(sqlx::raw_sql("COMMIT").execute(&mut *connection).await.expect("the commit"))
+            }
+            Self::Postgres(mut connection) => {
+                drop(sqlx::raw_sql("COMMIT").execute(&mut *connection).await.expect("the commit"));
+            }
+        }
     }
 }

@@ -4,6 +4,7 @@ mod account;
 mod binary;
 mod client;
 mod database;
+pub mod deployment;
 pub mod proto;
 mod raw;
 mod server;

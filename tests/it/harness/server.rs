@@ -1,7 +1,7 @@
 //! A whole server in this process, on free ports and with a folder of its own.
 
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::Arc;
 
 use obscura_server::clock::Clock;
@@ -10,7 +10,7 @@ use obscura_server::server::Server;
 use tempfile::TempDir;
 
 use super::client::Target;
-use super::{Client, Database, Device, within};
+use super::{Client, Database, Device, deployment, within};
 
 /// A running server. Dropping it stops it without ceremony; [`TestServer::stop`] is the graceful way.
 pub struct TestServer {
@@ -31,7 +31,7 @@ impl TestServer {
     /// With these changes to the configuration.
     pub async fn start_with(change: impl FnOnce(&mut Config)) -> Self {
         let folder = tempfile::tempdir().expect("a folder for the server");
-        let mut config = test_config(folder.path());
+        let mut config = test_config(folder.path()).await;
         change(&mut config);
         let clock = Clock::system();
         let server = start(config.clone(), clock.clone()).await;
@@ -95,7 +95,7 @@ impl TestServer {
 
     /// A look at, and a hand in, the server's database.
     pub async fn database(&self) -> Database {
-        Database::open(&database_file(self.folder())).await
+        Database::open(&self.config.database).await
     }
 
     /// A new account with its primary device and 30 one-time prekeys.
@@ -104,24 +104,28 @@ impl TestServer {
     }
 }
 
-/// Where an embedded server keeps its database.
-pub fn database_file(folder: &Path) -> PathBuf {
-    folder.join("obscura.db")
-}
-
-fn test_config(folder: &Path) -> Config {
-    let mut config = Config::embedded(folder).expect("the defaults are allowed");
+async fn test_config(folder: &Path) -> Config {
+    let mut config = deployment::config(folder).await;
     config.server.host = IpAddr::V4(Ipv4Addr::LOCALHOST);
     config.server.port = 0;
     config.server.management_port = 0;
     config.server.max_connections_per_address = 10_000;
     // Many tests share a few processors and a disk; a writer whose turn comes late is no reason for a 503.
     config.database.acquire_timeout = super::PATIENCE;
+    config.database.lock_timeout = super::PATIENCE;
+    config.database.statement_timeout = super::PATIENCE;
+    config.database.min_connections = 1;
     config.rate_limits.per_second = 1_000_000;
     config.rate_limits.burst = 1_000_000;
     config.rate_limits.auth_per_second = 1_000_000;
     config.rate_limits.auth_burst = 1_000_000;
     config
+}
+
+impl Drop for TestServer {
+    fn drop(&mut self) {
+        deployment::drop_state(self.folder());
+    }
 }
 
 async fn start(config: Config, clock: Clock) -> Server {

@@ -7,7 +7,6 @@ use obscura_server::model::ids::UserId;
 use obscura_server::store::{LinkBody, Refresh, Refreshed, Registered};
 
 use super::fixture::{NOW, TestStore, grant, new_account, new_device, public_key};
-use crate::harness::Database;
 
 #[tokio::test]
 async fn registering_makes_an_account_with_a_primary_device_that_is_logged_in() {
@@ -32,7 +31,7 @@ async fn registering_makes_an_account_with_a_primary_device_that_is_logged_in() 
 async fn a_name_is_found_only_as_it_is_stored() {
     let store = TestStore::open().await;
     store.register(&new_account("alice")).await.unwrap();
-    for other in ["Alice", "alic", "alice ", "", "a%", "' OR ''='", "alice\0"] {
+    for other in ["Alice", "alic", "alice ", "", "a%", "' OR ''='"] {
         assert!(store.credentials(other).await.unwrap().is_none(), "{other:?}");
     }
 }
@@ -46,7 +45,7 @@ async fn a_registration_under_a_taken_name_leaves_nothing_behind() {
 
     assert_eq!(store.credentials("alice").await.unwrap().unwrap().user, first.user);
     assert_eq!(store.standing(second.device.id).await.unwrap(), None);
-    let database = Database::open(&store.file()).await;
+    let database = store.database().await;
     for table in ["users", "devices", "device_keys", "sessions"] {
         assert_eq!(database.number(&format!("SELECT count(*) FROM {table}")).await, 1, "{table}");
     }
@@ -94,7 +93,7 @@ async fn a_reset_forgets_all_devices_and_link_sessions_and_makes_a_new_primary_d
     assert_eq!(store.link_body(&link_hash(bob.user), NOW).await.unwrap(), LinkBody::Waiting);
     assert_eq!(store.redeem_ticket(&[alice.no.0 as u8; 32], NOW).await.unwrap(), None);
     assert!(store.redeem_ticket(&[bob.no.0 as u8; 32], NOW).await.unwrap().is_some());
-    let database = Database::open(&store.file()).await;
+    let database = store.database().await;
     assert_eq!(database.number("SELECT count(*) FROM push_tokens").await, 1);
     assert_eq!(database.number("SELECT count(*) FROM devices").await, 2);
     assert_eq!(database.number("SELECT count(*) FROM device_keys").await, 2);

@@ -97,7 +97,7 @@ async fn tiny_attachments_are_limited_in_number() {
 #[tokio::test]
 async fn reservations_at_the_same_time_do_not_pass_the_quota_together() {
     let store = TestStore::open().await;
-    let user = UserId::random();
+    let user = store.account().await.user;
     let reservations = join_all((0..30).map(|_| reserve(&store, user, 10, 100))).await;
     assert_eq!(reservations.iter().filter(|(_, reserved)| *reserved == Reserved::Yes).count(), 10);
 }

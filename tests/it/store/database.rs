@@ -1,4 +1,4 @@
-//! The database file itself: `open`, `check`, `reclaim`, `close`.
+//! The database itself: `open`, `check`, `close`; and what only SQLite's file has: `reclaim`.
 
 use std::path::Path;
 
@@ -8,9 +8,14 @@ use obscura_server::store::{Limits, OpenError, Store};
 use super::fixture::TestStore;
 use crate::harness::Database;
 
-async fn open(file: &Path) -> Result<Store, OpenError> {
-    let config = Config::embedded(file.parent().unwrap()).unwrap();
-    Store::open(file, &config.database, Limits::of(&config)).await
+/// SQLite's file in this folder, whatever this run is about.
+async fn open(folder: &Path) -> Result<Store, OpenError> {
+    let config = Config::embedded(folder).unwrap();
+    Store::open(&config.database, Limits::of(&config)).await
+}
+
+async fn file_in(folder: &Path) -> Database {
+    Database::open(&Config::embedded(folder).unwrap().database).await
 }
 
 #[tokio::test]
@@ -24,19 +29,27 @@ async fn an_open_store_answers_and_a_closed_one_does_not() {
 #[tokio::test]
 async fn readers_do_not_wait_for_the_writer() {
     let store = TestStore::open().await;
-    let database = Database::open(&store.file()).await;
+    let database = store.database().await;
     let held = database.hold_write().await;
     assert!(store.credentials("nobody").await.unwrap().is_none());
     held.release().await;
-    let mode: String = database.text("PRAGMA journal_mode").await;
-    assert_eq!(mode, "wal");
+}
+
+#[tokio::test]
+async fn a_file_has_a_log_beside_it_and_can_shrink() {
+    let folder = tempfile::tempdir().unwrap();
+    let store = open(folder.path()).await.unwrap();
+    let database = file_in(folder.path()).await;
+    assert_eq!(database.text("PRAGMA journal_mode").await, "wal");
     assert_eq!(database.number("PRAGMA auto_vacuum").await, 2, "incremental");
+    store.close().await;
 }
 
 #[tokio::test]
 async fn space_is_given_back_in_steps() {
-    let store = TestStore::open().await;
-    let database = Database::open(&store.file()).await;
+    let folder = tempfile::tempdir().unwrap();
+    let store = open(folder.path()).await.unwrap();
+    let database = file_in(folder.path()).await;
     assert!(!store.reclaim(10).await.unwrap());
     database.execute("CREATE TABLE large (x); INSERT INTO large VALUES (zeroblob(1000000)); DROP TABLE large").await;
     let free = async || database.number("PRAGMA freelist_count").await;
@@ -50,26 +63,28 @@ async fn space_is_given_back_in_steps() {
 
 #[tokio::test]
 async fn a_database_of_a_newer_server_is_left_alone() {
-    let folder = tempfile::tempdir().unwrap();
-    let file = folder.path().join("test.db");
-    open(&file).await.ok().unwrap().close().await;
-    let database = Database::open(&file).await;
-    database.execute("INSERT INTO _sqlx_migrations VALUES (9999, 'future', 0, 1, x'00', 0)").await;
+    let store = TestStore::open().await;
+    let database = store.database().await;
+    database
+        .execute(
+            "INSERT INTO _sqlx_migrations (version, description, success, checksum, execution_time)
+             SELECT 9999, 'future', success, checksum, 0 FROM _sqlx_migrations WHERE version = 1",
+        )
+        .await;
     let before = database.everything().await;
-    database.close().await;
-    let Err(error) = open(&file).await else { panic!("opened a database of the future") };
+    let Err(error) = store.open_again().await else { panic!("opened a database of the future") };
     assert!(matches!(error, OpenError::Newer { found: 9999, .. }), "{error}");
     assert!(error.to_string().contains("newer version"), "{error}");
-    assert!(Database::open(&file).await.everything().await == before, "something was changed");
+    assert!(database.everything().await == before, "something was changed");
 }
 
 #[tokio::test]
 async fn what_is_no_database_is_left_alone() {
     let folder = tempfile::tempdir().unwrap();
-    let file = folder.path().join("test.db");
+    let file = folder.path().join("obscura.db");
     let text = "this is a letter and no database, ".repeat(300);
     std::fs::write(&file, &text).unwrap();
-    let Err(error) = open(&file).await else { panic!("opened a letter") };
-    assert!(error.to_string().contains("test.db"), "{error}");
+    let Err(error) = open(folder.path()).await else { panic!("opened a letter") };
+    assert!(error.to_string().contains("obscura.db"), "{error}");
     assert!(std::fs::read_to_string(&file).unwrap() == text, "something was changed");
 }

@@ -4,23 +4,37 @@ use std::ops::Deref;
 use std::path::Path;
 
 use obscura_server::clock::Timestamp;
-use obscura_server::config::Config;
 use obscura_server::model::ids::{Address, DeviceId, DeviceNo, UserId};
 use obscura_server::model::keys::{KeyId, OneTimePreKey, PreKeys, PublicKey, RegistrationId, Signature, SignedPreKey};
-use obscura_server::store::{Limits, NewAccount, NewDevice, Registered, SessionGrant, Store};
+use obscura_server::store::{Limits, NewAccount, NewDevice, OpenError, Registered, SessionGrant, Store};
 use tempfile::TempDir;
 
 use crate::harness::signer::ec_public_key;
-use crate::harness::unique_name;
+use crate::harness::{Database, deployment, unique_name};
 
 /// The time in most tests of the store.
 pub const NOW: Timestamp = Timestamp::from_seconds(1_800_000_000);
 
-/// An empty store. Its files go when it is dropped.
+/// An empty store. What it holds goes with [`StateFolder`].
 pub struct TestStore {
     store: Store,
     limits: Limits,
-    folder: TempDir,
+    folder: StateFolder,
+}
+
+/// A folder that takes what belongs to it along when it is dropped.
+struct StateFolder(TempDir);
+
+impl StateFolder {
+    fn path(&self) -> &Path {
+        self.0.path()
+    }
+}
+
+impl Drop for StateFolder {
+    fn drop(&mut self) {
+        deployment::drop_state(self.path());
+    }
 }
 
 impl TestStore {
@@ -31,26 +45,30 @@ impl TestStore {
 
     /// With other limits.
     pub async fn open_with(change: impl FnOnce(&mut Limits)) -> Self {
-        let folder = tempfile::tempdir().expect("a folder for the store");
-        let config = Config::embedded(folder.path()).expect("the defaults are allowed");
+        let folder = StateFolder(tempfile::tempdir().expect("a folder for the store"));
+        let config = deployment::config(folder.path()).await;
         let mut limits = Limits::of(&config);
         change(&mut limits);
-        let store = Store::open(&folder.path().join("test.db"), &config.database, limits).await.expect("a store");
+        let store = Store::open(&config.database, limits).await.expect("a store");
         Self { store, limits, folder }
     }
 
     /// The same database after closing it and opening it again, as a restart does.
     pub async fn reopened(self) -> Self {
         self.store.close().await;
-        let config = Config::embedded(self.folder.path()).expect("the defaults are allowed");
-        let store = Store::open(&self.file(), &config.database, self.limits).await.expect("a store");
-        Self { store, ..self }
+        let config = deployment::database_config(self.folder.path()).await;
+        let store = Store::open(&config, self.limits).await.expect("a store");
+        Self { store, limits: self.limits, folder: self.folder }
     }
 
-    /// Where the database file is.
-    pub fn file(&self) -> std::path::PathBuf {
-        let folder: &Path = self.folder.path();
-        folder.join("test.db")
+    /// Opens the same database beside this one.
+    pub async fn open_again(&self) -> Result<Store, OpenError> {
+        Store::open(&deployment::database_config(self.folder.path()).await, self.limits).await
+    }
+
+    /// A look at, and a hand in, the database.
+    pub async fn database(&self) -> Database {
+        Database::of(self.folder.path()).await
     }
 
     /// A new account with its primary device.

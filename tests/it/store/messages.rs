@@ -9,7 +9,6 @@ use obscura_server::model::mail::{Envelope, Outcome, Outgoing, Recipient, Replay
 use obscura_server::store::{Page, Store};
 
 use super::fixture::{NOW, Person, TestStore};
-use crate::harness::Database;
 
 const DAY: Duration = Duration::from_hours(24);
 const RETENTION: Duration = Duration::from_hours(24 * 30);
@@ -91,7 +90,8 @@ async fn a_repeat_within_one_group_or_in_a_later_one_queues_nothing() {
     let sent = store.settle(&[other_body, first], &[], NOW + DAY / 2).await.unwrap();
     assert_eq!(sent[0].replay, Some(Replay::OtherBody));
     assert_eq!(sent[1].replay, Some(Replay::SameBody));
-    assert!(sent.iter().all(|sent| sent.woken.is_empty()));
+    // Whoever stored the first may have died before it could wake anybody.
+    assert!(sent.iter().all(|sent| sent.woken == [bob.address()]));
     assert_eq!(inbox(&store, &bob, NOW).await.len(), 2);
 }
 
@@ -206,7 +206,7 @@ async fn expired_messages_are_swept_in_steps_and_no_others() {
     }
     assert_eq!(steps.iter().sum::<u64>(), 7);
     assert!(steps.iter().all(|deleted| *deleted <= 3), "{steps:?}");
-    assert_eq!(Database::open(&store.file()).await.number("SELECT count(*) FROM messages").await, 3);
+    assert_eq!(store.database().await.number("SELECT count(*) FROM messages").await, 3);
     assert_eq!(bodies(&inbox(&store, &bob, then).await), ["7", "8", "9"]);
     assert_eq!(store.expire_messages(then, 3).await.unwrap().deleted, 0);
 }
@@ -239,7 +239,7 @@ async fn the_inbox_limit_holds_in_the_transaction_that_queues() {
     let later = NOW + RETENTION;
     store.settle(&[to(&alice, &bob, "new")], &[], later).await.unwrap();
     assert_eq!(bodies(&inbox(&store, &bob, later).await), ["new"]);
-    assert!(Database::open(&store.file()).await.number("SELECT count(*) FROM messages").await <= 5);
+    assert!(store.database().await.number("SELECT count(*) FROM messages").await <= 5);
 }
 
 #[tokio::test]
@@ -251,7 +251,7 @@ async fn outcomes_are_forgotten_after_a_day_unless_their_messages_still_wait() {
     store.settle(&[waiting.clone(), delivered.clone(), probe.clone()], &[], NOW).await.unwrap();
     let acked = inbox(&store, &bob, NOW).await[1].position;
     store.settle(&[], &[(bob.no, acked)], NOW).await.unwrap();
-    let database = Database::open(&store.file()).await;
+    let database = store.database().await;
     let kept = async || database.number("SELECT count(*) FROM sends").await;
 
     assert_eq!(store.expire_sends(NOW + DAY - Duration::from_secs(1), 100).await.unwrap(), 0);

@@ -8,7 +8,6 @@ use obscura_server::model::ids::{DeviceId, DeviceNo, IdempotencyKey, UserId};
 use obscura_server::store::{REPEAT_WINDOW, Refresh, Refreshed, SessionGrant};
 
 use super::fixture::{NOW, Person, TestStore, grant, new_device, public_key};
-use crate::harness::Database;
 
 const SECOND: Duration = Duration::from_secs(1);
 const MILLISECOND: Duration = Duration::from_millis(1);
@@ -196,7 +195,7 @@ async fn a_log_out_ends_the_session_and_leaves_the_device() {
     assert_eq!(standing.tokens_void_to, VOID_TO);
     let counts = store.prekey_counts(alice.no).await.unwrap().unwrap();
     assert_eq!(counts.ec, 2, "the keys stay");
-    let database = Database::open(&store.file()).await;
+    let database = store.database().await;
     assert_eq!(database.number("SELECT device_no FROM push_tokens").await, bob.no.0);
 
     assert!(store.redeem_ticket(&bobs_ticket, NOW).await.unwrap().is_some());

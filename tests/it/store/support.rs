@@ -11,11 +11,11 @@ use obscura_server::store::{Linked, NewAccount, NewDevice, NewLink, Registered, 
 
 use super::fixture::{NOW, TestStore, grant};
 use crate::harness::signer::{Identity, ec_public_key, fake_kem_public_key};
-use crate::harness::{Database, unique_name};
+use crate::harness::unique_name;
 
 /// The one number that this query answers.
 pub async fn number(store: &TestStore, query: &str) -> i64 {
-    let database = Database::open(&store.file()).await;
+    let database = store.database().await;
     let number = database.number(query).await;
     database.close().await;
     number

@@ -115,7 +115,7 @@ async fn what_a_killed_server_left_is_removed_when_it_starts_again() {
 
     let _server = server.start_again(folder.path(), &[]).await;
     assert_eq!(names(), [&*kept]);
-    let database = Database::open(&folder.path().join("obscura.db")).await;
+    let database = Database::of(folder.path()).await;
     assert_eq!(database.number("SELECT count(*) FROM attachments").await, 1);
     assert_eq!(&download(&device, &kept).send().await.expect(200).body[..], b"abc");
 }

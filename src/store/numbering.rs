@@ -1,7 +1,7 @@
-//! What the writer remembers of the inboxes between two groups.
+//! What a node's writer of messages remembers between two groups.
 
 use std::collections::{HashMap, HashSet};
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use sqlx::SqlitePool;
@@ -16,31 +16,38 @@ const REMEMBERED_INBOXES: usize = 100_000;
 /// A clock that steps back by less than this doesn't change the order of receipt times.
 const CLOCK_STEP: Duration = Duration::from_hours(24);
 
-/// What the writer remembers between groups. There is one writer, so nobody else changes it.
-pub(super) struct Inboxes {
-    state: Mutex<InboxState>,
+/// What the writer remembers between groups. A node has one; cloning gives the same.
+#[derive(Clone)]
+pub(super) struct Numbering {
+    state: Arc<Mutex<State>>,
 }
 
 /// What the messages of one group are given.
-pub(super) struct Numbered {
-    /// The place of the first; the others follow without a gap.
-    pub(super) first_position: i64,
+pub(super) struct Received {
     /// When they were received.
     pub(super) received_at: Timestamp,
     /// One for each.
     pub(super) ids: Vec<MessageId>,
 }
 
-struct InboxState {
-    last_position: i64,
+#[derive(Default)]
+struct State {
     last_receipt: Timestamp,
     sequence: ContextV7,
-    /// At most so many messages wait for a device. Acks don't lower it, so it may be too high, never too low; a
-    /// device that seems to pass its limit is counted afresh. So the inbox that is emptied in time costs nothing.
+    /// SQLite only: the place of the newest message.
+    last_position: i64,
+    /// SQLite only: at most so many messages wait for a device. Acks don't lower it, so it may be too high, never too
+    /// low; a device that seems to pass its limit is counted afresh. So the inbox that is emptied in time costs nothing.
     at_most: HashMap<DeviceNo, u32>,
 }
 
-impl Inboxes {
+impl Numbering {
+    /// For a database that gives positions itself.
+    pub(super) fn new() -> Self {
+        Self { state: Arc::default() }
+    }
+
+    /// For SQLite, whose only writer we are.
     pub(super) async fn load(pool: &SqlitePool) -> std::result::Result<Self, sqlx::Error> {
         let last: Option<i64> =
             sqlx::query_scalar("SELECT seq FROM sqlite_sequence WHERE name = 'messages'").fetch_optional(pool).await?;
@@ -48,31 +55,37 @@ impl Inboxes {
             sqlx::query_scalar("SELECT received_at FROM messages ORDER BY position DESC LIMIT 1")
                 .fetch_optional(pool)
                 .await?;
-        let state = InboxState {
+        let state = State {
             last_position: last.unwrap_or_default(),
             last_receipt: newest.unwrap_or_default(),
-            sequence: ContextV7::new(),
-            at_most: HashMap::new(),
+            ..State::default()
         };
-        Ok(Self { state: Mutex::new(state) })
+        Ok(Self { state: Arc::new(Mutex::new(state)) })
     }
 
-    fn state(&self) -> MutexGuard<'_, InboxState> {
+    fn state(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Gives `count` new messages their places and ids, and the time of receipt that they share. All of them ascend
-    /// from group to group; what is given to a transaction that fails is lost, which does no harm.
-    pub(super) fn number(&self, count: usize, now: Timestamp) -> Numbered {
+    /// Gives `count` new messages their ids, and the time of receipt that they share. All of them ascend from group to
+    /// group.
+    pub(super) fn receive(&self, count: usize, now: Timestamp) -> Received {
         let mut state = self.state();
-        let first_position = state.last_position + 1;
-        state.last_position += i64::try_from(count).unwrap_or(i64::MAX);
         // A clock that was set back a little stands still until it has caught up. One that was far off is believed.
         let stands_still = now < state.last_receipt && now + CLOCK_STEP > state.last_receipt;
         let received_at = if stands_still { state.last_receipt } else { now };
         state.last_receipt = received_at;
         let ids = (0..count).map(|_| MessageId::next(received_at, &state.sequence)).collect();
-        Numbered { first_position, received_at, ids }
+        Received { received_at, ids }
+    }
+
+    /// The first of `count` new places in SQLite's order; the others follow without a gap. What is given to a
+    /// transaction that fails is lost, which does no harm.
+    pub(super) fn place(&self, count: usize) -> i64 {
+        let mut state = self.state();
+        let first = state.last_position + 1;
+        state.last_position += i64::try_from(count).unwrap_or(i64::MAX);
+        first
     }
 
     /// Counts new mail in, and answers the devices that have to be counted because they may have passed `max`.

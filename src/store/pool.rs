@@ -1,0 +1,304 @@
+//! Connections to a database. They are lent and given back without ceremony: a general pool asks a connection whether
+//! it still lives, from a task of its own, each time it comes back, and that costs more than most of our reads.
+//!
+//! So it is the borrower who tells whether the connection is still good. One of which nobody can tell is closed.
+
+use std::ops::{Deref, DerefMut};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use sqlx::{ConnectOptions, Connection, Database};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+use tokio::time::{Instant, timeout};
+
+use crate::store::Result;
+
+/// How many connections there may be, and how long each is kept.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Terms {
+    /// So many at the most, lent and idle ones together.
+    pub(super) max: u32,
+    /// So many are kept though nobody needs them.
+    pub(super) min: u32,
+    /// Longest wait for one.
+    pub(super) patience: Duration,
+    /// One that was idle for longer is closed; `None` keeps all.
+    pub(super) idle_timeout: Option<Duration>,
+    /// One that is older is closed; `None` keeps it for ever.
+    pub(super) max_lifetime: Option<Duration>,
+    /// Whether a connection can go on after its borrower vanished in the middle of something.
+    pub(super) outlives_its_borrower: bool,
+}
+
+type Options<DB> = <<DB as Database>::Connection as Connection>::Options;
+
+/// Some connections. Cloning gives the same ones.
+pub(super) struct Pool<DB: Database> {
+    inner: Arc<Inner<DB>>,
+}
+
+struct Inner<DB: Database> {
+    options: Options<DB>,
+    terms: Terms,
+    /// The one that came back last is at the end, and is lent first.
+    idle: Mutex<Vec<Idle<DB>>>,
+    permits: Arc<Semaphore>,
+}
+
+struct Idle<DB: Database> {
+    connection: DB::Connection,
+    born: Instant,
+    since: Instant,
+}
+
+impl<DB: Database> Clone for Pool<DB> {
+    fn clone(&self) -> Self {
+        Self { inner: self.inner.clone() }
+    }
+}
+
+impl<DB: Database> Pool<DB> {
+    /// No connection yet.
+    pub(super) fn new(options: Options<DB>, terms: Terms) -> Self {
+        let permits = Arc::new(Semaphore::new(terms.max as usize));
+        Self { inner: Arc::new(Inner { options, terms, idle: Mutex::default(), permits }) }
+    }
+
+    /// Borrows a connection; makes one if none is idle.
+    pub(super) async fn get(&self) -> Result<Lent<DB>> {
+        let deadline = Instant::now() + self.inner.terms.patience;
+        let permit = match self.inner.permits.clone().try_acquire_owned() {
+            Ok(permit) => permit,
+            Err(_) => tokio::time::timeout_at(deadline, self.inner.permits.clone().acquire_owned())
+                .await
+                .map_err(|_| sqlx::Error::PoolTimedOut)?
+                .map_err(|_| sqlx::Error::PoolClosed)?,
+        };
+        let found = self.inner.take_idle();
+        let (connection, born) = match found {
+            Some(idle) => (idle.connection, idle.born),
+            None => {
+                let connecting = tokio::time::timeout_at(deadline, self.inner.options.connect());
+                (connecting.await.map_err(|_| sqlx::Error::PoolTimedOut)??, Instant::now())
+            }
+        };
+        let is_good = self.inner.terms.outlives_its_borrower;
+        Ok(Lent { connection: Some(connection), born, is_good, pool: self.inner.clone(), permit: Some(permit) })
+    }
+
+    /// Closes what has been idle for too long or is too old, and makes connections until the least number is there.
+    pub(super) async fn tend(&self) -> Result<()> {
+        drop(self.inner.take_outdated());
+        while self.inner.count() < self.inner.terms.min as usize {
+            let mut lent = self.get_new().await?;
+            lent.is_good = true;
+        }
+        Ok(())
+    }
+
+    /// Forgets the idle connections. They were made to a server that has gone since.
+    pub(super) fn distrust(&self) {
+        drop(std::mem::take(&mut *lock(&self.inner.idle)));
+    }
+
+    /// Waits for those that are lent, and closes all.
+    pub(super) async fn close(&self) {
+        let _all = timeout(self.inner.terms.patience, self.inner.permits.acquire_many(self.inner.terms.max)).await;
+        self.inner.permits.close();
+        let idle = std::mem::take(&mut *lock(&self.inner.idle));
+        for idle in idle {
+            // Nothing is lost by a connection that doesn't close properly.
+            let _ = timeout(self.inner.terms.patience, idle.connection.close()).await;
+        }
+    }
+
+    async fn get_new(&self) -> Result<Lent<DB>> {
+        let permit = self.inner.permits.clone().try_acquire_owned().map_err(|_| sqlx::Error::PoolTimedOut)?;
+        let connecting = timeout(self.inner.terms.patience, self.inner.options.connect());
+        let connection = Some(connecting.await.map_err(|_| sqlx::Error::PoolTimedOut)??);
+        Ok(Lent { connection, born: Instant::now(), is_good: false, pool: self.inner.clone(), permit: Some(permit) })
+    }
+}
+
+impl<DB: Database> Inner<DB> {
+    fn is_outdated(&self, idle: &Idle<DB>, now: Instant) -> bool {
+        self.terms.max_lifetime.is_some_and(|limit| now.duration_since(idle.born) > limit)
+    }
+
+    fn take_idle(&self) -> Option<Idle<DB>> {
+        let now = Instant::now();
+        loop {
+            let idle = lock(&self.idle).pop()?;
+            if !self.is_outdated(&idle, now) {
+                return Some(idle);
+            }
+        }
+    }
+
+    /// The idle connections that are not to be kept.
+    fn take_outdated(&self) -> Vec<Idle<DB>> {
+        let now = Instant::now();
+        let mut all = lock(&self.idle);
+        let spare = all.len().saturating_sub(self.terms.min as usize);
+        let (mut kept, mut outdated) = (Vec::with_capacity(all.len()), Vec::new());
+        // Those that have been idle for longest come first.
+        for (place, idle) in all.drain(..).enumerate() {
+            let idle_for = now.duration_since(idle.since);
+            let is_spare = place < spare && self.terms.idle_timeout.is_some_and(|limit| idle_for > limit);
+            if is_spare || self.is_outdated(&idle, now) { outdated.push(idle) } else { kept.push(idle) }
+        }
+        *all = kept;
+        outdated
+    }
+
+    /// Lent and idle connections.
+    fn count(&self) -> usize {
+        let lent = (self.terms.max as usize).saturating_sub(self.permits.available_permits());
+        lent + lock(&self.idle).len()
+    }
+}
+
+/// A borrowed connection. Dropping it gives it back if it is known to be good, and closes it otherwise.
+pub(super) struct Lent<DB: Database> {
+    connection: Option<DB::Connection>,
+    born: Instant,
+    is_good: bool,
+    pool: Arc<Inner<DB>>,
+    permit: Option<OwnedSemaphorePermit>,
+}
+
+impl<DB: Database> Lent<DB> {
+    /// Tells whether the connection can serve somebody else.
+    pub(super) fn set_good(&mut self, is_good: bool) {
+        self.is_good = is_good;
+    }
+
+    /// The pool that lent it.
+    pub(super) fn pool(&self) -> Pool<DB> {
+        Pool { inner: self.pool.clone() }
+    }
+}
+
+impl<DB: Database> Deref for Lent<DB> {
+    type Target = DB::Connection;
+
+    fn deref(&self) -> &DB::Connection {
+        self.connection.as_ref().expect("it is there until this is dropped")
+    }
+}
+
+impl<DB: Database> DerefMut for Lent<DB> {
+    fn deref_mut(&mut self) -> &mut DB::Connection {
+        self.connection.as_mut().expect("it is there until this is dropped")
+    }
+}
+
+impl<DB: Database> Drop for Lent<DB> {
+    fn drop(&mut self) {
+        if let Some(connection) = self.connection.take().filter(|_| self.is_good && !self.pool.permits.is_closed()) {
+            lock(&self.pool.idle).push(Idle { connection, born: self.born, since: Instant::now() });
+        }
+        // Whoever gets the permit finds the connection.
+        drop(self.permit.take());
+    }
+}
+
+/// No code panics while it holds the list.
+fn lock<DB: Database>(idle: &Mutex<Vec<Idle<DB>>>) -> MutexGuard<'_, Vec<Idle<DB>>> {
+    idle.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+#[cfg(test)]
+mod tests {
+    use futures_util::FutureExt;
+    use sqlx::Sqlite;
+    use sqlx::sqlite::SqliteConnectOptions;
+
+    use super::*;
+
+    const TERMS: Terms = Terms {
+        max: 2,
+        min: 0,
+        patience: Duration::from_millis(50),
+        idle_timeout: None,
+        max_lifetime: None,
+        outlives_its_borrower: false,
+    };
+
+    fn pool(terms: Terms) -> Pool<Sqlite> {
+        Pool::new(SqliteConnectOptions::new().in_memory(true), terms)
+    }
+
+    fn idle(pool: &Pool<Sqlite>) -> usize {
+        lock(&pool.inner.idle).len()
+    }
+
+    #[tokio::test]
+    async fn no_more_are_lent_than_there_may_be_and_each_comes_back() {
+        let pool = pool(TERMS);
+        let (mut first, mut second) = (pool.get().await.unwrap(), pool.get().await.unwrap());
+        assert!(pool.get().await.is_err());
+        first.set_good(true);
+        second.set_good(true);
+        drop((first, second));
+        assert_eq!(idle(&pool), 2);
+        assert!(pool.get().await.is_ok());
+        pool.close().await;
+        assert!(pool.get().await.is_err());
+    }
+
+    #[tokio::test]
+    async fn one_of_which_nobody_can_tell_is_closed_and_makes_room() {
+        let pool = pool(TERMS);
+        drop(pool.get().await.unwrap());
+        assert_eq!(idle(&pool), 0);
+        for _ in 0..5 {
+            drop(pool.get().await.unwrap());
+        }
+    }
+
+    #[tokio::test]
+    async fn those_that_are_idle_too_long_go_but_for_the_least_number_and_old_ones_go_in_any_case() {
+        let limit = Duration::from_millis(50);
+        let pool = pool(Terms { min: 1, idle_timeout: Some(limit), max_lifetime: Some(2 * limit), ..TERMS });
+        let mut both = [pool.get().await.unwrap(), pool.get().await.unwrap()];
+        both.iter_mut().for_each(|lent| lent.set_good(true));
+        drop(both);
+        let age = |by: Duration| {
+            for idle in lock(&pool.inner.idle).iter_mut() {
+                (idle.born, idle.since) = (idle.born - by, idle.since - by);
+            }
+        };
+        drop(pool.inner.take_outdated());
+        assert_eq!(idle(&pool), 2);
+        age(limit);
+        drop(pool.inner.take_outdated());
+        assert_eq!(idle(&pool), 1);
+        age(limit);
+        drop(pool.inner.take_outdated());
+        assert_eq!(idle(&pool), 0);
+    }
+
+    #[tokio::test]
+    async fn the_least_number_is_made_ahead_of_need() {
+        let pool = pool(Terms { min: 2, ..TERMS });
+        pool.tend().await.unwrap();
+        assert_eq!(idle(&pool), 2);
+        pool.distrust();
+        assert_eq!(idle(&pool), 0);
+    }
+
+    #[tokio::test]
+    async fn a_read_that_was_given_up_does_not_spoil_the_next_one_where_connections_outlive_it() {
+        let pool = pool(Terms { max: 1, outlives_its_borrower: true, ..TERMS });
+        for _ in 0..100 {
+            let mut reader = pool.get().await.unwrap();
+            let long = "WITH RECURSIVE n(x) AS (SELECT 1 UNION ALL SELECT x + 1 FROM n LIMIT 5000) SELECT x FROM n";
+            assert!(sqlx::query(long).fetch_all(&mut *reader).now_or_never().is_none(), "it takes longer than that");
+            drop(reader);
+            let mut reader = pool.get().await.unwrap();
+            let one: i64 = sqlx::query_scalar("SELECT 1").fetch_one(&mut *reader).await.unwrap();
+            assert_eq!(one, 1);
+        }
+    }
+}

@@ -1,0 +1,121 @@
+//! PostgreSQL: a pool of connections to a server that several nodes share.
+
+use std::str::FromStr;
+use std::time::Duration;
+
+use sqlx::migrate::Migrator;
+use sqlx::postgres::PgConnectOptions;
+use sqlx::{ConnectOptions, Connection, Postgres};
+
+use crate::config;
+use crate::store::database::{PostgresTx, timely};
+use crate::store::pool::{Lent, Pool, Terms};
+use crate::store::{OpenError, Result, StoreError, migration_error};
+
+static MIGRATIONS: Migrator = sqlx::migrate!("migrations/postgres");
+
+/// PostgreSQL 15. Older ones lack what the statements use, and are soon without care.
+const OLDEST_VERSION: i32 = 150_000;
+/// How much longer than the server itself we wait for a statement, before we take the server for frozen.
+const MARGIN: Duration = Duration::from_secs(1);
+/// The server ends a transaction whose node has vanished without a word after this time, and with it its locks.
+const ABANDONED_AFTER: &str = "30s";
+
+/// How often a group that met another node's is tried again.
+pub(super) const ATTEMPTS: u32 = 5;
+
+/// The server, and what the tables in it are called.
+#[derive(Clone)]
+pub(super) struct PostgresStore {
+    pub(super) pool: Pool<Postgres>,
+    /// The longest time that one statement may take.
+    pub(super) limit: Duration,
+}
+
+impl PostgresStore {
+    /// Connects and brings the tables up to date. Several nodes may do so at the same time.
+    pub(super) async fn open(config: &config::Database) -> std::result::Result<Self, OpenError> {
+        // The parser's own words might repeat the password.
+        let options = PgConnectOptions::from_str(config.url.expose()).map_err(|_| OpenError::Url)?;
+        let options = options.application_name("obscura-server");
+        let address = format!("{}:{}", options.get_host(), options.get_port());
+        let away = |cause| OpenError::connecting(address.clone(), cause);
+
+        let connecting = tokio::time::timeout(config.acquire_timeout, options.connect());
+        let timed_out = |_| away(sqlx::Error::PoolTimedOut);
+        let mut connection = connecting.await.map_err(timed_out)?.map_err(away)?;
+        let version = sqlx::query_scalar("SELECT current_setting('server_version_num')::int");
+        let version: i32 = version.fetch_one(&mut connection).await.map_err(away)?;
+        if version < OLDEST_VERSION {
+            return Err(OpenError::TooOld { address, found: version / 10_000 });
+        }
+        // Without limits of time, because a migration may take long, and other nodes wait for it.
+        let migrated = MIGRATIONS.run(&mut connection).await;
+        migrated.map_err(|cause| migration_error(format!("database at {address}"), &MIGRATIONS, cause))?;
+        refuse_unfinished(&mut connection, &address).await?;
+        let _ = connection.close().await;
+
+        let millis = |duration: Duration| duration.as_millis().to_string();
+        let options = options.options([
+            ("statement_timeout", millis(config.statement_timeout)),
+            ("lock_timeout", millis(config.lock_timeout)),
+            // Whatever the server's own setting is: a commit that returns is on disk.
+            ("synchronous_commit", "on".to_owned()),
+            ("idle_in_transaction_session_timeout", ABANDONED_AFTER.to_owned()),
+        ]);
+        let terms = Terms {
+            max: config.max_connections,
+            min: config.min_connections,
+            patience: config.acquire_timeout,
+            idle_timeout: Some(config.idle_timeout),
+            max_lifetime: Some(config.max_lifetime),
+            outlives_its_borrower: false,
+        };
+        let store = Self { pool: Pool::new(options, terms), limit: config.statement_timeout + MARGIN };
+        store.check().await.map_err(|StoreError(cause)| away(cause))?;
+        Ok(store)
+    }
+
+    /// Starts a transaction.
+    pub(super) async fn begin(&self) -> Result<PostgresTx> {
+        let mut connection = self.pool.get().await?;
+        let begun = timely(self.limit, sqlx::query("BEGIN").execute(&mut *connection)).await;
+        if begun.as_ref().is_err_and(StoreError::is_lost_connection) {
+            self.pool.distrust();
+        }
+        begun?;
+        Ok(PostgresTx { connection, limit: self.limit })
+    }
+
+    /// Answers when the server can be read and written.
+    pub(super) async fn check(&self) -> Result<()> {
+        let mut connection = self.pool.get().await?;
+        let question = sqlx::query_scalar("SELECT pg_is_in_recovery()");
+        let answer = timely(self.limit, question.fetch_one(&mut *connection)).await;
+        give_back(connection, &answer);
+        if answer? {
+            Err(sqlx::Error::Configuration("it is a replica that can't be written".into()).into())
+        } else {
+            Ok(())
+        }
+    }
+}
+
+/// A database into which a transfer has not finished is not whole.
+async fn refuse_unfinished(connection: &mut sqlx::PgConnection, address: &str) -> std::result::Result<(), OpenError> {
+    let unfinished = sqlx::query_scalar("SELECT to_regclass('transfer_progress') IS NOT NULL");
+    match unfinished.fetch_one(connection).await {
+        Ok(false) => Ok(()),
+        Ok(true) => Err(OpenError::Unfinished { address: address.to_owned() }),
+        Err(cause) => Err(OpenError::connecting(address.to_owned(), cause)),
+    }
+}
+
+/// Gives a connection back that was asked something outside of a transaction. A server that answers, even with an
+/// error, keeps it.
+pub(super) fn give_back<T>(mut connection: Lent<Postgres>, answer: &Result<T>) {
+    match answer {
+        Err(error) if error.is_lost_connection() => connection.pool().distrust(),
+        _ => connection.set_good(true),
+    }
+}

@@ -1,0 +1,242 @@
+//! Queueing in PostgreSQL. Lists travel as arrays: a group is a fixed number of statements, however much is in it.
+//!
+//! The accounts that are written to are locked first, in ascending order, and stay so until the commit. Everything that
+//! is read afterwards (devices, inboxes) holds until then, and the block of positions that is taken afterwards is
+//! higher than those of all groups that have been visible in these inboxes. Whatever else two nodes could do to each
+//! other (the same send at the same moment, the same messages deleted in another order) makes one of them start over.
+
+use std::collections::HashMap;
+use std::time::Duration;
+
+use crate::clock::Timestamp;
+use crate::model::ids::{DeviceId, DeviceNo, IdempotencyKey, MessageId, Position, UserId};
+use crate::model::mail::{Outgoing, Sent};
+use crate::store::database::{PostgresTx, timely};
+use crate::store::outcome::{self, Devices};
+use crate::store::send::{self, Found, Judgement, Known, NewMessage, Receipt};
+use crate::store::{Limits, Result, Store};
+
+/// Positions in a block of the sequence, as the migration says.
+const BLOCK: usize = 65_536;
+
+impl Store {
+    pub(super) async fn settle_in_postgres(
+        &self,
+        tx: &mut PostgresTx,
+        sends: &[Outgoing],
+        acks: &[(DeviceNo, Position)],
+        now: Timestamp,
+    ) -> Result<Option<Vec<Sent>>> {
+        if sends.is_empty() {
+            tx.delete_acknowledged(acks).await?;
+            return Ok(Some(Vec::new()));
+        }
+        let lifetime = self.limits.idempotency_lifetime;
+        let full = tx.lock_accounts(sends, self.limits.max_inbox_size).await?;
+        let known = tx.known_outcomes(sends, now - lifetime).await?;
+        let found = Found { known, devices: tx.current_devices(sends).await? };
+        let Judgement { sent, rows, judged } = send::judge(sends, found);
+        let received = self.numbering.receive(rows.len(), now);
+        let blocks = tx.blocks(rows.len()).await?;
+        let position = |n: usize| blocks[n / BLOCK] + (n % BLOCK) as i64;
+        let receipts = send::receipts(&judged, position);
+        if !tx.insert_receipts(&receipts, received.received_at, lifetime).await? {
+            return Ok(None);
+        }
+        tx.delete_acknowledged(acks).await?;
+        tx.insert_messages(&send::numbered(&rows, &received.ids, position), received.received_at).await?;
+        if !full.is_empty() {
+            tx.hold_inbox_limit(&self.limits, &full, now).await?;
+        }
+        Ok(Some(sent))
+    }
+}
+
+impl PostgresTx {
+    /// Locks the accounts that are written to, and counts their mail in. Answers those of which a device may have passed
+    /// `max`.
+    async fn lock_accounts(&mut self, sends: &[Outgoing], max: u32) -> Result<Vec<UserId>> {
+        // How many of these messages one device of an account gets at the most.
+        let mut per_device: HashMap<(UserId, DeviceId), i32> = HashMap::new();
+        for recipient in sends.iter().flat_map(|mail| &mail.recipients) {
+            for (device, _) in &recipient.submissions {
+                *per_device.entry((recipient.user, *device)).or_default() += 1;
+            }
+        }
+        let users = send::accounts(sends);
+        let mut more: HashMap<UserId, i32> = HashMap::with_capacity(users.len());
+        for ((user, _), count) in per_device {
+            more.entry(user).and_modify(|most| *most = count.max(*most)).or_insert(count);
+        }
+        let more: Vec<i32> = users.iter().map(|user| more.get(user).copied().unwrap_or_default()).collect();
+        let statement = "
+            WITH locked AS MATERIALIZED (
+                SELECT user_id FROM mail_locks WHERE user_id = ANY($1) ORDER BY user_id FOR NO KEY UPDATE)
+            UPDATE mail_locks l SET at_most = l.at_most + asked.more
+            FROM unnest($1, $2) AS asked (user_id, more) JOIN locked USING (user_id)
+            WHERE l.user_id = asked.user_id RETURNING l.user_id, l.at_most";
+        let lock = sqlx::query_as(statement).bind(users).bind(more);
+        let locked: Vec<(UserId, i32)> = self.all(lock).await?;
+        let max = i32::try_from(max).unwrap_or(i32::MAX);
+        Ok(locked.into_iter().filter(|(_, at_most)| *at_most > max).map(|(user, _)| user).collect())
+    }
+
+    /// See the function of the same name in `sqlite`.
+    async fn known_outcomes(&mut self, sends: &[Outgoing], alive_since: Timestamp) -> Result<Known> {
+        let senders: Vec<DeviceNo> = sends.iter().map(|mail| mail.sender.no).collect();
+        let keys: Vec<IdempotencyKey> = sends.iter().map(|mail| mail.key).collect();
+        let statement = "
+            SELECT s.sender_no, s.idempotency_key, s.outcome, s.digest
+            FROM unnest($1, $2) AS asked (sender_no, idempotency_key) JOIN sends s USING (sender_no, idempotency_key)
+            WHERE s.sent_at > $3 OR EXISTS (
+                SELECT 1 FROM messages m
+                WHERE m.received_at = s.sent_at AND m.position BETWEEN s.first_position AND s.last_position)";
+        let find = sqlx::query_as(statement).bind(senders).bind(keys).bind(alive_since);
+        let rows: Vec<(DeviceNo, IdempotencyKey, Vec<u8>, Vec<u8>)> = self.all(find).await?;
+        rows.into_iter()
+            .map(|(sender, key, outcome, digest)| Ok(((sender, key), send::decoded(&outcome, digest)?)))
+            .collect()
+    }
+
+    /// All devices of all accounts that are written to.
+    async fn current_devices(&mut self, sends: &[Outgoing]) -> Result<Devices> {
+        let users = send::accounts(sends);
+        let mut devices = Devices::with_capacity(users.len());
+        let find = sqlx::query_as("SELECT user_id, id, no FROM devices WHERE user_id = ANY($1) ORDER BY no");
+        let rows: Vec<(UserId, DeviceId, DeviceNo)> = self.all(find.bind(users)).await?;
+        for (user, id, no) in rows {
+            devices.entry(user).or_default().push((id, no));
+        }
+        Ok(devices)
+    }
+
+    /// Blocks of positions, enough for `count` messages and at least one.
+    async fn blocks(&mut self, count: usize) -> Result<Vec<i64>> {
+        let blocks = i64::try_from(count.div_ceil(BLOCK).max(1)).unwrap_or(i64::MAX);
+        let take = sqlx::query_scalar("SELECT nextval('message_blocks') FROM generate_series(1, $1)");
+        timely(self.limit, take.bind(blocks).fetch_all(&mut *self.connection)).await
+    }
+
+    /// Writes outcomes down. False when another node has just done so for one of them.
+    async fn insert_receipts(
+        &mut self,
+        receipts: &[Receipt<'_>],
+        sent_at: Timestamp,
+        lifetime: Duration,
+    ) -> Result<bool> {
+        if receipts.is_empty() {
+            return Ok(true);
+        }
+        let column = |of: fn(&Receipt<'_>) -> i64| receipts.iter().map(of).collect::<Vec<i64>>();
+        // A row that is replaced is past its age and has no message waiting: see `known_outcomes`.
+        let statement = "
+            INSERT INTO sends
+                (sender_no, idempotency_key, digest, outcome, first_position, last_position, sent_at, review_at)
+            SELECT *, $7, $8 FROM unnest($1, $2, $3, $4, $5, $6)
+            ON CONFLICT (sender_no, idempotency_key) DO UPDATE SET
+                digest = excluded.digest, outcome = excluded.outcome, sent_at = excluded.sent_at,
+                review_at = excluded.review_at, first_position = excluded.first_position,
+                last_position = excluded.last_position
+            WHERE sends.sent_at <= $9";
+        let keys: Vec<IdempotencyKey> = receipts.iter().map(|receipt| receipt.mail.key).collect();
+        let digests: Vec<&[u8]> = receipts.iter().map(|receipt| &receipt.mail.digest[..]).collect();
+        let outcomes: Vec<&[u8]> = receipts.iter().map(|receipt| &receipt.outcome[..]).collect();
+        let insert = sqlx::query(statement)
+            .bind(column(|receipt| receipt.mail.sender.no.0))
+            .bind(keys)
+            .bind(digests)
+            .bind(outcomes)
+            .bind(column(|receipt| receipt.first.0))
+            .bind(column(|receipt| receipt.last.0))
+            .bind(sent_at)
+            .bind(sent_at + lifetime)
+            .bind(sent_at - lifetime);
+        Ok(self.run(insert).await? == receipts.len() as u64)
+    }
+
+    async fn insert_messages(&mut self, messages: &[NewMessage<'_>], received_at: Timestamp) -> Result<()> {
+        if messages.is_empty() {
+            return Ok(());
+        }
+        let positions: Vec<Position> = messages.iter().map(|message| message.position).collect();
+        let devices: Vec<DeviceNo> = messages.iter().map(|message| message.queued.device).collect();
+        let ids: Vec<MessageId> = messages.iter().map(|message| message.id).collect();
+        let users: Vec<UserId> = messages.iter().map(|message| message.mail.sender.user).collect();
+        let senders: Vec<DeviceId> = messages.iter().map(|message| message.mail.sender.device).collect();
+        let bodies: Vec<&[u8]> = messages.iter().map(|message| &message.queued.sealed.0[..]).collect();
+        let statement = "
+            INSERT INTO messages (position, device_no, id, sender_user, sender_device, body, received_at)
+            SELECT *, $7 FROM unnest($1, $2, $3, $4, $5, $6)";
+        let insert = sqlx::query(statement)
+            .bind(positions)
+            .bind(devices)
+            .bind(ids)
+            .bind(users)
+            .bind(senders)
+            .bind(bodies)
+            .bind(received_at);
+        self.run(insert).await?;
+        Ok(())
+    }
+
+    async fn delete_acknowledged(&mut self, acks: &[(DeviceNo, Position)]) -> Result<()> {
+        if acks.is_empty() {
+            return Ok(());
+        }
+        // In one order on all nodes, so that two seldom wait for each other. The device is compared too, so that nothing
+        // but its own mail can ever be deleted.
+        let mut acks = acks.to_vec();
+        acks.sort_unstable();
+        let (devices, positions): (Vec<DeviceNo>, Vec<Position>) = acks.into_iter().unzip();
+        let statement = "
+            DELETE FROM messages m USING unnest($1, $2) AS acked (device_no, position)
+            WHERE m.device_no = acked.device_no AND m.position = acked.position";
+        let delete = sqlx::query(statement).bind(devices).bind(positions);
+        self.run(delete).await?;
+        Ok(())
+    }
+
+    /// How many messages wait for each device of these accounts.
+    async fn inbox_sizes(&mut self, users: &[UserId]) -> Result<Vec<(UserId, DeviceNo, i64)>> {
+        let statement = "
+            SELECT d.user_id, d.no, (SELECT COUNT(*) FROM messages m WHERE m.device_no = d.no)
+            FROM devices d WHERE d.user_id = ANY($1)";
+        let count = sqlx::query_as(statement).bind(users);
+        self.all(count).await
+    }
+
+    async fn set_at_most(&mut self, at_most: &HashMap<UserId, i32>) -> Result<()> {
+        let (users, sizes): (Vec<UserId>, Vec<i32>) = at_most.iter().unzip();
+        let statement = "
+            UPDATE mail_locks l SET at_most = counted.at_most FROM unnest($1, $2) AS counted (user_id, at_most)
+            WHERE l.user_id = counted.user_id";
+        self.run(sqlx::query(statement).bind(users).bind(sizes)).await?;
+        Ok(())
+    }
+
+    /// Counts the inboxes of these accounts, and cuts each that has passed its maximum back to it.
+    async fn hold_inbox_limit(&mut self, limits: &Limits, users: &[UserId], now: Timestamp) -> Result<()> {
+        let max = limits.max_inbox_size;
+        let mut at_most: HashMap<UserId, i32> = users.iter().map(|user| (*user, 0)).collect();
+        for (user, device, count) in self.inbox_sizes(users).await? {
+            if count > i64::from(max) {
+                self.cut_inbox(limits, device, now).await?;
+            }
+            let left = i32::try_from(count.min(i64::from(max))).unwrap_or(i32::MAX);
+            at_most.entry(user).and_modify(|most| *most = left.max(*most));
+        }
+        self.set_at_most(&at_most).await
+    }
+
+    async fn cut_inbox(&mut self, limits: &Limits, device: DeviceNo, now: Timestamp) -> Result<()> {
+        let statement =
+            "SELECT position, sender_user, received_at <= $2 FROM messages WHERE device_no = $1 ORDER BY position";
+        let inbox = sqlx::query_as(statement).bind(device).bind(now - limits.retention);
+        let inbox: Vec<(i64, UserId, bool)> = self.all(inbox).await?;
+        let gone = outcome::cut(&inbox, limits.max_inbox_size as usize);
+        let delete = sqlx::query("DELETE FROM messages WHERE device_no = $1 AND position = ANY($2)");
+        self.run(delete.bind(device).bind(gone)).await?;
+        tracing::debug!("an inbox was full; its oldest mail was cut");
+        Ok(())
+    }
+}

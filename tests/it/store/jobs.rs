@@ -1,0 +1,38 @@
+//! Repeated jobs: `claim_job`, and the care for connections, `tend_connections`.
+
+use std::time::Duration;
+
+use futures_util::future::join_all;
+
+use super::fixture::{NOW, TestStore};
+
+const PERIOD: Duration = Duration::from_mins(5);
+
+#[tokio::test]
+async fn a_job_is_done_by_one_node_in_a_period_and_on_one_machine_always() {
+    let store = TestStore::open().await;
+    let claims = join_all((0..8).map(|_| store.claim_job("sweep", PERIOD, NOW))).await;
+    let claimed = claims.into_iter().filter(|claim| *claim.as_ref().unwrap()).count();
+    if store.is_our_own() {
+        assert_eq!(claimed, 8);
+        return;
+    }
+    assert_eq!(claimed, 1);
+    assert!(store.claim_job("another", PERIOD, NOW).await.unwrap());
+    assert!(!store.claim_job("sweep", PERIOD, NOW + PERIOD / 2).await.unwrap());
+    assert!(store.claim_job("sweep", PERIOD, NOW + PERIOD).await.unwrap());
+}
+
+#[tokio::test]
+async fn a_job_that_was_claimed_by_a_clock_far_ahead_is_not_lost() {
+    let store = TestStore::open().await;
+    assert!(store.claim_job("sweep", PERIOD, NOW + Duration::from_hours(24 * 365)).await.unwrap());
+    assert!(store.claim_job("sweep", PERIOD, NOW).await.unwrap());
+}
+
+#[tokio::test]
+async fn connections_are_tended_without_harm() {
+    let store = TestStore::open().await;
+    store.tend_connections().await.unwrap();
+    store.check().await.unwrap();
+}
