@@ -37,7 +37,7 @@ impl PostgresStore {
     pub(super) async fn open(config: &config::Database) -> std::result::Result<Self, OpenError> {
         // The parser's own words might repeat the password.
         let options = PgConnectOptions::from_str(config.url.expose()).map_err(|_| OpenError::Url)?;
-        let options = options.application_name("obscura-server");
+        let options = options.application_name("obscura-server").options([("client_min_messages", "warning")]);
         let address = format!("{}:{}", options.get_host(), options.get_port());
         let away = |cause| OpenError::connecting(address.clone(), cause);
 

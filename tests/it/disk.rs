@@ -1,4 +1,4 @@
-//! A disk that fills up: growth is refused early, and everything that makes room goes on.
+//! A disk of ours that fills up: growth is refused early, and everything that makes room goes on.
 
 use crate::harness::{TestServer, eventually, send_request};
 
@@ -7,7 +7,7 @@ const ENORMOUS: u64 = u64::MAX / 4;
 
 #[tokio::test]
 async fn a_full_disk_refuses_sends_and_uploads_and_lets_everything_else_go_on() {
-    let mut server = TestServer::start().await;
+    let mut server = TestServer::start_embedded_with(|_| {}).await;
     let (alice, bob) = (server.account().await, server.account().await);
     let upload = || alice.request("POST", "/v1/attachments").body("ciphertext");
     let id = upload().send().await.expect(201).json()["id"].as_str().unwrap().to_owned();
@@ -36,7 +36,7 @@ async fn a_full_disk_refuses_sends_and_uploads_and_lets_everything_else_go_on() 
 
 #[tokio::test]
 async fn a_full_disk_does_not_change_the_answer_to_a_repeat() {
-    let mut server = TestServer::start().await;
+    let mut server = TestServer::start_embedded_with(|_| {}).await;
     let (alice, bob) = (server.account().await, server.account().await);
     let (key, message) = (uuid::Uuid::new_v4(), send_request(&[(&bob, b"once")]));
     alice.post_messages(key, &message).await.expect(200);
@@ -47,7 +47,7 @@ async fn a_full_disk_does_not_change_the_answer_to_a_repeat() {
 
 #[tokio::test]
 async fn a_refused_upload_is_not_read() {
-    let server = TestServer::start_with(|config| config.disk_reserve_bytes = ENORMOUS).await;
+    let server = TestServer::start_embedded_with(|config| config.disk_reserve_bytes = ENORMOUS).await;
     let device = server.account().await;
     let head = format!(
         "POST /v1/attachments HTTP/1.1\r\nhost: x\r\nconnection: close\r\nauthorization: Bearer {}\r\ncontent-length: 1000\r\n\r\n",

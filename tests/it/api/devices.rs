@@ -282,7 +282,7 @@ mod removing {
         let database = server.database().await;
         assert_eq!(database.number("SELECT count(*) FROM messages").await, 2);
         assert_eq!((database.queued(&alice).await, database.queued(&bob).await), (1, 1));
-        let from_it = format!("SELECT count(*) FROM messages WHERE sender_device = x'{}'", second.id.simple());
+        let from_it = format!("SELECT count(*) FROM messages WHERE sender_device = {}", database.literal(second.id));
         assert_eq!(database.number(&from_it).await, 1);
     }
 

@@ -177,7 +177,7 @@ async fn after_a_day_the_key_of_a_delivered_message_is_free_again() {
 
 #[tokio::test]
 async fn a_send_that_the_database_could_not_take_leaves_nothing_and_may_be_repeated() {
-    let server = TestServer::start_with(|config| config.database.acquire_timeout = Duration::from_secs(1)).await;
+    let server = TestServer::start_with(crate::harness::impatient).await;
     let (alice, bob) = people(&server).await;
     let (key, request) = (Uuid::new_v4(), send_request(&[(&bob, b"once")]));
     let database = server.database().await;

@@ -176,7 +176,7 @@ async fn no_ack_is_dropped_however_many_come_at_once_and_however_small_the_buffe
 
 #[tokio::test]
 async fn acks_that_could_not_be_written_are_written_later() {
-    let server = TestServer::start_with(|config| config.database.acquire_timeout = Duration::from_secs(1)).await;
+    let server = TestServer::start_with(crate::harness::impatient).await;
     let (alice, bob) = (server.account().await, server.account().await);
     for message in ["one", "two"] {
         alice.send_to(&bob, message).await;

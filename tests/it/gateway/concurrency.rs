@@ -118,7 +118,7 @@ async fn what_senders_who_hang_up_have_stored_reaches_a_connected_receiver() {
                 stream.write_all(&request[..cut]).await.unwrap();
                 if number % 3 == 1 {
                     // Gives the request a head start of a random length on its cancellation.
-                    tokio::time::sleep(Duration::from_micros(rand::random_range(0..30_000))).await;
+                    tokio::time::sleep(Duration::from_micros(rand::random_range(0..150_000))).await;
                 }
             })
         })

@@ -168,16 +168,20 @@ async fn a_queue_that_cannot_be_read_for_a_while_is_delivered_without_a_reconnec
     socket.until_pong().await;
     let database = server.database().await;
     // Bodies can be written, but reading one fails.
-    database
-        .execute(
-            "ALTER TABLE messages RENAME TO hidden;
+    let sabotage = if crate::harness::deployment::is_distributed() {
+        "ALTER TABLE messages RENAME TO hidden;
+             CREATE VIEW messages AS SELECT position, device_no, id, sender_user, sender_device, received_at,
+                 CASE WHEN 1 / (position * 0) = 1 THEN body END AS body FROM hidden;
+             CREATE RULE writing AS ON INSERT TO messages DO INSTEAD INSERT INTO hidden VALUES (NEW.*)"
+    } else {
+        "ALTER TABLE messages RENAME TO hidden;
              CREATE VIEW messages AS SELECT position, device_no, id, sender_user, sender_device, received_at,
                  CASE WHEN json('broken') THEN body END AS body FROM hidden;
              CREATE TRIGGER writing INSTEAD OF INSERT ON messages BEGIN
                  INSERT INTO hidden VALUES (NEW.position, NEW.device_no, NEW.id, NEW.sender_user, NEW.sender_device,
-                     NEW.received_at, NEW.body); END",
-        )
-        .await;
+                     NEW.received_at, NEW.body); END"
+    };
+    database.execute(sabotage).await;
     alice.send_to(&bob, "patience").await;
     let nothing = tokio::time::timeout(Duration::from_secs(1), socket.read()).await;
     assert!(nothing.is_err(), "{nothing:?} came out of a broken database");

@@ -191,7 +191,7 @@ async fn tickets_of_a_device_that_is_gone_or_logged_out_are_void() {
 
 #[tokio::test]
 async fn a_handshake_whose_ticket_cannot_be_looked_up_gets_401() {
-    let server = TestServer::start_with(|config| config.database.acquire_timeout = Duration::from_secs(1)).await;
+    let server = TestServer::start_with(crate::harness::impatient).await;
     let alice = server.account().await;
     let ticket = alice.ticket().await;
     let held = server.database().await.hold_write().await;

@@ -55,8 +55,19 @@ impl Database {
 
     /// The one number that this query answers.
     pub async fn number(&self, query: &str) -> i64 {
-        let query = AssertSqlSafe(query.to_owned());
+        let query = AssertSqlSafe(match self {
+            Self::Sqlite(_) => query.to_owned(),
+            Self::Postgres(_) => format!("SELECT ({query})::bigint"),
+        });
         on!(self, |pool| sqlx::query_scalar(query).fetch_one(pool).await).expect("a number")
+    }
+
+    /// How a statement names this id.
+    pub fn literal(&self, id: Uuid) -> String {
+        match self {
+            Self::Sqlite(_) => format!("x'{}'", id.simple()),
+            Self::Postgres(_) => format!("'{id}'::uuid"),
+        }
     }
 
     /// The one text that this query answers.

@@ -13,6 +13,16 @@ use sqlx::postgres::{PgConnectOptions, PgConnection};
 use sqlx::{AssertSqlSafe, ConnectOptions};
 use tokio::sync::OnceCell;
 
+const SECRET: &str = "the secret of a server under test";
+
+/// What the server on this folder signs access tokens with.
+pub fn signing_secret(folder: &Path) -> String {
+    if is_distributed() {
+        return SECRET.to_owned();
+    }
+    std::fs::read_to_string(folder.join("jwt-secret")).expect("a kept secret").trim().to_owned()
+}
+
 /// Whether this run is about the distributed deployment.
 pub fn is_distributed() -> bool {
     match std::env::var("OBSCURA_TEST_DEPLOYMENT").as_deref() {
@@ -43,7 +53,7 @@ pub async fn options(folder: &Path) -> Vec<String> {
         format!("--storage-bucket={}", name.replace('_', "-")),
         "--storage-create-bucket".to_owned(),
         "--storage-force-path-style".to_owned(),
-        "--jwt-secret=the secret of a server under test".to_owned(),
+        format!("--jwt-secret={SECRET}"),
     ]
 }
 

@@ -19,7 +19,7 @@ pub use binary::Binary;
 pub use client::{Client, Request, Response};
 pub use database::Database;
 pub use raw::{RawSocket, opcode, raw_answer, raw_request};
-pub use server::TestServer;
+pub use server::{TestServer, impatient};
 pub use socket::{Event, Socket, distinct_ids};
 
 /// How long a test waits for anything that should happen at once. Generous, because machines are busy.

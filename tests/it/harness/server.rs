@@ -3,6 +3,7 @@
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::path::Path;
 use std::sync::Arc;
+use std::time::Duration;
 
 use obscura_server::clock::Clock;
 use obscura_server::config::Config;
@@ -31,7 +32,19 @@ impl TestServer {
     /// With these changes to the configuration.
     pub async fn start_with(change: impl FnOnce(&mut Config)) -> Self {
         let folder = tempfile::tempdir().expect("a folder for the server");
-        let mut config = test_config(folder.path()).await;
+        let config = deployment::config(folder.path()).await;
+        Self::start_on(folder, config, change).await
+    }
+
+    /// In embedded mode, whatever this run is about: for what only that has.
+    pub async fn start_embedded_with(change: impl FnOnce(&mut Config)) -> Self {
+        let folder = tempfile::tempdir().expect("a folder for the server");
+        let config = Config::embedded(folder.path()).expect("the defaults are allowed");
+        Self::start_on(folder, config, change).await
+    }
+
+    async fn start_on(folder: TempDir, mut config: Config, change: impl FnOnce(&mut Config)) -> Self {
+        make_testable(&mut config);
         change(&mut config);
         let clock = Clock::system();
         let server = start(config.clone(), clock.clone()).await;
@@ -104,8 +117,7 @@ impl TestServer {
     }
 }
 
-async fn test_config(folder: &Path) -> Config {
-    let mut config = deployment::config(folder).await;
+fn make_testable(config: &mut Config) {
     config.server.host = IpAddr::V4(Ipv4Addr::LOCALHOST);
     config.server.port = 0;
     config.server.management_port = 0;
@@ -119,7 +131,12 @@ async fn test_config(folder: &Path) -> Config {
     config.rate_limits.burst = 1_000_000;
     config.rate_limits.auth_per_second = 1_000_000;
     config.rate_limits.auth_burst = 1_000_000;
-    config
+}
+
+/// A database in use by somebody else is an error after a second.
+pub fn impatient(config: &mut Config) {
+    config.database.acquire_timeout = Duration::from_secs(1);
+    config.database.lock_timeout = Duration::from_secs(1);
 }
 
 impl Drop for TestServer {
