@@ -43,6 +43,15 @@ enum Letter {
     Ack { device: DeviceNo, positions: Vec<Position>, reply: Reply<()> },
 }
 
+impl Letter {
+    fn refuse(self, error: MailroomError) {
+        match self {
+            Self::Send { reply, .. } => drop(reply.send(Err(error))),
+            Self::Ack { reply, .. } => drop(reply.send(Err(error))),
+        }
+    }
+}
+
 /// The way into the mailroom. Cloning gives another door to the same room.
 #[derive(Clone)]
 pub struct Mailroom {
@@ -139,11 +148,16 @@ impl Worker {
                 let Ok(letter) = letters.try_recv() else { break };
                 group.add(letter);
             }
-            self.store(group).await;
+            if self.store(group).await == Err(MailroomError::Unavailable) {
+                // Whoever waits would wait for the same.
+                while let Ok(letter) = letters.try_recv() {
+                    letter.refuse(MailroomError::Unavailable);
+                }
+            }
         }
     }
 
-    async fn store(&self, group: Group) {
+    async fn store(&self, group: Group) -> Result<(), MailroomError> {
         let now = self.clock.now();
         match self.store.settle(&group.sends, &group.acks, now).await {
             Ok(sent) => {
@@ -156,6 +170,7 @@ impl Worker {
                 for reply in group.ack_replies {
                     let _ = reply.send(Ok(()));
                 }
+                Ok(())
             }
             Err(cause) => {
                 error!(%cause, sends = group.sends.len(), acks = group.acks.len(), "a group could not be stored");
@@ -166,6 +181,7 @@ impl Worker {
                 for reply in group.ack_replies {
                     let _ = reply.send(Err(error));
                 }
+                Err(error)
             }
         }
     }

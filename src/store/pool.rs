@@ -1,7 +1,8 @@
 //! Connections to a database. They are lent and given back without ceremony: a general pool asks a connection whether
 //! it still lives, from a task of its own, each time it comes back, and that costs more than most of our reads.
 //!
-//! So it is the borrower who tells whether the connection is still good. One of which nobody can tell is closed.
+//! So it is the borrower who tells whether the connection is still good. One of which nobody can tell is closed, and then
+//! the idle ones are asked before they are lent again: their server may have gone.
 
 use std::ops::{Deref, DerefMut};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -12,6 +13,12 @@ use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio::time::{Instant, timeout};
 
 use crate::store::Result;
+use crate::tasks::jittered;
+
+/// One that was idle for longer is asked whether it still lives, before it is lent.
+const FRESH: Duration = Duration::from_secs(1);
+/// The pause before a server that can't be reached is tried again, while somebody waits.
+const BETWEEN_TRIES: Duration = Duration::from_millis(200);
 
 /// How many connections there may be, and how long each is kept.
 #[derive(Clone, Copy, Debug)]
@@ -42,6 +49,8 @@ struct Inner<DB: Database> {
     terms: Terms,
     /// The one that came back last is at the end, and is lent first.
     idle: Mutex<Vec<Idle<DB>>>,
+    /// Connections that were idle at this moment are asked before they are lent.
+    doubted: Mutex<Instant>,
     permits: Arc<Semaphore>,
 }
 
@@ -61,10 +70,12 @@ impl<DB: Database> Pool<DB> {
     /// No connection yet.
     pub(super) fn new(options: Options<DB>, terms: Terms) -> Self {
         let permits = Arc::new(Semaphore::new(terms.max as usize));
-        Self { inner: Arc::new(Inner { options, terms, idle: Mutex::default(), permits }) }
+        let doubted = Mutex::new(Instant::now());
+        Self { inner: Arc::new(Inner { options, terms, idle: Mutex::default(), doubted, permits }) }
     }
 
-    /// Borrows a connection; makes one if none is idle.
+    /// Borrows a connection; makes one if none is idle. A server that can't be reached is tried again for as long as
+    /// patience lasts.
     pub(super) async fn get(&self) -> Result<Lent<DB>> {
         let deadline = Instant::now() + self.inner.terms.patience;
         let permit = match self.inner.permits.clone().try_acquire_owned() {
@@ -74,13 +85,10 @@ impl<DB: Database> Pool<DB> {
                 .map_err(|_| sqlx::Error::PoolTimedOut)?
                 .map_err(|_| sqlx::Error::PoolClosed)?,
         };
-        let found = self.inner.take_idle();
-        let (connection, born) = match found {
+        let found = tokio::time::timeout_at(deadline, self.inner.take_idle());
+        let (connection, born) = match found.await.map_err(|_| sqlx::Error::PoolTimedOut)? {
             Some(idle) => (idle.connection, idle.born),
-            None => {
-                let connecting = tokio::time::timeout_at(deadline, self.inner.options.connect());
-                (connecting.await.map_err(|_| sqlx::Error::PoolTimedOut)??, Instant::now())
-            }
+            None => (self.inner.connect(deadline).await?, Instant::now()),
         };
         let is_good = self.inner.terms.outlives_its_borrower;
         Ok(Lent { connection: Some(connection), born, is_good, pool: self.inner.clone(), permit: Some(permit) })
@@ -96,11 +104,6 @@ impl<DB: Database> Pool<DB> {
         Ok(())
     }
 
-    /// Forgets the idle connections. They were made to a server that has gone since.
-    pub(super) fn distrust(&self) {
-        drop(std::mem::take(&mut *lock(&self.inner.idle)));
-    }
-
     /// Waits for those that are lent, and closes all.
     pub(super) async fn close(&self) {
         let _all = timeout(self.inner.terms.patience, self.inner.permits.acquire_many(self.inner.terms.max)).await;
@@ -114,8 +117,7 @@ impl<DB: Database> Pool<DB> {
 
     async fn get_new(&self) -> Result<Lent<DB>> {
         let permit = self.inner.permits.clone().try_acquire_owned().map_err(|_| sqlx::Error::PoolTimedOut)?;
-        let connecting = timeout(self.inner.terms.patience, self.inner.options.connect());
-        let connection = Some(connecting.await.map_err(|_| sqlx::Error::PoolTimedOut)??);
+        let connection = Some(self.inner.connect(Instant::now() + self.inner.terms.patience).await?);
         Ok(Lent { connection, born: Instant::now(), is_good: false, pool: self.inner.clone(), permit: Some(permit) })
     }
 }
@@ -125,13 +127,32 @@ impl<DB: Database> Inner<DB> {
         self.terms.max_lifetime.is_some_and(|limit| now.duration_since(idle.born) > limit)
     }
 
-    fn take_idle(&self) -> Option<Idle<DB>> {
-        let now = Instant::now();
+    async fn take_idle(&self) -> Option<Idle<DB>> {
         loop {
-            let idle = lock(&self.idle).pop()?;
-            if !self.is_outdated(&idle, now) {
+            let mut idle = lock(&self.idle).pop()?;
+            let now = Instant::now();
+            if self.is_outdated(&idle, now) {
+                continue;
+            }
+            let is_sure = now.duration_since(idle.since) < FRESH && idle.since > *lock(&self.doubted);
+            if is_sure || self.terms.outlives_its_borrower || idle.connection.ping().await.is_ok() {
                 return Some(idle);
             }
+        }
+    }
+
+    async fn connect(&self, deadline: Instant) -> Result<DB::Connection> {
+        loop {
+            let connecting = tokio::time::timeout_at(deadline, self.options.connect());
+            match connecting.await.map_err(|_| sqlx::Error::PoolTimedOut)? {
+                // Nobody listens, or it is only just starting.
+                Err(sqlx::Error::Io(_)) if Instant::now() + BETWEEN_TRIES < deadline => {}
+                Err(sqlx::Error::Database(error))
+                    if error.code().is_some_and(|code| code.starts_with("57P"))
+                        && Instant::now() + BETWEEN_TRIES < deadline => {}
+                connected => return Ok(connected?),
+            }
+            tokio::time::sleep(jittered(BETWEEN_TRIES)).await;
         }
     }
 
@@ -172,11 +193,6 @@ impl<DB: Database> Lent<DB> {
     pub(super) fn set_good(&mut self, is_good: bool) {
         self.is_good = is_good;
     }
-
-    /// The pool that lent it.
-    pub(super) fn pool(&self) -> Pool<DB> {
-        Pool { inner: self.pool.clone() }
-    }
 }
 
 impl<DB: Database> Deref for Lent<DB> {
@@ -195,7 +211,9 @@ impl<DB: Database> DerefMut for Lent<DB> {
 
 impl<DB: Database> Drop for Lent<DB> {
     fn drop(&mut self) {
-        if let Some(connection) = self.connection.take().filter(|_| self.is_good && !self.pool.permits.is_closed()) {
+        if !self.is_good {
+            *lock(&self.pool.doubted) = Instant::now();
+        } else if let Some(connection) = self.connection.take().filter(|_| !self.pool.permits.is_closed()) {
             lock(&self.pool.idle).push(Idle { connection, born: self.born, since: Instant::now() });
         }
         // Whoever gets the permit finds the connection.
@@ -203,9 +221,9 @@ impl<DB: Database> Drop for Lent<DB> {
     }
 }
 
-/// No code panics while it holds the list.
-fn lock<DB: Database>(idle: &Mutex<Vec<Idle<DB>>>) -> MutexGuard<'_, Vec<Idle<DB>>> {
-    idle.lock().unwrap_or_else(PoisonError::into_inner)
+/// No code panics while it holds one of these.
+fn lock<T>(held: &Mutex<T>) -> MutexGuard<'_, T> {
+    held.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 #[cfg(test)]
@@ -284,8 +302,6 @@ mod tests {
         let pool = pool(Terms { min: 2, ..TERMS });
         pool.tend().await.unwrap();
         assert_eq!(idle(&pool), 2);
-        pool.distrust();
-        assert_eq!(idle(&pool), 0);
     }
 
     #[tokio::test]

@@ -79,11 +79,7 @@ impl PostgresStore {
     /// Starts a transaction.
     pub(super) async fn begin(&self) -> Result<PostgresTx> {
         let mut connection = self.pool.get().await?;
-        let begun = timely(self.limit, sqlx::query("BEGIN").execute(&mut *connection)).await;
-        if begun.as_ref().is_err_and(StoreError::is_lost_connection) {
-            self.pool.distrust();
-        }
-        begun?;
+        timely(self.limit, sqlx::query("BEGIN").execute(&mut *connection)).await?;
         Ok(PostgresTx { connection, limit: self.limit })
     }
 
@@ -114,8 +110,5 @@ async fn refuse_unfinished(connection: &mut sqlx::PgConnection, address: &str) -
 /// Gives a connection back that was asked something outside of a transaction. A server that answers, even with an
 /// error, keeps it.
 pub(super) fn give_back<T>(mut connection: Lent<Postgres>, answer: &Result<T>) {
-    match answer {
-        Err(error) if error.is_lost_connection() => connection.pool().distrust(),
-        _ => connection.set_good(true),
-    }
+    connection.set_good(!answer.as_ref().is_err_and(StoreError::is_lost_connection));
 }

@@ -171,7 +171,7 @@ async fn run_with(variables: &[(&str, &str)], options: &[&str]) -> (Secrets, Str
     let mut server = Binary::start_with(folder.path(), &options, variables).await;
     let mut secrets = Secrets::default();
     live(&server, &mut secrets).await;
-    secrets.add("the signing secret", &crate::harness::deployment::signing_secret(folder.path()));
+    secrets.add("the signing secret", crate::harness::deployment::signing_secret(folder.path()));
     server.terminate();
     assert!(server.exit(PATIENCE + Duration::from_secs(5)).await.success());
     assert!(server.output().contains("the server has stopped"), "nothing is logged at all: {}", server.output());

@@ -164,13 +164,10 @@ pub enum HeldWrite {
 impl HeldWrite {
     /// Commits.
     pub async fn release(self) {
-        match self {
-            Self::Sqlite(mut connection) => {
-                drop(sqlx::raw_sql("COMMIT").execute(&mut *connection).await.expect("the commit"))
-            }
-            Self::Postgres(mut connection) => {
-                drop(sqlx::raw_sql("COMMIT").execute(&mut *connection).await.expect("the commit"));
-            }
-        }
+        let done = match self {
+            Self::Sqlite(mut connection) => sqlx::raw_sql("COMMIT").execute(&mut *connection).await.map(|_| ()),
+            Self::Postgres(mut connection) => sqlx::raw_sql("COMMIT").execute(&mut *connection).await.map(|_| ()),
+        };
+        done.expect("the commit");
     }
 }
