@@ -119,6 +119,11 @@ impl Device {
         }
     }
 
+    /// This device, talking to another node.
+    pub fn at(&self, client: &Client) -> Self {
+        Self { client: client.clone(), ..self.clone() }
+    }
+
     /// Another device of this account, linked by this one, which has to be the primary.
     pub async fn link(&self) -> Self {
         self.link_with(Keys::default()).await

@@ -39,9 +39,11 @@ pub fn service(variable: &str) -> String {
 
 /// The options that put a server on this folder, or on what belongs to it.
 pub async fn options(folder: &Path) -> Vec<String> {
-    if !is_distributed() {
-        return embedded_options(folder);
-    }
+    if is_distributed() { distributed_options(folder).await } else { embedded_options(folder) }
+}
+
+/// The options that put a server on the services, whatever this run is about.
+pub async fn distributed_options(folder: &Path) -> Vec<String> {
     let name = name_of(folder).await;
     vec![
         format!("--db-url={}", database_url(&name)),
@@ -64,7 +66,11 @@ pub fn embedded_options(folder: &Path) -> Vec<String> {
 
 /// The settings of a server on this folder, or on what belongs to it.
 pub async fn config(folder: &Path) -> Config {
-    let options = options(folder).await;
+    config_of(&options(folder).await)
+}
+
+/// The settings that these options make.
+pub fn config_of(options: &[String]) -> Config {
     let arguments = std::iter::once("obscura-server").chain(options.iter().map(String::as_str));
     Config::parse_from(arguments, |_| None).expect("the options are allowed").config
 }
@@ -76,9 +82,6 @@ pub async fn database_config(folder: &Path) -> DatabaseConfig {
 
 /// Forgets what belongs to this folder outside of it.
 pub fn drop_state(folder: &Path) {
-    if !is_distributed() {
-        return;
-    }
     let Ok(name) = std::fs::read_to_string(name_file(folder)) else { return };
     // Dropping can't await, and may happen on a runtime's thread.
     let dropping = std::thread::spawn(move || {
@@ -98,12 +101,21 @@ fn name_file(folder: &Path) -> PathBuf {
 
 /// The name of the database that belongs to this folder, made if it is new.
 async fn name_of(folder: &Path) -> String {
-    static NEXT: AtomicU32 = AtomicU32::new(1);
-    if let Ok(name) = std::fs::read_to_string(name_file(folder)) {
-        return name;
+    match std::fs::read_to_string(name_file(folder)) {
+        Ok(name) => name,
+        Err(_) => make_database(folder, &format!("TEMPLATE {}", template().await)).await,
     }
+}
+
+/// Gives this folder a database in which there is no table yet.
+pub async fn make_empty_database(folder: &Path) {
+    make_database(folder, "").await;
+}
+
+async fn make_database(folder: &Path, how: &str) -> String {
+    static NEXT: AtomicU32 = AtomicU32::new(1);
     let name = format!("t{}_{}", std::process::id(), NEXT.fetch_add(1, Ordering::Relaxed));
-    create(&name, &format!("TEMPLATE {}", template().await)).await;
+    create(&name, how).await;
     std::fs::create_dir_all(folder).expect("the folder");
     std::fs::write(name_file(folder), &name).expect("the name is kept");
     name

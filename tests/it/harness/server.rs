@@ -5,6 +5,7 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
+use futures_util::future::join_all;
 use obscura_server::clock::Clock;
 use obscura_server::config::Config;
 use obscura_server::server::Server;
@@ -41,6 +42,36 @@ impl TestServer {
         let folder = tempfile::tempdir().expect("a folder for the server");
         let config = Config::embedded(folder.path()).expect("the defaults are allowed");
         Self::start_on(folder, config, change).await
+    }
+
+    /// On PostgreSQL, Valkey and S3, whatever this run is about: a node that others can be started beside.
+    pub async fn start_node_with(change: impl FnOnce(&mut Config)) -> Self {
+        let folder = tempfile::tempdir().expect("a folder for the server");
+        let config = deployment::config_of(&deployment::distributed_options(folder.path()).await);
+        Self::start_on(folder, config, change).await
+    }
+
+    /// So many nodes of one deployment whose database is still empty, all at the same time.
+    pub async fn start_together(count: usize) -> Vec<Self> {
+        let folder = Arc::new(tempfile::tempdir().expect("a folder for the servers"));
+        deployment::make_empty_database(folder.path()).await;
+        let mut config = deployment::config_of(&deployment::distributed_options(folder.path()).await);
+        make_testable(&mut config);
+        let clock = Clock::system();
+        let servers = join_all((0..count).map(|_| start(config.clone(), clock.clone()))).await;
+        let node = |server: Server| {
+            let (config, clock, folder) = (config.clone(), clock.clone(), folder.clone());
+            Self { target: Target::new(server.api_address()), server: Some(server), clock, config, folder }
+        };
+        servers.into_iter().map(node).collect()
+    }
+
+    /// Another node of the same deployment.
+    pub async fn start_beside(&self) -> Self {
+        let (config, clock, folder) = (self.config.clone(), self.clock.clone(), self.folder.clone());
+        let server = start(config.clone(), clock.clone()).await;
+        let target = Target::new(server.api_address());
+        Self { server: Some(server), clock, config, folder, target }
     }
 
     async fn start_on(folder: TempDir, mut config: Config, change: impl FnOnce(&mut Config)) -> Self {
@@ -141,7 +172,10 @@ pub fn impatient(config: &mut Config) {
 
 impl Drop for TestServer {
     fn drop(&mut self) {
-        deployment::drop_state(self.folder());
+        // The last node takes along what they share.
+        if Arc::strong_count(&self.folder) == 1 {
+            deployment::drop_state(self.folder());
+        }
     }
 }
 

@@ -1,0 +1,4 @@
+//! Several nodes on one PostgreSQL, one Valkey and one bucket. They need the services in every run: start the tests by
+//! `scripts/services`.
+
+mod nodes;
