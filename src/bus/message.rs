@@ -102,7 +102,9 @@ mod tests {
     #[test]
     fn what_is_cut_or_of_another_format_is_not_understood() {
         let bytes = Message::devices(Node::random(), &[(DeviceNo(7), Signal::Mail.into())]);
-        assert!((0..bytes.len()).filter(|length| *length != 17).all(|length| Message::read(&bytes[..length]).is_none()));
+        assert!(
+            (0..bytes.len()).filter(|length| *length != 17).all(|length| Message::read(&bytes[..length]).is_none())
+        );
         let mut later = bytes;
         later[0] = 3;
         assert_eq!(Message::read(&later), None);

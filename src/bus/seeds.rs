@@ -52,7 +52,8 @@ mod tests {
     fn one_host_and_several_are_understood_with_and_without_tls() {
         assert_eq!(addresses("redis://valkey"), ["valkey:6379"]);
         assert_eq!(addresses("valkeys://u:p@valkey:7000/2"), ["valkey:7000"]);
-        for scheme in ["redis", "valkey", "redis-cluster", "valkey-cluster", "rediss", "rediss-cluster", "valkeys-cluster"]
+        for scheme in
+            ["redis", "valkey", "redis-cluster", "valkey-cluster", "rediss", "rediss-cluster", "valkeys-cluster"]
         {
             assert_eq!(addresses(&format!("{scheme}://:p@a:1,b:2, [::1]:3")), ["a:1", "b:2", "::1:3"]);
         }

@@ -11,7 +11,7 @@ use std::time::Duration;
 
 use redis::aio::MultiplexedConnection;
 use redis::{AsyncConnectionConfig, Client, ConnectionInfo, PushInfo, PushKind, RedisError, RedisResult, Value};
-use tokio::sync::{mpsc, watch};
+use tokio::sync::{Notify, watch};
 use tokio::time::{Instant, MissedTickBehavior};
 use tracing::{debug, info, warn};
 
@@ -63,7 +63,6 @@ impl Wire {
             seeds,
             node: Node::random(),
             prefix: notifications.channel_prefix.clone(),
-            capacity: notifications.global_channel_capacity,
             gc_interval: notifications.gc_interval,
             outbox: wire.outbox.clone(),
             listeners: wire.listeners.clone(),
@@ -99,7 +98,6 @@ struct Keeper {
     seed: usize,
     node: Node,
     prefix: String,
-    capacity: usize,
     gc_interval: Duration,
     outbox: Arc<Outbox>,
     listeners: Arc<Listeners>,
@@ -108,9 +106,6 @@ struct Keeper {
     connection: watch::Sender<Option<MultiplexedConnection>>,
     is_outage_told: AtomicBool,
 }
-
-/// What came in over a connection. It ends when the connection is lost.
-type Incoming = mpsc::Receiver<Vec<u8>>;
 
 impl Keeper {
     async fn run(mut self, mut backoff: Backoff, tasks: Tasks) {
@@ -132,7 +127,7 @@ impl Keeper {
 
     /// Ends when the connection is lost, or there was none, and answers how long it held.
     async fn connect_and_serve(&mut self) -> Option<Duration> {
-        let (connection, incoming) = match self.connect().await {
+        let (connection, lost) = match self.connect().await {
             Ok(connected) => connected,
             Err(error) => {
                 self.tell_outage(&error);
@@ -145,7 +140,7 @@ impl Keeper {
             Err(error) = self.keep_asking(connection.clone()) => Some(error),
             Err(error) = self.follow(connection.clone()) => Some(error),
             Err(error) = self.send(connection.clone()) => Some(error),
-            () = self.hear(incoming) => None,
+            () = lost.notified() => None,
         };
         self.connection.send_replace(None);
         match error {
@@ -155,8 +150,8 @@ impl Keeper {
         Some(since.elapsed())
     }
 
-    /// Tries each seed once, and stays with one that answers.
-    async fn connect(&mut self) -> RedisResult<(MultiplexedConnection, Incoming)> {
+    /// Tries each seed once, and stays with one that answers. The second part tells when the connection is lost.
+    async fn connect(&mut self) -> RedisResult<(MultiplexedConnection, Arc<Notify>)> {
         let mut attempts = self.seeds.len();
         loop {
             let connected = self.connect_to(self.seeds[self.seed].clone()).await;
@@ -168,26 +163,24 @@ impl Keeper {
         }
     }
 
-    async fn connect_to(&self, seed: ConnectionInfo) -> RedisResult<(MultiplexedConnection, Incoming)> {
-        let (sender, incoming) = mpsc::channel(self.capacity);
-        let looks = self.looks.clone();
-        // The library calls this between two reads of the socket, so it must not wait. It drops it when the connection
-        // is lost, by which `hear` ends.
-        let take = move |push: PushInfo| -> Result<(), Infallible> {
-            if let (PushKind::Message, Some(Value::BulkString(message))) = (push.kind, push.data.into_iter().nth(1))
-                && let Err(mpsc::error::TrySendError::Full(_)) = sender.try_send(message)
-            {
-                debug!("signals come in faster than they are passed on; every session looks at everything instead");
-                looks.everything();
+    async fn connect_to(&self, seed: ConnectionInfo) -> RedisResult<(MultiplexedConnection, Arc<Notify>)> {
+        let lost = Arc::<Notify>::default();
+        let (node, local, looks, is_lost) = (self.node, self.local.clone(), self.looks.clone(), lost.clone());
+        // The library calls this between two reads of the socket. Nothing in it waits, so nothing needs to be queued.
+        let hear = move |push: PushInfo| -> Result<(), Infallible> {
+            match (push.kind, push.data.into_iter().nth(1)) {
+                (PushKind::Message, Some(Value::BulkString(message))) => pass_on(&message, node, &local, &looks),
+                (PushKind::Disconnection, _) => is_lost.notify_one(),
+                _ => {}
             }
             Ok(())
         };
         let config = AsyncConnectionConfig::new()
             .set_connection_timeout(Some(ANSWER_TIMEOUT))
             .set_response_timeout(Some(ANSWER_TIMEOUT))
-            .set_push_sender(take);
+            .set_push_sender(hear);
         let connection = Client::open(seed)?.get_multiplexed_async_connection_with_config(&config).await?;
-        Ok((connection, incoming))
+        Ok((connection, lost))
     }
 
     /// Notices a Valkey that is frozen, and a connection of which only our half is left.
@@ -250,20 +243,6 @@ impl Keeper {
         pipeline.query_async(connection).await
     }
 
-    /// Brings what other nodes say to the sessions here, until the connection is lost.
-    async fn hear(&self, mut incoming: Incoming) {
-        while let Some(message) = incoming.recv().await {
-            match Message::read(&message) {
-                Some((sender, _)) if sender == self.node => {}
-                Some((_, Message::Everybody)) => self.looks.everything(),
-                Some((_, Message::Devices(entries))) => {
-                    entries.into_iter().for_each(|(device, signals)| self.local.wake(device, signals));
-                }
-                None => debug!("a message that this version doesn't understand was ignored"),
-            }
-        }
-    }
-
     /// Nobody adds any more. What is still here goes out, if the connection stands.
     async fn say_last_words(&self) {
         let Some(mut connection) = self.connection.borrow().clone() else { return };
@@ -295,6 +274,18 @@ impl Keeper {
 
     fn channel_to_everybody(&self) -> String {
         format!("{}{EVERYBODY}", self.prefix)
+    }
+}
+
+/// Brings what another node says to the sessions here.
+fn pass_on(message: &[u8], here: Node, local: &LocalBus, looks: &Looks) {
+    match Message::read(message) {
+        Some((sender, _)) if sender == here => {}
+        Some((_, Message::Everybody)) => looks.everything(),
+        Some((_, Message::Devices(entries))) => {
+            entries.into_iter().for_each(|(device, signals)| local.wake(device, signals));
+        }
+        None => debug!("a message that this version doesn't understand was ignored"),
     }
 }
 

@@ -172,7 +172,7 @@ pub struct Prekeys {
 pub struct Notifications {
     /// Pause between two removals of subscriptions nobody listens to.
     pub gc_interval: Duration,
-    /// Signals waiting between Valkey and the local dispatcher.
+    /// Without a meaning here: signals from other nodes are passed on as they come in, so none ever wait.
     pub global_channel_capacity: usize,
     /// Without a meaning here: signals to a device merge, so none ever wait.
     pub user_channel_capacity: usize,

@@ -145,7 +145,7 @@ pub static GROUPS: &[Group] = &[
             "pause between two removals of subscriptions nobody listens to")
             .or("notifications-cleanup-interval-secs").or_variable("OBSCURA_NOTIFICATIONS_CLEANUP_INTERVAL_SECS"),
         option("global-channel-capacity", "OBSCURA_NOTIFICATIONS_GLOBAL_CHANNEL_CAPACITY", "1024", Count(1, MAX_COUNT),
-            "signals waiting between Valkey and the local dispatcher; with more, every session looks at everything again").or("notifications-global-channel-capacity"),
+            "accepted for compatibility: signals from other nodes are passed on as they come in, so none ever wait").or("notifications-global-channel-capacity"),
         option("user-channel-capacity", "OBSCURA_NOTIFICATIONS_USER_CHANNEL_CAPACITY", "64", Count(1, MAX_COUNT),
             "accepted for compatibility: signals to a device merge, so none ever wait")
             .or("notifications-device-channel-capacity").or_variable("OBSCURA_NOTIFICATIONS_DEVICE_CHANNEL_CAPACITY"),

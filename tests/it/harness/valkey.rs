@@ -52,11 +52,6 @@ impl Valkey {
         format!("redis://{}", self.address())
     }
 
-    /// The process.
-    pub fn pid(&self) -> u32 {
-        self.child.id()
-    }
-
     /// Asks it to end, and waits until it has.
     pub fn stop(&mut self) {
         self.signal(Signal::TERM);
@@ -150,9 +145,9 @@ fn program() -> PathBuf {
         return path.into();
     }
     let folders = std::env::var_os("PATH").unwrap_or_default();
-    let found = ["valkey-server", "redis-server"].iter().find_map(|name| {
-        std::env::split_paths(&folders).map(|folder| folder.join(name)).find(|path| path.is_file())
-    });
+    let found = ["valkey-server", "redis-server"]
+        .iter()
+        .find_map(|name| std::env::split_paths(&folders).map(|folder| folder.join(name)).find(|path| path.is_file()));
     found.expect(
         "there is no valkey-server or redis-server here; `scripts/services` gets one and sets OBSCURA_TEST_VALKEY_SERVER",
     )
