@@ -1,7 +1,7 @@
 //! What travels between nodes: who says it, and which devices should look at what again. No content.
 //!
 //! One byte of format, 16 of the sending node, then for each device its number (8 bytes, big end first) and a byte of
-//! signals. A message to everybody has a format of its own and nothing behind the node.
+//! signals. What is said to all nodes has formats of its own and nothing behind the node.
 
 use crate::bus::Signals;
 use crate::model::ids::DeviceNo;
@@ -10,11 +10,15 @@ use crate::model::ids::DeviceNo;
 const DEVICES: u8 = 1;
 /// "Everybody, look at everything again".
 const EVERYBODY: u8 = 2;
+/// "I am here".
+const HELLO: u8 = 3;
+/// "I have said everything".
+const GOODBYE: u8 = 4;
 const NODE_BYTES: usize = 16;
 const ENTRY_BYTES: usize = 9;
 
 /// A node's name, random for each start.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub(super) struct Node([u8; NODE_BYTES]);
 
 impl Node {
@@ -30,6 +34,8 @@ pub(super) type Entries = Vec<(DeviceNo, Signals)>;
 pub(super) enum Message {
     Devices(Entries),
     Everybody,
+    Hello,
+    Goodbye,
 }
 
 impl Message {
@@ -45,7 +51,15 @@ impl Message {
     }
 
     pub(super) fn everybody(sender: Node) -> Vec<u8> {
-        [&[EVERYBODY][..], &sender.0].concat()
+        to_all(EVERYBODY, sender)
+    }
+
+    pub(super) fn hello(sender: Node) -> Vec<u8> {
+        to_all(HELLO, sender)
+    }
+
+    pub(super) fn goodbye(sender: Node) -> Vec<u8> {
+        to_all(GOODBYE, sender)
     }
 
     /// The message and its sender, or `None` for what this version doesn't understand.
@@ -55,10 +69,16 @@ impl Message {
         let message = match *format {
             DEVICES => Self::Devices(entries(rest)?),
             EVERYBODY if rest.is_empty() => Self::Everybody,
+            HELLO if rest.is_empty() => Self::Hello,
+            GOODBYE if rest.is_empty() => Self::Goodbye,
             _ => return None,
         };
         Some((Node(*sender), message))
     }
+}
+
+fn to_all(format: u8, sender: Node) -> Vec<u8> {
+    [&[format][..], &sender.0].concat()
 }
 
 fn entries(bytes: &[u8]) -> Option<Entries> {
@@ -88,6 +108,8 @@ mod tests {
         assert_eq!(bytes.len(), 1 + 16 + 2 * 9);
         assert_eq!(Message::read(&bytes), Some((node, Message::Devices(entries))));
         assert_eq!(Message::read(&Message::everybody(node)), Some((node, Message::Everybody)));
+        assert_eq!(Message::read(&Message::hello(node)), Some((node, Message::Hello)));
+        assert_eq!(Message::read(&Message::goodbye(node)), Some((node, Message::Goodbye)));
     }
 
     #[test]
@@ -106,7 +128,7 @@ mod tests {
             (0..bytes.len()).filter(|length| *length != 17).all(|length| Message::read(&bytes[..length]).is_none())
         );
         let mut later = bytes;
-        later[0] = 3;
+        later[0] = 9;
         assert_eq!(Message::read(&later), None);
         assert_eq!(Message::read(&[&Message::everybody(Node::random())[..], &[0]].concat()), None);
     }

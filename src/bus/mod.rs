@@ -2,11 +2,13 @@
 //! repeated, merged or lost; the database is the truth that a woken session then reads.
 
 mod backoff;
+mod ears;
 mod listeners;
 mod local;
 mod looks;
 mod message;
 mod outbox;
+mod peers;
 mod seeds;
 mod valkey;
 

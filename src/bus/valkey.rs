@@ -16,6 +16,7 @@ use tokio::time::{Instant, MissedTickBehavior};
 use tracing::{debug, info, warn};
 
 use crate::bus::backoff::Backoff;
+use crate::bus::ears::Ears;
 use crate::bus::listeners::{Listeners, Listening};
 use crate::bus::local::LocalBus;
 use crate::bus::looks::Looks;
@@ -29,13 +30,13 @@ use crate::tasks::Tasks;
 
 /// Valkey is taken for gone when it answers nothing for so long, and when it is not connected within that time.
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(3);
-/// How often Valkey is asked whether it is still there.
+/// How often a node says that it is there, and finds out whether Valkey is.
 const HEARTBEAT: Duration = Duration::from_secs(2);
 /// Accounts whose channels are subscribed, unsubscribed or written to with one request.
 const BATCH: usize = 512;
 /// At stop, so much time for the signals that still wait.
 const LAST_WORDS: Duration = Duration::from_secs(1);
-/// The end of the name of the channel to everybody. No account is called so.
+/// The end of the name of the channel to all nodes. No account is called so.
 const EVERYBODY: &str = "all";
 
 /// The wire as the bus uses it. Nothing here waits for Valkey, except the check.
@@ -61,13 +62,11 @@ impl Wire {
             // Each node begins elsewhere, so that a cluster's nodes share the connections.
             seed: rand::random_range(0..seeds.len()),
             seeds,
-            node: Node::random(),
             prefix: notifications.channel_prefix.clone(),
             gc_interval: notifications.gc_interval,
             outbox: wire.outbox.clone(),
             listeners: wire.listeners.clone(),
-            local: local.clone(),
-            looks: looks.clone(),
+            ears: Ears { node: Node::random(), local: local.clone(), looks: looks.clone(), peers: Arc::default() },
             connection,
             is_outage_told: AtomicBool::new(false),
         };
@@ -96,13 +95,11 @@ struct Keeper {
     seeds: Vec<ConnectionInfo>,
     /// The seed that is tried next.
     seed: usize,
-    node: Node,
     prefix: String,
     gc_interval: Duration,
     outbox: Arc<Outbox>,
     listeners: Arc<Listeners>,
-    local: LocalBus,
-    looks: Looks,
+    ears: Ears,
     connection: watch::Sender<Option<MultiplexedConnection>>,
     is_outage_told: AtomicBool,
 }
@@ -137,7 +134,7 @@ impl Keeper {
         let since = Instant::now();
         self.connection.send_replace(Some(connection.clone()));
         let error = tokio::select! {
-            Err(error) = self.keep_asking(connection.clone()) => Some(error),
+            Err(error) = self.greet(connection.clone()) => Some(error),
             Err(error) = self.follow(connection.clone()) => Some(error),
             Err(error) = self.send(connection.clone()) => Some(error),
             () = lost.notified() => None,
@@ -165,11 +162,11 @@ impl Keeper {
 
     async fn connect_to(&self, seed: ConnectionInfo) -> RedisResult<(MultiplexedConnection, Arc<Notify>)> {
         let lost = Arc::<Notify>::default();
-        let (node, local, looks, is_lost) = (self.node, self.local.clone(), self.looks.clone(), lost.clone());
+        let (ears, is_lost) = (self.ears.clone(), lost.clone());
         // The library calls this between two reads of the socket. Nothing in it waits, so nothing needs to be queued.
         let hear = move |push: PushInfo| -> Result<(), Infallible> {
             match (push.kind, push.data.into_iter().nth(1)) {
-                (PushKind::Message, Some(Value::BulkString(message))) => pass_on(&message, node, &local, &looks),
+                (PushKind::Message, Some(Value::BulkString(message))) => ears.hear(&message),
                 (PushKind::Disconnection, _) => is_lost.notify_one(),
                 _ => {}
             }
@@ -183,12 +180,22 @@ impl Keeper {
         Ok((connection, lost))
     }
 
-    /// Notices a Valkey that is frozen, and a connection of which only our half is left.
-    async fn keep_asking(&self, mut connection: MultiplexedConnection) -> RedisResult<Infallible> {
+    /// Says hello to the other nodes now and then, by which it notices a Valkey that is frozen and a connection of which
+    /// only our half is left. Notices, too, when another node has fallen silent.
+    async fn greet(&self, mut connection: MultiplexedConnection) -> RedisResult<Infallible> {
+        self.ears.peers().start_over(Instant::now());
         loop {
+            self.say_to_all(&mut connection, Message::hello(self.ears.node)).await?;
             tokio::time::sleep(HEARTBEAT).await;
-            ping(&mut connection).await?;
+            if self.ears.peers().has_lost_one(Instant::now()) {
+                info!("another node ended without a goodbye, or is not heard; every session looks at everything");
+                self.ears.looks.everything();
+            }
         }
+    }
+
+    async fn say_to_all(&self, connection: &mut MultiplexedConnection, message: Vec<u8>) -> RedisResult<()> {
+        redis::cmd("PUBLISH").arg(self.channel_to_everybody()).arg(message).query_async(connection).await
     }
 
     /// Subscribes the channels of those who listen, has everybody look at what was missed, and follows who comes and goes.
@@ -198,7 +205,7 @@ impl Keeper {
             connection.subscribe(self.channels(users)).await?;
             self.listeners.confirm(users);
         }
-        self.looks.everything();
+        self.ears.looks.everything();
         self.is_outage_told.store(false, Ordering::Relaxed);
         info!("connected to Valkey: signals go to other nodes and come from them");
         let mut gc = tokio::time::interval_at(Instant::now() + self.gc_interval, self.gc_interval);
@@ -209,7 +216,7 @@ impl Keeper {
                     let users = self.listeners.take_wanted(BATCH);
                     connection.subscribe(self.channels(&users)).await?;
                     for device in self.listeners.confirm(&users) {
-                        self.local.wake(device, Signals::EVERYTHING);
+                        self.ears.local.wake(device, Signals::EVERYTHING);
                     }
                 }
                 _ = gc.tick() => {
@@ -235,10 +242,10 @@ impl Keeper {
         let mut pipeline = redis::pipe();
         if letters.everybody {
             warn!("too many signals waited for Valkey; all nodes look at everything instead");
-            pipeline.publish(self.channel_to_everybody(), Message::everybody(self.node)).ignore();
+            pipeline.publish(self.channel_to_everybody(), Message::everybody(self.ears.node)).ignore();
         }
         for (user, entries) in letters.messages() {
-            pipeline.publish(self.channel(user), Message::devices(self.node, entries)).ignore();
+            pipeline.publish(self.channel(user), Message::devices(self.ears.node, entries)).ignore();
         }
         pipeline.query_async(connection).await
     }
@@ -253,6 +260,8 @@ impl Keeper {
             }
             self.outbox.confirm();
         }
+        // When this is not reached, the others look at everything instead.
+        let _ = self.say_to_all(&mut connection, Message::goodbye(self.ears.node)).await;
     }
 
     /// Once for each outage.
@@ -274,18 +283,6 @@ impl Keeper {
 
     fn channel_to_everybody(&self) -> String {
         format!("{}{EVERYBODY}", self.prefix)
-    }
-}
-
-/// Brings what another node says to the sessions here.
-fn pass_on(message: &[u8], here: Node, local: &LocalBus, looks: &Looks) {
-    match Message::read(message) {
-        Some((sender, _)) if sender == here => {}
-        Some((_, Message::Everybody)) => looks.everything(),
-        Some((_, Message::Devices(entries))) => {
-            entries.into_iter().for_each(|(device, signals)| local.wake(device, signals));
-        }
-        None => debug!("a message that this version doesn't understand was ignored"),
     }
 }
 

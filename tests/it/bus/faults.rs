@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 use obscura_server::bus::Signal;
 
 use super::{Inbox, Node, everything, only, somebody};
-use crate::harness::{Proxy, Valkey, Way, eventually, within, within_time};
+use crate::harness::{Binary, Proxy, Valkey, Way, eventually, within, within_time};
 
 /// A node behind a proxy.
 async fn behind_a_proxy(valkey: &Valkey) -> (Proxy, Node) {
@@ -177,4 +177,30 @@ async fn a_valkey_that_stays_away_is_asked_ever_more_rarely() {
     assert!(!node.is_ready().await);
     proxy.refuse(false);
     node.ready().await;
+}
+
+#[tokio::test]
+async fn a_node_that_dies_with_signals_unsent_makes_the_others_look() {
+    let valkey = Valkey::start().await;
+    let node = Node::open(&valkey.url());
+    let wakeups = node.listen(somebody()).await;
+    let folder = tempfile::tempdir().unwrap();
+    let mut dying = Binary::start(folder.path(), &[&format!("--pubsub-url={}", valkey.url())]).await;
+    eventually("the node to say hello", async || dying.output().contains("connected to Valkey")).await;
+    dying.kill();
+    everything(&wakeups).await;
+}
+
+#[tokio::test]
+async fn a_node_that_is_not_heard_for_a_while_makes_the_others_look_and_again_when_it_is_back() {
+    let valkey = Valkey::start().await;
+    let node = Node::open(&valkey.url());
+    let wakeups = node.listen(somebody()).await;
+    let (proxy, away) = behind_a_proxy(&valkey).await;
+    proxy.refuse(true);
+    proxy.cut();
+    everything(&wakeups).await;
+    proxy.refuse(false);
+    everything(&wakeups).await;
+    away.ready().await;
 }
