@@ -45,6 +45,8 @@ pub struct Server {
     app: App,
     /// The mailroom, which outlives the entrances, because all of them call it.
     keepers: Tasks,
+    /// The wire to other nodes, which outlives the mailroom, because the readers of the last group are woken over it.
+    wires: Tasks,
     /// The management port. Nobody waits for those who ask there.
     probes: Tasks,
     api_address: SocketAddr,
@@ -69,9 +71,10 @@ impl Server {
         let (api_address, management_address) = (api.local_addr()?, management.local_addr()?);
         let store = open_store(&config).await?;
         let blobs = Blobs::open(&config.attachments)?;
+        let (tasks, keepers, wires, probes) = (Tasks::new(), Tasks::new(), Tasks::new(), Tasks::new());
+        let sockets = config.gateway.max_connections_per_device;
+        let bus = Bus::open(&config.pubsub, &config.notifications, sockets, &wires)?;
         // Nothing can fail from here on, so no task is left behind by a start that was given up.
-        let (tasks, keepers, probes) = (Tasks::new(), Tasks::new(), Tasks::new());
-        let bus = Bus::local(config.gateway.max_connections_per_device);
         let app = App {
             mailroom: Mailroom::open(store.clone(), bus.clone(), clock.clone(), &keepers),
             store,
@@ -95,7 +98,7 @@ impl Server {
         };
         open(&app, &probes, api, management).await;
         info!(port = api_address.port(), management_port = management_address.port(), "the server is ready");
-        Ok(Self { app, keepers, probes, api_address, management_address, _lock: lock })
+        Ok(Self { app, keepers, wires, probes, api_address, management_address, _lock: lock })
     }
 
     /// Where the API listens.
@@ -118,12 +121,13 @@ impl Server {
         tokio::select! {
             () = self.app.tasks.failed() => {}
             () = self.keepers.failed() => {}
+            () = self.wires.failed() => {}
             () = self.probes.failed() => {}
         }
     }
 
     /// Stops in order, within the shutdown timeout: no new connections, requests answered, sockets told (1001), their
-    /// acks written, the last groups stored, the database closed.
+    /// acks written, the last groups stored and signalled, the database closed.
     pub async fn stop(self) {
         let limit = self.app.config.server.shutdown_timeout;
         if tokio::time::timeout(limit, self.wind_down()).await.is_err() {
@@ -140,6 +144,8 @@ impl Server {
         }
         self.keepers.stop();
         self.keepers.ended().await;
+        self.wires.stop();
+        self.wires.ended().await;
         self.probes.stop();
         self.app.store.close().await;
         info!("the server has stopped");
@@ -192,7 +198,6 @@ async fn open_store(config: &Config) -> Result<Store> {
 /// Nobody should believe that phones are woken or traces exported when they aren't.
 fn warn_of_what_is_not_there(config: &Config) {
     let is_asked_for = [
-        ("--pubsub-url", !config.pubsub.url.expose().starts_with("local:")),
         ("--fcm-project-id", config.fcm.project_id.is_some()),
         ("--otlp-endpoint", config.telemetry.otlp_endpoint.is_some()),
     ];

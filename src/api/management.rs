@@ -37,12 +37,11 @@ enum Check {
 /// Not ready while a part that requests need doesn't answer, and from the start of shutdown on.
 async fn ready(State(app): State<App>) -> impl IntoResponse {
     let health = &app.config.health;
-    let (database, storage) = tokio::join!(
+    let (database, storage, pubsub) = tokio::join!(
         check("database", health.database_timeout, app.store.check()),
         check("storage", health.storage_timeout, app.blobs.check()),
+        check("pubsub", health.pubsub_timeout, app.bus.check()),
     );
-    // Signals stay within this process, where nothing can come between.
-    let pubsub = Check::Ok;
     let is_ready = [database, storage, pubsub].iter().all(|part| *part == Check::Ok) && !app.tasks.is_stopping();
     let (code, status) =
         if is_ready { (StatusCode::OK, Check::Ok) } else { (StatusCode::SERVICE_UNAVAILABLE, Check::Error) };

@@ -23,8 +23,8 @@ struct Sleeper {
 }
 
 impl Sleeper {
-    fn wake(&self, signal: Signal) {
-        self.signals.fetch_or(signal as u8, Ordering::AcqRel);
+    fn wake(&self, signals: Signals) {
+        self.signals.fetch_or(signals.0, Ordering::AcqRel);
         self.waker.wake();
     }
 }
@@ -40,22 +40,27 @@ impl LocalBus {
         Self { shards: Arc::default(), sockets_per_device }
     }
 
-    pub(super) fn subscribe(&self, device: DeviceNo) -> Wakeups {
+    pub(super) fn subscribe(&self, device: DeviceNo) -> Sleeping {
         let sleeper = Arc::<Sleeper>::default();
         let mut shard = self.shard(device);
         let sleepers = shard.entry(device).or_insert_with(|| Vec::with_capacity(1));
         if sleepers.len() >= self.sockets_per_device {
-            sleepers.remove(0).wake(Signal::Superseded);
+            sleepers.remove(0).wake(Signal::Superseded.into());
         }
         sleepers.push(sleeper.clone());
         drop(shard);
-        Wakeups { device, sleeper, bus: self.clone() }
+        Sleeping { device, sleeper, bus: self.clone() }
     }
 
-    pub(super) fn wake(&self, device: DeviceNo, signal: Signal) {
+    pub(super) fn wake(&self, device: DeviceNo, signals: Signals) {
         for sleeper in self.shard(device).get(&device).into_iter().flatten() {
-            sleeper.wake(signal);
+            sleeper.wake(signals);
         }
+    }
+
+    /// Every device with a session here.
+    pub(super) fn devices(&self) -> Vec<DeviceNo> {
+        self.shards.iter().flat_map(|shard| lock(shard).keys().copied().collect::<Vec<_>>()).collect()
     }
 
     pub(super) fn listening(&self) -> usize {
@@ -82,15 +87,14 @@ fn lock(shard: &Mutex<Shard>) -> MutexGuard<'_, Shard> {
 }
 
 /// The signals to one session of a device. Dropping it ends the subscription.
-pub struct Wakeups {
+pub(super) struct Sleeping {
     device: DeviceNo,
     sleeper: Arc<Sleeper>,
     bus: LocalBus,
 }
 
-impl Wakeups {
-    /// Waits for a signal, and answers everything signalled since the last call. Dropping the future loses nothing.
-    pub async fn next(&self) -> Signals {
+impl Sleeping {
+    pub(super) async fn next(&self) -> Signals {
         poll_fn(|context| {
             self.sleeper.waker.register(context.waker());
             match self.sleeper.signals.swap(0, Ordering::AcqRel) {
@@ -102,7 +106,7 @@ impl Wakeups {
     }
 }
 
-impl Drop for Wakeups {
+impl Drop for Sleeping {
     fn drop(&mut self) {
         self.bus.unsubscribe(self.device, &self.sleeper);
     }
@@ -120,9 +124,9 @@ mod tests {
     fn signals_before_the_look_are_merged_into_one_answer() {
         let bus = LocalBus::new(8);
         let wakeups = bus.subscribe(DEVICE);
-        bus.wake(DEVICE, Signal::Mail);
-        bus.wake(DEVICE, Signal::Mail);
-        bus.wake(DEVICE, Signal::KeysLow);
+        bus.wake(DEVICE, Signal::Mail.into());
+        bus.wake(DEVICE, Signal::Mail.into());
+        bus.wake(DEVICE, Signal::KeysLow.into());
         let signals = wakeups.next().now_or_never().unwrap();
         assert!(signals.has(Signal::Mail) && signals.has(Signal::KeysLow) && !signals.has(Signal::Standing));
         assert!(wakeups.next().now_or_never().is_none());
@@ -132,7 +136,7 @@ mod tests {
     fn a_signal_reaches_every_session_of_the_device_and_no_other() {
         let bus = LocalBus::new(8);
         let (first, second, other) = (bus.subscribe(DEVICE), bus.subscribe(DEVICE), bus.subscribe(DeviceNo(8)));
-        bus.wake(DEVICE, Signal::Mail);
+        bus.wake(DEVICE, Signal::Mail.into());
         assert!(first.next().now_or_never().is_some());
         assert!(second.next().now_or_never().is_some());
         assert!(other.next().now_or_never().is_none());
@@ -143,7 +147,7 @@ mod tests {
         let bus = LocalBus::new(8);
         let (first, second) = (bus.subscribe(DEVICE), bus.subscribe(DEVICE));
         drop(first);
-        bus.wake(DEVICE, Signal::Mail);
+        bus.wake(DEVICE, Signal::Mail.into());
         assert!(second.next().now_or_never().is_some());
         drop(second);
         assert_eq!(bus.listening(), 0);
@@ -155,7 +159,7 @@ mod tests {
         let sockets = [bus.subscribe(DEVICE), bus.subscribe(DEVICE), bus.subscribe(DEVICE)];
         assert!(sockets[0].next().now_or_never().is_some_and(|signals| signals.has(Signal::Superseded)));
         assert!(sockets[1].next().now_or_never().is_none());
-        bus.wake(DEVICE, Signal::Mail);
+        bus.wake(DEVICE, Signal::Mail.into());
         assert!(sockets[0].next().now_or_never().is_none());
         assert!(sockets[2].next().now_or_never().is_some());
     }
@@ -166,7 +170,7 @@ mod tests {
         let wakeups = bus.subscribe(DEVICE);
         let mut waiting = Box::pin(wakeups.next());
         assert!(futures_util::poll!(&mut waiting).is_pending());
-        bus.wake(DEVICE, Signal::Mail);
+        bus.wake(DEVICE, Signal::Mail.into());
         assert!(waiting.await.has(Signal::Mail));
     }
 }

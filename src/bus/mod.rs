@@ -1,11 +1,20 @@
-//! Signals: "look again", told to the sessions of a device. A signal carries no content, may be repeated, merged or
-//! lost; the database is the truth that a woken session then reads.
+//! Signals: "look again", told to the sessions of a device, here and on other nodes. A signal carries no content, may be
+//! repeated, merged or lost; the database is the truth that a woken session then reads.
 
+mod backoff;
+mod ears;
+mod listeners;
 mod local;
+mod looks;
+mod message;
+mod outbox;
+mod peers;
+mod seeds;
+mod valkey;
 
-use crate::model::ids::{Address, DeviceNo};
-
-pub use local::Wakeups;
+use crate::config;
+use crate::model::ids::Address;
+use crate::tasks::Tasks;
 
 /// What to look at again.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -26,39 +35,122 @@ pub enum Signal {
 pub struct Signals(u8);
 
 impl Signals {
+    /// For a session that may have missed anything. That it is one too many it can't have missed.
+    const EVERYTHING: Self = Self(Signal::Mail as u8 | Signal::KeysLow as u8 | Signal::Standing as u8);
+
     /// Whether `signal` is among them.
     pub fn has(self, signal: Signal) -> bool {
         self.0 & signal as u8 != 0
     }
+
+    fn and(self, others: Self) -> Self {
+        Self(self.0 | others.0)
+    }
+
+    /// Those that make sense on another node. How many sockets a device has is each node's own affair.
+    fn crossing(self) -> Self {
+        Self(self.0 & Self::EVERYTHING.0)
+    }
 }
 
-/// Brings signals to the sessions of this process. Cloning gives the same bus.
+impl From<Signal> for Signals {
+    fn from(signal: Signal) -> Self {
+        Self(signal as u8)
+    }
+}
+
+/// Why the bus can't be opened, or is not ready.
+#[derive(Debug, thiserror::Error)]
+pub enum BusError {
+    /// The URL can't be used. Neither it nor a part of it is repeated, since a password may be in it.
+    #[error(
+        "--pubsub-url: this is not the address of a Valkey or Redis ({0}); it takes for example \
+         rediss://user:password@host:6379, several hosts separated by commas, and %40 for a special character such as @ \
+         in a password"
+    )]
+    Url(&'static str),
+    /// There is no connection at the moment. It is being looked for.
+    #[error("there is no connection to Valkey at the moment")]
+    Away,
+    /// Valkey said no, or the connection broke.
+    #[error(transparent)]
+    Valkey(#[from] redis::RedisError),
+}
+
+/// Brings signals to the sessions of this process, and over the wire, if there is one, to those of other nodes. Cloning
+/// gives the same bus.
 #[derive(Clone)]
 pub struct Bus {
     local: local::LocalBus,
+    wire: Option<valkey::Wire>,
 }
 
 impl Bus {
     /// A bus within this process. A device may have `sockets_per_device` subscriptions at once; the oldest is told
     /// to make way for one more.
     pub fn local(sockets_per_device: usize) -> Self {
-        Self { local: local::LocalBus::new(sockets_per_device) }
+        Self { local: local::LocalBus::new(sockets_per_device), wire: None }
     }
 
-    /// Listens for signals to a device. Dropping the answer ends it.
-    pub fn subscribe(&self, device: DeviceNo) -> Wakeups {
-        self.local.subscribe(device)
+    /// The bus that the URL asks for. A wire connects in the background, and again whenever it is lost; it ends with
+    /// `tasks`, after it has sent what it can within a second. Has to be called within a runtime.
+    pub fn open(
+        pubsub: &config::Pubsub,
+        notifications: &config::Notifications,
+        sockets_per_device: usize,
+        tasks: &Tasks,
+    ) -> Result<Self, BusError> {
+        let bus = Self::local(sockets_per_device);
+        if pubsub.url.expose() == "local:" {
+            return Ok(bus);
+        }
+        let wire = valkey::Wire::open(pubsub, notifications, &bus.local, tasks)?;
+        Ok(Self { wire: Some(wire), ..bus })
     }
 
-    /// Tells the sessions of these devices to look again. Best effort: it never fails the caller.
+    /// Listens for signals to a device. Whoever reads the database after this call misses nothing. Dropping the answer
+    /// ends it.
+    pub fn subscribe(&self, address: Address) -> Wakeups {
+        // In this order, so that the session is there when its account's channel is confirmed.
+        let sleeping = self.local.subscribe(address.device);
+        let listening = self.wire.as_ref().map(|wire| wire.listen(address));
+        Wakeups { sleeping, _listening: listening }
+    }
+
+    /// Tells the sessions of these devices to look again. Best effort: it never fails the caller, and never waits for
+    /// Valkey.
     pub async fn wake(&self, addresses: &[Address], signal: Signal) {
         for address in addresses {
-            self.local.wake(address.device, signal);
+            self.local.wake(address.device, signal.into());
+        }
+        if let Some(wire) = &self.wire {
+            wire.publish(addresses, signal.into());
+        }
+    }
+
+    /// Whether signals reach other nodes. It waits for Valkey's answer; the caller sets the limit.
+    pub async fn check(&self) -> Result<(), BusError> {
+        match &self.wire {
+            Some(wire) => wire.check().await,
+            None => Ok(()),
         }
     }
 
     /// How many devices have a session here.
     pub fn listening(&self) -> usize {
         self.local.listening()
+    }
+}
+
+/// The signals to one session of a device. Dropping it ends the subscription.
+pub struct Wakeups {
+    sleeping: local::Sleeping,
+    _listening: Option<listeners::Listening>,
+}
+
+impl Wakeups {
+    /// Waits for a signal, and answers everything signalled since the last call. Dropping the future loses nothing.
+    pub async fn next(&self) -> Signals {
+        self.sleeping.next().await
     }
 }

@@ -170,11 +170,11 @@ pub struct Prekeys {
 /// Signals to connected devices and pushes to sleeping ones.
 #[derive(Clone, Debug)]
 pub struct Notifications {
-    /// Pause between two removals of state nobody listens to.
+    /// Pause between two removals of subscriptions nobody listens to.
     pub gc_interval: Duration,
-    /// Signals waiting between Valkey and the local dispatcher.
+    /// Without a meaning here: signals from other nodes are passed on as they come in, so none ever wait.
     pub global_channel_capacity: usize,
-    /// Events waiting for one connected device.
+    /// Without a meaning here: signals to a device merge, so none ever wait.
     pub user_channel_capacity: usize,
     /// Grace before a push; may be zero.
     pub push_delay: Duration,
@@ -199,7 +199,7 @@ pub struct Notifications {
 /// The wire between nodes.
 #[derive(Clone, Debug)]
 pub struct Pubsub {
-    /// `redis:`, `rediss:`, `valkey:` or `valkeys:`; `local:` is the bus inside this process.
+    /// `redis:`, `rediss:`, `valkey:` or `valkeys:`, or one of them with `-cluster`; `local:` is the bus inside this process.
     pub url: Secret,
     /// First pause before reconnecting.
     pub min_backoff: Duration,

@@ -237,6 +237,8 @@ fn networks(text: &str) -> Option<Vec<IpNet>> {
 fn is_url(text: &str, schemes: &[&str]) -> bool {
     let goes_on = |scheme: &&str| match text.strip_prefix(*scheme) {
         Some(rest) if *scheme == "local:" => rest.is_empty(),
+        // A password without a user: `redis://:password@host`.
+        Some(rest) if scheme.ends_with("//") => !rest.is_empty() && !rest.starts_with('?'),
         // `sqlite::memory:` would be another database for every connection.
         Some(rest) => !rest.trim_start_matches("//").is_empty() && !rest.starts_with([':', '?']),
         None => false,
@@ -278,7 +280,11 @@ mod tests {
     #[test]
     fn a_url_begins_with_a_known_scheme_and_goes_on() {
         let bus = Takes::Url(&["redis://", "local:"]);
-        takes(bus, &["redis://h:1", "local:"], &["", "redis://", "redis:h", "http://h", "local:x", "redis://h\n"]);
+        takes(
+            bus,
+            &["redis://h:1", "redis://:p@h", "local:"],
+            &["", "redis://", "redis:h", "http://h", "local:x", "redis://h\n"],
+        );
         takes(
             Takes::Url(&["sqlite:"]),
             &["sqlite:a.db", "sqlite:///a.db"],

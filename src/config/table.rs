@@ -23,7 +23,17 @@ const MAX_FRAME_BYTES: u64 = 67_108_864;
 const MAX_FCM_SECONDS: u64 = 2_419_200;
 
 const DATABASES: &[&str] = &["postgres://", "postgresql://", "sqlite:"];
-const BUSES: &[&str] = &["redis://", "rediss://", "valkey://", "valkeys://", "local:"];
+const BUSES: &[&str] = &[
+    "redis://",
+    "rediss://",
+    "valkey://",
+    "valkeys://",
+    "redis-cluster://",
+    "rediss-cluster://",
+    "valkey-cluster://",
+    "valkeys-cluster://",
+    "local:",
+];
 const STORAGES: &[&str] = &["http://", "https://", "file:"];
 const COLLECTORS: &[&str] = &["http://", "https://"];
 const PROXIES: &str = "10.0.0.0/8,172.16.0.0/12,192.168.0.0/16,127.0.0.1/32";
@@ -132,12 +142,12 @@ pub static GROUPS: &[Group] = &[
     ] },
     Group { title: "Notifications", options: &[
         option("gc-interval-secs", "OBSCURA_NOTIFICATIONS_GC_INTERVAL_SECS", "60", Seconds(1, MAX_SECONDS),
-            "pause between two removals of notification state nobody listens to")
+            "pause between two removals of subscriptions nobody listens to")
             .or("notifications-cleanup-interval-secs").or_variable("OBSCURA_NOTIFICATIONS_CLEANUP_INTERVAL_SECS"),
         option("global-channel-capacity", "OBSCURA_NOTIFICATIONS_GLOBAL_CHANNEL_CAPACITY", "1024", Count(1, MAX_COUNT),
-            "signals waiting between Valkey and the local dispatcher").or("notifications-global-channel-capacity"),
+            "accepted for compatibility: signals from other nodes are passed on as they come in, so none ever wait").or("notifications-global-channel-capacity"),
         option("user-channel-capacity", "OBSCURA_NOTIFICATIONS_USER_CHANNEL_CAPACITY", "64", Count(1, MAX_COUNT),
-            "events waiting for one connected device")
+            "accepted for compatibility: signals to a device merge, so none ever wait")
             .or("notifications-device-channel-capacity").or_variable("OBSCURA_NOTIFICATIONS_DEVICE_CHANNEL_CAPACITY"),
         option("push-delay-secs", "OBSCURA_NOTIFICATIONS_PUSH_DELAY_SECS", "10", Seconds(0, 86_400),
             "grace before a push").or("notifications-push-delay-secs"),
@@ -163,7 +173,7 @@ pub static GROUPS: &[Group] = &[
     ] },
     Group { title: "Wire between nodes", options: &[
         option("pubsub-url", "OBSCURA_PUBSUB_URL", "redis://localhost:6379", Url(BUSES),
-            "Valkey or Redis; `local:` is the bus inside this process").secret().embedded("local:"),
+            "Valkey or Redis, a cluster's hosts separated by commas; `local:` is the bus inside this process").secret().embedded("local:"),
         option("pubsub-min-backoff-secs", "OBSCURA_PUBSUB_MIN_BACKOFF_SECS", "1", Seconds(1, 86_400),
             "first pause before reconnecting"),
         option("pubsub-max-backoff-secs", "OBSCURA_PUBSUB_MAX_BACKOFF_SECS", "30", Seconds(1, 86_400),

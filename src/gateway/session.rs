@@ -15,7 +15,7 @@ use crate::gateway::acks::Acks;
 use crate::gateway::inflight::Inflight;
 use crate::gateway::pipe::{Event, Pipe, Progress};
 use crate::memory::Share;
-use crate::model::ids::{DeviceNo, Position};
+use crate::model::ids::{Address, DeviceNo, Position};
 use crate::store::{Result, SessionHolder};
 use crate::tasks::jittered;
 use crate::wire;
@@ -45,7 +45,7 @@ enum End {
 /// Serves one socket from its handshake to its end.
 pub async fn run(app: App, holder: SessionHolder, socket: WebSocket, progress: Arc<Progress>) {
     // Subscribed before the first read: what is queued from here on is either read or signalled.
-    let wakeups = app.bus.subscribe(holder.no);
+    let wakeups = app.bus.subscribe(Address { user: holder.user, device: holder.no });
     let mut session = Session::new(app, &holder, Pipe::new(socket, progress));
     let end = session.serve(&wakeups).await;
     drop(wakeups);

@@ -7,6 +7,7 @@ mod harness;
 mod api;
 mod architecture;
 mod cluster;
+mod bus;
 mod config;
 mod crash;
 mod disk;

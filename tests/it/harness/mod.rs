@@ -6,10 +6,12 @@ mod client;
 mod database;
 pub mod deployment;
 pub mod proto;
+mod proxy;
 mod raw;
 mod server;
 pub mod signer;
 mod socket;
+mod valkey;
 
 use std::future::Future;
 use std::time::{Duration, Instant};
@@ -18,9 +20,11 @@ pub use account::{Device, Keys, PASSWORD, kyber_key, one_time_key, outcome, send
 pub use binary::Binary;
 pub use client::{Client, Request, Response};
 pub use database::Database;
+pub use proxy::{Proxy, Way};
 pub use raw::{RawSocket, opcode, raw_answer, raw_request};
 pub use server::{TestServer, impatient};
 pub use socket::{Event, Socket, distinct_ids};
+pub use valkey::{Valkey, free_port};
 
 /// How long a test waits for anything that should happen at once. Generous, because machines are busy.
 pub const PATIENCE: Duration = Duration::from_secs(20);

@@ -1,0 +1,46 @@
+//! What a message from another node does here. Nothing in it waits, so the connection's own task does it as the messages
+//! come in, and nothing needs to be queued in between.
+
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use tokio::time::Instant;
+use tracing::{debug, info};
+
+use crate::bus::local::LocalBus;
+use crate::bus::looks::Looks;
+use crate::bus::message::{Message, Node};
+use crate::bus::peers::Peers;
+
+#[derive(Clone)]
+pub(super) struct Ears {
+    /// Our own name: what we say ourselves comes back, and is not heard.
+    pub(super) node: Node,
+    pub(super) local: LocalBus,
+    pub(super) looks: Looks,
+    pub(super) peers: Arc<Mutex<Peers>>,
+}
+
+impl Ears {
+    pub(super) fn hear(&self, message: &[u8]) {
+        match Message::read(message) {
+            Some((sender, _)) if sender == self.node => {}
+            Some((_, Message::Devices(entries))) => {
+                entries.into_iter().for_each(|(device, signals)| self.local.wake(device, signals));
+            }
+            Some((_, Message::Everybody)) => self.looks.everything(),
+            Some((sender, Message::Hello)) => {
+                if self.peers().hello(sender, Instant::now()) {
+                    info!("a node that was missing is back; every session looks at everything");
+                    self.looks.everything();
+                }
+            }
+            Some((sender, Message::Goodbye)) => self.peers().goodbye(sender),
+            None => debug!("a message that this version doesn't understand was ignored"),
+        }
+    }
+
+    /// No code panics while it holds them.
+    pub(super) fn peers(&self) -> MutexGuard<'_, Peers> {
+        self.peers.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}

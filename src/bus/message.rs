@@ -1,0 +1,142 @@
+//! What travels between nodes: who says it, and which devices should look at what again. No content.
+//!
+//! One byte of format, 16 of the sending node, then for each device its number (8 bytes, big end first) and a byte of
+//! signals. What is said to all nodes has formats of its own and nothing behind the node.
+
+use crate::bus::Signals;
+use crate::model::ids::DeviceNo;
+
+/// "These devices".
+const DEVICES: u8 = 1;
+/// "Everybody, look at everything again".
+const EVERYBODY: u8 = 2;
+/// "I am here".
+const HELLO: u8 = 3;
+/// "I have said everything".
+const GOODBYE: u8 = 4;
+const NODE_BYTES: usize = 16;
+const ENTRY_BYTES: usize = 9;
+
+/// A node's name, random for each start.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub(super) struct Node([u8; NODE_BYTES]);
+
+impl Node {
+    pub(super) fn random() -> Self {
+        Self(rand::random())
+    }
+}
+
+/// Devices of one account, with what each should look at.
+pub(super) type Entries = Vec<(DeviceNo, Signals)>;
+
+#[derive(Debug, PartialEq, Eq)]
+pub(super) enum Message {
+    Devices(Entries),
+    Everybody,
+    Hello,
+    Goodbye,
+}
+
+impl Message {
+    pub(super) fn devices(sender: Node, entries: &[(DeviceNo, Signals)]) -> Vec<u8> {
+        let mut bytes = Vec::with_capacity(1 + NODE_BYTES + entries.len() * ENTRY_BYTES);
+        bytes.push(DEVICES);
+        bytes.extend(sender.0);
+        for (device, signals) in entries {
+            bytes.extend(device.0.to_be_bytes());
+            bytes.push(signals.crossing().0);
+        }
+        bytes
+    }
+
+    pub(super) fn everybody(sender: Node) -> Vec<u8> {
+        to_all(EVERYBODY, sender)
+    }
+
+    pub(super) fn hello(sender: Node) -> Vec<u8> {
+        to_all(HELLO, sender)
+    }
+
+    pub(super) fn goodbye(sender: Node) -> Vec<u8> {
+        to_all(GOODBYE, sender)
+    }
+
+    /// The message and its sender, or `None` for what this version doesn't understand.
+    pub(super) fn read(bytes: &[u8]) -> Option<(Node, Self)> {
+        let (format, rest) = bytes.split_first()?;
+        let (sender, rest) = rest.split_first_chunk::<NODE_BYTES>()?;
+        let message = match *format {
+            DEVICES => Self::Devices(entries(rest)?),
+            EVERYBODY if rest.is_empty() => Self::Everybody,
+            HELLO if rest.is_empty() => Self::Hello,
+            GOODBYE if rest.is_empty() => Self::Goodbye,
+            _ => return None,
+        };
+        Some((Node(*sender), message))
+    }
+}
+
+fn to_all(format: u8, sender: Node) -> Vec<u8> {
+    [&[format][..], &sender.0].concat()
+}
+
+fn entries(bytes: &[u8]) -> Option<Entries> {
+    let chunks = bytes.chunks_exact(ENTRY_BYTES);
+    if !chunks.remainder().is_empty() {
+        return None;
+    }
+    let entry = |chunk: &[u8]| {
+        let (device, signals) = chunk.split_first_chunk::<8>()?;
+        Some((DeviceNo(i64::from_be_bytes(*device)), Signals(*signals.first()?).crossing()))
+    };
+    chunks.map(entry).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+    use crate::bus::Signal;
+
+    #[test]
+    fn a_message_says_who_sent_it_and_what_each_device_should_look_at() {
+        let node = Node::random();
+        let entries = vec![(DeviceNo(7), Signal::Mail.into()), (DeviceNo(i64::MAX), Signals::EVERYTHING)];
+        let bytes = Message::devices(node, &entries);
+        assert_eq!(bytes.len(), 1 + 16 + 2 * 9);
+        assert_eq!(Message::read(&bytes), Some((node, Message::Devices(entries))));
+        assert_eq!(Message::read(&Message::everybody(node)), Some((node, Message::Everybody)));
+        assert_eq!(Message::read(&Message::hello(node)), Some((node, Message::Hello)));
+        assert_eq!(Message::read(&Message::goodbye(node)), Some((node, Message::Goodbye)));
+    }
+
+    #[test]
+    fn no_other_node_can_end_a_session_for_being_one_too_many() {
+        let node = Node::random();
+        let mut bytes = Message::devices(node, &[(DeviceNo(1), Signal::Superseded.into())]);
+        *bytes.last_mut().unwrap() = 0xff;
+        let Some((_, Message::Devices(entries))) = Message::read(&bytes) else { panic!("a message") };
+        assert_eq!(entries, [(DeviceNo(1), Signals::EVERYTHING)]);
+    }
+
+    #[test]
+    fn what_is_cut_or_of_another_format_is_not_understood() {
+        let bytes = Message::devices(Node::random(), &[(DeviceNo(7), Signal::Mail.into())]);
+        assert!(
+            (0..bytes.len()).filter(|length| *length != 17).all(|length| Message::read(&bytes[..length]).is_none())
+        );
+        let mut later = bytes;
+        later[0] = 9;
+        assert_eq!(Message::read(&later), None);
+        assert_eq!(Message::read(&[&Message::everybody(Node::random())[..], &[0]].concat()), None);
+    }
+
+    proptest! {
+        #[test]
+        fn no_bytes_make_the_reader_panic(bytes in proptest::collection::vec(any::<u8>(), 0..100)) {
+            let _ = Message::read(&bytes);
+        }
+    }
+}

@@ -1,0 +1,102 @@
+//! Which other nodes there are. A node that dies may take signals with it that it had not sent yet, and nobody else
+//! knows of them: so each says hello now and then, and when one falls silent without a goodbye, the others look at
+//! everything. The same when it is back, as after a cluster was torn apart: what it said meanwhile was not heard.
+
+use std::collections::HashMap;
+use std::time::Duration;
+
+use tokio::time::Instant;
+
+use crate::bus::message::Node;
+
+/// A node that has not said hello for so long is missing. Some greetings may be late or lost.
+const MISSING_AFTER: Duration = Duration::from_secs(10);
+/// A node that is missing for so long does not come back.
+const FORGOTTEN_AFTER: Duration = Duration::from_secs(600);
+/// No deployment has more nodes. Those beyond are not watched.
+const MOST: usize = 1024;
+
+#[derive(Default)]
+pub(super) struct Peers(HashMap<Node, Peer>);
+
+struct Peer {
+    heard: Instant,
+    is_missing: bool,
+}
+
+impl Peers {
+    /// A node is there. True when it was missing before.
+    pub(super) fn hello(&mut self, node: Node, now: Instant) -> bool {
+        if self.0.len() >= MOST && !self.0.contains_key(&node) {
+            return false;
+        }
+        let before = self.0.insert(node, Peer { heard: now, is_missing: false });
+        before.is_some_and(|peer| peer.is_missing)
+    }
+
+    /// A node has said everything it had to say.
+    pub(super) fn goodbye(&mut self, node: Node) {
+        self.0.remove(&node);
+    }
+
+    /// Whether a node has fallen silent since the last call.
+    pub(super) fn has_lost_one(&mut self, now: Instant) -> bool {
+        self.0.retain(|_, peer| now.duration_since(peer.heard) < FORGOTTEN_AFTER);
+        let silent = |peer: &&mut Peer| !peer.is_missing && now.duration_since(peer.heard) >= MISSING_AFTER;
+        self.0.values_mut().filter(silent).map(|peer| peer.is_missing = true).count() > 0
+    }
+
+    /// We could not hear anybody up to now, so nobody's silence meant anything.
+    pub(super) fn start_over(&mut self, now: Instant) {
+        self.0.values_mut().filter(|peer| !peer.is_missing).for_each(|peer| peer.heard = now);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const STEP: Duration = Duration::from_secs(4);
+
+    #[test]
+    fn a_node_that_falls_silent_is_noticed_once_and_once_more_when_it_is_back() {
+        let (mut peers, start) = (Peers::default(), Instant::now());
+        let (node, other) = (Node::random(), Node::random());
+        assert!(!peers.hello(node, start));
+        assert!(!peers.hello(other, start));
+        let found = [1, 2, 3, 4, 5].map(|step| {
+            peers.hello(other, start + step * STEP);
+            peers.has_lost_one(start + step * STEP)
+        });
+        assert_eq!(found, [false, false, true, false, false]);
+        assert!(peers.hello(node, start + 6 * STEP));
+        assert!(!peers.hello(node, start + 7 * STEP));
+    }
+
+    #[test]
+    fn a_goodbye_is_no_loss() {
+        let (mut peers, start, node) = (Peers::default(), Instant::now(), Node::random());
+        peers.hello(node, start);
+        peers.goodbye(node);
+        assert!(!peers.has_lost_one(start + MISSING_AFTER));
+    }
+
+    #[test]
+    fn silence_while_nobody_could_be_heard_means_nothing() {
+        let (mut peers, start, node) = (Peers::default(), Instant::now(), Node::random());
+        peers.hello(node, start);
+        peers.start_over(start + 3 * STEP);
+        assert!(!peers.has_lost_one(start + 3 * STEP));
+        assert!(peers.has_lost_one(start + 6 * STEP));
+    }
+
+    #[test]
+    fn nobody_is_remembered_for_ever_and_not_more_than_there_can_be() {
+        let (mut peers, start) = (Peers::default(), Instant::now());
+        (0..2 * MOST).for_each(|_| assert!(!peers.hello(Node::random(), start)));
+        assert_eq!(peers.0.len(), MOST);
+        peers.has_lost_one(start + MISSING_AFTER);
+        peers.has_lost_one(start + FORGOTTEN_AFTER);
+        assert!(peers.0.is_empty());
+    }
+}

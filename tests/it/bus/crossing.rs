@@ -1,0 +1,135 @@
+//! Which signals cross, and to whom.
+
+use std::time::Duration;
+
+use obscura_server::bus::Signal;
+use obscura_server::model::ids::{Address, DeviceNo};
+
+use super::{Node, channels, everything, only, somebody};
+use crate::harness::{Valkey, eventually, within};
+
+#[tokio::test]
+async fn a_signal_reaches_the_sessions_of_the_device_on_another_node() {
+    let valkey = Valkey::start().await;
+    let [one, other] = Node::pair(&valkey).await;
+    let address = somebody();
+    let wakeups = [other.listen(address).await, other.bus.subscribe(address)];
+    for signal in [Signal::Mail, Signal::KeysLow, Signal::Standing] {
+        one.bus.wake(&[somebody(), address], signal).await;
+        only(&wakeups[0], signal).await;
+        only(&wakeups[1], signal).await;
+    }
+}
+
+#[tokio::test]
+async fn a_signal_reaches_no_other_device_of_the_account() {
+    let valkey = Valkey::start().await;
+    let [one, other] = Node::pair(&valkey).await;
+    let address = somebody();
+    let sibling = Address { device: DeviceNo(i64::MAX), ..address };
+    let (wakeups, siblings) = (other.listen(address).await, other.bus.subscribe(sibling));
+    one.bus.wake(&[address], Signal::Mail).await;
+    only(&wakeups, Signal::Mail).await;
+    one.bus.wake(&[sibling], Signal::KeysLow).await;
+    assert_eq!(within("a signal", siblings.next()).await, Signal::KeysLow.into());
+}
+
+#[tokio::test]
+async fn a_session_on_the_same_node_hears_its_signal_once() {
+    let valkey = Valkey::start().await;
+    let [one, other] = Node::pair(&valkey).await;
+    let address = somebody();
+    let (here, there) = (one.listen(address).await, other.listen(address).await);
+    one.bus.wake(&[address], Signal::Mail).await;
+    assert_eq!(within("the signal here", here.next()).await, Signal::Mail.into());
+    only(&there, Signal::Mail).await;
+    // Had the first one come back, it would be here before or with this one.
+    other.bus.wake(&[address], Signal::KeysLow).await;
+    assert_eq!(within("the next signal", here.next()).await, Signal::KeysLow.into());
+}
+
+#[tokio::test]
+async fn a_node_subscribes_the_channels_of_its_own_accounts_only_and_leaves_them_later() {
+    let valkey = Valkey::start().await;
+    let nodes = [(); 2].map(|()| {
+        Node::open_with(&valkey.url(), |config| {
+            config.notifications.channel_prefix = "test:".into();
+            config.notifications.gc_interval = Duration::from_millis(50);
+        })
+    });
+    let addresses = [somebody(), somebody(), somebody()];
+    let mut names: Vec<_> = addresses.iter().map(|address| format!("test:{}", address.user)).collect();
+    names.push("test:all".into());
+    names.sort();
+    let here = [nodes[0].listen(addresses[0]).await, nodes[0].listen(addresses[1]).await];
+    let there = [nodes[1].listen(addresses[1]).await, nodes[1].listen(addresses[2]).await];
+    assert_eq!(channels(&valkey).await, names);
+    let subscribers = async |name: &str| {
+        let mut connection = valkey.connection().await;
+        let counts: (String, u64) =
+            redis::cmd("PUBSUB").arg("NUMSUB").arg(name).query_async(&mut connection).await.unwrap();
+        counts.1
+    };
+    for (address, count) in addresses.iter().zip([1, 2, 1]) {
+        assert_eq!(subscribers(&format!("test:{}", address.user)).await, count);
+    }
+    drop(here);
+    eventually("one node to leave its channels", async || {
+        subscribers(&format!("test:{}", addresses[0].user)).await == 0
+            && subscribers(&format!("test:{}", addresses[1].user)).await == 1
+    })
+    .await;
+    // Who comes back is heard again.
+    let again = nodes[0].listen(addresses[0]).await;
+    nodes[1].bus.wake(&[addresses[0]], Signal::Standing).await;
+    only(&again, Signal::Standing).await;
+    drop((again, there));
+    eventually("both to leave", async || channels(&valkey).await == ["test:all"]).await;
+}
+
+#[tokio::test]
+async fn a_crowd_of_accounts_is_subscribed_and_heard() {
+    let valkey = Valkey::start().await;
+    let [one, other] = Node::pair(&valkey).await;
+    let crowd: Vec<_> = (0..2_000).map(|_| somebody()).collect();
+    let sessions: Vec<_> = crowd.iter().map(|address| other.bus.subscribe(*address)).collect();
+    for session in &sessions {
+        everything(session).await;
+    }
+    one.bus.wake(&crowd, Signal::KeysLow).await;
+    for session in &sessions {
+        only(session, Signal::KeysLow).await;
+    }
+}
+
+#[tokio::test]
+async fn noise_on_a_channel_is_ignored() {
+    let valkey = Valkey::start().await;
+    let [one, other] = Node::pair(&valkey).await;
+    let address = somebody();
+    let wakeups = other.listen(address).await;
+    let mut connection = valkey.connection().await;
+    for noise in [&b""[..], b"hello", &[1; 20], &[2; 18], &[9; 26]] {
+        let channel = format!("user:{}", address.user);
+        let () = redis::cmd("PUBLISH").arg(channel).arg(noise).query_async(&mut connection).await.unwrap();
+    }
+    one.bus.wake(&[address], Signal::Standing).await;
+    assert_eq!(within("the signal", wakeups.next()).await, Signal::Standing.into());
+}
+
+#[tokio::test]
+async fn what_was_signalled_last_still_goes_out_at_the_end() {
+    let valkey = Valkey::start().await;
+    let [one, other] = Node::pair(&valkey).await;
+    let crowd: Vec<_> = (0..1_500).map(|_| somebody()).collect();
+    let sessions: Vec<_> = crowd.iter().map(|address| other.bus.subscribe(*address)).collect();
+    for session in &sessions {
+        everything(session).await;
+    }
+    one.bus.wake(&crowd, Signal::Standing).await;
+    one.tasks.stop();
+    within("the node to end", one.tasks.ended()).await;
+    for session in &sessions {
+        only(session, Signal::Standing).await;
+    }
+}
