@@ -237,8 +237,13 @@ fn networks(text: &str) -> Option<Vec<IpNet>> {
 fn is_url(text: &str, schemes: &[&str]) -> bool {
     let goes_on = |scheme: &&str| match text.strip_prefix(*scheme) {
         Some(rest) if *scheme == "local:" => rest.is_empty(),
-        // `sqlite::memory:` would be another database for every connection.
-        Some(rest) => !rest.trim_start_matches("//").is_empty() && !rest.starts_with([':', '?']),
+        // `sqlite::memory:` would be another database for every connection; in `redis://:password@host` a colon is fine.
+        Some(rest) => {
+            let is_colon_fine = scheme.ends_with("//");
+            !rest.trim_start_matches("//").is_empty()
+                && !rest.starts_with('?')
+                && (is_colon_fine || !rest.starts_with(':'))
+        }
         None => false,
     };
     schemes.iter().any(goes_on) && !text.contains(char::is_control)
@@ -278,7 +283,7 @@ mod tests {
     #[test]
     fn a_url_begins_with_a_known_scheme_and_goes_on() {
         let bus = Takes::Url(&["redis://", "local:"]);
-        takes(bus, &["redis://h:1", "local:"], &["", "redis://", "redis:h", "http://h", "local:x", "redis://h\n"]);
+        takes(bus, &["redis://h:1", "redis://:password@h", "local:"], &["", "redis://", "redis:h", "http://h", "local:x", "redis://h\n"]);
         takes(
             Takes::Url(&["sqlite:"]),
             &["sqlite:a.db", "sqlite:///a.db"],
