@@ -1,43 +1,79 @@
 //! What the operator types: the server itself, or one of its commands.
 
+mod after_restore;
+mod healthcheck;
+mod make_env;
+
 use std::fmt::Write;
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
-use anyhow::{Context, bail};
-use clap::Command as Grammar;
+use clap::{Arg, ArgMatches, Command as Grammar, value_parser};
 
 use crate::config::{self, Config, ConfigError, Loaded};
-use crate::server::{self, Server};
-use crate::store::{self, Store};
+use crate::server::Server;
 
 /// A command beside serving.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Command {
-    /// `after-restore`: see `after_restore`.
+    /// Makes a restored backup safe to serve from.
     AfterRestore,
+    /// Asks the running server whether it is ready.
+    Healthcheck,
+    /// Makes the settings of `docker-compose.yml`.
+    MakeEnv {
+        /// The file to write instead of printing them.
+        output: Option<PathBuf>,
+    },
 }
 
 /// Reads the command line and the environment.
 pub fn parse() -> Result<(Loaded, Option<Command>), ConfigError> {
-    let after_restore = Grammar::new("after-restore").about(
-        "Run once after restoring a backup, before the server starts: drops all one-time prekeys, since the ones in the \
-         backup may have been handed out after it was made (devices upload new ones when they connect)",
-    );
-    let matches = Config::command().subcommand(after_restore).try_get_matches()?;
+    let matches = Config::command().subcommands(grammars()).try_get_matches()?;
     let (matches, command) = match matches.subcommand() {
-        Some((_, matches)) => (matches.clone(), Some(Command::AfterRestore)),
+        Some((name, matches)) => (matches.clone(), Command::chosen(name, matches)),
         None => (matches, None),
     };
     Ok((Config::read(&matches, config::environment)?, command))
 }
 
+fn grammars() -> [Grammar; 3] {
+    let after_restore = Grammar::new("after-restore").about(
+        "Run once after restoring a backup, before the server starts: drops all one-time prekeys, since the ones in the \
+         backup may have been handed out after it was made (devices upload new ones when they connect)",
+    );
+    let healthcheck = Grammar::new("healthcheck").about(
+        "Asks the server that runs on this machine with the same options whether it is ready: ends with 0 when it is, \
+         otherwise with 1 and a sentence, within 3 seconds",
+    );
+    let output = Arg::new("output")
+        .long("output")
+        .value_name("FILE")
+        .value_parser(value_parser!(PathBuf))
+        .help("Writes them to this file, which must not exist yet, readable by its owner only");
+    let make_env = Grammar::new("make-env")
+        .about("Prints the settings that docker-compose.yml reads from a file named .env, with fresh secrets")
+        .arg(output);
+    [after_restore, healthcheck, make_env]
+}
+
 impl Command {
+    fn chosen(name: &str, matches: &ArgMatches) -> Option<Self> {
+        Some(match name {
+            "after-restore" => Self::AfterRestore,
+            "healthcheck" => Self::Healthcheck,
+            "make-env" => Self::MakeEnv { output: matches.get_one("output").cloned() },
+            _ => return None,
+        })
+    }
+
     /// Runs the command to its end.
     pub fn run(self, config: Config) -> ExitCode {
         let done = match self {
-            Self::AfterRestore => after_restore(config),
+            Self::AfterRestore => after_restore::run(config),
+            Self::Healthcheck => healthcheck::run(&config.server),
+            Self::MakeEnv { output } => make_env::run(output.as_deref()),
         };
         match done {
             Ok(sentence) => {
@@ -50,21 +86,6 @@ impl Command {
             }
         }
     }
-}
-
-/// Makes a restored database safe to serve from: no one-time prekey that may have been handed out since the backup is
-/// handed out again.
-#[tokio::main(flavor = "current_thread")]
-async fn after_restore(config: Config) -> anyhow::Result<String> {
-    let file = config.database.file().context("after-restore works on the SQLite database of --data-dir")?;
-    if !file.exists() {
-        bail!("there is no database at {}; restore the backup first", file.display());
-    }
-    let _lock = server::lock_database(file)?;
-    let store = Store::open(file, &config.database, store::Limits::of(&config)).await?;
-    let dropped = store.forget_one_time_prekeys().await?;
-    store.close().await;
-    Ok(format!("Dropped {dropped} one-time prekeys. The server can be started; devices will be asked for new ones."))
 }
 
 /// What the operator sees once the server runs. Tools may read the addresses from it.

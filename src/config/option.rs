@@ -283,7 +283,11 @@ mod tests {
     #[test]
     fn a_url_begins_with_a_known_scheme_and_goes_on() {
         let bus = Takes::Url(&["redis://", "local:"]);
-        takes(bus, &["redis://h:1", "redis://:password@h", "local:"], &["", "redis://", "redis:h", "http://h", "local:x", "redis://h\n"]);
+        takes(
+            bus,
+            &["redis://h:1", "redis://:password@h", "local:"],
+            &["", "redis://", "redis:h", "http://h", "local:x", "redis://h\n"],
+        );
         takes(
             Takes::Url(&["sqlite:"]),
             &["sqlite:a.db", "sqlite:///a.db"],

@@ -6,11 +6,14 @@ mod harness;
 
 mod api;
 mod architecture;
+mod commands;
 mod config;
+mod containers;
 mod crash;
 mod disk;
 mod gateway;
 mod openapi;
+mod postgres;
 mod privacy;
 mod shutdown;
 mod start;
