@@ -39,7 +39,9 @@ impl Postgres {
         let folder = tempfile::tempdir().expect("a folder");
         give_away(folder.path());
         let mut postgres = Self { programs: programs(), folder, port: free_port(), child: None, log: Arc::default() };
-        std::fs::write(postgres.folder.path().join("password"), PASSWORD).expect("a file");
+        let password = postgres.folder.path().join("password");
+        std::fs::write(&password, PASSWORD).expect("a file");
+        give_away(&password);
         let mut initdb = postgres.command("initdb");
         initdb.args(["--username=obscura", "--pwfile=password", "--auth=scram-sha-256", "--encoding=UTF8"]);
         initdb.args(["--locale=C", "--no-sync", "--pgdata=data"]);
@@ -85,14 +87,16 @@ impl Postgres {
 
     /// Ends it in order, without waiting for its clients: what an upgrade of the package does.
     pub async fn stop(&mut self) {
-        self.signal(&[self.main()], Signal::INT);
-        self.gone().await;
+        let processes = self.processes();
+        self.signal(&processes[..1], Signal::INT);
+        self.gone(&processes).await;
     }
 
     /// `kill -9` for all of its processes.
     pub async fn kill(&mut self) {
-        self.signal(&self.processes(), Signal::KILL);
-        self.gone().await;
+        let processes = self.processes();
+        self.signal(&processes, Signal::KILL);
+        self.gone(&processes).await;
     }
 
     /// Stops all of its processes where they are: connections stay open, and nobody answers.
@@ -133,10 +137,14 @@ impl Postgres {
         }
     }
 
-    async fn gone(&mut self) {
-        let processes = self.processes();
+    /// Waits until the main process, the first of these, and all others have ended.
+    async fn gone(&mut self, processes: &[Pid]) {
         let deadline = Instant::now() + PATIENCE;
-        let is_there = |process: &Pid| Path::new("/proc").join(process.as_raw_nonzero().to_string()).exists();
+        let is_there = |process: &Pid| {
+            let status = std::fs::read_to_string(format!("/proc/{}/status", process.as_raw_nonzero()));
+            // The others become children of whoever collects orphans, which may take its time.
+            status.is_ok_and(|status| !status.contains("State:\tZ"))
+        };
         let mut child = self.child.take().expect("PostgreSQL runs");
         while child.try_wait().expect("a child").is_none() || processes[1..].iter().any(is_there) {
             assert!(Instant::now() < deadline, "PostgreSQL does not end:\n{}", self.log.lock().unwrap());
@@ -166,7 +174,7 @@ impl Drop for Postgres {
     }
 }
 
-/// The folder with the newest PostgreSQL, as `scripts/services` finds it.
+/// The folder that `scripts/services` names, or that with the newest PostgreSQL where Debian installs them.
 fn programs() -> PathBuf {
     if let Some(folder) = std::env::var_os("OBSCURA_TEST_POSTGRES_BIN") {
         return folder.into();
@@ -194,10 +202,10 @@ fn other_user() -> Option<(u32, u32)> {
     Some(ids("postgres:").or_else(|| ids("nobody:")).expect("a user who is not root"))
 }
 
-/// Makes the folder belong to the user as whom PostgreSQL runs.
-fn give_away(folder: &Path) {
+/// Makes this belong to the user as whom PostgreSQL runs.
+fn give_away(path: &Path) {
     if let Some((user, group)) = other_user() {
-        std::os::unix::fs::chown(folder, Some(user), Some(group)).expect("root may do so");
+        std::os::unix::fs::chown(path, Some(user), Some(group)).expect("root may do so");
     }
 }
 
