@@ -6,13 +6,16 @@ mod harness;
 
 mod api;
 mod architecture;
-mod cluster;
 mod bus;
+mod cluster;
+mod commands;
 mod config;
+mod containers;
 mod crash;
 mod disk;
 mod gateway;
 mod openapi;
+mod postgres;
 mod privacy;
 mod shutdown;
 mod start;

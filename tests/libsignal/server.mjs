@@ -1,12 +1,11 @@
-// Starts the real server binary for a test, on free ports and in a folder of its own.
+// Starts the real server binary for a test, on free ports and with a store of its own.
 
 import { spawn } from 'node:child_process';
 import { once } from 'node:events';
-import { access, constants, mkdtemp, rm } from 'node:fs/promises';
-import { tmpdir } from 'node:os';
-import { join } from 'node:path';
+import { access, constants } from 'node:fs/promises';
 import { fileURLToPath } from 'node:url';
 
+import { deploy } from './deployment.mjs';
 import { within } from './within.mjs';
 
 const DEFAULT_BINARY = fileURLToPath(new URL('../../target/debug/obscura-server', import.meta.url));
@@ -23,7 +22,7 @@ const NO_RATE_LIMITS = [
 export class Server {
   api;
   management;
-  #folder;
+  #deployment;
   #options;
   #process;
   #output = '';
@@ -34,7 +33,7 @@ export class Server {
       throw new Error(`there is no server at ${BINARY}: build it first, or name it in OBSCURA_SERVER_BIN`);
     });
     const server = new Server();
-    server.#folder = await mkdtemp(join(tmpdir(), 'obscura-libsignal-'));
+    server.#deployment = await deploy();
     server.#options = hasRateLimits ? [] : NO_RATE_LIMITS;
     await server.#start().catch(async (error) => {
       await server.remove();
@@ -48,7 +47,7 @@ export class Server {
     return this.#end('SIGKILL');
   }
 
-  /** Starts the server again on the same folder, at a new address. */
+  /** Starts the server again on what it has stored, at a new address. */
   startAgain() {
     return this.#start();
   }
@@ -56,7 +55,7 @@ export class Server {
   /** Ends the server for good and removes what it stored. */
   async remove() {
     await this.#end('SIGKILL');
-    await rm(this.#folder, { recursive: true, force: true });
+    await this.#deployment.remove();
   }
 
   get isRunning() {
@@ -64,10 +63,10 @@ export class Server {
   }
 
   async #start() {
-    const where = ['--data-dir', this.#folder, '--server-host', '127.0.0.1', '--server-port', '0', '--mgmt-port', '0'];
+    const where = ['--server-host', '127.0.0.1', '--server-port', '0', '--mgmt-port', '0'];
     // Settings of the person who runs the tests must not change what they prove.
     const environment = Object.fromEntries(Object.entries(process.env).filter(([name]) => !name.startsWith('OBSCURA_')));
-    const options = { env: environment, stdio: ['ignore', 'pipe', 'pipe'] };
+    const options = { env: { ...environment, ...this.#deployment.variables }, stdio: ['ignore', 'pipe', 'pipe'] };
     this.#output = '';
     this.#process = spawn(BINARY, [...where, ...this.#options], options);
     for (const stream of [this.#process.stdout, this.#process.stderr]) stream.setEncoding('utf8');

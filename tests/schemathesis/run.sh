@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
 # Sends generated requests to a fresh server and holds every answer against openapi.yaml.
 #
-#   OBSCURA_SERVER_BIN   the server to test (default: target/debug/obscura-server)
-#   OBSCURA_TEST_CACHE   where the Python environment is kept between runs (default: target/test-venv)
+#   OBSCURA_SERVER_BIN        the server to test (default: target/debug/obscura-server)
+#   OBSCURA_TEST_DEPLOYMENT   `embedded` (default), or `distributed`: on the servers that scripts/services starts
+#   OBSCURA_TEST_CACHE        where the Python environment is kept between runs (default: target/test-venv)
 #
 # Arguments are handed on, for instance `--seed 7 --max-examples 500` to look further.
 set -euo pipefail
@@ -27,19 +28,50 @@ if ! cmp -s "$wanted" "$environment/installed.txt"; then
 fi
 schemathesis=$(realpath "$environment/bin/schemathesis")
 
+case ${OBSCURA_TEST_DEPLOYMENT:-embedded} in
+  embedded | distributed) ;;
+  *)
+    echo "OBSCURA_TEST_DEPLOYMENT: \"$OBSCURA_TEST_DEPLOYMENT\" is not allowed; it takes embedded or distributed." >&2
+    exit 1
+    ;;
+esac
+sql() { "$OBSCURA_TEST_POSTGRES_BIN/psql" -qX -v ON_ERROR_STOP=1 -d "$OBSCURA_TEST_POSTGRES_URL" -c "$1"; }
+
 scratch=$(mktemp -d)
 pid=
+database=
 clean_up() {
   if [[ -n $pid ]]; then
     kill "$pid" 2>/dev/null || true
     wait "$pid" 2>/dev/null || true
   fi
+  if [[ -n $database ]]; then sql "DROP DATABASE \"$database\" WITH (FORCE)" || true; fi
   rm -rf "$scratch"
 }
 trap clean_up EXIT
 trap 'exit 130' INT TERM
 
-"$server" --data-dir "$scratch/data" --server-host 127.0.0.1 --server-port 0 --mgmt-port 0 \
+variables=(OBSCURA_DATA_DIR="$scratch/data")
+if [[ ${OBSCURA_TEST_DEPLOYMENT:-embedded} == distributed ]]; then
+  : "${OBSCURA_TEST_POSTGRES_URL:?is set by scripts/services}"
+  database=schemathesis-$(od -An -N8 -tx1 /dev/urandom | tr -d ' \n')
+  sql "CREATE DATABASE \"$database\""
+  variables=(
+    OBSCURA_DATABASE_URL="${OBSCURA_TEST_POSTGRES_URL%/*}/$database"
+    OBSCURA_PUBSUB_URL="$OBSCURA_TEST_VALKEY_URL"
+    OBSCURA_NOTIFICATIONS_CHANNEL_PREFIX="$database:user:"
+    OBSCURA_NOTIFICATIONS_PUSH_QUEUE_KEY="$database:jobs"
+    OBSCURA_STORAGE_ENDPOINT="$OBSCURA_TEST_S3_ENDPOINT"
+    OBSCURA_STORAGE_ACCESS_KEY="$OBSCURA_TEST_S3_ACCESS_KEY"
+    OBSCURA_STORAGE_SECRET_KEY="$OBSCURA_TEST_S3_SECRET_KEY"
+    OBSCURA_STORAGE_FORCE_PATH_STYLE=true
+    OBSCURA_STORAGE_BUCKET="$database"
+    OBSCURA_STORAGE_CREATE_BUCKET=true
+    OBSCURA_AUTH_JWT_SECRET="$database-only-for-this-run"
+  )
+fi
+# The server itself in the background, not a shell around it, so that its process can be ended.
+env "${variables[@]}" "$server" --server-host 127.0.0.1 --server-port 0 --mgmt-port 0 \
   --rate-limit-per-second 100000 --rate-limit-burst 100000 \
   --auth-rate-limit-per-second 100000 --auth-rate-limit-burst 100000 \
   >"$scratch/stdout" 2>"$scratch/stderr" &

@@ -1,0 +1,23 @@
+//! `after-restore`: makes a restored backup safe to serve from.
+
+use anyhow::bail;
+
+use crate::config::Config;
+use crate::server;
+use crate::store::{self, Store};
+
+/// Sees to it that no one-time prekey that may have been handed out since the backup is handed out again.
+#[tokio::main(flavor = "current_thread")]
+pub(super) async fn run(config: Config) -> anyhow::Result<String> {
+    // In PostgreSQL the operator has to see to it that no node runs.
+    let _lock = match config.database.file() {
+        Some(file) if !file.exists() => {
+            bail!("there is no database at {}; restore the backup first", file.display())
+        }
+        file => file.map(server::lock_database).transpose()?,
+    };
+    let store = Store::open(&config.database, store::Limits::of(&config)).await?;
+    let dropped = store.forget_one_time_prekeys().await?;
+    store.close().await;
+    Ok(format!("Dropped {dropped} one-time prekeys. The server can be started; devices will be asked for new ones."))
+}

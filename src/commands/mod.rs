@@ -1,0 +1,115 @@
+//! What the operator types: the server itself, or one of its commands.
+
+mod after_restore;
+mod healthcheck;
+mod make_env;
+
+use std::fmt::Write;
+use std::net::{IpAddr, Ipv4Addr, SocketAddr};
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+
+use clap::{Arg, ArgMatches, Command as Grammar, value_parser};
+
+use crate::config::{self, Config, ConfigError, Loaded};
+use crate::server::Server;
+
+/// A command beside serving.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Command {
+    /// Makes a restored backup safe to serve from.
+    AfterRestore,
+    /// Asks the running server whether it is ready.
+    Healthcheck,
+    /// Makes the settings of `docker-compose.yml`.
+    MakeEnv {
+        /// The file to write instead of printing them.
+        output: Option<PathBuf>,
+    },
+}
+
+/// Reads the command line and the environment.
+pub fn parse() -> Result<(Loaded, Option<Command>), ConfigError> {
+    let matches = Config::command().subcommands(grammars()).try_get_matches()?;
+    let (matches, command) = match matches.subcommand() {
+        Some((name, matches)) => (matches.clone(), Command::chosen(name, matches)),
+        None => (matches, None),
+    };
+    Ok((Config::read(&matches, config::environment)?, command))
+}
+
+fn grammars() -> [Grammar; 3] {
+    let after_restore = Grammar::new("after-restore").about(
+        "Run once after restoring a backup, before the server starts: drops all one-time prekeys, since the ones in the \
+         backup may have been handed out after it was made (devices upload new ones when they connect)",
+    );
+    let healthcheck = Grammar::new("healthcheck").about(
+        "Asks the server that runs on this machine with the same options whether it is ready: ends with 0 when it is, \
+         otherwise with 1 and a sentence, within 3 seconds",
+    );
+    let output = Arg::new("output")
+        .long("output")
+        .value_name("FILE")
+        .value_parser(value_parser!(PathBuf))
+        .help("Writes them to this file, which must not exist yet, readable by its owner only");
+    let make_env = Grammar::new("make-env")
+        .about("Prints the settings that docker-compose.yml reads from a file named .env, with fresh secrets")
+        .arg(output);
+    [after_restore, healthcheck, make_env]
+}
+
+impl Command {
+    fn chosen(name: &str, matches: &ArgMatches) -> Option<Self> {
+        Some(match name {
+            "after-restore" => Self::AfterRestore,
+            "healthcheck" => Self::Healthcheck,
+            "make-env" => Self::MakeEnv { output: matches.get_one("output").cloned() },
+            _ => return None,
+        })
+    }
+
+    /// Runs the command to its end.
+    pub fn run(self, config: Config) -> ExitCode {
+        let done = match self {
+            Self::AfterRestore => after_restore::run(config),
+            Self::Healthcheck => healthcheck::run(&config.server),
+            Self::MakeEnv { output } => make_env::run(output.as_deref()),
+        };
+        match done {
+            Ok(sentence) => {
+                println!("{sentence}");
+                ExitCode::SUCCESS
+            }
+            Err(error) => {
+                eprintln!("obscura-server: {error:#}");
+                ExitCode::FAILURE
+            }
+        }
+    }
+}
+
+/// What the operator sees once the server runs. Tools may read the addresses from it.
+pub fn welcome(server: &Server, data_dir: Option<&Path>) -> String {
+    let mut text = format!("Obscura Server {}\n", env!("CARGO_PKG_VERSION"));
+    let api = reachable(server.api_address());
+    let _ = writeln!(text, "  API         http://{api}");
+    let _ = writeln!(text, "  management  http://{}", reachable(server.management_address()));
+    if let Some(folder) = data_dir {
+        let _ = writeln!(text, "  data        {}", folder.display());
+    }
+    let _ = write!(
+        text,
+        "Try next:\n  curl http://{}/readyz\n  cd examples/javascript && npm ci && node two-people.mjs http://{api}",
+        reachable(server.management_address())
+    );
+    text
+}
+
+/// An address that a client on this machine can use.
+fn reachable(address: SocketAddr) -> SocketAddr {
+    if address.ip().is_unspecified() {
+        SocketAddr::new(IpAddr::V4(Ipv4Addr::LOCALHOST), address.port())
+    } else {
+        address
+    }
+}
