@@ -5,7 +5,7 @@ use std::time::Duration;
 use obscura_server::bus::Signal;
 use obscura_server::model::ids::{Address, DeviceNo};
 
-use super::{Node, channels, everything, only, somebody};
+use super::{Inbox, Node, channels, everything, only, somebody};
 use crate::harness::{Valkey, eventually, within};
 
 #[tokio::test]
@@ -99,6 +99,24 @@ async fn a_crowd_of_accounts_is_subscribed_and_heard() {
     one.bus.wake(&crowd, Signal::KeysLow).await;
     for session in &sessions {
         only(session, Signal::KeysLow).await;
+    }
+}
+
+#[tokio::test]
+async fn what_is_signalled_while_a_session_begins_is_read_or_heard() {
+    let valkey = Valkey::start().await;
+    let [one, other] = Node::pair(&valkey).await;
+    let mut inboxes = Vec::new();
+    for _ in 0..300 {
+        let (inbox, wakeups) = Inbox::new(&other);
+        inbox.read(wakeups);
+        // The channel is not confirmed yet, and the signal may be published before it is.
+        inbox.write_on(&one).await;
+        inboxes.push(inbox);
+        tokio::task::yield_now().await;
+    }
+    for inbox in &inboxes {
+        inbox.all_seen().await;
     }
 }
 

@@ -108,17 +108,32 @@ struct Inbox {
 }
 
 impl Inbox {
-    async fn read_on(node: &Node) -> Self {
+    /// With a session that has only just begun.
+    fn new(node: &Node) -> (Self, Wakeups) {
         let inbox = Self { address: somebody(), written: Arc::default(), seen: Arc::default() };
-        let wakeups = node.listen(inbox.address).await;
-        let (written, seen) = (inbox.written.clone(), inbox.seen.clone());
+        let wakeups = node.bus.subscribe(inbox.address);
+        (inbox, wakeups)
+    }
+
+    /// With a session whose channel is there.
+    async fn read_on(node: &Node) -> Self {
+        let (inbox, wakeups) = Self::new(node);
+        within("the subscription to be confirmed", wakeups.next()).await;
+        inbox.read(wakeups);
+        inbox
+    }
+
+    /// Reads now, and whenever a signal says so.
+    fn read(&self, wakeups: Wakeups) {
+        let (written, seen) = (self.written.clone(), self.seen.clone());
+        let look = move || seen.store(written.load(Ordering::SeqCst), Ordering::SeqCst);
+        look();
         tokio::spawn(async move {
             loop {
                 wakeups.next().await;
-                seen.store(written.load(Ordering::SeqCst), Ordering::SeqCst);
+                look();
             }
         });
-        inbox
     }
 
     async fn write_on(&self, node: &Node) {
