@@ -50,6 +50,12 @@ impl Binary {
         Self::launch(deployment::options(folder).await, options, variables, (anywhere.clone(), anywhere)).await
     }
 
+    /// A node with exactly these options, and those of all tests.
+    pub async fn start_node(options: &[String]) -> Self {
+        let anywhere = Target::new(([127, 0, 0, 1], 0).into());
+        Self::launch(options.to_vec(), &[], &[], (anywhere.clone(), anywhere)).await
+    }
+
     /// The program in embedded mode, whatever this run is about: for what only that has.
     pub async fn start_embedded(folder: &Path, options: &[&str]) -> Self {
         let anywhere = Target::new(([127, 0, 0, 1], 0).into());
@@ -67,6 +73,11 @@ impl Binary {
         let mut binary = Self::launch(layout, options, &[], targets).await;
         binary.is_embedded = self.is_embedded;
         binary
+    }
+
+    /// A new process with exactly these options, after this one has ended. Clients made before go on with the new one.
+    pub async fn start_again_with(&self, options: &[String]) -> Self {
+        Self::launch(options.to_vec(), &[], &[], (self.target.clone(), self.management.clone())).await
     }
 
     async fn launch(
@@ -173,6 +184,15 @@ impl Binary {
             assert!(Instant::now() < deadline, "still running after {patience:?}:\n{}", self.output());
             tokio::time::sleep(Duration::from_millis(5)).await;
         }
+    }
+
+    /// The time that it has spent on processors so far.
+    pub fn cpu_time(&self) -> Duration {
+        let stat = std::fs::read_to_string(format!("/proc/{}/stat", self.child.id())).expect("a process");
+        // Behind the name, which may contain anything: user and system time are the 14th and 15th of all fields.
+        let (_, fields) = stat.rsplit_once(')').expect("a name");
+        let ticks = fields.split_whitespace().skip(11).take(2).map(|ticks| ticks.parse::<u64>().expect("a number"));
+        Duration::from_millis(ticks.sum::<u64>() * 10)
     }
 
     /// Bytes of memory that are in use now.

@@ -1,0 +1,183 @@
+//! Parts of a deployment go away under load, and come back. Whatever was answered with 200 is delivered on the sockets
+//! that were open all the time, nothing twice; what can't be taken meanwhile gets a 503.
+
+use std::time::Duration;
+
+use crate::cluster::traffic::Traffic;
+use crate::harness::{Binary, Device, Postgres, Proxy, Valkey, Way, eventually};
+
+/// Two nodes on parts of their own.
+struct Deployment {
+    postgres: Postgres,
+    valkey: Valkey,
+    nodes: [Binary; 2],
+    _attachments: tempfile::TempDir,
+}
+
+impl Deployment {
+    async fn start() -> Self {
+        let valkey = Valkey::start().await;
+        let url = valkey.url();
+        Self::start_with(valkey, &url).await
+    }
+
+    /// The second node finds Valkey at another address.
+    async fn start_with(valkey: Valkey, second_url: &str) -> Self {
+        let postgres = Postgres::start().await;
+        let attachments = tempfile::tempdir().unwrap();
+        let options = |valkey: &str| {
+            vec![
+                format!("--db-url={}", postgres.url()),
+                format!("--pubsub-url={valkey}"),
+                "--pubsub-max-backoff-secs=2".to_owned(),
+                format!("--storage-endpoint=file:{}", attachments.path().display()),
+                "--jwt-secret=the secret of a server under test".to_owned(),
+                // No look of a session at its inbox comes to the aid of a lost signal.
+                "--ws-look-interval-secs=86400".to_owned(),
+            ]
+        };
+        let first = Binary::start_node(&options(&valkey.url())).await;
+        let second = Binary::start_node(&options(second_url)).await;
+        Self { postgres, valkey, nodes: [first, second], _attachments: attachments }
+    }
+
+    /// Messages from both nodes to receivers at both nodes.
+    async fn traffic(&self) -> Traffic {
+        let clients = [self.nodes[0].client(), self.nodes[1].client()];
+        Traffic::start(&clients, &clients).await
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn postgresql_is_restarted() {
+    let mut deployment = Deployment::start().await;
+    let traffic = deployment.traffic().await;
+    for _ in 0..2 {
+        deployment.postgres.stop().await;
+        deployment.postgres.start_again().await;
+        traffic.goes_on(100).await;
+    }
+    deployment.postgres.kill().await;
+    deployment.postgres.start_again().await;
+    traffic.goes_on(100).await;
+    assert!(traffic.finish().await.answered > 300);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn postgresql_is_away_for_ten_seconds() {
+    let mut deployment = Deployment::start().await;
+    let traffic = deployment.traffic().await;
+    deployment.postgres.stop().await;
+    // Traffic goes on against a database that isn't there.
+    tokio::time::sleep(Duration::from_secs(10)).await;
+    assert!(traffic.refused() > 0, "nobody was told");
+    deployment.postgres.start_again().await;
+    traffic.goes_on(100).await;
+    assert!(traffic.finish().await.refused > 0);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn postgresql_is_frozen_for_ten_seconds() {
+    let deployment = Deployment::start().await;
+    let traffic = deployment.traffic().await;
+    deployment.postgres.freeze();
+    tokio::time::sleep(Duration::from_secs(10)).await;
+    deployment.postgres.thaw();
+    traffic.goes_on(100).await;
+    traffic.finish().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn valkey_is_killed_and_comes_back_empty() {
+    let mut deployment = Deployment::start().await;
+    let traffic = deployment.traffic().await;
+    deployment.valkey.kill();
+    tokio::time::sleep(Duration::from_secs(1)).await;
+    deployment.valkey.restart().await;
+    traffic.goes_on(100).await;
+    assert_eq!(traffic.finish().await.refused, 0, "nobody needs Valkey to send");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn valkey_is_frozen_for_five_seconds() {
+    let deployment = Deployment::start().await;
+    let traffic = deployment.traffic().await;
+    deployment.valkey.freeze();
+    tokio::time::sleep(Duration::from_secs(5)).await;
+    deployment.valkey.thaw();
+    traffic.goes_on(100).await;
+    assert_eq!(traffic.finish().await.refused, 0, "nobody needs Valkey to send");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_wire_of_one_node_is_cut_and_swallowed() {
+    let valkey = Valkey::start().await;
+    let proxy = Proxy::start(valkey.address()).await;
+    let url = format!("redis://{}", proxy.address());
+    let deployment = Deployment::start_with(valkey, &url).await;
+    let traffic = deployment.traffic().await;
+    for _ in 0..3 {
+        proxy.cut();
+        traffic.goes_on(50).await;
+    }
+    for way in [Way::Up, Way::Down] {
+        proxy.freeze(way);
+        tokio::time::sleep(Duration::from_secs(1)).await;
+        traffic.goes_on(50).await;
+    }
+    proxy.refuse(true);
+    proxy.cut();
+    tokio::time::sleep(Duration::from_secs(2)).await;
+    proxy.refuse(false);
+    traffic.goes_on(50).await;
+    assert_eq!(traffic.finish().await.refused, 0, "nobody needs Valkey to send");
+}
+
+/// Sockets are open and nobody says anything.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_node_that_has_nothing_to_do_is_quiet_while_its_parts_are_away() {
+    let mut deployment = Deployment::start().await;
+    let node = &deployment.nodes[0];
+    let mut sockets = Vec::new();
+    for _ in 0..10 {
+        let mut socket = Device::register(&node.client()).await.connect().await;
+        socket.until_pong().await;
+        sockets.push(socket);
+    }
+    deployment.valkey.kill();
+    deployment.postgres.stop().await;
+    let management = node.management();
+    let is_known = async || management.get("/readyz").send().await.status == 503;
+    eventually("the outage to be noticed", is_known).await;
+    let (before, watched) = (node.cpu_time(), Duration::from_secs(6));
+    tokio::time::sleep(watched).await;
+    let spent = node.cpu_time() - before;
+    assert!(spent < watched / 20, "{spent:?} of processor time in {watched:?}");
+    deployment.postgres.start_again().await;
+    deployment.valkey.restart().await;
+    let management = deployment.nodes[0].management();
+    let is_well = async || management.get("/readyz").send().await.status == 200;
+    eventually("the node to be ready again", is_well).await;
+}
+
+/// The database comes up after the server.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_node_waits_for_its_database_and_says_so() {
+    let mut postgres = Postgres::start().await;
+    postgres.stop().await;
+    let attachments = tempfile::tempdir().unwrap();
+    let options = [
+        format!("--db-url={}", postgres.url()),
+        "--pubsub-url=local:".to_owned(),
+        format!("--storage-endpoint=file:{}", attachments.path().display()),
+        "--jwt-secret=the secret of a server under test".to_owned(),
+    ];
+    let starting = tokio::spawn(async move { Binary::start_node(&options).await });
+    tokio::time::sleep(Duration::from_secs(2)).await;
+    assert!(!starting.is_finished(), "it gave up or it started without a database");
+    postgres.start_again().await;
+    let node = starting.await.unwrap();
+    assert!(node.output().contains("waiting for the database"), "{}", node.output());
+    assert!(!node.output().contains("only%20for"), "the password was logged");
+    Device::register(&node.client()).await;
+}
