@@ -4,11 +4,13 @@ mod after_restore;
 mod healthcheck;
 mod make_env;
 
-use std::fmt::Write;
+use std::fmt::Write as _;
+use std::io::{self, Write as _};
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
+use anyhow::Context;
 use clap::{Arg, ArgMatches, Command as Grammar, value_parser};
 
 use crate::config::{self, Config, ConfigError, Loaded};
@@ -75,11 +77,10 @@ impl Command {
             Self::Healthcheck => healthcheck::run(&config.server),
             Self::MakeEnv { output } => make_env::run(output.as_deref()),
         };
-        match done {
-            Ok(sentence) => {
-                println!("{sentence}");
-                ExitCode::SUCCESS
-            }
+        // Half a file of settings, because the disk behind standard output is full, is no success.
+        let told = done.and_then(|text| writeln!(io::stdout(), "{text}").context("standard output takes no more"));
+        match told {
+            Ok(()) => ExitCode::SUCCESS,
             Err(error) => {
                 eprintln!("obscura-server: {error:#}");
                 ExitCode::FAILURE

@@ -226,3 +226,24 @@ fn every_file_of_the_source_says_what_it_is() {
         assert!(file.text.starts_with("//! "), "{} has no first line that says what it is", file.path.display());
     }
 }
+
+/// What can't be tested for want of something fails; it is not left out.
+#[test]
+fn no_test_is_skipped() {
+    let folder = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let mut files = Vec::new();
+    ["src", "tests/it"].iter().for_each(|room| collect(&folder.join(room), &mut files));
+    let scripts = std::fs::read_dir(folder.join("tests/libsignal")).unwrap().map(|entry| entry.unwrap().path());
+    files.extend(scripts.filter(|path| path.to_string_lossy().ends_with(".test.mjs")));
+    for path in files {
+        let ways: &[&str] = match path.extension().is_some_and(|kind| kind == "mjs") {
+            true => &["skip(", "skip: ", "todo(", "todo: "],
+            // In two parts, because this file is looked at too.
+            false => &[concat!("#[", "ignore")],
+        };
+        let text = std::fs::read_to_string(&path).unwrap();
+        for way in ways {
+            assert!(!text.contains(way), "{} has {way}", path.display());
+        }
+    }
+}
