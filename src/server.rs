@@ -74,6 +74,8 @@ impl Server {
         let (tasks, keepers, wires, probes) = (Tasks::new(), Tasks::new(), Tasks::new(), Tasks::new());
         let sockets = config.gateway.max_connections_per_device;
         let bus = Bus::open(&config.pubsub, &config.notifications, sockets, &wires)?;
+        // So that a node that says it is ready is ready. One without Valkey serves all the same.
+        let _ = tokio::time::timeout(config.health.pubsub_timeout, bus.connected()).await;
         // Nothing can fail from here on, so no task is left behind by a start that was given up.
         let app = App {
             mailroom: Mailroom::open(store.clone(), bus.clone(), clock.clone(), &keepers),

@@ -128,6 +128,13 @@ impl Bus {
         }
     }
 
+    /// Ends when there is a connection to other nodes. It waits for ever when there never is; the caller sets the limit.
+    pub async fn connected(&self) {
+        if let Some(wire) = &self.wire {
+            wire.connected().await;
+        }
+    }
+
     /// Whether signals reach other nodes. It waits for Valkey's answer; the caller sets the limit.
     pub async fn check(&self) -> Result<(), BusError> {
         match &self.wire {

@@ -83,6 +83,11 @@ impl Wire {
         self.outbox.add(addresses, signals);
     }
 
+    pub(super) async fn connected(&self) {
+        // An error means that the wire has been closed, and nobody waits for that.
+        let _ = self.connection.clone().wait_for(Option::is_some).await;
+    }
+
     pub(super) async fn check(&self) -> Result<(), BusError> {
         let connection = self.connection.borrow().clone();
         let mut connection = connection.ok_or(BusError::Away)?;

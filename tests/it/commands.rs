@@ -23,7 +23,7 @@ fn management_port(server: &Binary) -> u16 {
 #[tokio::test]
 async fn a_health_check_succeeds_while_the_server_is_ready_and_names_what_is_away() {
     let folder = tempfile::tempdir().unwrap();
-    let mut server = Binary::start(folder.path(), &[]).await;
+    let mut server = Binary::start_embedded(folder.path(), &[]).await;
     let port = management_port(&server);
     assert!(healthcheck(port).await.status.success());
 

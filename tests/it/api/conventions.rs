@@ -185,7 +185,7 @@ async fn the_management_port_has_no_request_ids_and_nothing_but_health() {
 
 #[tokio::test]
 async fn readiness_names_the_part_that_fails_and_comes_back_with_it() {
-    let server = TestServer::start().await;
+    let server = TestServer::start_embedded_with(|_| {}).await;
     let client = server.management();
     let attachments = server.folder().join("attachments");
     let away = server.folder().join("away");

@@ -108,6 +108,7 @@ async fn what_senders_who_hang_up_have_stored_reaches_a_connected_receiver() {
     let (alice, bob) = (server.account().await, server.account().await);
     let mut socket = bob.connect().await;
     socket.until_pong().await;
+    let typical = warm_up(&alice).await;
     let sends: Vec<_> = (0..SENDS)
         .map(|number| {
             let request = raw_send(&alice, &bob, number);
@@ -118,7 +119,7 @@ async fn what_senders_who_hang_up_have_stored_reaches_a_connected_receiver() {
                 stream.write_all(&request[..cut]).await.unwrap();
                 if number % 3 == 1 {
                     // Gives the request a head start of a random length on its cancellation.
-                    tokio::time::sleep(Duration::from_micros(rand::random_range(0..150_000))).await;
+                    tokio::time::sleep(typical.mul_f64(rand::random_range(0.0..4.0))).await;
                 }
             })
         })
@@ -138,6 +139,7 @@ async fn a_message_whose_sender_hangs_up_before_the_commit_wakes_its_receiver() 
     let (alice, bob) = (server.account().await, server.account().await);
     let mut socket = bob.connect().await;
     socket.until_pong().await;
+    warm_up(&alice).await;
     let held = server.database().await.hold_write().await;
     let mut connections = Vec::new();
     for number in 0..SENDS {
@@ -146,12 +148,21 @@ async fn a_message_whose_sender_hangs_up_before_the_commit_wakes_its_receiver() 
         connections.push(stream);
     }
     // Nothing tells from outside that a request has been taken in; if some are not, the test only proves less.
-    tokio::time::sleep(Duration::from_millis(500)).await;
+    tokio::time::sleep(Duration::from_secs(1)).await;
     drop(connections);
     assert_eq!(socket.until_pong().await, []);
     held.release().await;
     let received = everything_stored(&server, &alice, &bob, &mut socket).await;
     assert!(received > SENDS / 2, "only {received} of the sends got far enough to prove anything");
+}
+
+/// Has the server make its connections to the database, and answers how long a request takes that is one of many.
+async fn warm_up(device: &Device) -> Duration {
+    let request = || async { device.request("GET", "/v1/devices").send().await.expect(200) };
+    futures_util::future::join_all((0..50).map(|_| request())).await;
+    let began = std::time::Instant::now();
+    futures_util::future::join_all((0..150).map(|_| request())).await;
+    began.elapsed()
 }
 
 /// Waits until all that is stored for `bob` has come over `socket`, and answers how many messages that are.

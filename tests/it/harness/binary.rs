@@ -87,7 +87,12 @@ impl Binary {
         (target, management): (Target, Target),
     ) -> Self {
         let mut command = command(variables);
-        command.args(layout).args(TEST_OPTIONS).args(options);
+        // What a test asks for stands in place of what is usual.
+        let is_usual = |usual: &&String| {
+            let flag = usual.split('=').next().unwrap_or_default();
+            !options.iter().any(|option| option.split('=').next() == Some(flag))
+        };
+        command.args(layout.iter().filter(is_usual)).args(TEST_OPTIONS).args(options);
         let (child, output) = spawn(command);
         let mut binary = Self { child, output, target, management, is_embedded: false };
         let (api, port) = binary.wait_for_addresses().await;
