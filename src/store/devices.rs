@@ -1,10 +1,12 @@
 //! The devices of an account.
 
+use std::collections::HashMap;
+
 use sqlx::FromRow;
 
 use crate::model::ids::{DeviceId, DeviceNo, UserId};
 use crate::model::keys::{PreKeys, RegistrationId};
-use crate::store::database::{Tx, on, reading, run};
+use crate::store::database::{Database, Tx, on, reading, run};
 use crate::store::{Result, Store, json_list, prekeys};
 
 /// A device that is about to be made.
@@ -45,6 +47,13 @@ pub struct Standing {
     pub tokens_void_to: i64,
 }
 
+#[derive(FromRow)]
+struct Named {
+    id: DeviceId,
+    #[sqlx(flatten)]
+    standing: Standing,
+}
+
 /// What became of the wish to remove a device.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Removed {
@@ -59,8 +68,31 @@ pub enum Removed {
 impl Store {
     /// Where the device stands now; `None` when there is no such device (any more).
     pub async fn standing(&self, device: DeviceId) -> Result<Option<Standing>> {
-        let statement = "SELECT no, user_id, is_primary, tokens_void_to FROM devices WHERE id = $1";
-        reading!(self, |db| sqlx::query_as(statement).bind(device).fetch_optional(db))
+        self.standings.ask(device, async |devices| self.standings_of(devices).await).await
+    }
+
+    async fn standings_of(&self, devices: &[DeviceId]) -> Result<Vec<Option<Standing>>> {
+        if let [device] = devices {
+            let statement = "SELECT no, user_id, is_primary, tokens_void_to FROM devices WHERE id = $1";
+            let standing = reading!(self, |db| sqlx::query_as(statement).bind(*device).fetch_optional(db))?;
+            return Ok(vec![standing]);
+        }
+        let rows: Vec<Named> = match &self.database {
+            Database::Sqlite(sqlite) => {
+                let statement = "SELECT d.id, d.no, d.user_id, d.is_primary, d.tokens_void_to \
+                                 FROM json_each($1) asked CROSS JOIN devices d ON d.id = substr($2, asked.value, 16)";
+                let offsets = json_list((0..devices.len()).map(|n| n * 16 + 1));
+                let ids: Vec<u8> = devices.iter().flat_map(|device| *device.as_bytes()).collect();
+                let find = sqlx::query_as(statement).bind(offsets).bind(ids);
+                find.fetch_all(&mut *sqlite.read.get().await?).await?
+            }
+            Database::Postgres(postgres) => {
+                let statement = "SELECT id, no, user_id, is_primary, tokens_void_to FROM devices WHERE id = ANY($1)";
+                postgres.all(sqlx::query_as(statement).bind(devices)).await?
+            }
+        };
+        let found: HashMap<DeviceId, Standing> = rows.into_iter().map(|row| (row.id, row.standing)).collect();
+        Ok(devices.iter().map(|device| found.get(device).copied()).collect())
     }
 
     /// The device's `tokens_void_to`, which changes whenever its session is ended; `None` when the device is gone.

@@ -8,8 +8,8 @@ use sqlx::FromRow;
 use crate::clock::Timestamp;
 use crate::model::ids::{DeviceId, DeviceNo, MessageId, Position, UserId};
 use crate::model::mail::{Envelope, MAX_MESSAGE_BYTES, Sealed};
-use crate::store::database::{Database, on, reading, run, timely};
-use crate::store::postgres::give_back;
+use crate::store::database::{Database, on, run};
+use crate::store::postgres::PostgresStore;
 use crate::store::{Result, Store, json_list};
 
 /// What an envelope weighs on the wire beside its sealed bytes: ids, time and framing.
@@ -38,6 +38,52 @@ pub struct Expired {
     pub more: bool,
 }
 
+/// A look into an inbox.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Look {
+    device: DeviceNo,
+    after: Position,
+    alive_since: Timestamp,
+    limit: u32,
+    max_bytes: usize,
+}
+
+impl Look {
+    fn max_weight(&self) -> i64 {
+        i64::try_from(self.max_bytes).unwrap_or(i64::MAX)
+    }
+
+    fn page(&self, envelopes: Vec<Envelope>) -> Page {
+        let bytes: usize = envelopes.iter().map(|envelope| envelope.body.0.len() + ENVELOPE_OVERHEAD as usize).sum();
+        // A page that another large message would not have fitted into may have been cut short.
+        let more = envelopes.len() >= self.limit as usize || bytes + MAX_MESSAGE_BYTES > self.max_bytes;
+        Page { more: more && !envelopes.is_empty(), envelopes }
+    }
+}
+
+impl PostgresStore {
+    /// A page for each look.
+    async fn pages(&self, looks: &[Look]) -> Result<Vec<Page>> {
+        let column = |of: fn(&Look) -> i64| looks.iter().map(of).collect::<Vec<i64>>();
+        let question = sqlx::query_as(UNSENT_IN_POSTGRES)
+            .bind(column(|look| look.device.0))
+            .bind(column(|look| look.after.0))
+            .bind(column(|look| look.alive_since.millis()))
+            .bind(column(|look| i64::from(look.limit)))
+            .bind(column(Look::max_weight))
+            .bind(ENVELOPE_OVERHEAD);
+        let rows: Vec<PlacedRow> = self.all(question).await?;
+        let mut envelopes: Vec<Vec<Envelope>> = looks.iter().map(|_| Vec::new()).collect();
+        for row in rows {
+            let of_look = usize::try_from(row.place - 1).ok().and_then(|place| envelopes.get_mut(place));
+            of_look
+                .ok_or_else(|| sqlx::Error::Protocol("a message that nobody asked for".into()))?
+                .push(row.row.into());
+        }
+        Ok(looks.iter().zip(envelopes).map(|(look, envelopes)| look.page(envelopes)).collect())
+    }
+}
+
 impl Store {
     /// The messages of an inbox behind `after` that have not expired, oldest first: at most `limit` of them, and as
     /// many as weigh `max_bytes` on the wire, but at least one.
@@ -49,24 +95,23 @@ impl Store {
         limit: u32,
         max_bytes: usize,
     ) -> Result<Page> {
-        let max_weight = i64::try_from(max_bytes).unwrap_or(i64::MAX);
-        let statement = match &self.database {
-            Database::Sqlite(_) => UNSENT,
-            Database::Postgres(_) => UNSENT_IN_POSTGRES,
-        };
-        let rows: Vec<MessageRow> = reading!(self, |db| sqlx::query_as(statement)
-            .bind(device)
-            .bind(after)
-            .bind(now - self.limits.retention)
-            .bind(i64::from(limit))
-            .bind(ENVELOPE_OVERHEAD)
-            .bind(max_weight)
-            .fetch_all(db))?;
-        let envelopes: Vec<_> = rows.into_iter().map(Envelope::from).collect();
-        let bytes: usize = envelopes.iter().map(|envelope| envelope.body.0.len() + ENVELOPE_OVERHEAD as usize).sum();
-        // A page that another large message would not have fitted into may have been cut short.
-        let more = envelopes.len() >= limit as usize || bytes + MAX_MESSAGE_BYTES > max_bytes;
-        Ok(Page { more: more && !envelopes.is_empty(), envelopes })
+        let look = Look { device, after, alive_since: now - self.limits.retention, limit, max_bytes };
+        match &self.database {
+            Database::Sqlite(sqlite) => {
+                let rows = sqlx::query_as(UNSENT)
+                    .bind(device)
+                    .bind(after)
+                    .bind(look.alive_since)
+                    .bind(limit)
+                    .bind(ENVELOPE_OVERHEAD)
+                    .bind(look.max_weight());
+                let rows: Vec<MessageRow> = rows.fetch_all(&mut *sqlite.read.get().await?).await?;
+                Ok(look.page(rows.into_iter().map(Envelope::from).collect()))
+            }
+            Database::Postgres(postgres) => {
+                self.looks.ask(look, async |looks: &[Look]| postgres.pages(looks).await).await
+            }
+        }
     }
 
     /// Where these messages lie in the inbox of `device`. Ids of other devices' messages, and unknown ones, are left out.
@@ -82,11 +127,8 @@ impl Store {
             }
             Database::Postgres(postgres) => {
                 let statement = "SELECT position FROM messages WHERE device_no = $1 AND id = ANY($2)";
-                let mut reader = postgres.pool.get().await?;
-                let find = sqlx::query_scalar(statement).bind(device).bind(ids).fetch_all(&mut *reader);
-                let found = timely(postgres.limit, find).await;
-                give_back(reader, &found);
-                found
+                let found: Vec<(Position,)> = postgres.all(sqlx::query_as(statement).bind(device).bind(ids)).await?;
+                Ok(found.into_iter().map(|(position,)| position).collect())
             }
         }
     }
@@ -137,6 +179,13 @@ struct MessageRow {
     body: Vec<u8>,
 }
 
+#[derive(FromRow)]
+struct PlacedRow {
+    place: i64,
+    #[sqlx(flatten)]
+    row: MessageRow,
+}
+
 impl From<MessageRow> for Envelope {
     fn from(row: MessageRow) -> Self {
         Self {
@@ -162,14 +211,19 @@ const UNSENT: &str = "\
     FROM weighed CROSS JOIN messages m ON m.position = weighed.position \
     WHERE weighed.total <= $6 OR weighed.total = weighed.size ORDER BY m.position";
 
-/// Large bodies lie outside of their rows, and are fetched only for what is answered.
+/// $1 to $5 are the columns of the looks. Large bodies lie outside of their rows, and are fetched only for what is
+/// answered.
 const UNSENT_IN_POSTGRES: &str = "\
-    SELECT position, id, sender_user, sender_device, received_at, body FROM ( \
+    SELECT look.place, m.position, m.id, m.sender_user, m.sender_device, m.received_at, m.body \
+    FROM unnest($1, $2, $3, $4, $5) WITH ORDINALITY \
+         AS look (device_no, after, alive_since, most, max_weight, place) \
+    CROSS JOIN LATERAL ( \
         SELECT *, SUM(size) OVER (ORDER BY position) AS total FROM ( \
-            SELECT position, id, sender_user, sender_device, received_at, body, octet_length(body) + $5 AS size \
-            FROM messages WHERE device_no = $1 AND position > $2 AND received_at > $3 \
-            ORDER BY position LIMIT $4) page) weighed \
-    WHERE total <= $6 OR total = size ORDER BY position";
+            SELECT position, id, sender_user, sender_device, received_at, body, octet_length(body) + $6 AS size \
+            FROM messages \
+            WHERE device_no = look.device_no AND position > look.after AND received_at > look.alive_since \
+            ORDER BY position LIMIT look.most) page) m \
+    WHERE m.total <= look.max_weight OR m.total = m.size ORDER BY look.place, m.position";
 
 const CORRECT: &str = "\
     UPDATE messages SET received_at = $1 WHERE position IN \

@@ -8,6 +8,7 @@ mod accounts;
 mod attachments;
 mod database;
 mod devices;
+mod gather;
 mod jobs;
 mod links;
 mod messages;
@@ -22,12 +23,16 @@ mod sessions;
 mod sqlite;
 
 use std::fmt::Write;
+use std::sync::Arc;
 use std::time::Duration;
 
 use sqlx::migrate::{MigrateError, Migrator};
 
 use crate::config;
+use crate::model::ids::DeviceId;
 use crate::store::database::{Database, Tx};
+use crate::store::gather::Gather;
+use crate::store::messages::Look;
 use crate::store::numbering::Numbering;
 use crate::store::postgres::PostgresStore;
 use crate::store::sqlite::{SQLITE_FULL, SqliteStore};
@@ -172,12 +177,23 @@ impl OpenError {
     }
 }
 
+/// Questions in one statement.
+const GATHERED: usize = 128;
+/// Statements at the same time that ask for the standing of devices.
+const STANDING_LANES: usize = 2;
+/// Statements at the same time that look into inboxes.
+const LOOK_LANES: usize = 2;
+
 /// The database.
 #[derive(Clone)]
 pub struct Store {
     database: Database,
     numbering: Numbering,
     limits: Limits,
+    /// Questions that every request asks.
+    standings: Arc<Gather<DeviceId, Option<Standing>>>,
+    /// Questions that every message asks.
+    looks: Arc<Gather<Look, Page>>,
 }
 
 /// The limits that the store holds in its transactions.
@@ -221,7 +237,9 @@ impl Store {
             }
             None => (Database::Postgres(PostgresStore::open(config).await?), Numbering::new()),
         };
-        Ok(Self { database, numbering, limits })
+        let standings = Arc::new(Gather::new(STANDING_LANES, GATHERED));
+        let looks = Arc::new(Gather::new(LOOK_LANES, GATHERED));
+        Ok(Self { database, numbering, limits, standings, looks })
     }
 
     /// Answers when the database can be read and written.

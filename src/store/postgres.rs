@@ -4,8 +4,9 @@ use std::str::FromStr;
 use std::time::Duration;
 
 use sqlx::migrate::Migrator;
-use sqlx::postgres::PgConnectOptions;
-use sqlx::{ConnectOptions, Connection, Postgres};
+use sqlx::postgres::{PgArguments, PgConnectOptions, PgRow};
+use sqlx::query::QueryAs;
+use sqlx::{ConnectOptions, Connection, FromRow, Postgres};
 
 use crate::config;
 use crate::store::database::{PostgresTx, timely};
@@ -81,6 +82,17 @@ impl PostgresStore {
         let mut connection = self.pool.get().await?;
         timely(self.limit, sqlx::query("BEGIN").execute(&mut *connection)).await?;
         Ok(PostgresTx { connection, limit: self.limit })
+    }
+
+    /// All rows of a question that PostgreSQL alone understands.
+    pub(super) async fn all<T>(&self, question: QueryAs<'_, Postgres, T, PgArguments>) -> Result<Vec<T>>
+    where
+        T: for<'r> FromRow<'r, PgRow> + Send + Unpin,
+    {
+        let mut connection = self.pool.get().await?;
+        let answer = timely(self.limit, question.fetch_all(&mut *connection)).await;
+        give_back(connection, &answer);
+        answer
     }
 
     /// Answers when the server can be read and written.
