@@ -67,7 +67,7 @@ impl Server {
         let management = bind(&config.server, config.server.management_port).await?;
         let (api_address, management_address) = (api.local_addr()?, management.local_addr()?);
         let store = Store::open(&file, &config.database, store::Limits::of(&config)).await?;
-        let blobs = Blobs::open(&config.attachments)?;
+        let blobs = Blobs::open(&config.attachments).await?;
         // Nothing can fail from here on, so no task is left behind by a start that was given up.
         let (tasks, keepers, probes) = (Tasks::new(), Tasks::new(), Tasks::new());
         let bus = Bus::local(config.gateway.max_connections_per_device);
