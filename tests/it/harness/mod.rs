@@ -6,6 +6,8 @@ mod client;
 mod database;
 pub mod proto;
 mod raw;
+mod s3;
+mod s3_proxy;
 mod server;
 pub mod signer;
 mod socket;
@@ -18,6 +20,8 @@ pub use binary::Binary;
 pub use client::{Client, Request, Response};
 pub use database::Database;
 pub use raw::{RawSocket, opcode, raw_answer, raw_request};
+pub use s3::{Bucket, S3, S3Process};
+pub use s3_proxy::{Fate, S3Proxy};
 pub use server::TestServer;
 pub use socket::{Event, Socket, distinct_ids};
 
