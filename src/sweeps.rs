@@ -20,6 +20,9 @@ const RECLAIM_PAGES: u32 = 1000;
 /// How often secrets that live for minutes at the most are cleaned up.
 const SHORT_LIVED: Duration = Duration::from_mins(1);
 
+/// Uploads that came to nothing count in their account's quota until they are cleaned up, so that is done often.
+const STALE_UPLOADS: Duration = Duration::from_mins(5);
+
 /// Removes what the last run of the server left unfinished, then starts the repeated jobs. Call it before the first
 /// request comes in: it takes every upload that is under way for an interrupted one.
 ///
@@ -37,7 +40,9 @@ pub async fn start(app: &App, forget_clients: impl Fn() + Send + 'static) {
     let walk = Arc::new(Walk::default());
     every(app, "expired attachments", attachments, move |app| attachments::remove_expired(app, walk.clone()));
     let walk = Arc::new(Walk::default());
-    every(app, "stale uploads", attachments, move |app| attachments::remove_stale(app, walk.clone()));
+    every(app, "stale uploads", attachments.min(STALE_UPLOADS), move |app| {
+        attachments::remove_stale(app, walk.clone())
+    });
 
     every(app, "expired sessions", config.auth.refresh_token_cleanup_interval, expired_sessions);
     every(app, "expired tickets", SHORT_LIVED, expired_tickets);

@@ -173,7 +173,7 @@ impl Object {
     }
 
     async fn delete(self) -> Result<(), BlobError> {
-        match limited(self.service.store.delete(&self.key)).await {
+        match limited(self.service.singly.delete(&self.key)).await {
             Err(error) if !error.is_of_missing_object() => Err(error),
             _ => Ok(()),
         }

@@ -1,11 +1,12 @@
 //! The requests to an S3 service that `object_store` has no methods for, signed with its own signer.
 
+use std::fmt;
 use std::net::IpAddr;
 use std::time::Duration;
 
 use bytes::Bytes;
 use http_body_util::{BodyExt, Limited};
-use object_store::aws::{AmazonS3, AmazonS3Builder, AwsAuthorizer};
+use object_store::aws::{AmazonS3, AmazonS3Builder, AmazonS3ConfigKey, AwsAuthorizer};
 use object_store::client::{HttpClient, HttpConnector, HttpRequest, HttpRequestBody, ReqwestConnector};
 use object_store::multipart::MultipartStore;
 use object_store::path::Path as Key;
@@ -30,13 +31,21 @@ const MAX_ANSWER_BYTES: usize = 4 << 20;
 const ABORT_ROUNDS: usize = 3;
 
 /// A bucket and the way to it.
-#[derive(Debug)]
 pub(super) struct Service {
     pub store: AmazonS3,
+    /// The same bucket, whose objects are deleted one by one.
+    pub singly: AmazonS3,
     client: HttpClient,
     region: String,
     /// The URL of the bucket itself, for requests that are not about one object.
     root: String,
+}
+
+/// Without the keys, which the library's own form has in it.
+impl fmt::Debug for Service {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("Service")
+    }
 }
 
 /// Where a bucket is.
@@ -70,18 +79,20 @@ impl Service {
             ..BackoffConfig::default()
         };
         let retry = RetryConfig { backoff, max_retries: RETRIES, ..RetryConfig::default() };
-        let store = builder
+        let builder = builder
             .with_bucket_name(&config.bucket)
             .with_region(&config.region)
-            .with_endpoint(&address.objects)
+            // The stronger of two keys, so that no variable of the surroundings can move the bucket.
+            .with_config(AmazonS3ConfigKey::S3Endpoint, &address.objects)
             // Says to the builder that the bucket is in the endpoint already.
             .with_virtual_hosted_style_request(true)
             .with_client_options(options.clone())
-            .with_retry(retry)
-            .build()
-            .map_err(|_| unusable())?;
+            .with_retry(retry);
+        let store = builder.clone().build().map_err(|_| unusable())?;
+        let singly = builder.with_credentials(store.credentials().clone()).with_disable_bulk_delete(true);
+        let singly = singly.build().map_err(|_| unusable())?;
         let client = ReqwestConnector::default().connect(&options).map_err(|_| unusable())?;
-        Ok(Self { store, client, region: config.region.clone(), root: address.root })
+        Ok(Self { store, singly, client, region: config.region.clone(), root: address.root })
     }
 
     /// Succeeds when there are credentials, right or wrong.

@@ -264,6 +264,27 @@ async fn what_a_killed_server_left_in_a_bucket_is_removed_when_it_starts_again()
 }
 
 #[tokio::test]
+async fn without_keys_among_the_options_the_surroundings_are_asked() {
+    let folder = tempfile::tempdir().unwrap();
+    let bucket = S3::shared().await.bucket().await;
+    let options: Vec<_> = bucket.options().into_iter().filter(|option| !option.contains("-key=")).collect();
+    let options: Vec<_> = options.iter().map(String::as_str).collect();
+    let variables = [
+        ("AWS_ACCESS_KEY_ID", &*bucket.service.access_key),
+        ("AWS_SECRET_ACCESS_KEY", &*bucket.service.secret_key),
+        // The address and the region are ours to say.
+        ("AWS_ENDPOINT_URL", "http://127.0.0.1:1"),
+        ("AWS_ENDPOINT_URL_S3", "http://127.0.0.1:1"),
+        ("AWS_REGION", "elsewhere"),
+    ];
+    let server = Binary::start_with(folder.path(), &options, &variables).await;
+    let device = Device::register(&server.client()).await;
+    let id = uploaded(&device, &pattern(PART + 1)).await;
+    assert!(download(&device, &id).await.expect(200).body == pattern(PART + 1));
+    assert_eq!(bucket.objects().await.len(), 1);
+}
+
+#[tokio::test]
 async fn a_server_without_its_bucket_ends_with_one_sentence() {
     let folder = tempfile::tempdir().unwrap();
     let bucket = S3::shared().await.missing_bucket();
@@ -311,9 +332,10 @@ async fn when_the_memory_for_parts_is_used_up_further_uploads_are_sent_away_for_
     let device = server.account().await;
     let small = pattern(200_000);
     uploaded(&device, &small).await;
-    // 13 parts that are nearly full take almost all of the 64 MiB.
-    let nearly = PART - (64 << 10);
-    let held = join_all((0..13).map(|_| begin(&device, 2 * PART, nearly))).await;
+    // 13 parts that are nearly full leave 64 KiB of the 64 MiB.
+    let block = 64 << 10;
+    let sizes = (0..13).map(|part| if part < 12 { PART - block } else { 75 * block });
+    let held = join_all(sizes.map(|size| begin(&device, 2 * PART, size))).await;
     eventually("a further upload to be refused", async || upload(&device, &small).await.status == 503).await;
     assert!(upload(&device, &small).await.expect(503).header("retry-after").is_some());
     drop(held);

@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use object_store::aws::{AwsAuthorizer, AwsCredential};
-use object_store::client::{ClientOptions, HttpConnector, HttpRequest, ReqwestConnector};
+use object_store::client::{ClientOptions, HttpConnector, HttpError, HttpRequest, ReqwestConnector};
 use obscura_server::config::{Attachments, Secret};
 use tempfile::TempDir;
 use tokio::sync::OnceCell;
@@ -127,6 +127,10 @@ impl Bucket {
 
     /// Sends a signed request. The answer is its status and body.
     async fn request(&self, method: &str, target: &str) -> (u16, String) {
+        self.try_request(method, target).await.expect("the service answers")
+    }
+
+    async fn try_request(&self, method: &str, target: &str) -> Result<(u16, String), HttpError> {
         let S3 { endpoint, access_key, secret_key } = self.service.clone();
         let credential = AwsCredential { key_id: access_key, secret_key, token: None };
         let mut request = HttpRequest::new(Bytes::new().into());
@@ -134,8 +138,8 @@ impl Bucket {
         *request.uri_mut() = format!("{endpoint}/{}{target}", self.name).parse().unwrap();
         AwsAuthorizer::new(&credential, "s3", "us-east-1").try_authorize(&mut request, None).unwrap();
         let client = ReqwestConnector::default().connect(&ClientOptions::new().with_allow_http(true)).unwrap();
-        let (head, body) = client.execute(request).await.expect("the service answers").into_parts();
-        (head.status.as_u16(), String::from_utf8_lossy(&body.bytes().await.unwrap()).into_owned())
+        let (head, body) = client.execute(request).await?.into_parts();
+        Ok((head.status.as_u16(), String::from_utf8_lossy(&body.bytes().await?).into_owned()))
     }
 }
 
@@ -183,6 +187,9 @@ impl S3Process {
             .flat_map(|(name, ports)| [format!("-{name}.port={}", ports[0]), format!("-{name}.port.grpc={}", ports[1])])
             .collect();
         arguments.extend([format!("-dir={}", folder.path().display()), format!("-s3.config={}", identities.display())]);
+        for name in ["filer", "s3"] {
+            arguments.push(format!("-{name}.localSocket={}", folder.path().join(name).display()));
+        }
         arguments.extend(OPTIONS.iter().map(|option| (*option).to_owned()));
         let endpoint = format!("http://127.0.0.1:{}", ports[6]);
         Self { service: S3 { endpoint, ..service }, child: None, arguments, folder }
@@ -198,7 +205,7 @@ impl S3Process {
         command.stdin(Stdio::piped()).stdout(log.try_clone().expect("the log")).stderr(log);
         self.child = Some(command.spawn().expect("a shell"));
         let deadline = Instant::now() + PATIENCE;
-        let probe = S3 { ..self.service.clone() }.missing_bucket();
+        let probe = self.service.missing_bucket();
         while !self.answers(&probe).await {
             assert!(Instant::now() < deadline, "the S3 service does not start:\n{}", self.log());
             tokio::time::sleep(Duration::from_millis(50)).await;
@@ -207,12 +214,8 @@ impl S3Process {
 
     /// Ready is who can store, which takes longer than listening.
     async fn answers(&self, probe: &Bucket) -> bool {
-        let address = self.service.endpoint.trim_start_matches("http://").to_owned();
-        if tokio::net::TcpStream::connect(address).await.is_err() {
-            return false;
-        }
-        (probe.exists().await || probe.request("PUT", "").await.0 == 200)
-            && probe.request("PUT", "/ready").await.0 == 200
+        let succeeds = async |method, target| matches!(probe.try_request(method, target).await, Ok((200, _)));
+        (succeeds("HEAD", "").await || succeeds("PUT", "").await) && succeeds("PUT", "/ready").await
     }
 
     fn log(&self) -> String {
@@ -239,7 +242,9 @@ const OPTIONS: &[&str] = &[
     "-ip.bind=127.0.0.1",
     "-filer",
     "-s3",
+    // Ports that would be the same for all of them.
     "-s3.port.iceberg=0",
+    "-s3.port.lance=0",
     "-s3.iam=false",
     "-master.telemetry=false",
     "-master.volumeSizeLimitMB=64",
