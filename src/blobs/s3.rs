@@ -22,7 +22,7 @@ const CONNECT_LIMIT: Duration = Duration::from_secs(5);
 /// Longest silence of the service while it has to answer or to send.
 const SILENCE_LIMIT: Duration = Duration::from_secs(20);
 /// Longest time of anything but a download's body, its repetitions included.
-const LIMIT: Duration = Duration::from_mins(1);
+const LIMIT: Duration = Duration::from_secs(30);
 /// How often a request is repeated that the service failed to answer or answered with 5xx.
 const RETRIES: usize = 2;
 /// The answers that are read whole are short; a longer one isn't from such a service.

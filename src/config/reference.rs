@@ -22,8 +22,8 @@ access tokens is made once and kept in `DIR/jwt-secret` (readable by its owner o
 if it is missing. Each of these can still be given by itself. The characters `?`, `%` and `#` are
 not allowed in the folder's path.
 
-**What this version does not do yet:** it stores in SQLite and a folder, and signals within its process. The options that concern
-PostgreSQL, Valkey, S3, push and OTLP are checked, and act once those parts are there. A start that can't do without them says so,
+**What this version does not do yet:** it stores in SQLite, and signals within its process. The options that concern
+PostgreSQL, Valkey, push and OTLP are checked, and act once those parts are there. A start that can't do without them says so,
 and one that merely names them warns.
 
 Without `--data-dir` the server expects PostgreSQL, Valkey and S3-compatible storage, and a secret:

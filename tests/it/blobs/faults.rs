@@ -4,7 +4,7 @@ use std::time::{Duration, Instant};
 
 use obscura_server::blobs::UploadError;
 
-use crate::harness::{Fate, S3Proxy, eventually, within};
+use crate::harness::{Fate, S3Proxy, eventually, within, within_time};
 
 use super::*;
 
@@ -154,4 +154,26 @@ async fn a_download_that_breaks_off_again_and_again_ends_with_an_error() {
     proxy.rule(|_, _| Fate::CutAnswer(100_000));
     let error = within("the download to end", get(&blobs, id, None)).await.unwrap_err();
     assert!(!error.to_string().contains(&id.to_string()), "{error}");
+}
+
+#[tokio::test]
+async fn a_service_that_does_not_answer_is_given_up_in_time() {
+    let (bucket, proxy, blobs) = disturbed().await;
+    let (id, stored) = (AttachmentId::random(), put(&blobs, &pattern(10)).await);
+    let staged = blobs.stage(id, 10, body(&pattern(10), 10)).await.unwrap();
+    proxy.rule(|_, _| Fate::Stall);
+    let (complete, broken) = ([stored], [id]);
+    let everything = async {
+        tokio::join!(staged.publish(), blobs.read(stored, None), blobs.delete(&complete), blobs.discard(&broken))
+    };
+    let (published, read, deleted, discarded) =
+        within_time(Duration::from_secs(40), "everything to be given up", everything).await;
+    assert!(published.unwrap_err().may_still_happen());
+    assert!(read.is_err());
+    for deleted in [deleted, discarded] {
+        assert!(deleted.gone.is_empty() && deleted.failed.is_some());
+    }
+    proxy.rule(|_, _| Fate::Pass);
+    assert_eq!(blobs.discard(&[id, stored]).await.gone.len(), 2);
+    assert!(bucket.is_empty().await);
 }
