@@ -159,9 +159,10 @@ struct Object {
 }
 
 impl Object {
-    /// Begins an upload in parts.
+    /// Begins an upload in parts. If that isn't answered, it isn't repeated: an upload that was begun all the same would
+    /// stay behind when the other one is complete.
     async fn begin(&self) -> Result<Cut, BlobError> {
-        let upload = limited(self.service.store.create_multipart(&self.key)).await?;
+        let upload = limited(self.service.once.create_multipart(&self.key)).await?;
         Ok(Cut { upload, parts: Vec::new() })
     }
 
@@ -173,7 +174,7 @@ impl Object {
     }
 
     async fn delete(self) -> Result<(), BlobError> {
-        match limited(self.service.singly.delete(&self.key)).await {
+        match limited(self.service.once.delete(&self.key)).await {
             Err(error) if !error.is_of_missing_object() => Err(error),
             _ => Ok(()),
         }

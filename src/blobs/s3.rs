@@ -33,8 +33,9 @@ const ABORT_ROUNDS: usize = 3;
 /// A bucket and the way to it.
 pub(super) struct Service {
     pub store: AmazonS3,
-    /// The same bucket, whose objects are deleted one by one.
-    pub singly: AmazonS3,
+    /// The same bucket, without requests that delete several objects and without repetition: for what must not be done
+    /// twice, such as beginning an upload.
+    pub once: AmazonS3,
     client: HttpClient,
     region: String,
     /// The URL of the bucket itself, for requests that are not about one object.
@@ -89,10 +90,13 @@ impl Service {
             .with_client_options(options.clone())
             .with_retry(retry);
         let store = builder.clone().build().map_err(|_| unusable())?;
-        let singly = builder.with_credentials(store.credentials().clone()).with_disable_bulk_delete(true);
-        let singly = singly.build().map_err(|_| unusable())?;
+        let once = builder
+            .with_credentials(store.credentials().clone())
+            .with_disable_bulk_delete(true)
+            .with_retry(RetryConfig { max_retries: 0, ..RetryConfig::default() });
+        let once = once.build().map_err(|_| unusable())?;
         let client = ReqwestConnector::default().connect(&options).map_err(|_| unusable())?;
-        Ok(Self { store, singly, client, region: config.region.clone(), root: address.root })
+        Ok(Self { store, once, client, region: config.region.clone(), root: address.root })
     }
 
     /// Succeeds when there are credentials, right or wrong.

@@ -136,6 +136,22 @@ async fn a_write_cut_in_the_middle_is_repeated_and_one_cut_for_ever_is_given_up(
 }
 
 #[tokio::test]
+async fn an_upload_whose_beginning_was_not_answered_is_not_begun_twice() {
+    let (bucket, proxy, blobs) = disturbed().await;
+    let first = std::sync::atomic::AtomicBool::new(true);
+    proxy.rule(move |method, _| {
+        let is_lost = method == "POST" && first.swap(false, std::sync::atomic::Ordering::Relaxed);
+        if is_lost { Fate::CutAnswer(0) } else { Fate::Pass }
+    });
+    let id = AttachmentId::random();
+    let error = storage_error(blobs.stage(id, PART as u64 + 1, body(&pattern(PART + 1), 1 << 20)).await.err().unwrap());
+    assert!(error.may_still_happen(), "{error}");
+    assert_eq!((proxy.count("POST"), bucket.uploads().await.len()), (1, 1));
+    assert_eq!(blobs.discard(&[id]).await.gone, [id]);
+    assert!(bucket.is_empty().await);
+}
+
+#[tokio::test]
 async fn a_download_cut_in_the_middle_goes_on_where_it_was() {
     let (_bucket, proxy, blobs) = disturbed().await;
     let bytes = pattern(3 << 20);

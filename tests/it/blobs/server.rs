@@ -264,6 +264,28 @@ async fn what_a_killed_server_left_in_a_bucket_is_removed_when_it_starts_again()
 }
 
 #[tokio::test]
+async fn logs_about_a_failing_storage_name_no_attachment_and_no_key() {
+    let folder = tempfile::tempdir().unwrap();
+    let bucket = S3::shared().await.bucket().await;
+    let proxy = S3Proxy::start(&bucket.service.endpoint).await;
+    let (server, _) = binary(folder.path(), &bucket.at(&proxy.endpoint)).await;
+    let device = Device::register(&server.client()).await;
+    let id = uploaded(&device, &pattern(10)).await;
+    for fate in [Fate::Answer(503), Fate::Answer(403), Fate::CutAnswer(0), Fate::CutAnswer(20)] {
+        proxy.rule(move |_, _| fate);
+        for size in [10, PART + 1] {
+            upload(&device, &pattern(size)).await.expect(503);
+        }
+        download(&device, &id).await.expect(503);
+    }
+    let output = server.output();
+    assert!(output.contains("the attachment storage failed"), "{output}");
+    for secret in [&*id, "attachments/", &*bucket.service.access_key, &*bucket.service.secret_key] {
+        assert!(!output.contains(secret), "{secret} is in the log:\n{output}");
+    }
+}
+
+#[tokio::test]
 async fn without_keys_among_the_options_the_surroundings_are_asked() {
     let folder = tempfile::tempdir().unwrap();
     let bucket = S3::shared().await.bucket().await;
