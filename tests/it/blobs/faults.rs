@@ -4,7 +4,7 @@ use std::time::{Duration, Instant};
 
 use obscura_server::blobs::UploadError;
 
-use crate::harness::{Fate, S3Proxy, eventually, within, within_time};
+use crate::harness::{Fate, S3Proxy, eventually, within_time};
 
 use super::*;
 

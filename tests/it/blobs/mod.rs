@@ -15,7 +15,7 @@ use obscura_server::config::{self, Config};
 use obscura_server::model::ids::AttachmentId;
 use std::ops::Range;
 
-use crate::harness::{Bucket, S3};
+use crate::harness::{Bucket, S3, within};
 
 /// The size of a part of an upload to a bucket.
 const PART: usize = 5 << 20;
@@ -29,7 +29,7 @@ fn settings(bucket: &Bucket) -> config::Attachments {
 
 /// A storage in this bucket.
 async fn open(bucket: &Bucket) -> Blobs {
-    Blobs::open(&settings(bucket)).await.unwrap()
+    within("the storage to open", Blobs::open(&settings(bucket))).await.unwrap()
 }
 
 /// A storage in a bucket of its own.

@@ -7,7 +7,7 @@ use super::*;
 
 /// The one sentence that opening with these options fails with.
 async fn refusal(settings: &config::Attachments) -> String {
-    let told = Blobs::open(settings).await.expect_err("it can't be opened").to_string();
+    let told = within("an answer", Blobs::open(settings)).await.expect_err("it can't be opened").to_string();
     assert!(!told.contains('\n'), "{told}");
     told
 }
@@ -29,13 +29,13 @@ async fn a_bucket_is_made_on_request_and_one_that_is_there_is_fine() {
     settings.create_bucket = true;
     for region in ["us-east-1", "eu-west-1"] {
         settings.region = region.to_owned();
-        let blobs = Blobs::open(&settings).await.unwrap();
+        let blobs = within("the storage to open", Blobs::open(&settings)).await.unwrap();
         put(&blobs, &pattern(3)).await;
     }
     assert_eq!(bucket.objects().await.len(), 2);
     let other = S3::shared().await.missing_bucket();
     settings.bucket = other.name.clone();
-    Blobs::open(&settings).await.unwrap();
+    within("the storage to open", Blobs::open(&settings)).await.unwrap();
     assert!(other.exists().await, "also in a region that has to be named");
 }
 
@@ -44,7 +44,8 @@ async fn several_nodes_may_make_the_same_bucket_at_once() {
     let bucket = S3::shared().await.missing_bucket();
     let mut settings = settings(&bucket);
     settings.create_bucket = true;
-    let opened = futures_util::future::join_all((0..8).map(|_| Blobs::open(&settings))).await;
+    let opening = futures_util::future::join_all((0..8).map(|_| Blobs::open(&settings)));
+    let opened = within("the storages to open", opening).await;
     assert!(opened.iter().all(Result::is_ok), "{opened:?}");
 }
 

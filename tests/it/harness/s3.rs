@@ -202,6 +202,8 @@ impl S3Process {
         let script = "exec 3<&0; \"$@\" </dev/null 3<&- & service=$!; cat <&3 >/dev/null; kill -9 $service";
         let mut command = Command::new("sh");
         command.args(["-c", script, "sh"]).arg(weed()).arg("server").args(&self.arguments);
+        // Each bucket has files of its own; one is enough for a test.
+        command.env("WEED_MASTER_VOLUME_GROWTH_COPY_1", "1");
         command.stdin(Stdio::piped()).stdout(log.try_clone().expect("the log")).stderr(log);
         self.child = Some(command.spawn().expect("a shell"));
         let deadline = Instant::now() + PATIENCE;
