@@ -1,137 +1,36 @@
-//! The bytes of attachments, in a folder. They are streamed both ways and never whole in memory.
+//! The bytes of attachments, in a folder or a bucket. They are streamed both ways and never whole in memory.
 //!
 //! An object is named after its attachment's id behind the configured prefix, in a folder as in a bucket, so that the
 //! one can be copied to the other as it stands.
 
-use std::error::Error;
-use std::fmt;
-use std::fs::{self, DirBuilder, File};
-use std::io::{self, ErrorKind, Seek, SeekFrom};
+mod bucket;
+mod error;
+mod folder;
+mod s3;
+mod start;
+
 use std::ops::Range;
-use std::os::unix::fs::DirBuilderExt;
-use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use bytes::{Bytes, BytesMut};
-use futures_util::stream::{self, BoxStream};
-use futures_util::{Stream, StreamExt, TryStreamExt};
-use object_store::local::LocalFileSystem;
-use object_store::{GetOptions, GetResultPayload, MultipartUpload, ObjectStore, ObjectStoreExt, path::Path as Key};
-use tokio::io::AsyncReadExt;
-use tokio_util::io::ReaderStream;
-use tracing::{info, warn};
+use bytes::Bytes;
+use futures_util::Stream;
+use futures_util::stream::BoxStream;
+use object_store::path::Path as Key;
 
+use crate::blobs::bucket::Bucket;
+pub use crate::blobs::error::{BlobError, OpenError, UploadError};
+use crate::blobs::folder::Folder;
 use crate::config;
 use crate::model::ids::AttachmentId;
 
-/// An upload is written in pieces of this size, and no more of it is in memory at a time.
-const PART_BYTES: usize = 256 << 10;
-/// A download is read in pieces of this size.
-const READ_BYTES: usize = 64 << 10;
-/// Objects that are deleted at the same time.
-const DELETES_AT_ONCE: usize = 8;
-
-/// The storage could not do what it was asked.
-///
-/// The library's own errors name the object, and who knows the name of an attachment may read it. So neither form of
-/// this one, in a log or elsewhere, repeats them.
-pub struct BlobError(object_store::Error);
-
-impl BlobError {
-    /// True when the disk or a quota stopped a write.
-    pub fn is_full(&self) -> bool {
-        let kind = self.system_error().map(io::Error::kind);
-        matches!(kind, Some(ErrorKind::StorageFull | ErrorKind::QuotaExceeded))
-    }
-
-    /// What the operating system said, if it was it that failed.
-    fn system_error(&self) -> Option<&io::Error> {
-        let mut cause: &(dyn Error + 'static) = &self.0;
-        loop {
-            match cause.downcast_ref() {
-                Some(error) => return Some(error),
-                None => cause = cause.source()?,
-            }
-        }
-    }
-}
-
-impl fmt::Display for BlobError {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str("the attachment storage failed: ")?;
-        match (self.system_error(), &self.0) {
-            (Some(error), _) => fmt::Display::fmt(error, f),
-            (None, object_store::Error::Generic { store, .. }) => write!(f, "trouble in {store}"),
-            (None, object_store::Error::NotFound { .. }) => f.write_str("not found"),
-            (None, object_store::Error::PermissionDenied { .. }) => f.write_str("permission denied"),
-            (None, object_store::Error::Unauthenticated { .. }) => f.write_str("the credentials were refused"),
-            (None, _) => f.write_str("an unexpected answer"),
-        }
-    }
-}
-
-impl fmt::Debug for BlobError {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "BlobError({self})")
-    }
-}
-
-impl Error for BlobError {}
-
-impl From<object_store::Error> for BlobError {
-    fn from(error: object_store::Error) -> Self {
-        Self(error)
-    }
-}
-
-impl From<io::Error> for BlobError {
-    fn from(error: io::Error) -> Self {
-        Self(object_store::Error::Generic { store: "folder", source: Box::new(error) })
-    }
-}
-
-/// Why an upload came to nothing.
-#[derive(Debug, thiserror::Error)]
-pub enum UploadError {
-    /// The client broke it off, or sent fewer or more bytes than it had announced.
-    #[error("the upload was broken off or has not the announced length")]
-    Body,
-    /// The storage failed.
-    #[error(transparent)]
-    Storage(#[from] BlobError),
-}
-
-/// Why the storage could not be opened. Each says in one sentence what to do.
-#[derive(Debug, thiserror::Error)]
-pub enum OpenError {
-    /// The folder can't be made, read or written.
-    #[error(
-        "the attachment folder {path} can't be used: {cause}; check that it is a writable folder, or choose another with --storage-endpoint file:PATH"
-    )]
-    Unusable {
-        /// The folder.
-        path: String,
-        /// What the system said.
-        cause: io::Error,
-    },
-    /// An object can't have such a name.
-    #[error("--attachment-prefix {prefix:?} can't begin the name of an object: {cause}")]
-    Prefix {
-        /// What was given.
-        prefix: String,
-        /// What is wrong with it.
-        cause: object_store::path::Error,
-    },
-    /// A bucket was asked for.
-    #[error("this version keeps attachments in a folder only; give --storage-endpoint file:PATH or --data-dir DIR")]
-    Bucket,
-}
-
 /// The storage of attachments. Cloning gives the same storage.
 #[derive(Clone, Debug)]
-pub struct Blobs {
-    store: Arc<LocalFileSystem>,
-    prefix: Arc<str>,
+pub struct Blobs(Place);
+
+#[derive(Clone, Debug)]
+enum Place {
+    Folder(Folder),
+    Bucket(Bucket),
 }
 
 /// The bytes of an attachment, or a part of them.
@@ -152,206 +51,136 @@ pub struct Deleted {
 }
 
 impl Blobs {
-    /// Opens the storage and removes what uploads cut off by a crash have left in it.
-    pub fn open(config: &config::Attachments) -> Result<Self, OpenError> {
-        let folder = config.folder().ok_or(OpenError::Bucket)?;
-        let unusable = |cause| OpenError::Unusable { path: folder.display().to_string(), cause };
-        make_folder(folder).map_err(unusable)?;
-        let store = LocalFileSystem::new_with_prefix(folder).map_err(|error| unusable(io::Error::other(error)))?;
-        let blobs = Self { store: Arc::new(store.with_fsync(true)), prefix: config.prefix.as_str().into() };
-        let sample = blobs.checked_key(AttachmentId::random())?;
-        let objects = blobs.path(&sample).map_err(|error| unusable(io::Error::other(error)))?;
-        let objects = objects.parent().unwrap_or(folder);
-        make_folder(objects).map_err(unusable)?;
-        remove_leftovers(objects).map_err(unusable)?;
-        check_writable(objects).map_err(unusable)?;
-        Ok(blobs)
+    /// Opens the storage. A folder is made if need be, and what uploads cut off by a crash have left in it is removed.
+    /// A bucket's service is waited for.
+    pub async fn open(config: &config::Attachments) -> Result<Self, OpenError> {
+        let keys = Keys::new(&config.prefix)?;
+        Ok(Self(match config.folder() {
+            Some(folder) => Place::Folder(Folder::open(folder, keys)?),
+            None => Place::Bucket(Bucket::open(config, keys).await?),
+        }))
     }
 
     /// Takes in the bytes of an attachment, without making them the attachment yet: that is [`Staged::publish`].
     ///
-    /// They wait under another name. If this or the answer is dropped, they are removed.
+    /// If this or the answer is dropped, or fails, [`Blobs::discard`] removes what has arrived in a bucket; in a folder
+    /// that happens by itself.
     pub async fn stage<E>(
         &self,
         id: AttachmentId,
         size: u64,
         body: impl Stream<Item = Result<Bytes, E>>,
     ) -> Result<Staged, UploadError> {
-        let mut upload = self.store.put_multipart(&self.key(id)).await.map_err(BlobError)?;
-        let mut body = std::pin::pin!(body);
-        // Copied together, because a client that sends single bytes would make a list of them expensive.
-        let (mut received, mut part) = (0, BytesMut::new());
-        while let Some(bytes) = body.next().await {
-            let bytes = bytes.map_err(|_| UploadError::Body)?;
-            received += bytes.len() as u64;
-            if received > size {
-                return Err(UploadError::Body);
-            }
-            part.extend_from_slice(&bytes);
-            if part.len() >= PART_BYTES {
-                upload.put_part(part.split().freeze().into()).await.map_err(BlobError)?;
-            }
-        }
-        if received < size {
-            return Err(UploadError::Body);
-        }
-        if !part.is_empty() {
-            upload.put_part(part.freeze().into()).await.map_err(BlobError)?;
-        }
-        Ok(Staged { id, upload, blobs: self.clone() })
+        Ok(Staged(match &self.0 {
+            Place::Folder(folder) => Arrived::InFolder(folder.stage(id, size, body).await?),
+            Place::Bucket(bucket) => Arrived::InBucket(bucket.stage(id, size, body).await?),
+        }))
     }
 
     /// Reads an attachment, or `range` of it; `None` when there is no such attachment.
     pub async fn read(&self, id: AttachmentId, range: Option<Range<u64>>) -> Result<Option<Blob>, BlobError> {
-        let options = GetOptions { range: range.map(Into::into), ..GetOptions::default() };
-        let found = match self.store.get_opts(&self.key(id), options).await {
-            Err(object_store::Error::NotFound { .. }) => return Ok(None),
-            found => found?,
-        };
-        let (size, range) = (found.meta.size, found.range.clone());
-        let bytes = match found.payload {
-            GetResultPayload::File(file, _) => read_file(file, range)?,
-            GetResultPayload::Stream(stream) => stream.map_err(BlobError).boxed(),
-        };
-        Ok(Some(Blob { size, bytes }))
+        match &self.0 {
+            Place::Folder(folder) => folder.read(id, range).await,
+            Place::Bucket(bucket) => bucket.read(id, range).await,
+        }
     }
 
-    /// Deletes attachments for good, also those that were not published yet. One that isn't there counts as deleted.
+    /// Deletes attachments that were published, for good. One that isn't there counts as deleted.
     pub async fn delete(&self, ids: &[AttachmentId]) -> Deleted {
-        let deletions = stream::iter(ids.to_vec()).map(|id| self.clone().delete_one(id));
-        let mut outcome = Deleted { gone: Vec::with_capacity(ids.len()), failed: None };
-        let mut deletions = deletions.buffered(DELETES_AT_ONCE);
-        while let Some((id, deleted)) = deletions.next().await {
-            match (deleted, &mut outcome.failed) {
-                (Ok(()), _) => outcome.gone.push(id),
-                (Err(_), Some((count, _))) => *count += 1,
-                (Err(error), failed) => *failed = Some((1, error)),
-            }
+        match &self.0 {
+            Place::Folder(folder) => folder.delete(ids).await,
+            Place::Bucket(bucket) => bucket.delete(ids).await,
         }
-        match self.settle(&outcome.gone).await {
-            Ok(()) => outcome,
-            Err(error) => Deleted { gone: Vec::new(), failed: Some((ids.len(), error)) },
+    }
+
+    /// Removes whatever an upload has left that came to nothing, however far it got, also when the process that began it
+    /// is gone. For a bucket that takes some requests for each.
+    pub async fn discard(&self, ids: &[AttachmentId]) -> Deleted {
+        match &self.0 {
+            Place::Folder(folder) => folder.delete(ids).await,
+            Place::Bucket(bucket) => bucket.discard(ids).await,
         }
     }
 
     /// Answers when the storage is there.
     pub async fn check(&self) -> Result<(), BlobError> {
-        let objects = self.path(&self.key(AttachmentId::random()))?;
-        let objects = objects.parent().map(Path::to_owned).unwrap_or_default();
-        let found = tokio::fs::metadata(objects).await?;
-        if found.is_dir() { Ok(()) } else { Err(io::Error::from(ErrorKind::NotADirectory).into()) }
-    }
-
-    async fn delete_one(self, id: AttachmentId) -> (AttachmentId, Result<(), BlobError>) {
-        let deleted = async {
-            let key = self.key(id);
-            match tokio::fs::remove_file(staging_path(&self.path(&key)?)).await {
-                Err(error) if error.kind() != ErrorKind::NotFound => return Err(error.into()),
-                _ => {}
-            }
-            match self.store.delete(&key).await {
-                Ok(()) | Err(object_store::Error::NotFound { .. }) => Ok(()),
-                Err(error) => Err(error.into()),
-            }
-        };
-        (id, deleted.await)
-    }
-
-    /// Makes deletions survive a loss of power, so that a row that goes afterwards leaves no file behind.
-    async fn settle(&self, deleted: &[AttachmentId]) -> Result<(), BlobError> {
-        let Some(&id) = deleted.first() else { return Ok(()) };
-        let path = self.path(&self.key(id))?;
-        let Some(folder) = path.parent() else { return Ok(()) };
-        match tokio::fs::File::open(folder).await {
-            Err(error) if error.kind() == ErrorKind::NotFound => Ok(()),
-            folder => Ok(folder?.sync_all().await?),
+        match &self.0 {
+            Place::Folder(folder) => folder.check().await,
+            Place::Bucket(bucket) => bucket.check().await,
         }
-    }
-
-    fn key(&self, id: AttachmentId) -> Key {
-        self.checked_key(id).expect("the prefix was checked when the storage was opened")
-    }
-
-    fn checked_key(&self, id: AttachmentId) -> Result<Key, OpenError> {
-        let key = Key::parse(format!("{}{id}", self.prefix));
-        key.map_err(|cause| OpenError::Prefix { prefix: self.prefix.to_string(), cause })
-    }
-
-    fn path(&self, key: &Key) -> Result<PathBuf, object_store::Error> {
-        self.store.path_to_filesystem(key)
     }
 }
 
-/// Bytes that have arrived in full and wait to become an attachment. Dropping them removes them.
-pub struct Staged {
-    id: AttachmentId,
-    upload: Box<dyn MultipartUpload>,
-    blobs: Blobs,
+/// Bytes that have arrived in full and wait to become an attachment.
+pub struct Staged(Arrived);
+
+enum Arrived {
+    InFolder(folder::Staged),
+    InBucket(bucket::Staged),
 }
 
 impl Staged {
-    /// Makes them the attachment; they are on disk when this returns. If it fails, nothing is left.
+    /// Makes them the attachment; they are stored for good when this returns.
     ///
-    /// This must run to its end: dropped in the middle, it may still happen.
-    pub async fn publish(mut self) -> Result<(), BlobError> {
-        let Err(error) = self.upload.complete().await else { return Ok(()) };
-        if let Some((_, error)) = self.blobs.delete(&[self.id]).await.failed {
-            warn!(%error, "the remains of a failed upload could not be removed; a later sweep will try again");
-        }
-        Err(error.into())
-    }
-}
-
-fn read_file(mut file: File, range: Range<u64>) -> io::Result<BoxStream<'static, Result<Bytes, BlobError>>> {
-    file.seek(SeekFrom::Start(range.start))?;
-    let part = tokio::fs::File::from_std(file).take(range.end - range.start);
-    Ok(ReaderStream::with_capacity(part, READ_BYTES).map_err(BlobError::from).boxed())
-}
-
-/// Makes a folder that only this user may enter, and those above it, and has them survive a loss of power.
-fn make_folder(folder: &Path) -> io::Result<()> {
-    let missing = folder.ancestors().take_while(|folder| !folder.as_os_str().is_empty() && !folder.exists()).count();
-    DirBuilder::new().recursive(true).mode(0o700).create(folder)?;
-    for changed in folder.ancestors().skip(1).take(missing) {
-        let changed = if changed.as_os_str().is_empty() { Path::new(".") } else { changed };
-        File::open(changed)?.sync_all()?;
-    }
-    Ok(())
-}
-
-/// Where `object_store` writes before it renames.
-fn staging_path(object: &Path) -> PathBuf {
-    let mut path = object.as_os_str().to_owned();
-    path.push("#1");
-    path.into()
-}
-
-/// Removes files whose upload was under way when the server stopped: they are called `<id>#<number>`.
-fn remove_leftovers(folder: &Path) -> io::Result<()> {
-    let mut removed = 0;
-    for entry in fs::read_dir(folder)? {
-        let entry = entry?;
-        if entry.file_name().to_str().is_some_and(is_leftover) {
-            fs::remove_file(entry.path())?;
-            removed += 1;
+    /// This must run to its end: dropped in the middle, it may still happen. If it fails, [`Blobs::discard`] tidies up.
+    pub async fn publish(self) -> Result<(), BlobError> {
+        match self.0 {
+            Arrived::InFolder(staged) => staged.publish().await,
+            Arrived::InBucket(staged) => staged.publish().await,
         }
     }
-    if removed > 0 {
-        info!(removed, "removed what interrupted uploads had left");
+}
+
+/// How objects are named.
+#[derive(Clone, Debug)]
+struct Keys {
+    prefix: Arc<str>,
+}
+
+impl Keys {
+    /// With this before each id.
+    fn new(prefix: &str) -> Result<Self, OpenError> {
+        let sample = Key::parse(format!("{prefix}{}", AttachmentId::random()));
+        match sample {
+            Ok(_) => Ok(Self { prefix: prefix.into() }),
+            Err(cause) => Err(OpenError::Prefix { prefix: prefix.to_owned(), cause }),
+        }
     }
-    Ok(())
+
+    /// The name of an attachment's object.
+    fn of(&self, id: AttachmentId) -> Key {
+        Key::parse(format!("{}{id}", self.prefix)).expect("the prefix was checked when the storage was opened")
+    }
 }
 
-fn is_leftover(name: &str) -> bool {
-    let Some((object, number)) = name.rsplit_once('#') else { return false };
-    let id = object.len().checked_sub(36).and_then(|start| object.get(start..));
-    !number.is_empty() && number.bytes().all(|byte| byte.is_ascii_digit()) && id.and_then(AttachmentId::parse).is_some()
-}
+impl Deleted {
+    /// Of nothing yet.
+    fn new() -> Self {
+        Self { gone: Vec::new(), failed: None }
+    }
 
-fn check_writable(folder: &Path) -> io::Result<()> {
-    let probe = folder.join(format!("{}#0", AttachmentId::random()));
-    File::create_new(&probe)?;
-    fs::remove_file(&probe)
+    /// Adds the outcome for one.
+    fn add(&mut self, id: AttachmentId, deleted: Result<(), BlobError>) {
+        match deleted {
+            Ok(()) => self.gone.push(id),
+            Err(error) => self.add_failures(1, error),
+        }
+    }
+
+    /// Adds what came of other deletions.
+    pub fn add_all(&mut self, other: Self) {
+        self.gone.extend(other.gone);
+        if let Some((count, error)) = other.failed {
+            self.add_failures(count, error);
+        }
+    }
+
+    fn add_failures(&mut self, more: usize, error: BlobError) {
+        match &mut self.failed {
+            Some((count, _)) => *count += more,
+            none => *none = Some((more, error)),
+        }
+    }
 }
 
 #[cfg(test)]

@@ -70,7 +70,7 @@ impl Server {
         let management = bind(&config.server, config.server.management_port).await?;
         let (api_address, management_address) = (api.local_addr()?, management.local_addr()?);
         let store = open_store(&config).await?;
-        let blobs = Blobs::open(&config.attachments)?;
+        let blobs = Blobs::open(&config.attachments).await?;
         let (tasks, keepers, wires, probes) = (Tasks::new(), Tasks::new(), Tasks::new(), Tasks::new());
         let sockets = config.gateway.max_connections_per_device;
         let bus = Bus::open(&config.pubsub, &config.notifications, sockets, &wires)?;

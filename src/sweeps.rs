@@ -23,6 +23,9 @@ const SHORT_LIVED: Duration = Duration::from_mins(1);
 /// How often idle connections to the database are looked through.
 const CONNECTIONS: Duration = Duration::from_secs(15);
 
+/// Uploads that came to nothing count in their account's quota until they are cleaned up, so that is done often.
+const STALE_UPLOADS: Duration = Duration::from_mins(5);
+
 /// Removes what the last run of the server left unfinished, then starts the repeated jobs. Call it before the first
 /// request comes in: it takes every upload that is under way for an interrupted one.
 ///
@@ -40,7 +43,9 @@ pub async fn start(app: &App, forget_clients: impl Fn() + Send + 'static) {
     let walk = Arc::new(Walk::default());
     shared(app, "expired attachments", attachments, move |app| attachments::remove_expired(app, walk.clone()));
     let walk = Arc::new(Walk::default());
-    shared(app, "stale uploads", attachments, move |app| attachments::remove_stale(app, walk.clone()));
+    shared(app, "stale uploads", attachments.min(STALE_UPLOADS), move |app| {
+        attachments::remove_stale(app, walk.clone())
+    });
 
     shared(app, "expired sessions", config.auth.refresh_token_cleanup_interval, expired_sessions);
     shared(app, "expired tickets", SHORT_LIVED, expired_tickets);

@@ -8,6 +8,7 @@ use axum::body::Body;
 use axum::extract::State;
 use axum::http::{HeaderMap, Method, StatusCode, header};
 use axum::response::{IntoResponse, Response};
+use futures_util::StreamExt;
 use serde::Serialize;
 use tokio_util::sync::CancellationToken;
 use tracing::{error, warn};
@@ -19,8 +20,9 @@ use crate::app::App;
 use crate::blobs::UploadError;
 use crate::clock::Timestamp;
 use crate::config;
+use crate::memory::NoRoom;
 use crate::model::ids::{AttachmentId, UserId};
-use crate::store::Reserved;
+use crate::store::{Reserved, StoreError};
 
 /// Where a stored attachment is, and until when.
 #[derive(Debug, Serialize)]
@@ -41,7 +43,9 @@ pub async fn upload(
 ) -> Result<(StatusCode, axum::Json<Attachment>), ApiError> {
     let size = content_length(&headers).ok_or(ApiError::LengthRequired)?;
     check_size(size, &app.config.attachments)?;
-    let claim = app.disk.room_for_attachment(size).ok_or(ApiError::DiskFull)?;
+    // In a bucket it takes nothing of our own disk but a row.
+    let on_disk = if app.config.attachments.folder().is_some() { size } else { 0 };
+    let claim = app.disk.room_for_attachment(on_disk).ok_or(ApiError::DiskFull)?;
     let upload = Upload { id: AttachmentId::random(), user: caller.user, size, began: app.clock.now() };
     let attachment =
         Attachment { id: upload.id.to_string(), expires_at: (upload.began + app.config.retention).seconds() };
@@ -134,29 +138,62 @@ impl Upload {
         }
         let stored = self.store(&app, body, &abandoned).await;
         if stored.is_err() || abandoned.is_cancelled() {
-            self.undo(&app).await;
+            let may_still_happen = stored.as_ref().is_err_and(Failure::may_still_happen);
+            self.undo(&app, may_still_happen).await;
         }
-        stored
+        stored.map_err(Failure::answer)
     }
 
-    async fn store(&self, app: &App, body: Body, abandoned: &CancellationToken) -> Result<(), ApiError> {
-        let broken_off = || ApiError::bad_request("The upload was broken off or has not the announced length");
-        let staging = app.blobs.stage(self.id, self.size, body.into_data_stream());
-        let staged = match abandoned.run_until_cancelled(staging).await {
-            Some(Ok(staged)) => staged,
-            Some(Err(UploadError::Storage(error))) => return Err(error.into()),
-            Some(Err(UploadError::Body)) | None => return Err(broken_off()),
-        };
-        staged.publish().await?;
-        if app.store.attachment_stored(self.id).await? { Ok(()) } else { Err(broken_off()) }
+    async fn store(&self, app: &App, body: Body, abandoned: &CancellationToken) -> Result<(), Failure> {
+        // The body ends early when nobody waits any more. What the storage is busy with is not cut off, since it might
+        // go on with it behind our back.
+        let body = body.into_data_stream().take_until(abandoned.cancelled());
+        app.blobs.stage(self.id, self.size, body).await?.publish().await.map_err(UploadError::Storage)?;
+        match app.store.attachment_stored(self.id).await {
+            Ok(true) => Ok(()),
+            Ok(false) => Err(Failure::Upload(UploadError::Body)),
+            Err(error) => Err(Failure::Store(error)),
+        }
     }
 
-    /// Removes bytes and row, in this order. What can't be removed now is found by a sweep.
-    async fn undo(&self, app: &App) {
-        if let Some((_, error)) = app.blobs.delete(&[self.id]).await.failed {
+    /// Removes bytes and row, in this order. What can't be removed now is found by a sweep, and so are bytes that may
+    /// still arrive: for these the row stays.
+    async fn undo(&self, app: &App, may_still_happen: bool) {
+        if let Some((_, error)) = app.blobs.discard(&[self.id]).await.failed {
             warn!(%error, "an upload that came to nothing could not be removed; a sweep will try again");
+        } else if may_still_happen {
+            warn!("the storage did not say what came of an upload; a sweep will remove what may be left");
         } else if let Err(error) = app.store.forget_attachments(&[self.id]).await {
             warn!(%error, "an upload that came to nothing could not be forgotten; a sweep will try again");
+        }
+    }
+}
+
+/// Why an attachment was not stored.
+enum Failure {
+    Upload(UploadError),
+    Store(StoreError),
+}
+
+impl From<UploadError> for Failure {
+    fn from(error: UploadError) -> Self {
+        Self::Upload(error)
+    }
+}
+
+impl Failure {
+    fn may_still_happen(&self) -> bool {
+        matches!(self, Self::Upload(UploadError::Storage(error)) if error.may_still_happen())
+    }
+
+    fn answer(self) -> ApiError {
+        match self {
+            Self::Upload(UploadError::Body) => {
+                ApiError::bad_request("The upload was broken off or has not the announced length")
+            }
+            Self::Upload(UploadError::NoRoom) => NoRoom.into(),
+            Self::Upload(UploadError::Storage(error)) => error.into(),
+            Self::Store(error) => error.into(),
         }
     }
 }

@@ -9,8 +9,9 @@ use std::time::Duration;
 use tracing::{info, warn};
 
 use crate::app::App;
-use crate::blobs::BlobError;
+use crate::blobs::{BlobError, Deleted};
 use crate::clock::Timestamp;
+use crate::model::ids::AttachmentId;
 use crate::store::{AttachmentAge, StoreError};
 use crate::tasks::Round;
 
@@ -47,9 +48,15 @@ struct State {
 
 /// A step of the sweep over attachments past their age.
 pub async fn remove_expired(app: App, walk: Arc<Walk>) -> Result<Round, SweepError> {
-    let limit = app.config.attachments.cleanup_batch_size;
-    let expired = app.store.expired_attachments(app.clock.now(), walk.after(), limit).await?;
-    remove(&app, &walk, expired, "expired attachments").await
+    let (limit, now) = (app.config.attachments.cleanup_batch_size, app.clock.now());
+    // An upload can be found this old when nobody has swept for long. The oldest of both lists are the same rows.
+    let before = now - app.config.retention + Duration::from_secs(1);
+    let unfinished = ids(&app.store.stale_reservations(before, walk.after(), limit).await?);
+    let expired = app.store.expired_attachments(now, walk.after(), limit).await?;
+    let (unfinished, complete): (Vec<_>, Vec<_>) = ids(&expired).into_iter().partition(|id| unfinished.contains(id));
+    let mut deleted = app.blobs.delete(&complete).await;
+    deleted.add_all(app.blobs.discard(&unfinished).await);
+    conclude(&app, &walk, &expired, deleted, "expired attachments").await
 }
 
 /// A step of the sweep over uploads that took far too long and left something.
@@ -57,7 +64,8 @@ pub async fn remove_stale(app: App, walk: Arc<Walk>) -> Result<Round, SweepError
     let limit = app.config.attachments.cleanup_batch_size;
     let before = app.clock.now() - app.config.attachments.timeout - UPLOAD_MARGIN;
     let stale = app.store.stale_reservations(before, walk.after(), limit).await?;
-    remove(&app, &walk, stale, "stale uploads").await
+    let deleted = app.blobs.discard(&ids(&stale)).await;
+    conclude(&app, &walk, &stale, deleted, "stale uploads").await
 }
 
 /// Removes what uploads left that the last run of the server did not finish. Only where no other node can be in the
@@ -70,7 +78,8 @@ pub async fn remove_interrupted(app: &App) {
     let step = async || {
         let (limit, all) = (app.config.attachments.cleanup_batch_size, Timestamp::from_millis(i64::MAX));
         let interrupted = app.store.stale_reservations(all, walk.after(), limit).await?;
-        remove(app, &walk, interrupted, "interrupted uploads").await
+        let deleted = app.blobs.discard(&ids(&interrupted)).await;
+        conclude(app, &walk, &interrupted, deleted, "interrupted uploads").await
     };
     loop {
         match step().await {
@@ -81,9 +90,18 @@ pub async fn remove_interrupted(app: &App) {
     }
 }
 
-async fn remove(app: &App, walk: &Walk, batch: Vec<AttachmentAge>, what: &'static str) -> Result<Round, SweepError> {
-    let ids: Vec<_> = batch.iter().map(|attachment| attachment.id).collect();
-    let deleted = app.blobs.delete(&ids).await;
+fn ids(batch: &[AttachmentAge]) -> Vec<AttachmentId> {
+    batch.iter().map(|attachment| attachment.id).collect()
+}
+
+/// Forgets what is gone of a batch, and says how the round goes on.
+async fn conclude(
+    app: &App,
+    walk: &Walk,
+    batch: &[AttachmentAge],
+    deleted: Deleted,
+    what: &'static str,
+) -> Result<Round, SweepError> {
     app.store.forget_attachments(&deleted.gone).await?;
     if !deleted.gone.is_empty() {
         info!(count = deleted.gone.len(), "{what}");
@@ -122,8 +140,6 @@ impl Walk {
 
 #[cfg(test)]
 mod tests {
-    use crate::model::ids::AttachmentId;
-
     use super::*;
 
     fn place(second: i64) -> Option<AttachmentAge> {

@@ -17,7 +17,7 @@ const GROUND: &[(&str, &[&str])] = &[
 /// Rooms that hold something. Each uses the ground; what else it may use is listed.
 const MIDDLE: &[(&str, &[&str])] = &[
     ("auth", &[]),
-    ("blobs", &[]),
+    ("blobs", &["memory"]),
     ("memory", &[]),
     ("bus", &[]),
     ("disk", &[]),

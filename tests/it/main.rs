@@ -6,6 +6,7 @@ mod harness;
 
 mod api;
 mod architecture;
+mod blobs;
 mod bus;
 mod cluster;
 mod commands;

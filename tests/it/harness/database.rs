@@ -37,6 +37,11 @@ impl Database {
         Self::open(&deployment::database_config(folder).await).await
     }
 
+    /// The database of the embedded server on this folder, whatever this run is about.
+    pub async fn of_embedded(folder: &Path) -> Self {
+        Self::open(&config::Config::embedded(folder).expect("the defaults are allowed").database).await
+    }
+
     /// The database that a server with this configuration uses. It has to exist.
     pub async fn open(config: &config::Database) -> Self {
         match config.file() {

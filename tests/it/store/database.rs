@@ -14,10 +14,6 @@ async fn open(folder: &Path) -> Result<Store, OpenError> {
     Store::open(&config.database, Limits::of(&config)).await
 }
 
-async fn file_in(folder: &Path) -> Database {
-    Database::open(&Config::embedded(folder).unwrap().database).await
-}
-
 #[tokio::test]
 async fn an_open_store_answers_and_a_closed_one_does_not() {
     let store = TestStore::open().await;
@@ -39,7 +35,7 @@ async fn readers_do_not_wait_for_the_writer() {
 async fn a_file_has_a_log_beside_it_and_can_shrink() {
     let folder = tempfile::tempdir().unwrap();
     let store = open(folder.path()).await.unwrap();
-    let database = file_in(folder.path()).await;
+    let database = Database::of_embedded(folder.path()).await;
     assert_eq!(database.text("PRAGMA journal_mode").await, "wal");
     assert_eq!(database.number("PRAGMA auto_vacuum").await, 2, "incremental");
     store.close().await;
@@ -49,7 +45,7 @@ async fn a_file_has_a_log_beside_it_and_can_shrink() {
 async fn space_is_given_back_in_steps() {
     let folder = tempfile::tempdir().unwrap();
     let store = open(folder.path()).await.unwrap();
-    let database = file_in(folder.path()).await;
+    let database = Database::of_embedded(folder.path()).await;
     assert!(!store.reclaim(10).await.unwrap());
     database.execute("CREATE TABLE large (x); INSERT INTO large VALUES (zeroblob(1000000)); DROP TABLE large").await;
     let free = async || database.number("PRAGMA freelist_count").await;

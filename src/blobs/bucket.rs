@@ -1,0 +1,257 @@
+//! Attachments in a bucket of an S3-compatible service.
+//!
+//! A small body goes up as one object, a larger one in parts, of which one at a time is in memory. The service keeps
+//! parts for ever that nobody completes or aborts, so [`Bucket::discard`] asks it for them: whoever began an upload may
+//! be gone.
+
+use std::collections::HashMap;
+use std::ops::Range;
+use std::sync::Arc;
+
+use bytes::Bytes;
+use futures_util::stream;
+use futures_util::{Stream, StreamExt, TryStreamExt};
+use object_store::multipart::{MultipartStore, PartId};
+use object_store::path::Path as Key;
+use object_store::{GetOptions, ObjectStore, ObjectStoreExt, PutPayload, PutPayloadMut};
+
+use crate::blobs::s3::{Service, limited};
+use crate::blobs::{Blob, BlobError, Deleted, Keys, OpenError, UploadError, start};
+use crate::config;
+use crate::memory::{Budget, NoRoom, Share};
+use crate::model::ids::AttachmentId;
+
+/// The smallest part that S3 allows. All but the last have this size; a body that fits into one is not cut.
+const PART_BYTES: usize = 5 << 20;
+/// A part is gathered in blocks of this size.
+const BLOCK_BYTES: usize = 64 << 10;
+/// Memory for the parts of all uploads at once.
+const PARTS_KIB: usize = 64 << 10;
+/// Objects that one request may delete.
+const DELETES_IN_ONE: usize = 1000;
+/// Objects that are looked after at the same time, where each takes requests of its own.
+const AT_ONCE: usize = 8;
+
+/// The bucket. Cloning gives the same bucket.
+#[derive(Clone, Debug)]
+pub(super) struct Bucket {
+    service: Arc<Service>,
+    keys: Keys,
+    memory: Budget,
+}
+
+impl Bucket {
+    /// Opens the bucket, once its service answers.
+    pub async fn open(config: &config::Attachments, keys: Keys) -> Result<Self, OpenError> {
+        let service = Service::new(config)?;
+        start::until_usable(&service, config, &keys).await?;
+        Ok(Self { service: Arc::new(service), keys, memory: Budget::new(PARTS_KIB) })
+    }
+
+    /// Takes in the bytes of an attachment. If this or the answer is dropped, parts may be left.
+    pub async fn stage<E>(
+        &self,
+        id: AttachmentId,
+        size: u64,
+        body: impl Stream<Item = Result<Bytes, E>>,
+    ) -> Result<Staged, UploadError> {
+        let object = Object { service: self.service.clone(), key: self.keys.of(id) };
+        let mut cut = if size > PART_BYTES as u64 { Some(object.begin().await?) } else { None };
+        let (mut part, mut received) = (Part::new(), 0);
+        let mut body = std::pin::pin!(body);
+        while let Some(bytes) = body.next().await {
+            let mut bytes = bytes.map_err(|_| UploadError::Body)?;
+            received += bytes.len() as u64;
+            if received > size {
+                return Err(UploadError::Body);
+            }
+            while !bytes.is_empty() {
+                part.take_in(&mut bytes, &self.memory).await?;
+                if let Some(cut) = cut.as_mut().filter(|_| part.is_full()) {
+                    object.put_part(cut, std::mem::replace(&mut part, Part::new())).await?;
+                }
+            }
+        }
+        if received < size {
+            return Err(UploadError::Body);
+        }
+        let Some(mut cut) = cut else { return Ok(Staged { object, rest: Rest::Whole(part) }) };
+        if part.length() > 0 {
+            object.put_part(&mut cut, part).await?;
+        }
+        Ok(Staged { object, rest: Rest::Completion(cut) })
+    }
+
+    /// Reads an attachment, or `range` of it; `None` when there is no such attachment.
+    pub async fn read(&self, id: AttachmentId, range: Option<Range<u64>>) -> Result<Option<Blob>, BlobError> {
+        let options = GetOptions { range: range.map(Into::into), ..GetOptions::default() };
+        let found = match limited(self.service.store.get_opts(&self.keys.of(id), options)).await {
+            Err(error) if error.is_of_missing_object() => return Ok(None),
+            found => found?,
+        };
+        let size = found.meta.size;
+        Ok(Some(Blob { size, bytes: found.into_stream().map_err(BlobError::from).boxed() }))
+    }
+
+    /// Deletes complete objects, many with one request.
+    pub async fn delete(&self, ids: &[AttachmentId]) -> Deleted {
+        let mut outcome = Deleted::new();
+        for ids in ids.chunks(DELETES_IN_ONE) {
+            let mut missing: HashMap<Key, AttachmentId> = ids.iter().map(|id| (self.keys.of(*id), *id)).collect();
+            let keys: Vec<_> = missing.keys().cloned().map(Ok).collect();
+            let deletions = self.service.store.delete_stream(stream::iter(keys).boxed());
+            let deletions = limited(deletions.map(Ok).try_collect::<Vec<_>>());
+            let mut failure = None;
+            match deletions.await {
+                Ok(deletions) => {
+                    for deletion in deletions {
+                        match deletion {
+                            Ok(key) => outcome.gone.extend(missing.remove(&key)),
+                            Err(error) => failure = failure.or(Some(BlobError::from(error))),
+                        }
+                    }
+                }
+                Err(error) => failure = Some(error),
+            }
+            match failure {
+                // Not every service can delete several at once.
+                Some(error) if missing.len() == ids.len() && matches!(error.status(), Some(405 | 501)) => {
+                    self.one_by_one(ids, &mut outcome, Object::delete).await;
+                }
+                Some(error) => outcome.add_failures(missing.len(), error),
+                None => {}
+            }
+        }
+        outcome
+    }
+
+    /// Removes what uploads have left: parts that were not put together, and objects that nobody may know.
+    pub async fn discard(&self, ids: &[AttachmentId]) -> Deleted {
+        let mut outcome = Deleted::new();
+        self.one_by_one(ids, &mut outcome, Object::discard).await;
+        outcome
+    }
+
+    /// Answers when the bucket is there.
+    pub async fn check(&self) -> Result<(), BlobError> {
+        self.service.head_bucket().await
+    }
+
+    async fn one_by_one<F>(&self, ids: &[AttachmentId], outcome: &mut Deleted, removal: impl Fn(Object) -> F)
+    where
+        F: Future<Output = Result<(), BlobError>>,
+    {
+        let removals = stream::iter(ids.to_vec()).map(|id| {
+            let removal = removal(Object { service: self.service.clone(), key: self.keys.of(id) });
+            async move { (id, removal.await) }
+        });
+        let mut removals = removals.buffered(AT_ONCE);
+        while let Some((id, removed)) = removals.next().await {
+            outcome.add(id, removed);
+        }
+    }
+}
+
+/// One object of the bucket.
+struct Object {
+    service: Arc<Service>,
+    key: Key,
+}
+
+impl Object {
+    /// Begins an upload in parts. If that isn't answered, it isn't repeated: an upload that was begun all the same would
+    /// stay behind when the other one is complete.
+    async fn begin(&self) -> Result<Cut, BlobError> {
+        let upload = limited(self.service.once.create_multipart(&self.key)).await?;
+        Ok(Cut { upload, parts: Vec::new() })
+    }
+
+    async fn put_part(&self, cut: &mut Cut, part: Part) -> Result<(), BlobError> {
+        let (payload, _memory) = part.finish();
+        let part = self.service.store.put_part(&self.key, &cut.upload, cut.parts.len(), payload);
+        cut.parts.push(limited(part).await?);
+        Ok(())
+    }
+
+    async fn delete(self) -> Result<(), BlobError> {
+        match limited(self.service.once.delete(&self.key)).await {
+            Err(error) if !error.is_of_missing_object() => Err(error),
+            _ => Ok(()),
+        }
+    }
+
+    /// First the uploads, so that none of them can become the object afterwards.
+    async fn discard(self) -> Result<(), BlobError> {
+        self.service.abort_uploads(&self.key).await?;
+        self.delete().await
+    }
+}
+
+/// An upload in parts, as far as it is.
+struct Cut {
+    upload: String,
+    parts: Vec<PartId>,
+}
+
+/// Bytes on their way, and the memory they are allowed.
+struct Part {
+    bytes: PutPayloadMut,
+    memory: Share,
+}
+
+impl Part {
+    fn new() -> Self {
+        Self { bytes: PutPayloadMut::new().with_block_size(BLOCK_BYTES), memory: Share::default() }
+    }
+
+    fn length(&self) -> usize {
+        self.bytes.content_length()
+    }
+
+    fn is_full(&self) -> bool {
+        self.length() == PART_BYTES
+    }
+
+    /// Takes as much as fits. It is copied, because a client that sends single bytes would make a list of them
+    /// expensive.
+    async fn take_in(&mut self, bytes: &mut Bytes, memory: &Budget) -> Result<(), NoRoom> {
+        let bytes = bytes.split_to(bytes.len().min(PART_BYTES - self.length()));
+        let length = (self.length() + bytes.len()).next_multiple_of(BLOCK_BYTES);
+        self.memory.grow_to(length, memory).await?;
+        self.bytes.extend_from_slice(&bytes);
+        Ok(())
+    }
+
+    fn finish(self) -> (PutPayload, Share) {
+        (self.bytes.freeze(), self.memory)
+    }
+}
+
+/// Bytes that have arrived in full and wait to become an object.
+pub(super) struct Staged {
+    object: Object,
+    rest: Rest,
+}
+
+/// What is still to do.
+enum Rest {
+    Whole(Part),
+    Completion(Cut),
+}
+
+impl Staged {
+    /// Makes them the object.
+    pub async fn publish(self) -> Result<(), BlobError> {
+        let Object { service, key } = self.object;
+        match self.rest {
+            Rest::Whole(part) => {
+                let (payload, _memory) = part.finish();
+                limited(service.store.put(&key, payload)).await?;
+            }
+            Rest::Completion(Cut { upload, parts }) => {
+                limited(service.store.complete_multipart(&key, &upload, parts)).await?;
+            }
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,223 @@
+//! Attachments in a folder of this machine.
+
+use std::fs::{self, DirBuilder, File};
+use std::io::{self, ErrorKind, Seek, SeekFrom};
+use std::ops::Range;
+use std::os::unix::fs::DirBuilderExt;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use bytes::{Bytes, BytesMut};
+use futures_util::stream::{self, BoxStream};
+use futures_util::{Stream, StreamExt, TryStreamExt};
+use object_store::local::LocalFileSystem;
+use object_store::{GetOptions, GetResultPayload, MultipartUpload, ObjectStore, ObjectStoreExt, path::Path as Key};
+use tokio::io::AsyncReadExt;
+use tokio_util::io::ReaderStream;
+use tracing::{info, warn};
+
+use crate::blobs::{Blob, BlobError, Deleted, Keys, OpenError, UploadError};
+use crate::model::ids::AttachmentId;
+
+/// An upload is written in pieces of this size, and no more of it is in memory at a time.
+const PART_BYTES: usize = 256 << 10;
+/// A download is read in pieces of this size.
+const READ_BYTES: usize = 64 << 10;
+/// Objects that are deleted at the same time.
+const DELETES_AT_ONCE: usize = 8;
+
+/// The folder. Cloning gives the same folder.
+#[derive(Clone, Debug)]
+pub(super) struct Folder {
+    store: Arc<LocalFileSystem>,
+    keys: Keys,
+}
+
+impl Folder {
+    /// Opens the storage and removes what uploads cut off by a crash have left in it.
+    pub fn open(folder: &Path, keys: Keys) -> Result<Self, OpenError> {
+        let unusable = |cause| OpenError::Unusable { path: folder.display().to_string(), cause };
+        make_folder(folder).map_err(unusable)?;
+        let store = LocalFileSystem::new_with_prefix(folder).map_err(|error| unusable(io::Error::other(error)))?;
+        let blobs = Self { store: Arc::new(store.with_fsync(true)), keys };
+        let objects =
+            blobs.path(&blobs.keys.of(AttachmentId::random())).map_err(|error| unusable(io::Error::other(error)))?;
+        let objects = objects.parent().unwrap_or(folder);
+        make_folder(objects).map_err(unusable)?;
+        remove_leftovers(objects).map_err(unusable)?;
+        check_writable(objects).map_err(unusable)?;
+        Ok(blobs)
+    }
+
+    /// Takes in the bytes of an attachment, without making them the attachment yet: that is [`Staged::publish`].
+    ///
+    /// They wait under another name. If this or the answer is dropped, they are removed.
+    pub async fn stage<E>(
+        &self,
+        id: AttachmentId,
+        size: u64,
+        body: impl Stream<Item = Result<Bytes, E>>,
+    ) -> Result<Staged, UploadError> {
+        let mut upload = self.store.put_multipart(&self.keys.of(id)).await.map_err(BlobError::from)?;
+        let mut body = std::pin::pin!(body);
+        // Copied together, because a client that sends single bytes would make a list of them expensive.
+        let (mut received, mut part) = (0, BytesMut::new());
+        while let Some(bytes) = body.next().await {
+            let bytes = bytes.map_err(|_| UploadError::Body)?;
+            received += bytes.len() as u64;
+            if received > size {
+                return Err(UploadError::Body);
+            }
+            part.extend_from_slice(&bytes);
+            if part.len() >= PART_BYTES {
+                upload.put_part(part.split().freeze().into()).await.map_err(BlobError::from)?;
+            }
+        }
+        if received < size {
+            return Err(UploadError::Body);
+        }
+        if !part.is_empty() {
+            upload.put_part(part.freeze().into()).await.map_err(BlobError::from)?;
+        }
+        Ok(Staged { id, upload, folder: self.clone() })
+    }
+
+    /// Reads an attachment, or `range` of it; `None` when there is no such attachment.
+    pub async fn read(&self, id: AttachmentId, range: Option<Range<u64>>) -> Result<Option<Blob>, BlobError> {
+        let options = GetOptions { range: range.map(Into::into), ..GetOptions::default() };
+        let found = match self.store.get_opts(&self.keys.of(id), options).await {
+            Err(object_store::Error::NotFound { .. }) => return Ok(None),
+            found => found?,
+        };
+        let (size, range) = (found.meta.size, found.range.clone());
+        let bytes = match found.payload {
+            GetResultPayload::File(file, _) => read_file(file, range)?,
+            GetResultPayload::Stream(stream) => stream.map_err(BlobError::from).boxed(),
+        };
+        Ok(Some(Blob { size, bytes }))
+    }
+
+    /// Deletes attachments for good, also those that were not published yet. One that isn't there counts as deleted.
+    pub async fn delete(&self, ids: &[AttachmentId]) -> Deleted {
+        let deletions = stream::iter(ids.to_vec()).map(|id| self.clone().delete_one(id));
+        let mut outcome = Deleted::new();
+        let mut deletions = deletions.buffered(DELETES_AT_ONCE);
+        while let Some((id, deleted)) = deletions.next().await {
+            outcome.add(id, deleted);
+        }
+        match self.settle(&outcome.gone).await {
+            Ok(()) => outcome,
+            Err(error) => Deleted { gone: Vec::new(), failed: Some((ids.len(), error)) },
+        }
+    }
+
+    /// Answers when the storage is there.
+    pub async fn check(&self) -> Result<(), BlobError> {
+        let objects = self.path(&self.keys.of(AttachmentId::random()))?;
+        let objects = objects.parent().map(Path::to_owned).unwrap_or_default();
+        let found = tokio::fs::metadata(objects).await?;
+        if found.is_dir() { Ok(()) } else { Err(io::Error::from(ErrorKind::NotADirectory).into()) }
+    }
+
+    async fn delete_one(self, id: AttachmentId) -> (AttachmentId, Result<(), BlobError>) {
+        let deleted = async {
+            let key = self.keys.of(id);
+            match tokio::fs::remove_file(staging_path(&self.path(&key)?)).await {
+                Err(error) if error.kind() != ErrorKind::NotFound => return Err(error.into()),
+                _ => {}
+            }
+            match self.store.delete(&key).await {
+                Ok(()) | Err(object_store::Error::NotFound { .. }) => Ok(()),
+                Err(error) => Err(error.into()),
+            }
+        };
+        (id, deleted.await)
+    }
+
+    /// Makes deletions survive a loss of power, so that a row that goes afterwards leaves no file behind.
+    async fn settle(&self, deleted: &[AttachmentId]) -> Result<(), BlobError> {
+        let Some(&id) = deleted.first() else { return Ok(()) };
+        let path = self.path(&self.keys.of(id))?;
+        let Some(folder) = path.parent() else { return Ok(()) };
+        match tokio::fs::File::open(folder).await {
+            Err(error) if error.kind() == ErrorKind::NotFound => Ok(()),
+            folder => Ok(folder?.sync_all().await?),
+        }
+    }
+
+    fn path(&self, key: &Key) -> Result<PathBuf, object_store::Error> {
+        self.store.path_to_filesystem(key)
+    }
+}
+
+/// Bytes that have arrived in full and wait to become an attachment. Dropping them removes them.
+pub(super) struct Staged {
+    id: AttachmentId,
+    upload: Box<dyn MultipartUpload>,
+    folder: Folder,
+}
+
+impl Staged {
+    /// Makes them the attachment; they are on disk when this returns. If it fails, nothing is left.
+    ///
+    /// This must run to its end: dropped in the middle, it may still happen.
+    pub async fn publish(mut self) -> Result<(), BlobError> {
+        let Err(error) = self.upload.complete().await else { return Ok(()) };
+        if let Some((_, error)) = self.folder.delete(&[self.id]).await.failed {
+            warn!(%error, "the remains of a failed upload could not be removed; a later sweep will try again");
+        }
+        Err(error.into())
+    }
+}
+
+fn read_file(mut file: File, range: Range<u64>) -> io::Result<BoxStream<'static, Result<Bytes, BlobError>>> {
+    file.seek(SeekFrom::Start(range.start))?;
+    let part = tokio::fs::File::from_std(file).take(range.end - range.start);
+    Ok(ReaderStream::with_capacity(part, READ_BYTES).map_err(BlobError::from).boxed())
+}
+
+/// Makes a folder that only this user may enter, and those above it, and has them survive a loss of power.
+fn make_folder(folder: &Path) -> io::Result<()> {
+    let missing = folder.ancestors().take_while(|folder| !folder.as_os_str().is_empty() && !folder.exists()).count();
+    DirBuilder::new().recursive(true).mode(0o700).create(folder)?;
+    for changed in folder.ancestors().skip(1).take(missing) {
+        let changed = if changed.as_os_str().is_empty() { Path::new(".") } else { changed };
+        File::open(changed)?.sync_all()?;
+    }
+    Ok(())
+}
+
+/// Where `object_store` writes before it renames.
+fn staging_path(object: &Path) -> PathBuf {
+    let mut path = object.as_os_str().to_owned();
+    path.push("#1");
+    path.into()
+}
+
+/// Removes files whose upload was under way when the server stopped: they are called `<id>#<number>`.
+fn remove_leftovers(folder: &Path) -> io::Result<()> {
+    let mut removed = 0;
+    for entry in fs::read_dir(folder)? {
+        let entry = entry?;
+        if entry.file_name().to_str().is_some_and(is_leftover) {
+            fs::remove_file(entry.path())?;
+            removed += 1;
+        }
+    }
+    if removed > 0 {
+        info!(removed, "removed what interrupted uploads had left");
+    }
+    Ok(())
+}
+
+fn is_leftover(name: &str) -> bool {
+    let Some((object, number)) = name.rsplit_once('#') else { return false };
+    let id = object.len().checked_sub(36).and_then(|start| object.get(start..));
+    !number.is_empty() && number.bytes().all(|byte| byte.is_ascii_digit()) && id.and_then(AttachmentId::parse).is_some()
+}
+
+fn check_writable(folder: &Path) -> io::Result<()> {
+    let probe = folder.join(format!("{}#0", AttachmentId::random()));
+    File::create_new(&probe)?;
+    fs::remove_file(&probe)
+}

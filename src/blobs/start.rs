@@ -1,0 +1,112 @@
+//! The first look at a bucket: a service that is away is waited for, and what is wrong with the options is said at once.
+
+use std::time::Duration;
+
+use tokio::time::sleep;
+use tracing::{info, warn};
+
+use crate::blobs::Keys;
+use crate::blobs::error::{BlobError, OpenError};
+use crate::blobs::s3::{Service, endpoint};
+use crate::config;
+use crate::model::ids::AttachmentId;
+use crate::tasks::jittered;
+
+/// The pause between two looks at a service that is away, at first and at most.
+const FIRST_PAUSE: Duration = Duration::from_millis(250);
+const LONGEST_PAUSE: Duration = Duration::from_secs(10);
+/// A bucket is made so often. One that was just made may not be seen at once, or another node may have been quicker.
+const CREATIONS: usize = 5;
+
+/// What an answer means for the start.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Trouble {
+    /// The service will be there again, or the other node's bucket will.
+    Passing,
+    NoBucket,
+    Credentials,
+    Denied,
+    Options,
+}
+
+/// Ends when the bucket can be used. Only what somebody has to put right is an error.
+pub(super) async fn until_usable(
+    service: &Service,
+    config: &config::Attachments,
+    keys: &Keys,
+) -> Result<(), OpenError> {
+    let (bucket, endpoint) = (config.bucket.clone(), endpoint(config));
+    if let Err(cause) = service.has_credentials().await {
+        return Err(OpenError::Credentials { endpoint, cause });
+    }
+    let (mut pause, mut creations) = (FIRST_PAUSE, 0);
+    loop {
+        let Err(mut cause) = look(service, keys).await else { return Ok(()) };
+        if trouble(&cause) == Trouble::NoBucket && config.create_bucket && creations < CREATIONS {
+            creations += 1;
+            match service.create_bucket().await {
+                Ok(()) => {
+                    info!(bucket, "the bucket was made");
+                    continue;
+                }
+                Err(error) => cause = error,
+            }
+        }
+        match trouble(&cause) {
+            Trouble::Passing => warn!(endpoint, %cause, "the attachment storage is waited for"),
+            Trouble::NoBucket => return Err(OpenError::Missing { bucket, endpoint }),
+            Trouble::Credentials => return Err(OpenError::Credentials { endpoint, cause }),
+            Trouble::Denied => return Err(OpenError::Denied { bucket, endpoint, cause }),
+            Trouble::Options => return Err(OpenError::Options { bucket, endpoint, cause }),
+        }
+        sleep(jittered(pause)).await;
+        pause = (pause * 2).min(LONGEST_PAUSE);
+    }
+}
+
+/// Asks what will be asked later, and whether the bucket is there: not every service says so when it lists.
+async fn look(service: &Service, keys: &Keys) -> Result<(), BlobError> {
+    service.uploads(&keys.of(AttachmentId::random())).await?;
+    service.head_bucket().await
+}
+
+fn trouble(cause: &BlobError) -> Trouble {
+    if cause.is_no_answer() {
+        return Trouble::Passing;
+    }
+    match (cause.status(), cause.code()) {
+        (_, "InvalidAccessKeyId" | "SignatureDoesNotMatch" | "InvalidToken" | "ExpiredToken") | (Some(401), _) => {
+            Trouble::Credentials
+        }
+        (_, "RequestTimeTooSkewed" | "AuthorizationHeaderMalformed" | "PermanentRedirect") => Trouble::Options,
+        (Some(403), _) => Trouble::Denied,
+        (Some(404), _) => Trouble::NoBucket,
+        // 409: another node has made the bucket meanwhile.
+        (Some(409 | 429 | 500 | 502 | 503 | 504), _) => Trouble::Passing,
+        _ => Trouble::Options,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_answer_is_waited_out_or_told_to_whoever_can_put_it_right() {
+        for (status, code, expected) in [
+            (503, "SlowDown", Trouble::Passing),
+            (409, "BucketAlreadyOwnedByYou", Trouble::Passing),
+            (404, "NoSuchBucket", Trouble::NoBucket),
+            (403, "SignatureDoesNotMatch", Trouble::Credentials),
+            (403, "AccessDenied", Trouble::Denied),
+            (403, "RequestTimeTooSkewed", Trouble::Options),
+            (301, "PermanentRedirect", Trouble::Options),
+            (501, "NotImplemented", Trouble::Options),
+        ] {
+            let cause = BlobError::answer(status, &format!("<Code>{code}</Code>"));
+            assert_eq!(trouble(&cause), expected, "{code}");
+        }
+        assert_eq!(trouble(&BlobError::late()), Trouble::Passing);
+        assert_eq!(trouble(&BlobError::other("not S3")), Trouble::Options);
+    }
+}
