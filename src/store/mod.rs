@@ -20,6 +20,7 @@ mod push_tokens;
 mod send;
 mod sessions;
 mod sqlite;
+pub(crate) mod transfer;
 
 use std::fmt::Write;
 use std::time::Duration;
