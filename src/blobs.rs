@@ -3,6 +3,8 @@
 //! An object is named after its attachment's id behind the configured prefix, in a folder as in a bucket, so that the
 //! one can be copied to the other as it stands.
 
+mod reading;
+
 use std::error::Error;
 use std::fmt;
 use std::fs::{self, DirBuilder, File};
@@ -23,6 +25,8 @@ use tracing::{info, warn};
 
 use crate::config;
 use crate::model::ids::AttachmentId;
+
+pub use reading::ReadOnlyFolder;
 
 /// An upload is written in pieces of this size, and no more of it is in memory at a time.
 const PART_BYTES: usize = 256 << 10;

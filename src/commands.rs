@@ -1,5 +1,7 @@
 //! What the operator types: the server itself, or one of its commands.
 
+mod transfer;
+
 use std::fmt::Write;
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::path::Path;
@@ -13,10 +15,12 @@ use crate::server::{self, Server};
 use crate::store::{self, Store};
 
 /// A command beside serving.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug)]
 pub enum Command {
     /// `after-restore`: see `after_restore`.
     AfterRestore,
+    /// `transfer`: see `transfer`.
+    Transfer(transfer::Request),
 }
 
 /// Reads the command line and the environment.
@@ -25,8 +29,9 @@ pub fn parse() -> Result<(Loaded, Option<Command>), ConfigError> {
         "Run once after restoring a backup, before the server starts: drops all one-time prekeys, since the ones in the \
          backup may have been handed out after it was made (devices upload new ones when they connect)",
     );
-    let matches = Config::command().subcommand(after_restore).try_get_matches()?;
+    let matches = Config::command().subcommand(after_restore).subcommand(transfer::grammar()).try_get_matches()?;
     let (matches, command) = match matches.subcommand() {
+        Some(("transfer", matches)) => (matches.clone(), Some(Command::Transfer(transfer::Request::read(matches)))),
         Some((_, matches)) => (matches.clone(), Some(Command::AfterRestore)),
         None => (matches, None),
     };
@@ -38,6 +43,7 @@ impl Command {
     pub fn run(self, config: Config) -> ExitCode {
         let done = match self {
             Self::AfterRestore => after_restore(config),
+            Self::Transfer(request) => request.run(config),
         };
         match done {
             Ok(sentence) => {

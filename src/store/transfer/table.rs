@@ -129,11 +129,7 @@ pub(super) static TABLES: &[Table] = &[
         ],
     ),
     table("sessions", 1, &[bigint("device_no"), bytes("family"), bytes("secret_hash"), bigint("expires_at")]),
-    table(
-        "refresh_uses",
-        1,
-        &[bytes("secret_hash"), bigint("device_no"), uuid("idempotency_key"), bigint("used_at")],
-    ),
+    table("refresh_uses", 1, &[bytes("secret_hash"), bigint("device_no"), uuid("idempotency_key"), bigint("used_at")]),
     table("gateway_tickets", 1, &[bytes("hash"), bigint("device_no"), bigint("expires_at")]),
     table("link_sessions", 1, &[bytes("hash"), uuid("user_id"), bytes("approval"), bigint("expires_at")]),
     table("push_tokens", 1, &[bigint("device_no"), text("token")]),
@@ -164,11 +160,7 @@ pub(super) static TABLES: &[Table] = &[
             bigint("last_position"),
         ],
     ),
-    table(
-        "attachments",
-        1,
-        &[uuid("id"), uuid("user_id"), bigint("size"), integer("stored"), bigint("created_at")],
-    ),
+    table("attachments", 1, &[uuid("id"), uuid("user_id"), bigint("size"), integer("stored"), bigint("created_at")]),
 ];
 
 impl Table {
@@ -183,7 +175,11 @@ impl Table {
 
     /// The statement that takes rows into PostgreSQL.
     pub(super) fn copy_in(&self) -> String {
-        format!("COPY {} ({}) FROM STDIN (FORMAT binary)", self.name, join(self.columns.iter().map(|column| column.name)))
+        format!(
+            "COPY {} ({}) FROM STDIN (FORMAT binary)",
+            self.name,
+            join(self.columns.iter().map(|column| column.name))
+        )
     }
 
     /// The statement that gives all rows in PostgreSQL, in the order of the key.
@@ -302,7 +298,11 @@ mod tests {
         assert_eq!(ours, theirs);
         for folder in ["sqlite", "postgres"] {
             let folder = format!("{}/migrations/{folder}", env!("CARGO_MANIFEST_DIR"));
-            assert_eq!(std::fs::read_dir(folder).unwrap().count(), 1, "what a later migration changes belongs here too");
+            assert_eq!(
+                std::fs::read_dir(folder).unwrap().count(),
+                1,
+                "what a later migration changes belongs here too"
+            );
         }
     }
 

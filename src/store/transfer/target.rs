@@ -11,11 +11,11 @@ use sha2::{Digest, Sha256};
 use sqlx::{AssertSqlSafe, Connection, PgConnection};
 
 use crate::config;
+use crate::store::StoreError;
 use crate::store::postgres;
 use crate::store::transfer::source::{Batch, Numbers};
 use crate::store::transfer::table::{HEADER, TABLES, TRAILER, Table};
 use crate::store::transfer::{BYTES_OF_ATTACHMENTS, TransferError};
-use crate::store::StoreError;
 
 /// Held by a transfer for as long as it is connected. Any number that nobody else uses.
 const LOCK: i64 = 0x6f62_7363_7572_6100;
@@ -132,7 +132,8 @@ impl Target {
         .await?;
         self.refuse_data().await?;
         let names: Vec<&str> = TABLES.iter().map(|table| table.name).chain([BYTES_OF_ATTACHMENTS]).collect();
-        let insert = sqlx::query("INSERT INTO transfer_progress (name, source) SELECT name, $2 FROM unnest($1) AS name");
+        let insert =
+            sqlx::query("INSERT INTO transfer_progress (name, source) SELECT name, $2 FROM unnest($1) AS name");
         let insert = insert.bind(names).bind(&source[..]);
         timely(BATCH_LIMIT, insert.execute(&mut self.connection)).await?;
         self.run("COMMIT").await
