@@ -46,9 +46,10 @@ pub(super) fn grammar() -> Command {
         )
         .arg(argument("to", "URL", "the empty database, postgres://USER:PASSWORD@HOST:PORT/NAME; without it --db-url"))
         .arg(
-            argument("attachments", "", "copy the bytes of attachments too; without it only their rows come along")
-                .action(ArgAction::SetTrue)
-                .value_name(None),
+            Arg::new("attachments")
+                .long("attachments")
+                .help("copy the bytes of attachments too; without it only their rows come along")
+                .action(ArgAction::SetTrue),
         )
         .arg(argument(
             "attachments-from",
@@ -124,8 +125,7 @@ impl Request {
             format!("there are no attachments in {}; name their folder with --attachments-from", folder.display())
         })?;
         // Before the target is opened, which tidies up in it.
-        let target = config.attachments.folder();
-        if target.and_then(|target| target.canonicalize().ok()).is_some_and(|target| target == from.path()) {
+        if config.attachments.folder().is_some_and(|target| lies_in(target, from.path())) {
             bail!(
                 "the attachments of the source are where the target would have them ({}); leave --attachments out to go on using that folder, or name another storage with --storage-endpoint",
                 from.path().display()
@@ -133,6 +133,12 @@ impl Request {
         }
         Ok(Bytes { from, to: Blobs::open(&config.attachments)? })
     }
+}
+
+/// Whether a folder, which may not be there yet, is `other` or below it.
+fn lies_in(folder: &Path, other: &Path) -> bool {
+    let absolute = std::path::absolute(folder).unwrap_or_else(|_| folder.to_owned());
+    absolute.ancestors().find_map(|folder| folder.canonicalize().ok()).is_some_and(|found| found.starts_with(other))
 }
 
 /// What has happened, and what is left to do.

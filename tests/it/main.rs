@@ -16,3 +16,4 @@ mod shutdown;
 mod start;
 mod store;
 mod sweeps;
+mod transfer;

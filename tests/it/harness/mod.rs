@@ -15,7 +15,7 @@ use std::future::Future;
 use std::time::{Duration, Instant};
 
 pub use account::{Device, Keys, PASSWORD, kyber_key, one_time_key, outcome, send_request, signed_key};
-pub use binary::Binary;
+pub use binary::{Binary, Finished};
 pub use client::{Client, Request, Response};
 pub use database::Database;
 pub use raw::{RawSocket, opcode, raw_answer, raw_request};
