@@ -137,7 +137,10 @@ impl Transfer {
                 } else {
                     self.target.insert(table, &batch, &progress).await?;
                 }
-                listener(table.name, progress.copied, all);
+                // The end is told of once: when nothing has come behind the last row.
+                if progress.is_done || progress.copied < all {
+                    listener(table.name, progress.copied, all);
+                }
             }
         }
         Ok(())

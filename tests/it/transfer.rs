@@ -177,7 +177,7 @@ impl Life {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_killed_server_moves_and_its_clients_go_on() {
     let folder = tempfile::tempdir().unwrap();
-    let mut old = Binary::start_embedded(folder.path(), &[]).await;
+    let mut old = Binary::start_embedded(folder.path(), &["--pre-key-refill-threshold=0"]).await;
     let life = Life::begin(&old, folder.path()).await;
     old.kill();
     let before = files_of(folder.path());
@@ -196,6 +196,14 @@ async fn a_killed_server_moves_and_its_clients_go_on() {
     assert_eq!(database.number("SELECT count(*) FROM push_tokens").await, 1);
     assert_eq!(database.number("SELECT count(*) FROM pg_tables WHERE tablename = 'transfer_progress'").await, 0);
     assert_eq!(database.number("SELECT max(at_most) FROM mail_locks").await, 2);
+    let waiting = "SELECT count(*) FROM sends s WHERE EXISTS (SELECT 1 FROM messages m
+                   WHERE m.position BETWEEN s.first_position AND s.last_position";
+    assert_eq!(
+        database.number(&format!("{waiting} AND m.received_at = s.sent_at)")).await,
+        3,
+        "as this database finds them"
+    );
+    assert_eq!(database.number("SELECT count(*) FROM sends").await, 4);
     within("clients to go on", life.go_on()).await;
 }
 

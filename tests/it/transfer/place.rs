@@ -42,6 +42,8 @@ impl Place {
             format!("--pubsub-url={}", deployment::service("OBSCURA_TEST_VALKEY_URL")),
             format!("--channel-prefix={}:", self.name),
             format!("--jwt-secret={secret}"),
+            // No notices between the mail.
+            "--pre-key-refill-threshold=0".to_owned(),
         ]);
         old.start_elsewhere(layout).await
     }

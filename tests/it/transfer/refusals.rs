@@ -5,7 +5,10 @@ use std::path::Path;
 use obscura_server::config::Config;
 use obscura_server::store::{Limits, Store};
 
-use crate::harness::{Binary, Database, Device, Finished, eventually};
+use sqlx::pool::PoolConnection;
+use sqlx::{AssertSqlSafe, Postgres};
+
+use crate::harness::{Binary, Database, Device, Finished, PATIENCE, eventually};
 use crate::transfer::place::Place;
 use crate::transfer::{files_of, open_sqlite, stopped_server};
 
@@ -34,23 +37,31 @@ async fn make_tables(place: &Place) {
     store.close().await;
 }
 
-/// A transfer that can't get past this table, killed there.
-async fn interrupt_at(place: &Place, folder: &Path, table: &str) {
+/// A transfer that can't get past this table for as long as the connection is held.
+async fn stuck_at(place: &Place, folder: &Path, table: &str) -> (Binary, PoolConnection<Postgres>) {
     make_tables(place).await;
     let database = place.database().await;
-    let held = sqlx::raw_sql(sqlx::AssertSqlSafe(format!("BEGIN; LOCK TABLE {table} IN EXCLUSIVE MODE")));
     let Database::Postgres(pool) = &database else { panic!("a PostgreSQL database") };
     let mut holder = pool.acquire().await.unwrap();
-    held.execute(&mut *holder).await.unwrap();
+    let hold = format!("BEGIN; LOCK TABLE {table} IN EXCLUSIVE MODE");
+    sqlx::raw_sql(AssertSqlSafe(hold)).execute(&mut *holder).await.unwrap();
     let mut arguments = place.transfer_arguments(folder);
     arguments.push("--db-lock-timeout-ms=60000".to_owned());
-    let mut transfer = Binary::begin(&arguments.iter().map(String::as_str).collect::<Vec<_>>());
+    let transfer = Binary::begin(&arguments.iter().map(String::as_str).collect::<Vec<_>>());
     let waits = format!("SELECT count(*) FROM pg_locks WHERE NOT granted AND relation = '{table}'::regclass");
     eventually("the transfer to get there", async || database.number(&waits).await > 0).await;
-    transfer.kill();
+    (transfer, holder)
+}
+
+async fn release(mut holder: PoolConnection<Postgres>) {
     sqlx::raw_sql("ROLLBACK").execute(&mut *holder).await.unwrap();
-    drop(holder);
-    database.close().await;
+}
+
+/// A transfer that was killed when it came to this table.
+async fn interrupt_at(place: &Place, folder: &Path, table: &str) {
+    let (mut transfer, holder) = stuck_at(place, folder, table).await;
+    transfer.kill();
+    release(holder).await;
 }
 
 #[tokio::test]
@@ -142,20 +153,10 @@ async fn a_second_transfer_at_the_same_time_is_refused() {
         stopped_server(folder.path()).await;
     }
     let place = Place::new().await;
-    make_tables(&place).await;
-    let database = place.database().await;
-    database.execute("CREATE TABLE waits (x int)").await;
-    let holder = database.hold_write().await;
-    let mut arguments = place.transfer_arguments(folders[0].path());
-    arguments.push("--db-lock-timeout-ms=60000".to_owned());
-    let _first = Binary::begin(&arguments.iter().map(String::as_str).collect::<Vec<_>>());
-    eventually("the first to wait", async || {
-        database.number("SELECT count(*) FROM pg_locks WHERE NOT granted AND database = (SELECT oid FROM pg_database WHERE datname = current_database())").await > 0
-    })
-    .await;
+    let (_first, holder) = stuck_at(&place, folders[0].path(), "sends").await;
     let sentence = refusal(&place, folders[1].path()).await;
     assert!(sentence.contains("another transfer into the database"), "{sentence}");
-    holder.release().await;
+    release(holder).await;
 }
 
 #[tokio::test]
@@ -185,6 +186,28 @@ async fn an_unfinished_target_takes_no_server_and_no_other_source_and_shows_what
     let sentence = refusal(&place, folder.path()).await;
     assert!(sentence.contains("the table one_time_prekeys differs: 59 rows have arrived where 60"), "{sentence}");
     drop(server);
+}
+
+#[tokio::test]
+async fn a_lost_connection_is_told_of_and_the_next_run_goes_on() {
+    let folder = tempfile::tempdir().unwrap();
+    stopped_server(folder.path()).await;
+    let place = Place::new().await;
+    let (mut transfer, holder) = stuck_at(&place, folder.path(), "one_time_prekeys").await;
+    let database = place.database().await;
+    let end = "SELECT count(pg_terminate_backend(pid)) FROM pg_stat_activity
+               WHERE datname = current_database() AND application_name = 'obscura-server transfer'";
+    assert_eq!(database.number(end).await, 1);
+    assert_eq!(transfer.exit(PATIENCE).await.code(), Some(1));
+    let said = transfer.output();
+    assert!(
+        said.contains("the connection to the target was lost") && said.contains("run the same command again"),
+        "{said}"
+    );
+    release(holder).await;
+    let finished = run(&place.transfer_arguments(folder.path())).await;
+    assert!(finished.status.success() && finished.output.contains("Going on where"), "{}", finished.output);
+    assert!(!finished.output.contains("users: 2 of 2 copied"), "what has arrived is not copied again");
 }
 
 #[tokio::test]
