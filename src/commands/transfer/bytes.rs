@@ -9,7 +9,7 @@ use sha2::{Digest, Sha256};
 use crate::blobs::{Blob, BlobError, Blobs, ReadOnlyFolder, UploadError};
 use crate::commands::transfer::report::Report;
 use crate::model::ids::AttachmentId;
-use crate::store::transfer::{BYTES_OF_ATTACHMENTS, Transfer};
+use crate::store::transfer::{BYTES_OF_ATTACHMENTS, BytesProgress, Transfer};
 
 /// Attachments under way at the same time. Of each only a piece is in memory.
 const AT_ONCE: usize = 8;
@@ -22,9 +22,17 @@ pub(super) struct Bytes {
     pub(super) to: Blobs,
 }
 
+/// What came of comparing an attachment.
+enum Compared {
+    Same,
+    Differ,
+    /// The source has it not, or not whole.
+    Lost,
+}
+
 impl Bytes {
-    /// Copies those that have not arrived yet. Answers how many could not be found whole: their rows come along all the
-    /// same, since they are no more readable here than there.
+    /// Copies those that have not arrived yet. One that the source has not whole is passed over: nobody could download it
+    /// there either, so it is no reason to stay. `verify` counts such.
     pub(super) async fn copy(&self, transfer: &mut Transfer, report: &mut Report) -> anyhow::Result<()> {
         let all = transfer.attachment_count().await?;
         let mut progress = transfer.bytes_progress().await?;
@@ -40,27 +48,41 @@ impl Bytes {
         }
     }
 
-    /// Reads all of them on both sides. Answers how many there are, and how many the source has not whole.
+    /// Reads all of them on both sides. Answers how many there are, and how many the source has not whole. When the target
+    /// has not what it should have, the next run copies all of them once more.
     pub(super) async fn verify(&self, transfer: &mut Transfer, report: &mut Report) -> anyhow::Result<(u64, u64)> {
         let all = transfer.attachment_count().await?;
-        let (mut last, mut compared, mut lost) = (None, 0, 0);
+        let (mut last, mut same, mut differ, mut lost) = (None, 0, 0, 0);
         loop {
             let attachments = transfer.attachments(last).await?;
             let Some((id, _)) = attachments.last() else { break };
             last = Some(*id);
-            compared += attachments.len() as u64;
             let comparing = stream::iter(attachments).map(|(id, size)| in_time(self.compare_one(id, size)));
-            let is_whole: Vec<bool> = comparing.buffer_unordered(AT_ONCE).try_collect().await?;
-            lost += is_whole.into_iter().filter(|is_whole| !is_whole).count() as u64;
-            report.step(BYTES_OF_ATTACHMENTS, compared, all);
+            let compared: Vec<Compared> = comparing.buffer_unordered(AT_ONCE).try_collect().await?;
+            for one in compared {
+                match one {
+                    Compared::Same => same += 1,
+                    Compared::Differ => differ += 1,
+                    Compared::Lost => lost += 1,
+                }
+            }
+            report.step(BYTES_OF_ATTACHMENTS, same + differ + lost, all);
         }
         if lost > 0 && lost == all {
             let folder = self.from.path().display();
             bail!(
-                "none of the {all} attachments is in {folder}; name their folder with --attachments-from, or what their names begin with in it with --attachment-prefix"
+                "none of the {all} attachments is in {folder}; name their folder with --attachments-from, or what their \
+                 names begin with in it with --attachment-prefix"
             );
         }
-        Ok((all - lost, lost))
+        if differ > 0 {
+            transfer.note_bytes(&BytesProgress { last: None, copied: 0 }).await?;
+            bail!(
+                "the bytes of attachments differ: {differ} of {all} are missing or others in the new storage; see who \
+                 else writes there, and run the same command again, which copies all of them once more"
+            );
+        }
+        Ok((same, lost))
     }
 
     async fn copy_one(&self, id: AttachmentId, size: u64) -> anyhow::Result<()> {
@@ -72,18 +94,13 @@ impl Bytes {
         staged.publish().await.context(REPEAT)
     }
 
-    /// Whether the source has it. Fails when the target has it not, or not the same.
-    async fn compare_one(&self, id: AttachmentId, size: u64) -> anyhow::Result<bool> {
-        let Some(here) = self.whole(id, size).await? else { return Ok(false) };
+    async fn compare_one(&self, id: AttachmentId, size: u64) -> anyhow::Result<Compared> {
+        let Some(here) = self.whole(id, size).await? else { return Ok(Compared::Lost) };
         let there = self.to.read(id, None).await.context(REPEAT)?;
-        let there = there.filter(|there| there.size == size);
-        let there = there.context("bytes of attachments differ: one is missing or has another size in the target; give an empty database and empty storage and start over")?;
-        if checksum(here).await? != checksum(there).await? {
-            bail!(
-                "bytes of attachments differ: one has other bytes in the target; give an empty database and empty storage and start over"
-            );
-        }
-        Ok(true)
+        let Some(there) = there.filter(|there| there.size == size) else { return Ok(Compared::Differ) };
+        let here = checksum(here).await.context("the attachments of the source can't be read")?;
+        let there = checksum(there).await.context(REPEAT)?;
+        Ok(if here == there { Compared::Same } else { Compared::Differ })
     }
 
     /// An attachment of the source. `None` when it is not there, or not whole.

@@ -198,8 +198,8 @@ impl Table {
     /// The key of a row, as it is kept between two batches.
     pub(super) fn key_of(&self, row: &SqliteRow) -> Result<Vec<u8>, Unfit> {
         let mut key = Vec::new();
-        let columns = self.columns[..self.key].iter().enumerate();
-        columns.map(|(n, column)| column.encode(row, n, &mut key)).collect::<Result<(), Unfit>>()?;
+        let mut columns = self.columns[..self.key].iter().enumerate();
+        columns.try_for_each(|(n, column)| column.encode(row, n, &mut key))?;
         Ok(key)
     }
 

@@ -9,7 +9,7 @@ use crate::transfer::{files_of, kept_secret, open_sqlite, place::Place};
 const USERS: i64 = 10_000;
 const MESSAGES: i64 = 200_000;
 const ATTACHMENTS: i64 = 1_000;
-const MESSAGE_BYTES: i64 = 300;
+const MESSAGE_BYTES: i64 = 1024;
 const ATTACHMENT_BYTES: usize = 10 << 10;
 const PATIENCE: Duration = Duration::from_secs(120);
 
@@ -29,7 +29,7 @@ async fn fill(folder: &Path, device: &Device) {
              FROM devices d CROSS JOIN device_keys k
              WHERE d.name = 'a phone' AND k.device_no = (SELECT no FROM devices WHERE id = x'{id}');
          INSERT INTO one_time_prekeys (device_no, kind, key_id, public_key)
-             SELECT no, 0, x, randomblob(33) FROM devices CROSS JOIN n WHERE name = 'a phone' AND x <= 3;
+             SELECT no, 0, x, randomblob(33) FROM (SELECT x FROM n LIMIT 3) CROSS JOIN devices WHERE name = 'a phone';
          INSERT INTO messages (device_no, id, sender_user, sender_device, received_at, body)
              SELECT (SELECT MIN(no) FROM devices) + x % {USERS}, randomblob(16), x'{user}', x'{id}',
                     unixepoch() * 1000, randomblob({MESSAGE_BYTES})

@@ -1,6 +1,6 @@
 //! Where a transfer goes: a database with nothing in it, storage, and the options that start servers on both.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use obscura_server::config::{Config, Secret};
@@ -32,6 +32,11 @@ impl Place {
     /// The options that name the storage of the attachments.
     pub fn storage(&self) -> Vec<String> {
         vec![format!("--storage-endpoint=file:{}", self.folder.path().display())]
+    }
+
+    /// The file of an attachment in the new storage.
+    pub fn attachment(&self, id: &str) -> PathBuf {
+        self.folder.path().join("attachments").join(id)
     }
 
     /// A new server on what has been moved here. Clients of the old one go on with it.

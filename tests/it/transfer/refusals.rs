@@ -37,16 +37,22 @@ async fn make_tables(place: &Place) {
     store.close().await;
 }
 
-/// A transfer that can't get past this table for as long as the connection is held.
+/// A transfer that can't take in rows of this table for as long as the connection is held.
 async fn stuck_at(place: &Place, folder: &Path, table: &str) -> (Binary, PoolConnection<Postgres>) {
+    stuck_behind(place, folder, table, "EXCLUSIVE").await
+}
+
+/// A transfer that has to wait for a lock that conflicts with this one, for as long as the connection is held.
+async fn stuck_behind(place: &Place, folder: &Path, table: &str, mode: &str) -> (Binary, PoolConnection<Postgres>) {
     make_tables(place).await;
     let database = place.database().await;
     let Database::Postgres(pool) = &database else { panic!("a PostgreSQL database") };
     let mut holder = pool.acquire().await.unwrap();
-    let hold = format!("BEGIN; LOCK TABLE {table} IN EXCLUSIVE MODE");
+    let hold = format!("BEGIN; LOCK TABLE {table} IN {mode} MODE");
     sqlx::raw_sql(AssertSqlSafe(hold)).execute(&mut *holder).await.unwrap();
     let mut arguments = place.transfer_arguments(folder);
-    arguments.push("--db-lock-timeout-ms=60000".to_owned());
+    arguments.extend(["--attachments".to_owned(), "--db-lock-timeout-ms=60000".to_owned()]);
+    arguments.extend(place.storage());
     let transfer = Binary::begin(&arguments.iter().map(String::as_str).collect::<Vec<_>>());
     let waits = format!("SELECT count(*) FROM pg_locks WHERE NOT granted AND relation = '{table}'::regclass");
     eventually("the transfer to get there", async || database.number(&waits).await > 0).await;
@@ -208,6 +214,29 @@ async fn a_lost_connection_is_told_of_and_the_next_run_goes_on() {
     let finished = run(&place.transfer_arguments(folder.path())).await;
     assert!(finished.status.success() && finished.output.contains("Going on where"), "{}", finished.output);
     assert!(!finished.output.contains("users: 2 of 2 copied"), "what has arrived is not copied again");
+}
+
+#[tokio::test]
+async fn bytes_that_have_gone_meanwhile_are_told_of_and_copied_again() {
+    let folder = tempfile::tempdir().unwrap();
+    let mut server = Binary::start_embedded(folder.path(), &[]).await;
+    let alice = Device::register(&server.client()).await;
+    let answer = alice.request("POST", "/v1/attachments").body(vec![7; 1000]).send().await.expect(201).json();
+    alice.request("POST", "/v1/attachments").body(vec![8; 1000]).send().await.expect(201);
+    server.kill();
+    let place = Place::new().await;
+    // What stands in the way of the statistics lets rows and bytes pass.
+    let (mut transfer, holder) = stuck_behind(&place, folder.path(), "users", "SHARE UPDATE EXCLUSIVE").await;
+    transfer.kill();
+    release(holder).await;
+    let stored = place.attachment(answer["id"].as_str().unwrap());
+    assert_eq!(std::fs::read(&stored).unwrap(), [7; 1000]);
+    std::fs::write(&stored, [0; 1000]).unwrap();
+    let mut again = place.begin_transfer(folder.path());
+    assert_eq!(again.exit(PATIENCE).await.code(), Some(1));
+    assert!(again.output().contains("differ: 1 of 2 are missing or others"), "{}", again.output());
+    place.transfer(folder.path(), PATIENCE).await;
+    assert_eq!(std::fs::read(&stored).unwrap(), [7; 1000]);
 }
 
 #[tokio::test]
