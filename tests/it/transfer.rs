@@ -218,9 +218,8 @@ async fn a_stopped_server_moves_and_attachments_may_stay_where_they_are() {
     let before = files_of(folder.path());
 
     let place = Place::new().await;
-    let mut arguments = place.transfer_arguments(folder.path());
-    arguments[1] = format!("--from={}", folder.path().display());
-    let finished = Binary::run(&arguments.iter().map(String::as_str).collect::<Vec<_>>(), &[]).await;
+    let from = format!("--from={}", folder.path().display());
+    let finished = Binary::run(&["transfer", &from], &[("OBSCURA_DATABASE_URL", &place.url())]).await;
     assert!(finished.status.success(), "{}", finished.output);
     assert!(finished.output.contains("The bytes of 1 attachments have not been copied"), "{}", finished.output);
     assert!(finished.output.contains("users: 1 of 1 copied (100 %)"), "{}", finished.output);
