@@ -6,6 +6,7 @@
 mod bucket;
 mod error;
 mod folder;
+mod reading;
 mod s3;
 mod start;
 
@@ -22,6 +23,8 @@ pub use crate::blobs::error::{BlobError, OpenError, UploadError};
 use crate::blobs::folder::Folder;
 use crate::config;
 use crate::model::ids::AttachmentId;
+
+pub use crate::blobs::reading::ReadOnlyFolder;
 
 /// The storage of attachments. Cloning gives the same storage.
 #[derive(Clone, Debug)]

@@ -3,6 +3,7 @@
 mod after_restore;
 mod healthcheck;
 mod make_env;
+mod transfer;
 
 use std::fmt::Write as _;
 use std::io::{self, Write as _};
@@ -17,7 +18,7 @@ use crate::config::{self, Config, ConfigError, Loaded};
 use crate::server::Server;
 
 /// A command beside serving.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug)]
 pub enum Command {
     /// Makes a restored backup safe to serve from.
     AfterRestore,
@@ -28,6 +29,8 @@ pub enum Command {
         /// The file to write instead of printing them.
         output: Option<PathBuf>,
     },
+    /// Moves an embedded server's data to PostgreSQL.
+    Transfer(transfer::Request),
 }
 
 /// Reads the command line and the environment.
@@ -40,7 +43,7 @@ pub fn parse() -> Result<(Loaded, Option<Command>), ConfigError> {
     Ok((Config::read(&matches, config::environment)?, command))
 }
 
-fn grammars() -> [Grammar; 3] {
+fn grammars() -> [Grammar; 4] {
     let after_restore = Grammar::new("after-restore").about(
         "Run once after restoring a backup, before the server starts: drops all one-time prekeys, since the ones in the \
          backup may have been handed out after it was made (devices upload new ones when they connect)",
@@ -57,7 +60,7 @@ fn grammars() -> [Grammar; 3] {
     let make_env = Grammar::new("make-env")
         .about("Prints the settings that docker-compose.yml reads from a file named .env, with fresh secrets")
         .arg(output);
-    [after_restore, healthcheck, make_env]
+    [after_restore, healthcheck, make_env, transfer::grammar()]
 }
 
 impl Command {
@@ -65,6 +68,7 @@ impl Command {
         Some(match name {
             "after-restore" => Self::AfterRestore,
             "healthcheck" => Self::Healthcheck,
+            "transfer" => Self::Transfer(transfer::Request::read(matches)),
             "make-env" => Self::MakeEnv { output: matches.get_one("output").cloned() },
             _ => return None,
         })
@@ -76,6 +80,7 @@ impl Command {
             Self::AfterRestore => after_restore::run(config),
             Self::Healthcheck => healthcheck::run(&config.server),
             Self::MakeEnv { output } => make_env::run(output.as_deref()),
+            Self::Transfer(request) => request.run(config),
         };
         // Half a file of settings, because the disk behind standard output is full, is no success.
         let told = done.and_then(|text| writeln!(io::stdout(), "{text}").context("standard output takes no more"));

@@ -21,6 +21,7 @@ mod push_tokens;
 mod send;
 mod sessions;
 mod sqlite;
+pub(crate) mod transfer;
 
 use std::fmt::Write;
 use std::sync::Arc;

@@ -6,7 +6,7 @@ use std::time::Duration;
 use sqlx::migrate::Migrator;
 use sqlx::postgres::{PgArguments, PgConnectOptions, PgRow};
 use sqlx::query::QueryAs;
-use sqlx::{ConnectOptions, Connection, FromRow, Postgres};
+use sqlx::{ConnectOptions, Connection, FromRow, PgConnection, Postgres};
 
 use crate::config;
 use crate::store::database::{PostgresTx, timely};
@@ -36,23 +36,9 @@ pub(super) struct PostgresStore {
 impl PostgresStore {
     /// Connects and brings the tables up to date. Several nodes may do so at the same time.
     pub(super) async fn open(config: &config::Database) -> std::result::Result<Self, OpenError> {
-        // The parser's own words might repeat the password.
-        let options = PgConnectOptions::from_str(config.url.expose()).map_err(|_| OpenError::Url)?;
-        let options = options.application_name("obscura-server").options([("client_min_messages", "warning")]);
-        let address = format!("{}:{}", options.get_host(), options.get_port());
-        let away = |cause| OpenError::connecting(address.clone(), cause);
-
-        let connecting = tokio::time::timeout(config.acquire_timeout, options.connect());
-        let timed_out = |_| away(sqlx::Error::PoolTimedOut);
-        let mut connection = connecting.await.map_err(timed_out)?.map_err(away)?;
-        let version = sqlx::query_scalar("SELECT current_setting('server_version_num')::int");
-        let version: i32 = version.fetch_one(&mut connection).await.map_err(away)?;
-        if version < OLDEST_VERSION {
-            return Err(OpenError::TooOld { address, found: version / 10_000 });
-        }
-        // Without limits of time, because a migration may take long, and other nodes wait for it.
-        let migrated = MIGRATIONS.run(&mut connection).await;
-        migrated.map_err(|cause| migration_error(format!("database at {address}"), &MIGRATIONS, cause))?;
+        let options = connect_options(config)?.application_name("obscura-server");
+        let (mut connection, address) = connect(&options, config.acquire_timeout).await?;
+        migrate(&mut connection, &address).await?;
         refuse_unfinished(&mut connection, &address).await?;
         let _ = connection.close().await;
 
@@ -73,7 +59,7 @@ impl PostgresStore {
             outlives_its_borrower: false,
         };
         let store = Self { pool: Pool::new(options, terms), limit: config.statement_timeout + MARGIN };
-        store.check().await.map_err(|StoreError(cause)| away(cause))?;
+        store.check().await.map_err(|StoreError(cause)| OpenError::connecting(address, cause))?;
         Ok(store)
     }
 
@@ -109,8 +95,39 @@ impl PostgresStore {
     }
 }
 
+/// How to reach the server, without anything that concerns one use of it.
+pub(super) fn connect_options(config: &config::Database) -> std::result::Result<PgConnectOptions, OpenError> {
+    // The parser's own words might repeat the password.
+    let options = PgConnectOptions::from_str(config.url.expose()).map_err(|_| OpenError::Url)?;
+    Ok(options.options([("client_min_messages", "warning")]))
+}
+
+/// A connection to a server that is new enough, and its address for sentences.
+pub(super) async fn connect(
+    options: &PgConnectOptions,
+    patience: Duration,
+) -> std::result::Result<(PgConnection, String), OpenError> {
+    let address = format!("{}:{}", options.get_host(), options.get_port());
+    let away = |cause| OpenError::connecting(address.clone(), cause);
+    let connecting = tokio::time::timeout(patience, options.connect());
+    let timed_out = |_| away(sqlx::Error::PoolTimedOut);
+    let mut connection = connecting.await.map_err(timed_out)?.map_err(away)?;
+    let version = sqlx::query_scalar("SELECT current_setting('server_version_num')::int");
+    let version: i32 = version.fetch_one(&mut connection).await.map_err(away)?;
+    if version < OLDEST_VERSION {
+        return Err(OpenError::TooOld { address, found: version / 10_000 });
+    }
+    Ok((connection, address))
+}
+
+/// Brings the tables up to date, without limits of time, because a migration may take long, and other nodes wait for it.
+pub(super) async fn migrate(connection: &mut PgConnection, address: &str) -> std::result::Result<(), OpenError> {
+    let migrated = MIGRATIONS.run(connection).await;
+    migrated.map_err(|cause| migration_error(format!("database at {address}"), &MIGRATIONS, cause))
+}
+
 /// A database into which a transfer has not finished is not whole.
-async fn refuse_unfinished(connection: &mut sqlx::PgConnection, address: &str) -> std::result::Result<(), OpenError> {
+async fn refuse_unfinished(connection: &mut PgConnection, address: &str) -> std::result::Result<(), OpenError> {
     let unfinished = sqlx::query_scalar("SELECT to_regclass('transfer_progress') IS NOT NULL");
     match unfinished.fetch_one(connection).await {
         Ok(false) => Ok(()),

@@ -14,7 +14,7 @@ use crate::config;
 use crate::store::pool::{Pool, Terms};
 use crate::store::{OpenError, Result, StoreError, migration_error};
 
-static MIGRATIONS: Migrator = sqlx::migrate!("migrations/sqlite");
+pub(super) static MIGRATIONS: Migrator = sqlx::migrate!("migrations/sqlite");
 
 /// How many connections read beside the one that writes.
 const READERS: u32 = 4;

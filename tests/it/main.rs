@@ -22,3 +22,4 @@ mod shutdown;
 mod start;
 mod store;
 mod sweeps;
+mod transfer;

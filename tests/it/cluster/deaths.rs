@@ -18,7 +18,7 @@ async fn a_node_killed_under_load_loses_nothing_that_was_answered() {
         tokio::time::sleep(Duration::from_millis(rand::random_range(0..300))).await;
         dying.kill();
         traffic.goes_on(50).await;
-        dying = dying.start_again_with(&options).await;
+        dying = dying.start_elsewhere(options.clone()).await;
         traffic.goes_on(50).await;
     }
     traffic.finish().await;

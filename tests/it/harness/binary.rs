@@ -75,9 +75,10 @@ impl Binary {
         binary
     }
 
-    /// A new process with exactly these options, after this one has ended. Clients made before go on with the new one.
-    pub async fn start_again_with(&self, options: &[String]) -> Self {
-        Self::launch(options.to_vec(), &[], &[], (self.target.clone(), self.management.clone())).await
+    /// A new process with these options, on whatever they name, after this one has ended. Clients made before go on with
+    /// the new one.
+    pub async fn start_elsewhere(&self, layout: Vec<String>) -> Self {
+        Self::launch(layout, &[], &[], (self.target.clone(), self.management.clone())).await
     }
 
     async fn launch(
@@ -123,13 +124,22 @@ impl Binary {
 
     /// Runs the program to its end, which has to come by itself.
     pub async fn run(options: &[&str], variables: &[(&str, &str)]) -> Finished {
+        let mut binary = Self::begin_with(options, variables);
+        let status = binary.exit(PATIENCE).await;
+        Finished { status, output: binary.output() }
+    }
+
+    /// The program with these options, which is no server and ends by itself.
+    pub fn begin(options: &[&str]) -> Self {
+        Self::begin_with(options, &[])
+    }
+
+    fn begin_with(options: &[&str], variables: &[(&str, &str)]) -> Self {
         let mut command = command(variables);
         command.args(options);
         let (child, output) = spawn(command);
         let anywhere = Target::new(([127, 0, 0, 1], 0).into());
-        let mut binary = Self { child, output, target: anywhere.clone(), management: anywhere, is_embedded: false };
-        let status = binary.exit(PATIENCE).await;
-        Finished { status, output: binary.output() }
+        Self { child, output, target: anywhere.clone(), management: anywhere, is_embedded: false }
     }
 
     /// Somebody who talks to the API port of this process and of those started again from it.
