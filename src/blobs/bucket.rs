@@ -25,8 +25,13 @@ use crate::model::ids::AttachmentId;
 const PART_BYTES: usize = 5 << 20;
 /// A part is gathered in blocks of this size.
 const BLOCK_BYTES: usize = 64 << 10;
-/// Memory for the parts of all uploads at once.
-const PARTS_KIB: usize = 64 << 10;
+/// Memory for the beginnings of parts, of all uploads at once.
+const BEGINNINGS_KIB: usize = 24 << 10;
+/// Memory for whole parts, of all uploads at once: eight of them.
+const PARTS_KIB: usize = 40 << 10;
+/// A part that has grown beyond this takes the memory of a whole one, in exchange for that of its beginning. If it grew on
+/// step by step, many could hold a piece each and wait for each other for ever.
+const BEGINNING_BYTES: usize = 1 << 20;
 /// Objects that one request may delete.
 const DELETES_IN_ONE: usize = 1000;
 /// Objects that are looked after at the same time, where each takes requests of its own.
@@ -37,7 +42,13 @@ const AT_ONCE: usize = 8;
 pub(super) struct Bucket {
     service: Arc<Service>,
     keys: Keys,
-    memory: Budget,
+    memory: Memory,
+}
+
+#[derive(Clone, Debug)]
+struct Memory {
+    beginnings: Budget,
+    parts: Budget,
 }
 
 impl Bucket {
@@ -45,7 +56,8 @@ impl Bucket {
     pub async fn open(config: &config::Attachments, keys: Keys) -> Result<Self, OpenError> {
         let service = Service::new(config)?;
         start::until_usable(&service, config, &keys).await?;
-        Ok(Self { service: Arc::new(service), keys, memory: Budget::new(PARTS_KIB) })
+        let memory = Memory { beginnings: Budget::new(BEGINNINGS_KIB), parts: Budget::new(PARTS_KIB) };
+        Ok(Self { service: Arc::new(service), keys, memory })
     }
 
     /// Takes in the bytes of an attachment. If this or the answer is dropped, parts may be left.
@@ -196,12 +208,14 @@ struct Cut {
 /// Bytes on their way, and the memory they are allowed.
 struct Part {
     bytes: PutPayloadMut,
-    memory: Share,
+    beginning: Share,
+    whole: Share,
 }
 
 impl Part {
     fn new() -> Self {
-        Self { bytes: PutPayloadMut::new().with_block_size(BLOCK_BYTES), memory: Share::default() }
+        let bytes = PutPayloadMut::new().with_block_size(BLOCK_BYTES);
+        Self { bytes, beginning: Share::default(), whole: Share::default() }
     }
 
     fn length(&self) -> usize {
@@ -214,16 +228,21 @@ impl Part {
 
     /// Takes as much as fits. It is copied, because a client that sends single bytes would make a list of them
     /// expensive.
-    async fn take_in(&mut self, bytes: &mut Bytes, memory: &Budget) -> Result<(), NoRoom> {
+    async fn take_in(&mut self, bytes: &mut Bytes, memory: &Memory) -> Result<(), NoRoom> {
         let bytes = bytes.split_to(bytes.len().min(PART_BYTES - self.length()));
         let length = (self.length() + bytes.len()).next_multiple_of(BLOCK_BYTES);
-        self.memory.grow_to(length, memory).await?;
+        if length <= BEGINNING_BYTES {
+            self.beginning.grow_to(length, &memory.beginnings).await?;
+        } else {
+            self.whole.grow_to(PART_BYTES, &memory.parts).await?;
+            self.beginning.shrink_to(0);
+        }
         self.bytes.extend_from_slice(&bytes);
         Ok(())
     }
 
-    fn finish(self) -> (PutPayload, Share) {
-        (self.bytes.freeze(), self.memory)
+    fn finish(self) -> (PutPayload, [Share; 2]) {
+        (self.bytes.freeze(), [self.beginning, self.whole])
     }
 }
 

@@ -3,10 +3,9 @@
 mod interrupted;
 
 use std::fs;
-use std::path::PathBuf;
 use std::time::Duration;
 
-use crate::harness::{Client, Device, Request, Response, TestServer, eventually, raw_request};
+use crate::harness::{Bucket, Client, Device, Request, Response, TestServer, eventually, raw_request};
 
 const DAY: Duration = Duration::from_hours(24);
 
@@ -24,10 +23,16 @@ async fn put(device: &Device, bytes: &[u8]) -> String {
     answer["id"].as_str().unwrap().to_owned()
 }
 
-/// What is in the storage, whether it is complete or not.
-fn files(server: &TestServer) -> Vec<PathBuf> {
-    let folder = server.config().attachments.folder().unwrap().join(&server.config().attachments.prefix);
-    fs::read_dir(folder).unwrap().map(|entry| entry.unwrap().path()).collect()
+/// The names of what is in the storage. A folder shows what is not complete, a bucket only the large ones of those.
+async fn stored(server: &TestServer) -> Vec<String> {
+    let attachments = &server.config().attachments;
+    let Some(folder) = attachments.folder() else {
+        let bucket = Bucket::of(attachments);
+        let names = [bucket.objects().await, bucket.uploads_below(&attachments.prefix).await].concat();
+        return names.iter().filter_map(|name| name.strip_prefix(&attachments.prefix)).map(str::to_owned).collect();
+    };
+    let entries = fs::read_dir(folder.join(&attachments.prefix)).unwrap();
+    entries.map(|entry| entry.unwrap().file_name().into_string().unwrap()).collect()
 }
 
 async fn rows(server: &TestServer) -> i64 {
@@ -37,7 +42,7 @@ async fn rows(server: &TestServer) -> i64 {
 async fn nothing_is_left(server: &TestServer) {
     let database = server.database().await;
     eventually("row and file to go", async || {
-        files(server).is_empty() && database.number("SELECT count(*) FROM attachments").await == 0
+        stored(server).await.is_empty() && database.number("SELECT count(*) FROM attachments").await == 0
     })
     .await;
 }
@@ -76,7 +81,7 @@ async fn an_upload_is_checked_in_the_order_of_the_contract() {
     // None of the body is there, so an answer to it can't have waited for any.
     assert_status(&by_hand(&client, Some(&device), &too_large, "").await, 413);
     assert_status(&by_hand(&client, Some(&device), "content-length: 2\r\n", "ab").await, 201);
-    assert_eq!((rows(&server).await, files(&server).len()), (1, 1));
+    assert_eq!((rows(&server).await, stored(&server).await.len()), (1, 1));
 }
 
 #[tokio::test]
@@ -241,12 +246,12 @@ async fn an_attachment_is_gone_from_the_announced_second_on() {
     ] {
         request.send().await.expect(404);
     }
-    assert_eq!(files(&server).len(), 1, "served no more, though still there");
+    assert_eq!(stored(&server).await.len(), 1, "served no more, though still there");
 }
 
 #[tokio::test]
 async fn the_sweep_removes_what_has_expired_and_passes_over_what_it_can_not_remove() {
-    let server = TestServer::start_with(|config| {
+    let server = TestServer::start_embedded_with(|config| {
         config.attachments.cleanup_interval = Duration::from_secs(1);
         config.attachments.cleanup_batch_size = 2;
     })
@@ -257,7 +262,8 @@ async fn the_sweep_removes_what_has_expired_and_passes_over_what_it_can_not_remo
         ids.push(put(&device, b"abc").await);
     }
     // A folder in a file's place can't be deleted as a file. It stands for any trouble with one object.
-    let stuck = files(&server).into_iter().find(|path| path.ends_with(&ids[0])).unwrap();
+    let folder = server.config().attachments.folder().unwrap().join(&server.config().attachments.prefix);
+    let stuck = folder.join(&ids[0]);
     fs::remove_file(&stuck).unwrap();
     fs::create_dir(&stuck).unwrap();
     server.clock.advance(15 * DAY);
@@ -267,7 +273,7 @@ async fn the_sweep_removes_what_has_expired_and_passes_over_what_it_can_not_remo
 
     let database = server.database().await;
     let rows = async || database.number("SELECT count(*) FROM attachments").await;
-    eventually("the others to go", async || rows().await == 2 && files(&server).len() == 2).await;
+    eventually("the others to go", async || rows().await == 2 && stored(&server).await.len() == 2).await;
     let device = device.log_in().await;
     download(&device, &young).send().await.expect(200);
     download(&device, &ids[0]).send().await.expect(404);
@@ -287,5 +293,5 @@ async fn an_account_has_a_quota_of_its_own() {
     put(&other, &[7; 1000]).await;
     put(&linked, &[7; 400]).await;
     upload(&device, "a").send().await.expect(413);
-    assert_eq!(files(&server).len(), 3);
+    assert_eq!(stored(&server).await.len(), 3);
 }

@@ -64,6 +64,17 @@ pub struct Bucket {
 }
 
 impl Bucket {
+    /// The one in which a server keeps its attachments.
+    pub fn of(attachments: &Attachments) -> Self {
+        let text = |secret: &Option<Secret>| secret.as_ref().expect("a key").expose().to_owned();
+        let service = S3 {
+            endpoint: attachments.endpoint.clone().expect("an endpoint"),
+            access_key: text(&attachments.access_key),
+            secret_key: text(&attachments.secret_key),
+        };
+        Self { service, name: attachments.bucket.clone() }
+    }
+
     /// Has a server keep its attachments here.
     pub fn configure(&self, attachments: &mut Attachments) {
         attachments.endpoint = Some(self.service.endpoint.clone());
@@ -99,6 +110,12 @@ impl Bucket {
     /// The ids of all multipart uploads that were neither completed nor aborted.
     pub async fn uploads(&self) -> Vec<String> {
         all_between(&self.request("GET", "?uploads=").await.1, "<UploadId>", "</UploadId>")
+    }
+
+    /// The objects that multipart uploads are under way for, and whose names begin like this.
+    pub async fn uploads_below(&self, prefix: &str) -> Vec<String> {
+        let listed = self.request("GET", "?uploads=").await.1;
+        all_between(&listed, "<Key>", "</Key>").into_iter().filter(|key| key.starts_with(prefix)).collect()
     }
 
     /// True when there is nothing in it, not even half of something.
