@@ -1,4 +1,5 @@
-//! Budgets of memory: what the bodies of all requests may take together, and the large frames of all sockets. A body takes
+//! Budgets of memory: what the bodies of all requests may take together, the large frames of all sockets, and the parts
+//! of uploads to a bucket. A body takes
 //! its share as its bytes come in, so whoever only announces one takes none.
 
 use std::sync::Arc;
@@ -7,7 +8,7 @@ use std::time::Duration;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio::time::timeout;
 
-/// How long who needs more waits for others to make room.
+/// How long somebody who needs more waits for others to make room.
 const PATIENCE: Duration = Duration::from_secs(2);
 
 /// Others hold all of it; come again in a moment.
@@ -38,11 +39,16 @@ pub struct Share(Option<OwnedSemaphorePermit>);
 impl Share {
     /// Takes so much more that `bytes` are covered, in whole KiB.
     pub async fn grow_to(&mut self, bytes: usize, budget: &Budget) -> Result<(), NoRoom> {
+        self.grow_within(PATIENCE, bytes, budget).await
+    }
+
+    /// The same, waiting for others no longer than this.
+    pub async fn grow_within(&mut self, patience: Duration, bytes: usize, budget: &Budget) -> Result<(), NoRoom> {
         let held = self.0.as_ref().map_or(0, OwnedSemaphorePermit::num_permits);
         let Ok(missing @ 1..) = u32::try_from(bytes.div_ceil(1024).saturating_sub(held)) else { return Ok(()) };
         let more = match budget.0.clone().try_acquire_many_owned(missing) {
             Ok(more) => more,
-            Err(_) => match timeout(PATIENCE, budget.0.clone().acquire_many_owned(missing)).await {
+            Err(_) => match timeout(patience, budget.0.clone().acquire_many_owned(missing)).await {
                 Ok(Ok(more)) => more,
                 _ => return Err(NoRoom),
             },

@@ -8,10 +8,11 @@ CREATE TABLE users (
     identity_key  bytea NOT NULL
 );
 
--- A row for each account, which whoever queues for it or changes its devices locks until the commit. So a send sees one
+-- A row for each account, which whoever queues for it, changes its devices or reserves room for an attachment locks until
+-- the commit. So a send sees one
 -- set of devices from its judgement to its commit, and an inbox's messages become visible in the order of their
 -- positions, which are taken under this lock.
-CREATE TABLE mail_locks (
+CREATE TABLE account_locks (
     user_id uuid PRIMARY KEY,
     at_most integer NOT NULL DEFAULT 0            -- no device of the account has more messages waiting; may be too high
 ) WITH (fillfactor = 50, autovacuum_vacuum_scale_factor = 0.02);

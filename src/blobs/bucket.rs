@@ -7,6 +7,7 @@
 use std::collections::HashMap;
 use std::ops::Range;
 use std::sync::Arc;
+use std::time::Duration;
 
 use bytes::Bytes;
 use futures_util::stream;
@@ -32,6 +33,8 @@ const PARTS_KIB: usize = 40 << 10;
 /// A part that has grown beyond this takes the memory of a whole one, in exchange for that of its beginning. If it grew on
 /// step by step, many could hold a piece each and wait for each other for ever.
 const BEGINNING_BYTES: usize = 1 << 20;
+/// How long an upload waits for its turn to hold a whole part.
+const TURN: Duration = Duration::from_secs(8);
 /// Objects that one request may delete.
 const DELETES_IN_ONE: usize = 1000;
 /// Objects that are looked after at the same time, where each takes requests of its own.
@@ -234,7 +237,7 @@ impl Part {
         if length <= BEGINNING_BYTES {
             self.beginning.grow_to(length, &memory.beginnings).await?;
         } else {
-            self.whole.grow_to(PART_BYTES, &memory.parts).await?;
+            self.whole.grow_within(TURN, PART_BYTES, &memory.parts).await?;
             self.beginning.shrink_to(0);
         }
         self.bytes.extend_from_slice(&bytes);

@@ -67,7 +67,7 @@ pub static GROUPS: &[Group] = &[
         option("db-statement-timeout-ms", "OBSCURA_DATABASE_STATEMENT_TIMEOUT_MS", "10000", Milliseconds(100, MAX_MILLISECONDS),
             "PostgreSQL: a statement that takes longer is given up").ours(),
         option("db-lock-timeout-ms", "OBSCURA_DATABASE_LOCK_TIMEOUT_MS", "5000", Milliseconds(100, MAX_MILLISECONDS),
-            "PostgreSQL: longest wait for another transaction's lock").ours(),
+            "PostgreSQL: longest wait for another transaction's lock, and longest time that a node which stops in the middle of a transaction holds its own").ours(),
     ] },
     Group { title: "Server", options: &[
         option("server-host", "OBSCURA_SERVER_HOST", "0.0.0.0", Address,

@@ -139,7 +139,7 @@ impl Store {
 /// Makes the row by which an account is locked. SQLite needs none: it has one writer.
 pub(super) async fn make_lock(tx: &mut Tx, user: UserId) -> Result<()> {
     if matches!(tx, Tx::Postgres(_)) {
-        run!(tx, sqlx::query("INSERT INTO mail_locks (user_id) VALUES ($1)").bind(user))?;
+        run!(tx, sqlx::query("INSERT INTO account_locks (user_id) VALUES ($1)").bind(user))?;
     }
     Ok(())
 }
@@ -148,7 +148,7 @@ pub(super) async fn make_lock(tx: &mut Tx, user: UserId) -> Result<()> {
 /// afterwards is how it stays until then.
 pub(super) async fn lock_account(tx: &mut Tx, user: UserId) -> Result<()> {
     if matches!(tx, Tx::Postgres(_)) {
-        let statement = "SELECT user_id FROM mail_locks WHERE user_id = $1 FOR NO KEY UPDATE";
+        let statement = "SELECT user_id FROM account_locks WHERE user_id = $1 FOR NO KEY UPDATE";
         let _: Option<UserId> = on!(tx, |db| sqlx::query_scalar(statement).bind(user).fetch_optional(db))?;
     }
     Ok(())

@@ -4,6 +4,7 @@
 //! There is no task for it: whoever asks while a lane is free asks for all that wait, once, and then leaves the lane to
 //! the first of those who have come meanwhile.
 
+use std::collections::VecDeque;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use tokio::sync::oneshot;
@@ -20,7 +21,8 @@ pub(super) struct Gather<Q, A> {
 }
 
 struct State<Q, A> {
-    waiting: Vec<Waiting<Q, A>>,
+    /// As many as there are requests and sockets at the most.
+    waiting: VecDeque<Waiting<Q, A>>,
     busy: usize,
 }
 
@@ -38,7 +40,7 @@ enum Reply<Q, A> {
 impl<Q: Clone, A> Gather<Q, A> {
     /// At most `lanes` statements at the same time, each with at most `most` questions.
     pub(super) fn new(lanes: usize, most: usize) -> Self {
-        Self { state: Mutex::new(State { waiting: Vec::new(), busy: 0 }), lanes, most }
+        Self { state: Mutex::new(State { waiting: VecDeque::new(), busy: 0 }), lanes, most }
     }
 
     /// The answer to `question`. `ask` answers many at once, in their order. Dropping the future harms nobody else.
@@ -74,7 +76,7 @@ impl<Q: Clone, A> Gather<Q, A> {
         let mut state = self.state();
         let has_to_wait = state.busy >= self.lanes;
         if has_to_wait {
-            state.waiting.push(waiting);
+            state.waiting.push_back(waiting);
         }
         has_to_wait
     }
@@ -95,11 +97,11 @@ impl<Q, A> Gather<Q, A> {
 
     fn take_first(&self) -> Option<Waiting<Q, A>> {
         let mut state = self.state();
-        if state.waiting.is_empty() {
+        let first = state.waiting.pop_front();
+        if first.is_none() {
             state.busy -= 1;
-            return None;
         }
-        Some(state.waiting.remove(0))
+        first
     }
 }
 
@@ -122,6 +124,7 @@ impl<Q: Clone, A> Lane<Q, A> {
             Ok(answers) => answers.into_iter(),
             Err(error) => {
                 for reply in replies {
+                    // The kind is told to whoever asked for all; the others only have to know that it failed, and why.
                     let shared = StoreError(sqlx::Error::Protocol(error.0.to_string()));
                     // Fails when nobody waits any more.
                     let _ = reply.send(Reply::Answer(Err(shared)));

@@ -15,17 +15,12 @@ use crate::store::{OpenError, Result, StoreError, migration_error};
 
 static MIGRATIONS: Migrator = sqlx::migrate!("migrations/postgres");
 
-/// PostgreSQL 15. Older ones lack what the statements use, and are soon without care.
+/// PostgreSQL 15. Older ones lack what the statements use, and will soon no longer be maintained.
 const OLDEST_VERSION: i32 = 150_000;
 /// How much longer than the server itself we wait for a statement, before we take the server for frozen.
 const MARGIN: Duration = Duration::from_secs(1);
-/// The server ends a transaction whose node has vanished without a word after this time, and with it its locks.
-const ABANDONED_AFTER: &str = "30s";
 
-/// How often a group that met another node's is tried again.
-pub(super) const ATTEMPTS: u32 = 5;
-
-/// The server, and what the tables in it are called.
+/// The server. Cloning gives the same connections.
 #[derive(Clone)]
 pub(super) struct PostgresStore {
     pub(super) pool: Pool<Postgres>,
@@ -48,7 +43,8 @@ impl PostgresStore {
             ("lock_timeout", millis(config.lock_timeout)),
             // Whatever the server's own setting is: a commit that returns is on disk.
             ("synchronous_commit", "on".to_owned()),
-            ("idle_in_transaction_session_timeout", ABANDONED_AFTER.to_owned()),
+            // A node that has stopped in the middle of a transaction must not hold its locks for longer than others wait.
+            ("idle_in_transaction_session_timeout", millis(config.lock_timeout)),
         ]);
         let terms = Terms {
             max: config.max_connections,

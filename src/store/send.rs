@@ -7,14 +7,17 @@ mod postgres;
 mod sqlite;
 
 use std::collections::HashMap;
+use std::ops::Range;
 
 use crate::clock::Timestamp;
 use crate::model::ids::{Address, DeviceNo, IdempotencyKey, MessageId, Position, UserId};
 use crate::model::mail::{Outcome, Outgoing, Replay, Sent};
 use crate::store::database::{Tx, reading};
 use crate::store::outcome::{self, Devices, Queued};
-use crate::store::postgres::ATTEMPTS;
 use crate::store::{Result, Store, StoreError};
+
+/// How often a group is tried in all, when it meets another node's.
+const ATTEMPTS: u32 = 5;
 
 /// The outcomes of former sends, each with the digest of its request.
 type Known = HashMap<(DeviceNo, IdempotencyKey), (Outcome, [u8; 16])>;
@@ -42,8 +45,16 @@ struct Judgement<'a> {
     sent: Vec<Sent>,
     /// The messages, with the send each is of.
     rows: Vec<(&'a Outgoing, Queued<'a>)>,
-    /// The sends that are no repeats, each with the range of `rows` that is its own.
-    judged: Vec<(&'a Outgoing, Outcome, std::ops::Range<usize>)>,
+    /// The sends that are no repeats.
+    judged: Vec<Judged<'a>>,
+}
+
+/// A send that is no repeat.
+struct Judged<'a> {
+    mail: &'a Outgoing,
+    outcome: Outcome,
+    /// Those of the group's messages that are its own.
+    rows: Range<usize>,
 }
 
 /// What a group of sends depends on.
@@ -117,7 +128,7 @@ fn judge<'a>(sends: &'a [Outgoing], found: Found) -> Judgement<'a> {
         }
         let first = rows.len();
         rows.extend(queued.into_iter().map(|row| (mail, row)));
-        judged.push((mail, outcome.clone(), first..rows.len()));
+        judged.push(Judged { mail, outcome: outcome.clone(), rows: first..rows.len() });
         known.insert(id, (outcome.clone(), mail.digest));
         sent.push(Sent { outcome, woken, replay: None });
     }
@@ -135,13 +146,10 @@ fn numbered<'a>(
         .collect()
 }
 
-fn receipts<'a>(
-    judged: &[(&'a Outgoing, Outcome, std::ops::Range<usize>)],
-    position: impl Fn(usize) -> i64,
-) -> Vec<Receipt<'a>> {
-    let receipt = |(mail, outcome, range): &(&'a Outgoing, Outcome, std::ops::Range<usize>)| {
-        let first = position(range.start);
-        let last = if range.is_empty() { first - 1 } else { position(range.end - 1) };
+fn receipts<'a>(judged: &[Judged<'a>], position: impl Fn(usize) -> i64) -> Vec<Receipt<'a>> {
+    let receipt = |Judged { mail, outcome, rows }: &Judged<'a>| {
+        let first = position(rows.start);
+        let last = if rows.is_empty() { first - 1 } else { position(rows.end - 1) };
         Receipt { mail, outcome: outcome::encode(outcome), first: Position(first), last: Position(last) }
     };
     judged.iter().map(receipt).collect()

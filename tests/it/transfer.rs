@@ -195,7 +195,7 @@ async fn a_killed_server_moves_and_its_clients_go_on() {
     let database = place.database().await;
     assert_eq!(database.number("SELECT count(*) FROM push_tokens").await, 1);
     assert_eq!(database.number("SELECT count(*) FROM pg_tables WHERE tablename = 'transfer_progress'").await, 0);
-    assert_eq!(database.number("SELECT max(at_most) FROM mail_locks").await, 2);
+    assert_eq!(database.number("SELECT max(at_most) FROM account_locks").await, 2);
     let waiting = "SELECT count(*) FROM sends s WHERE EXISTS (SELECT 1 FROM messages m
                    WHERE m.position BETWEEN s.first_position AND s.last_position";
     assert_eq!(

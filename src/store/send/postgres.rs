@@ -71,8 +71,8 @@ impl PostgresTx {
         let more: Vec<i32> = users.iter().map(|user| more.get(user).copied().unwrap_or_default()).collect();
         let statement = "
             WITH locked AS MATERIALIZED (
-                SELECT user_id FROM mail_locks WHERE user_id = ANY($1) ORDER BY user_id FOR NO KEY UPDATE)
-            UPDATE mail_locks l SET at_most = l.at_most + asked.more
+                SELECT user_id FROM account_locks WHERE user_id = ANY($1) ORDER BY user_id FOR NO KEY UPDATE)
+            UPDATE account_locks l SET at_most = l.at_most + asked.more
             FROM unnest($1, $2) AS asked (user_id, more) JOIN locked USING (user_id)
             WHERE l.user_id = asked.user_id RETURNING l.user_id, l.at_most";
         let lock = sqlx::query_as(statement).bind(users).bind(more);
@@ -208,7 +208,7 @@ impl PostgresTx {
     async fn set_at_most(&mut self, at_most: &HashMap<UserId, i32>) -> Result<()> {
         let (users, sizes): (Vec<UserId>, Vec<i32>) = at_most.iter().unzip();
         let statement = "
-            UPDATE mail_locks l SET at_most = counted.at_most FROM unnest($1, $2) AS counted (user_id, at_most)
+            UPDATE account_locks l SET at_most = counted.at_most FROM unnest($1, $2) AS counted (user_id, at_most)
             WHERE l.user_id = counted.user_id";
         self.run(sqlx::query(statement).bind(users).bind(sizes)).await?;
         Ok(())

@@ -185,7 +185,7 @@ async fn a_node_that_dies_with_signals_unsent_makes_the_others_look() {
     let node = Node::open(&valkey.url());
     let wakeups = node.listen(somebody()).await;
     let folder = tempfile::tempdir().unwrap();
-    let mut dying = Binary::start(folder.path(), &[&format!("--pubsub-url={}", valkey.url())]).await;
+    let mut dying = Binary::start_embedded(folder.path(), &[&format!("--pubsub-url={}", valkey.url())]).await;
     eventually("the node to say hello", async || dying.output().contains("connected to Valkey")).await;
     dying.kill();
     everything(&wakeups).await;

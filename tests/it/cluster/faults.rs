@@ -4,7 +4,7 @@
 use std::time::Duration;
 
 use crate::cluster::traffic::Traffic;
-use crate::harness::{Binary, Device, Postgres, Proxy, Valkey, Way, eventually};
+use crate::harness::{Binary, Device, Fate, Postgres, Proxy, S3, S3Proxy, TestServer, Valkey, Way, eventually};
 
 /// Two nodes on parts of their own.
 struct Deployment {
@@ -131,6 +131,49 @@ async fn the_wire_of_one_node_is_cut_and_swallowed() {
     proxy.refuse(false);
     traffic.goes_on(50).await;
     assert_eq!(traffic.finish().await.refused, 0, "nobody needs Valkey to send");
+}
+
+/// The storage refuses writes, then deletions. Nobody who only writes messages notices.
+#[tokio::test(flavor = "multi_thread")]
+async fn the_bucket_refuses_writes_and_then_deletions() {
+    let bucket = S3::shared().await.bucket().await;
+    let proxy = S3Proxy::start(&bucket.service.endpoint).await;
+    let behind = bucket.at(&proxy.endpoint);
+    let node = TestServer::start_node_with(|config| {
+        behind.configure(&mut config.attachments);
+        config.attachments.cleanup_interval = Duration::from_secs(1);
+    })
+    .await;
+    let other = node.start_beside().await;
+    let traffic = Traffic::start(&[node.client()], &[other.client()]).await;
+    let alice = node.account().await;
+    let upload = |size: usize| alice.request("POST", "/v1/attachments").body(vec![7; size]).send();
+    upload(1000).await.expect(201);
+
+    proxy.rule(|method, _| if method == "GET" { Fate::Pass } else { Fate::Answer(503) });
+    for size in [1000, 6_000_000] {
+        assert!(upload(size).await.expect(503).header("retry-after").is_some());
+    }
+    traffic.goes_on(50).await;
+    proxy.rule(|_, _| Fate::Pass);
+    upload(6_000_000).await.expect(201);
+    traffic.goes_on(50).await;
+    assert_eq!(traffic.finish().await.refused, 0, "messages need no bucket");
+
+    let is_deletion = |method: &str, target: &str| method == "DELETE" || target.contains("delete");
+    proxy.rule(move |method, target| if is_deletion(method, target) { Fate::Answer(503) } else { Fate::Pass });
+    node.clock.advance(Duration::from_hours(31 * 24));
+    let asked =
+        || proxy.seen().iter().filter(|request| request.contains("delete") || request.starts_with("DELETE")).count();
+    eventually("a deletion to be tried", async || asked() > 0).await;
+    let (before, watched) = (asked(), 3);
+    tokio::time::sleep(Duration::from_secs(watched)).await;
+    let tried = asked() - before;
+    assert!(tried <= 20 * watched as usize, "{tried} deletions in {watched} s are a loop");
+    proxy.rule(|_, _| Fate::Pass);
+    let database = node.database().await;
+    let is_gone = async || bucket.is_empty().await && database.number("SELECT count(*) FROM attachments").await == 0;
+    eventually("everything to be gone", is_gone).await;
 }
 
 /// Sockets are open and nobody says anything.

@@ -158,7 +158,7 @@ impl Database {
     pub async fn hold_account(&self, user: Uuid) -> HeldWrite {
         let Self::Postgres(pool) = self else { panic!("SQLite has no locks of accounts") };
         let mut connection = pool.acquire().await.expect("a connection");
-        let lock = format!("BEGIN; SELECT 1 FROM mail_locks WHERE user_id = '{user}' FOR UPDATE");
+        let lock = format!("BEGIN; SELECT 1 FROM account_locks WHERE user_id = '{user}' FOR UPDATE");
         sqlx::raw_sql(AssertSqlSafe(lock)).execute(&mut *connection).await.expect("the lock");
         HeldWrite::Postgres(connection)
     }

@@ -76,10 +76,10 @@ async fn a_large_server_moves_though_the_transfer_is_killed_twice() {
 
     let _new = place.start_server(&old, &kept_secret(folder.path())).await;
     let database = place.database().await;
-    for (table, count) in [("users", USERS), ("messages", MESSAGES), ("mail_locks", USERS)] {
+    for (table, count) in [("users", USERS), ("messages", MESSAGES), ("account_locks", USERS)] {
         assert_eq!(database.number(&format!("SELECT count(*) FROM {table}")).await, count, "{table}");
     }
-    assert_eq!(database.number("SELECT max(at_most) FROM mail_locks").await, MESSAGES / USERS);
+    assert_eq!(database.number("SELECT max(at_most) FROM account_locks").await, MESSAGES / USERS);
     let mut inbox = bob.connect().await;
     let waiting = inbox.messages((MESSAGES / USERS) as usize).await;
     alice.send_to(&bob, "and one more").await;
