@@ -42,6 +42,8 @@ pub async fn start(app: &App, forget_clients: impl Fn() + Send + 'static) {
     let walk = Arc::new(Walk::default());
     shared(app, "stale uploads", attachments, move |app| attachments::remove_stale(app, walk.clone()));
 
+    shared(app, "uploads of the last day", attachments, upload_debts);
+
     shared(app, "expired sessions", config.auth.refresh_token_cleanup_interval, expired_sessions);
     shared(app, "expired tickets", SHORT_LIVED, expired_tickets);
     shared(app, "used refresh tokens", SHORT_LIVED, used_refresh_tokens);
@@ -105,6 +107,10 @@ async fn unused_space(app: App) -> Result<Round, StoreError> {
 async fn database_connections(app: App) -> Result<Round, StoreError> {
     app.store.tend_connections().await?;
     Ok(Round::Done)
+}
+
+async fn upload_debts(app: App) -> Result<Round, StoreError> {
+    app.store.expire_upload_debts(app.clock.now(), STEP).await.map(round)
 }
 
 async fn expired_sessions(app: App) -> Result<Round, StoreError> {

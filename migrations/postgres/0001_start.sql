@@ -128,6 +128,12 @@ CREATE INDEX attachments_of_user ON attachments (user_id, size);
 CREATE INDEX attachments_by_age ON attachments (created_at);
 CREATE INDEX attachments_incomplete ON attachments (created_at) WHERE stored <> 1;
 
+CREATE TABLE upload_debts (                       -- accounts that have uploaded lately
+    user_id uuid PRIMARY KEY,
+    paid_at bigint NOT NULL                       -- when, at the allowed bytes a day, all of it will have been allowed
+);
+CREATE INDEX upload_debts_by_age ON upload_debts (paid_at);
+
 CREATE TABLE jobs (                               -- repeated jobs, each of which one node does for all
     name   text PRIMARY KEY,
     due_at bigint NOT NULL

@@ -117,3 +117,9 @@ CREATE TABLE attachments (
 CREATE INDEX attachments_of_user ON attachments (user_id, size);
 CREATE INDEX attachments_by_age ON attachments (created_at);
 CREATE INDEX attachments_incomplete ON attachments (created_at) WHERE stored <> 1;
+
+CREATE TABLE upload_debts (                       -- accounts that have uploaded lately
+    user_id BLOB PRIMARY KEY NOT NULL,
+    paid_at INTEGER NOT NULL                      -- when, at the allowed bytes a day, all of it will have been allowed
+) STRICT, WITHOUT ROWID;
+CREATE INDEX upload_debts_by_age ON upload_debts (paid_at);

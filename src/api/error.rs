@@ -13,6 +13,7 @@ use crate::auth::passwords::Busy;
 use crate::blobs::BlobError;
 use crate::mailroom::MailroomError;
 use crate::memory::NoRoom;
+use crate::rates::Wait;
 use crate::store::StoreError;
 
 /// What a client is told when something went wrong. The body is always `{"error": "<message>"}`.
@@ -168,10 +169,17 @@ impl From<Busy> for ApiError {
     }
 }
 
+impl From<Wait> for ApiError {
+    /// The wait rounded down, plus one.
+    fn from(Wait(wait): Wait) -> Self {
+        Self::TooManyRequests { retry_after_secs: wait.as_secs() + 1 }
+    }
+}
+
 impl From<StoreError> for ApiError {
     fn from(error: StoreError) -> Self {
         error!(%error, "a request failed in the database");
-        Self::unavailable()
+        if error.is_full() { Self::DiskFull } else { Self::unavailable() }
     }
 }
 

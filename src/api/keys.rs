@@ -94,9 +94,10 @@ pub async fn counts(State(app): State<App>, caller: Caller) -> Result<axum::Json
 /// A bundle for each device of a user.
 pub async fn bundles(
     State(app): State<App>,
-    _: Caller,
+    caller: Caller,
     PathId(user): PathId<UserId>,
 ) -> Result<axum::Json<BundleList>, ApiError> {
+    app.rates.bundles(caller.user, user)?;
     let bundles = app.tasks.clone().finish(hand_out(app, user, None)).await?;
     Ok(axum::Json(BundleList { bundles }))
 }
@@ -104,9 +105,10 @@ pub async fn bundles(
 /// The bundle of one device of a user.
 pub async fn bundle(
     State(app): State<App>,
-    _: Caller,
+    caller: Caller,
     PathIds(user, device): PathIds<UserId, DeviceId>,
 ) -> Result<axum::Json<BundleBody>, ApiError> {
+    app.rates.bundles(caller.user, user)?;
     let mut bundles = app.tasks.clone().finish(hand_out(app, user, Some(device))).await?;
     bundles.pop().map(axum::Json).ok_or(ApiError::NotFound)
 }

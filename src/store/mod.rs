@@ -33,7 +33,7 @@ use crate::store::postgres::PostgresStore;
 use crate::store::sqlite::{SQLITE_FULL, SqliteStore};
 
 pub use accounts::{Credentials, NewAccount, Registered, Reset};
-pub use attachments::{AttachmentAge, Reserved, StoredAttachment};
+pub use attachments::{Allowance, AttachmentAge, Reserved, StoredAttachment};
 pub use devices::{DeviceRow, NewDevice, Removed, Standing};
 pub use links::{Approved, LinkBody, Linked, NewLink};
 pub use messages::{Expired, Page};

@@ -19,6 +19,9 @@ const TEST_OPTIONS: &[&str] = &[
     "--rate-limit-burst=1000000",
     "--auth-rate-limit-per-second=1000000",
     "--auth-rate-limit-burst=1000000",
+    "--account-rate-limit-per-second=0",
+    "--target-rate-limit-per-second=0",
+    "--prekey-fetches-per-hour=0",
     "--server-max-connections-per-address=10000",
 ];
 
