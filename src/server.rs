@@ -93,6 +93,7 @@ impl Server {
             disk: Disk::new(
                 config.database.file().and_then(Path::parent).map(Path::to_owned),
                 config.disk_reserve_bytes,
+                config.database.max_size_bytes,
             ),
             clock,
             tasks,

@@ -11,6 +11,7 @@ use tracing::error;
 
 use crate::auth::passwords::Busy;
 use crate::blobs::BlobError;
+use crate::disk::NoGrowth;
 use crate::mailroom::MailroomError;
 use crate::memory::NoRoom;
 use crate::rates::Wait;
@@ -60,7 +61,7 @@ pub enum ApiError {
         /// When to come again.
         retry_after: Duration,
     },
-    /// 507: the disk is nearly full, so nothing new is taken in.
+    /// 507: there is no room to grow, so nothing new is taken in.
     DiskFull,
 }
 
@@ -180,6 +181,12 @@ impl From<StoreError> for ApiError {
     fn from(error: StoreError) -> Self {
         error!(%error, "a request failed in the database");
         if error.is_full() { Self::DiskFull } else { Self::unavailable() }
+    }
+}
+
+impl From<NoGrowth> for ApiError {
+    fn from(_: NoGrowth) -> Self {
+        Self::DiskFull
     }
 }
 

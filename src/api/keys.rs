@@ -73,6 +73,7 @@ pub async fn refill(
 ) -> Result<StatusCode, ApiError> {
     let identity = app.store.identity(caller.no).await?.ok_or(ApiError::Unauthorized)?;
     let keys = request.into_keys().check(identity, app.config.prekeys.max).await?;
+    app.disk.check_growth()?;
     match app.store.refill(caller.no, &keys).await? {
         Refilled::Stored => Ok(StatusCode::NO_CONTENT),
         Refilled::SignedIdNotRising => {

@@ -29,8 +29,10 @@ pub async fn send(
     for recipient in &mail.recipients {
         app.rates.send(caller.user, recipient.user)?;
     }
-    if !app.disk.room_for_messages() && !app.store.has_outcome(caller.no, key).await? {
-        return Err(ApiError::DiskFull);
+    if let Err(full) = app.disk.check_growth()
+        && !app.store.has_outcome(caller.no, key).await?
+    {
+        return Err(full.into());
     }
     let sent = app.mailroom.send(mail).await?;
     Ok(answer(&sent))
