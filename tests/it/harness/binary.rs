@@ -10,11 +10,11 @@ use std::time::{Duration, Instant};
 use super::client::Target;
 use super::{Client, PATIENCE, deployment};
 
-/// What the program takes to listen on free ports of this machine.
-const ADDRESSES: &[&str] = &["--server-host=127.0.0.1", "--server-port=0", "--mgmt-port=0"];
-
-/// What it takes not to count requests.
-const NO_LIMITS: &[&str] = &[
+/// What the program takes to listen on free ports of this machine and not to count requests.
+const TEST_OPTIONS: &[&str] = &[
+    "--server-host=127.0.0.1",
+    "--server-port=0",
+    "--mgmt-port=0",
     "--rate-limit-per-second=1000000",
     "--rate-limit-burst=1000000",
     "--auth-rate-limit-per-second=1000000",
@@ -50,30 +50,36 @@ impl Binary {
     /// The program with these further options and environment variables.
     pub async fn start_with(folder: &Path, options: &[&str], variables: &[(&str, &str)]) -> Self {
         let anywhere = Target::new(([127, 0, 0, 1], 0).into());
-        Self::launch(unlimited(deployment::options(folder).await), options, variables, (anywhere.clone(), anywhere))
-            .await
+        Self::launch(deployment::options(folder).await, options, variables, (anywhere.clone(), anywhere)).await
     }
 
     /// A node with exactly these options, and those of all tests.
     pub async fn start_node(options: &[String]) -> Self {
         let anywhere = Target::new(([127, 0, 0, 1], 0).into());
-        Self::launch(unlimited(options.to_vec()), &[], &[], (anywhere.clone(), anywhere)).await
+        Self::launch(options.to_vec(), &[], &[], (anywhere.clone(), anywhere)).await
     }
 
     /// The program in embedded mode, whatever this run is about: for what only that has.
     pub async fn start_embedded(folder: &Path, options: &[&str]) -> Self {
         let anywhere = Target::new(([127, 0, 0, 1], 0).into());
         let mut binary =
-            Self::launch(unlimited(deployment::embedded_options(folder)), options, &[], (anywhere.clone(), anywhere))
-                .await;
+            Self::launch(deployment::embedded_options(folder), options, &[], (anywhere.clone(), anywhere)).await;
         binary.is_embedded = true;
         binary
     }
 
     /// The program in embedded mode with the limits that it has by default.
     pub async fn start_limited(folder: &Path, options: &[&str]) -> Self {
-        let anywhere = Target::new(([127, 0, 0, 1], 0).into());
-        Self::launch(deployment::embedded_options(folder), options, &[], (anywhere.clone(), anywhere)).await
+        let mut command = command(&[]);
+        let [host, port, management, ..] = TEST_OPTIONS else { unreachable!("they come first") };
+        command.args(deployment::embedded_options(folder)).args([host, port, management]).args(options);
+        let (child, output) = spawn(command);
+        let (target, management) = (Target::new(([127, 0, 0, 1], 0).into()), Target::new(([127, 0, 0, 1], 0).into()));
+        let mut binary = Self { child, output, target, management, is_embedded: true };
+        let (api, port) = binary.wait_for_addresses().await;
+        binary.target.set(api);
+        binary.management.set(port);
+        binary
     }
 
     /// A new process on the same folder, after this one has ended. Clients made before go on with the new one.
@@ -81,14 +87,14 @@ impl Binary {
         let layout =
             if self.is_embedded { deployment::embedded_options(folder) } else { deployment::options(folder).await };
         let targets = (self.target.clone(), self.management.clone());
-        let mut binary = Self::launch(unlimited(layout), options, &[], targets).await;
+        let mut binary = Self::launch(layout, options, &[], targets).await;
         binary.is_embedded = self.is_embedded;
         binary
     }
 
     /// A new process with exactly these options, after this one has ended. Clients made before go on with the new one.
     pub async fn start_again_with(&self, options: &[String]) -> Self {
-        Self::launch(unlimited(options.to_vec()), &[], &[], (self.target.clone(), self.management.clone())).await
+        Self::launch(options.to_vec(), &[], &[], (self.target.clone(), self.management.clone())).await
     }
 
     async fn launch(
@@ -98,7 +104,7 @@ impl Binary {
         (target, management): (Target, Target),
     ) -> Self {
         let mut command = command(variables);
-        command.args(layout).args(ADDRESSES).args(options);
+        command.args(layout).args(TEST_OPTIONS).args(options);
         let (child, output) = spawn(command);
         let mut binary = Self { child, output, target, management, is_embedded: false };
         let (api, port) = binary.wait_for_addresses().await;
@@ -219,11 +225,6 @@ impl Drop for Binary {
     fn drop(&mut self) {
         self.kill();
     }
-}
-
-fn unlimited(mut layout: Vec<String>) -> Vec<String> {
-    layout.extend(NO_LIMITS.iter().map(|&option| option.to_owned()));
-    layout
 }
 
 /// The program in an environment in which nothing of ours is set but these variables.
