@@ -45,8 +45,8 @@ pub struct Config {
     pub fcm: Fcm,
     /// Logs, traces and metrics.
     pub telemetry: Telemetry,
-    /// New messages are refused when the data folder's disk has less free space than this, new attachments below twice
-    /// that; 0 turns it off.
+    /// Growth is refused when the data folder's disk has less free space than this, new attachments below twice that; 0
+    /// turns it off.
     pub disk_reserve_bytes: u64,
 }
 

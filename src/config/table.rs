@@ -45,7 +45,7 @@ pub static GROUPS: &[Group] = &[
         optional("data-dir", "OBSCURA_DATA_DIR", Folder,
             "embedded mode: database, attachments and the signing secret are kept in this folder, and no other service is needed"),
         option("disk-reserve-bytes", "OBSCURA_DISK_RESERVE_BYTES", "268435456", Bytes(0, MAX_STORE_BYTES),
-            "new messages are refused when the data folder's disk has less free space than this, new attachments below twice that; 0 turns it off").ours(),
+            "new messages, accounts, devices and keys are refused when the data folder's disk has less free space than this, new attachments below twice that; 0 turns it off").ours(),
     ] },
     Group { title: "Retention", options: &[
         option("ttl-days", "OBSCURA_TTL_DAYS", "30", Days(1, 36_500),
@@ -69,7 +69,7 @@ pub static GROUPS: &[Group] = &[
         option("db-lock-timeout-ms", "OBSCURA_DATABASE_LOCK_TIMEOUT_MS", "5000", Milliseconds(100, MAX_MILLISECONDS),
             "PostgreSQL: longest wait for another transaction's lock").ours(),
         option("db-max-size-bytes", "OBSCURA_DATABASE_MAX_SIZE_BYTES", "0", Bytes(0, MAX_STORE_BYTES),
-            "new messages and accounts are refused when the database is larger than this; 0 means no limit").ours(),
+            "nothing new is taken in (attachments, messages, accounts, devices, keys) when the database is larger than this; 0 means no limit").ours(),
     ] },
     Group { title: "Server", options: &[
         option("server-host", "OBSCURA_SERVER_HOST", "0.0.0.0", Address,
@@ -116,7 +116,7 @@ pub static GROUPS: &[Group] = &[
         option("auth-rate-limit-burst", "OBSCURA_RATE_LIMIT_AUTH_BURST", "3", Count(0, MAX_COUNT),
             "sign-up and log-in requests of one client address at once; 0 counts as 1"),
         option("account-rate-limit-per-second", "OBSCURA_RATE_LIMIT_ACCOUNT_PER_SECOND", "30", Count(0, MAX_COUNT),
-            "API requests per account, wherever they come from, beside attachments; 0 turns it off").ours(),
+            "API requests per account, wherever they come from, beside attachments; like all these limits on each node; 0 turns it off").ours(),
         option("account-rate-limit-burst", "OBSCURA_RATE_LIMIT_ACCOUNT_BURST", "300", Count(0, MAX_COUNT),
             "API requests of one account at once; 0 counts as 1").ours(),
         option("target-rate-limit-per-second", "OBSCURA_RATE_LIMIT_TARGET_PER_SECOND", "50", Count(0, MAX_COUNT),
