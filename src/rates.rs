@@ -200,11 +200,11 @@ mod tests {
 
     /// In a map with a bound, enough other accounts would push an empty bucket out, and so fill it.
     #[tokio::test(start_paused = true)]
-    async fn a_million_other_accounts_neither_fill_an_empty_bucket_nor_take_anything_from_others() {
+    async fn many_other_accounts_neither_fill_an_empty_bucket_nor_take_anything_from_others() {
         let rates = Rates::new(&config::AccountRates { per_second: 1, burst: 200, ..RATES });
         let (empty, quiet) = (UserId::random(), UserId::random());
         assert_eq!(taken(|| rates.request(empty)), 200);
-        for _ in 0..1_000_000 {
+        for _ in 0..5 * CELLS {
             rates.request(UserId::random()).unwrap();
         }
         rates.request(empty).unwrap_err();
