@@ -27,8 +27,8 @@ const PIPELINE: u64 = 50;
 const ONCE: u64 = PIPELINE / 5 * 4;
 /// Clients who send a byte of their head now and then.
 const SLOW_CLIENTS: usize = 200;
-/// The server's patience with them.
-const HEAD_SECS: u64 = 2;
+/// The server's patience with them; and with idle connections, such as those of the honest, whose pauses are shorter.
+const HEAD_SECS: u64 = 8;
 /// What it may take beside what it took before the flood: two tables of addresses, and buffers of connections.
 const ALLOWED_BYTES: u64 = 40 << 20;
 const MIB: u64 = 1 << 20;
