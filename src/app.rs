@@ -11,6 +11,7 @@ use crate::config::Config;
 use crate::disk::Disk;
 use crate::mailroom::Mailroom;
 use crate::memory::Budget;
+use crate::rates::Rates;
 use crate::store::Store;
 use crate::tasks::Tasks;
 
@@ -33,6 +34,8 @@ pub struct App {
     pub bodies: Budget,
     /// The memory that the large frames of all sockets may take.
     pub frames: Budget,
+    /// How often accounts may do what.
+    pub rates: Rates,
     /// Whether there is room to grow.
     pub disk: Disk,
     /// What time it is.

@@ -2,15 +2,30 @@
 
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering};
 use std::time::Instant;
 
-use tracing::warn;
+use tracing::{info, warn};
 
 /// How long an answer of the file system is good for, in milliseconds.
 const FRESH_MILLIS: u64 = 1000;
 
-/// The disk that holds the data. Cloning gives the same disk.
+/// What there is room for. Attachments stop first, so that messages go on for longer.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Room {
+    /// Everything.
+    Enough,
+    /// Everything but attachments.
+    Low,
+    /// Only what makes room: acks, deletions, and what hardly grows, such as log-ins.
+    Full,
+}
+
+/// There is no room for anything new.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct NoGrowth;
+
+/// The disk that holds the data, and the database on it or elsewhere. Cloning gives the same disk.
 #[derive(Clone, Debug)]
 pub struct Disk {
     inner: Arc<Inner>,
@@ -20,6 +35,10 @@ pub struct Disk {
 struct Inner {
     folder: Option<PathBuf>,
     reserve_bytes: u64,
+    /// The largest database that may still grow; zero means any.
+    max_database_bytes: u64,
+    /// How large the database was when somebody last looked.
+    database_bytes: AtomicU64,
     opened: Instant,
     /// When the file system was last asked, in milliseconds since `opened`.
     asked_at: AtomicU64,
@@ -27,38 +46,80 @@ struct Inner {
     /// Bytes of the uploads under way. Counted in full, though part of them is on the disk already.
     claimed: AtomicU64,
     warned: AtomicBool,
+    /// The room that the operator was last told of.
+    told: AtomicU8,
 }
 
 impl Disk {
     /// The disk of `folder`, of which `reserve_bytes` stay free for acks, deletions and the database's own upkeep.
-    /// Without a folder, or with a reserve of zero, there always is room.
-    pub fn new(folder: Option<PathBuf>, reserve_bytes: u64) -> Self {
+    /// Without a folder, or with a reserve of zero, there always is room on it. A database above `max_database_bytes`
+    /// (zero: none is) has no room either.
+    pub fn new(folder: Option<PathBuf>, reserve_bytes: u64, max_database_bytes: u64) -> Self {
         let inner = Inner {
             folder: folder.filter(|_| reserve_bytes > 0),
             reserve_bytes,
+            max_database_bytes,
+            database_bytes: AtomicU64::new(0),
             opened: Instant::now(),
             asked_at: AtomicU64::new(0),
             free_bytes: AtomicU64::new(u64::MAX),
             claimed: AtomicU64::new(0),
             warned: AtomicBool::new(false),
+            told: AtomicU8::new(Room::Enough as u8),
         };
         inner.ask();
         Self { inner: Arc::new(inner) }
     }
 
-    /// Whether messages may still be taken in.
-    pub fn room_for_messages(&self) -> bool {
-        self.inner.free_bytes() >= self.inner.reserve_bytes
+    /// What there is room for.
+    pub fn room(&self) -> Room {
+        let (free, reserve) = (self.inner.free_bytes(), self.inner.reserve_bytes);
+        if free < reserve || self.inner.database_is_full() {
+            Room::Full
+        } else if self.inner.folder.is_some() && free < reserve.saturating_mul(2) {
+            Room::Low
+        } else {
+            Room::Enough
+        }
     }
 
-    /// Room for an attachment of this size, while it is being uploaded. Attachments stop earlier than messages, which so
-    /// go on for longer.
+    /// Lets messages, accounts, devices and keys in while there is room for them.
+    pub fn check_growth(&self) -> Result<(), NoGrowth> {
+        if self.room() == Room::Full { Err(NoGrowth) } else { Ok(()) }
+    }
+
+    /// Room for an attachment of this size, while it is being uploaded.
     pub fn room_for_attachment(&self, bytes: u64) -> Option<Claim> {
         let claimed = self.inner.claimed.fetch_add(bytes, Ordering::Relaxed) + bytes;
         let claim = Claim { disk: self.clone(), bytes };
         let free = self.inner.free_bytes().saturating_sub(claimed);
         let is_room = self.inner.folder.is_none() || free >= self.inner.reserve_bytes.saturating_mul(2);
-        is_room.then_some(claim)
+        (is_room && !self.inner.database_is_full()).then_some(claim)
+    }
+
+    /// Whether somebody has to look how large the database is.
+    pub fn bounds_database(&self) -> bool {
+        self.inner.max_database_bytes > 0
+    }
+
+    /// Takes note of the size of the database.
+    pub fn database_has(&self, bytes: u64) {
+        self.inner.database_bytes.store(bytes, Ordering::Relaxed);
+    }
+
+    /// Tells the operator when there has come to be less room, or more again.
+    pub fn tell(&self) {
+        let room = self.room();
+        if self.inner.told.swap(room as u8, Ordering::Relaxed) == room as u8 {
+            return;
+        }
+        match room {
+            Room::Enough => info!("there is room again; nothing is refused for lack of it"),
+            Room::Low => warn!("the disk is nearly full; new attachments are refused"),
+            Room::Full => {
+                warn!("there is no room to grow; new attachments, messages, accounts, devices and keys are refused");
+            }
+        }
     }
 }
 
@@ -76,6 +137,10 @@ impl Drop for Claim {
 }
 
 impl Inner {
+    fn database_is_full(&self) -> bool {
+        self.max_database_bytes > 0 && self.database_bytes.load(Ordering::Relaxed) > self.max_database_bytes
+    }
+
     /// The free space as it was at most about a second ago. One caller in a second asks the file system.
     fn free_bytes(&self) -> u64 {
         let now = u64::try_from(self.opened.elapsed().as_millis()).unwrap_or(u64::MAX);
@@ -115,7 +180,7 @@ mod tests {
     #[test]
     fn uploads_under_way_count_as_if_they_were_on_the_disk() {
         let folder = tempfile::tempdir().unwrap();
-        let disk = Disk::new(Some(folder.path().to_owned()), 1);
+        let disk = Disk::new(Some(folder.path().to_owned()), 1, 0);
         let most = free_bytes(folder.path()) / 4 * 3;
         let first = disk.room_for_attachment(most).unwrap();
         assert!(disk.room_for_attachment(most).is_none());
@@ -128,37 +193,49 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let free = free_bytes(folder.path());
         let room = |reserve| {
-            let disk = Disk::new(Some(folder.path().to_owned()), reserve);
-            (disk.room_for_messages(), disk.room_for_attachment(1).is_some())
+            let disk = Disk::new(Some(folder.path().to_owned()), reserve, 0);
+            (disk.room(), disk.check_growth().is_ok(), disk.room_for_attachment(1).is_some())
         };
-        assert_eq!(room(free / 4), (true, true));
-        assert_eq!(room(free / 4 * 3), (true, false));
-        assert_eq!(room(free.saturating_mul(2)), (false, false));
-        assert_eq!(room(u64::MAX), (false, false));
+        assert_eq!(room(free / 4), (Room::Enough, true, true));
+        assert_eq!(room(free / 4 * 3), (Room::Low, true, false));
+        assert_eq!(room(free.saturating_mul(2)), (Room::Full, false, false));
+        assert_eq!(room(u64::MAX), (Room::Full, false, false));
     }
 
     #[test]
     fn no_reserve_or_no_folder_means_room() {
         let folder = tempfile::tempdir().unwrap();
-        for disk in [Disk::new(Some(folder.path().to_owned()), 0), Disk::new(None, u64::MAX / 2)] {
-            assert!(disk.room_for_messages() && disk.room_for_attachment(1).is_some());
+        for disk in [Disk::new(Some(folder.path().to_owned()), 0, 0), Disk::new(None, u64::MAX / 2, 0)] {
+            assert!(disk.check_growth().is_ok() && disk.room_for_attachment(1).is_some());
         }
     }
 
     #[test]
     fn a_file_system_that_does_not_answer_has_room() {
-        let disk = Disk::new(Some("/nowhere/at/all".into()), u64::MAX / 2);
-        assert!(disk.room_for_messages() && disk.room_for_attachment(1).is_some());
+        let disk = Disk::new(Some("/nowhere/at/all".into()), u64::MAX / 2, 0);
+        assert!(disk.check_growth().is_ok() && disk.room_for_attachment(1).is_some());
         assert!(disk.inner.warned.load(Ordering::Relaxed));
     }
 
     #[test]
     fn an_answer_is_used_for_about_a_second() {
         let folder = tempfile::tempdir().unwrap();
-        let disk = Disk::new(Some(folder.path().to_owned()), 1);
+        let disk = Disk::new(Some(folder.path().to_owned()), 1, 0);
         disk.inner.free_bytes.store(0, Ordering::Relaxed);
         let asked_just_now = disk.inner.opened.elapsed().as_millis() as u64;
         disk.inner.asked_at.store(asked_just_now, Ordering::Relaxed);
-        assert!(!disk.room_for_messages());
+        assert_eq!(disk.check_growth(), Err(NoGrowth));
+    }
+
+    #[test]
+    fn a_database_above_its_bound_has_no_room_and_one_at_it_has() {
+        let disk = Disk::new(None, 0, 1000);
+        disk.database_has(1000);
+        assert_eq!((disk.room(), disk.room_for_attachment(1).is_some()), (Room::Enough, true));
+        disk.database_has(1001);
+        assert_eq!((disk.room(), disk.room_for_attachment(1).is_some()), (Room::Full, false));
+        let unbounded = Disk::new(None, 0, 0);
+        unbounded.database_has(u64::MAX);
+        assert_eq!((unbounded.room(), unbounded.bounds_database()), (Room::Enough, false));
     }
 }

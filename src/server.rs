@@ -25,6 +25,7 @@ use crate::disk::Disk;
 use crate::listener::{self, Patience};
 use crate::mailroom::Mailroom;
 use crate::memory::Budget;
+use crate::rates::Rates;
 use crate::store::{self, Store};
 use crate::sweeps;
 use crate::tasks::{Tasks, jittered};
@@ -90,9 +91,11 @@ impl Server {
             ),
             bodies: Budget::new(BODIES_KIB),
             frames: Budget::new(FRAMES_KIB),
+            rates: Rates::new(&config.account_rates),
             disk: Disk::new(
                 config.database.file().and_then(Path::parent).map(Path::to_owned),
                 config.disk_reserve_bytes,
+                config.database.max_size_bytes,
             ),
             clock,
             tasks,

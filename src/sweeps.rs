@@ -7,7 +7,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
-use tracing::info;
+use tracing::{info, warn};
 
 use crate::app::App;
 use crate::store::{REPEAT_WINDOW, StoreError};
@@ -20,6 +20,8 @@ const STEP: u32 = 500;
 const RECLAIM_PAGES: u32 = 1000;
 /// How often secrets that live for minutes at the most are cleaned up.
 const SHORT_LIVED: Duration = Duration::from_mins(1);
+/// How often it is looked whether there is room to grow.
+const ROOM: Duration = Duration::from_secs(10);
 /// How often idle connections to the database are looked through.
 const CONNECTIONS: Duration = Duration::from_secs(15);
 
@@ -47,10 +49,17 @@ pub async fn start(app: &App, forget_clients: impl Fn() + Send + 'static) {
         attachments::remove_stale(app, walk.clone())
     });
 
+    shared(app, "uploads of the last day", attachments, upload_debts);
+
     shared(app, "expired sessions", config.auth.refresh_token_cleanup_interval, expired_sessions);
     shared(app, "expired tickets", SHORT_LIVED, expired_tickets);
     shared(app, "used refresh tokens", SHORT_LIVED, used_refresh_tokens);
     shared(app, "expired link sessions", SHORT_LIVED, expired_links);
+    // Before the first request as well, or a full database would grow at every start.
+    if let Err(error) = room_to_grow(app.clone()).await {
+        warn!(%error, "the size of the database can't be found out yet");
+    }
+    every(app, "room to grow", ROOM, room_to_grow);
     every(app, "database connections", CONNECTIONS, database_connections);
     app.tasks.every("clients of the rate limiter", SHORT_LIVED, move || {
         forget_clients();
@@ -107,9 +116,21 @@ async fn unused_space(app: App) -> Result<Round, StoreError> {
     Ok(if app.store.reclaim(RECLAIM_PAGES).await? { Round::More } else { Round::Done })
 }
 
+async fn room_to_grow(app: App) -> Result<Round, StoreError> {
+    if app.disk.bounds_database() {
+        app.disk.database_has(app.store.size().await?);
+    }
+    app.disk.tell();
+    Ok(Round::Done)
+}
+
 async fn database_connections(app: App) -> Result<Round, StoreError> {
     app.store.tend_connections().await?;
     Ok(Round::Done)
+}
+
+async fn upload_debts(app: App) -> Result<Round, StoreError> {
+    app.store.expire_upload_debts(app.clock.now(), STEP).await.map(round)
 }
 
 async fn expired_sessions(app: App) -> Result<Round, StoreError> {

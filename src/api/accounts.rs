@@ -52,6 +52,7 @@ pub async fn register(
     if app.store.credentials(&username).await?.is_some() {
         return Err(username_taken());
     }
+    app.disk.check_growth()?;
     let password_hash = app.passwords.hash(password).await?;
     let now = app.clock.now();
     let session = NewSession::begin(&app.tokens, now);

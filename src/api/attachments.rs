@@ -15,14 +15,15 @@ use tracing::{error, warn};
 
 use crate::api::attachments::conditions::{Part, entity_tag, is_known, requested_part};
 use crate::api::error::ApiError;
-use crate::api::extract::{Caller, PathId};
+use crate::api::extract::{PathId, Unmetered};
 use crate::app::App;
 use crate::blobs::UploadError;
 use crate::clock::Timestamp;
 use crate::config;
 use crate::memory::NoRoom;
 use crate::model::ids::{AttachmentId, UserId};
-use crate::store::{Reserved, StoreError};
+use crate::rates::Wait;
+use crate::store::{Allowance, Reserved, StoreError};
 
 /// Where a stored attachment is, and until when.
 #[derive(Debug, Serialize)]
@@ -37,7 +38,7 @@ pub struct Attachment {
 /// `POST /v1/attachments`: stores the body, which is streamed to where it stays.
 pub async fn upload(
     State(app): State<App>,
-    caller: Caller,
+    Unmetered(caller): Unmetered,
     headers: HeaderMap,
     body: Body,
 ) -> Result<(StatusCode, axum::Json<Attachment>), ApiError> {
@@ -66,7 +67,7 @@ pub async fn upload(
 /// `GET /v1/attachments/{id}`: the bytes, or the part of them that `Range` asks for.
 pub async fn download(
     State(app): State<App>,
-    _: Caller,
+    _: Unmetered,
     PathId(id): PathId<AttachmentId>,
     method: Method,
     headers: HeaderMap,
@@ -129,12 +130,14 @@ struct Upload {
 impl Upload {
     /// Stores the attachment, row and bytes, or leaves nothing. It is durable when this returns.
     async fn run(self, app: App, body: Body, abandoned: CancellationToken) -> Result<(), ApiError> {
-        let quota = app.config.attachments.quota_bytes;
-        match app.store.reserve_attachment(self.user, self.id, self.size, quota, self.began).await? {
+        let config = &app.config.attachments;
+        let allowance = Allowance { quota_bytes: config.quota_bytes, bytes_per_day: config.bytes_per_day };
+        match app.store.reserve_attachment(self.user, self.id, self.size, allowance, self.began).await? {
             Reserved::Yes => {}
             Reserved::QuotaExceeded => {
                 return Err(ApiError::TooLarge("The account has no room left for this attachment".into()));
             }
+            Reserved::TooMuchToday(wait) => return Err(Wait(wait).into()),
         }
         let stored = self.store(&app, body, &abandoned).await;
         if stored.is_err() || abandoned.is_cancelled() {

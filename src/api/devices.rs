@@ -64,6 +64,7 @@ pub async fn link(
 ) -> Result<(StatusCode, axum::Json<AuthResponse>), ApiError> {
     let hash = OpaqueSecret::hash_of(&request.link_session_id);
     let keys = request.into_keys().check(app.config.prekeys.max).await?;
+    app.disk.check_growth()?;
     let now = app.clock.now();
     let session = NewSession::begin(&app.tokens, now);
     let (id, identity) = (DeviceId::random(), keys.identity);

@@ -11,8 +11,10 @@ use tracing::error;
 
 use crate::auth::passwords::Busy;
 use crate::blobs::BlobError;
+use crate::disk::NoGrowth;
 use crate::mailroom::MailroomError;
 use crate::memory::NoRoom;
+use crate::rates::Wait;
 use crate::store::StoreError;
 
 /// What a client is told when something went wrong. The body is always `{"error": "<message>"}`.
@@ -59,7 +61,7 @@ pub enum ApiError {
         /// When to come again.
         retry_after: Duration,
     },
-    /// 507: the disk is nearly full, so nothing new is taken in.
+    /// 507: there is no room to grow, so nothing new is taken in.
     DiskFull,
 }
 
@@ -168,10 +170,23 @@ impl From<Busy> for ApiError {
     }
 }
 
+impl From<Wait> for ApiError {
+    /// The wait rounded down, plus one.
+    fn from(Wait(wait): Wait) -> Self {
+        Self::TooManyRequests { retry_after_secs: wait.as_secs() + 1 }
+    }
+}
+
 impl From<StoreError> for ApiError {
     fn from(error: StoreError) -> Self {
         error!(%error, "a request failed in the database");
-        Self::unavailable()
+        if error.is_full() { Self::DiskFull } else { Self::unavailable() }
+    }
+}
+
+impl From<NoGrowth> for ApiError {
+    fn from(_: NoGrowth) -> Self {
+        Self::DiskFull
     }
 }
 

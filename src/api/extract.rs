@@ -47,19 +47,33 @@ impl FromRequestParts<App> for Caller {
     type Rejection = ApiError;
 
     async fn from_request_parts(parts: &mut Parts, app: &App) -> Result<Self, ApiError> {
+        let Unmetered(caller) = Unmetered::from_request_parts(parts, app).await?;
+        app.rates.request(caller.user)?;
+        Ok(caller)
+    }
+}
+
+/// The device that calls, where its account's requests aren't counted.
+#[derive(Clone, Copy, Debug)]
+pub struct Unmetered(pub Caller);
+
+impl FromRequestParts<App> for Unmetered {
+    type Rejection = ApiError;
+
+    async fn from_request_parts(parts: &mut Parts, app: &App) -> Result<Self, ApiError> {
         let token = bearer_token(&parts.headers).ok_or(ApiError::Unauthorized)?;
         let claims = app.tokens.verify_access_token(token, app.clock.now()).ok_or(ApiError::Unauthorized)?;
         let standing = app.store.standing(claims.device).await?.ok_or(ApiError::Unauthorized)?;
         if standing.user != claims.user || claims.expires_at <= standing.tokens_void_to {
             return Err(ApiError::Unauthorized);
         }
-        Ok(Self {
+        Ok(Self(Caller {
             user: claims.user,
             device: claims.device,
             no: standing.no,
             is_primary: standing.is_primary,
             token_expires_at: claims.expires_at,
-        })
+        }))
     }
 }
 

@@ -73,6 +73,7 @@ pub async fn refill(
 ) -> Result<StatusCode, ApiError> {
     let identity = app.store.identity(caller.no).await?.ok_or(ApiError::Unauthorized)?;
     let keys = request.into_keys().check(identity, app.config.prekeys.max).await?;
+    app.disk.check_growth()?;
     match app.store.refill(caller.no, &keys).await? {
         Refilled::Stored => Ok(StatusCode::NO_CONTENT),
         Refilled::SignedIdNotRising => {
@@ -94,9 +95,10 @@ pub async fn counts(State(app): State<App>, caller: Caller) -> Result<axum::Json
 /// A bundle for each device of a user.
 pub async fn bundles(
     State(app): State<App>,
-    _: Caller,
+    caller: Caller,
     PathId(user): PathId<UserId>,
 ) -> Result<axum::Json<BundleList>, ApiError> {
+    app.rates.bundles(caller.user, user)?;
     let bundles = app.tasks.clone().finish(hand_out(app, user, None)).await?;
     Ok(axum::Json(BundleList { bundles }))
 }
@@ -104,9 +106,10 @@ pub async fn bundles(
 /// The bundle of one device of a user.
 pub async fn bundle(
     State(app): State<App>,
-    _: Caller,
+    caller: Caller,
     PathIds(user, device): PathIds<UserId, DeviceId>,
 ) -> Result<axum::Json<BundleBody>, ApiError> {
+    app.rates.bundles(caller.user, user)?;
     let mut bundles = app.tasks.clone().finish(hand_out(app, user, Some(device))).await?;
     bundles.pop().map(axum::Json).ok_or(ApiError::NotFound)
 }

@@ -57,6 +57,8 @@ pub async fn open(
     Json(request): Json<OpenLinkSessionRequest>,
 ) -> Result<(StatusCode, axum::Json<LinkSession>), ApiError> {
     let user = authenticate(&app, &request.username, request.password).await?;
+    // Now, and not only when somebody has typed in what links the device.
+    app.disk.check_growth()?;
     let id = OpaqueSecret::random();
     let now = app.clock.now();
     let expires_at = now + LIFETIME;
@@ -78,6 +80,7 @@ pub async fn approve(
     if parcel.len() > MAX_PARCEL_BYTES {
         return Err(ApiError::TooLarge("Payload too large".into()));
     }
+    app.disk.check_growth()?;
     match app.store.approve_link(caller.user, &hash, &parcel, app.clock.now()).await? {
         Approved::Stored => Ok(StatusCode::NO_CONTENT),
         Approved::Unknown => Err(ApiError::NotFound),

@@ -12,6 +12,7 @@ use serde::Serialize;
 use tracing::warn;
 
 use crate::app::App;
+use crate::disk::Room;
 
 /// The management port.
 pub fn router(app: App) -> Router {
@@ -25,6 +26,9 @@ pub struct Readiness {
     database: Check,
     storage: Check,
     pubsub: Check,
+    /// Only while something is refused for lack of room. The node is ready all the same: acks make room again.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    space: Option<&'static str>,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
@@ -45,7 +49,12 @@ async fn ready(State(app): State<App>) -> impl IntoResponse {
     let is_ready = [database, storage, pubsub].iter().all(|part| *part == Check::Ok) && !app.tasks.is_stopping();
     let (code, status) =
         if is_ready { (StatusCode::OK, Check::Ok) } else { (StatusCode::SERVICE_UNAVAILABLE, Check::Error) };
-    (code, Json(Readiness { status, database, storage, pubsub }))
+    let space = match app.disk.room() {
+        Room::Enough => None,
+        Room::Low => Some("low"),
+        Room::Full => Some("full"),
+    };
+    (code, Json(Readiness { status, database, storage, pubsub, space }))
 }
 
 async fn check<E: Display>(part: &str, limit: Duration, look: impl Future<Output = Result<(), E>>) -> Check {

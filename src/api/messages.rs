@@ -26,8 +26,13 @@ pub async fn send(
     let digest = *digest.first_chunk().expect("SHA-256 has 32 bytes");
     let sender = Sender { user: caller.user, device: caller.device, no: caller.no };
     let mail = wire::outgoing(body, sender, key, digest, app.config.messaging.send_batch_limit)?;
-    if !app.disk.room_for_messages() && !app.store.has_outcome(caller.no, key).await? {
-        return Err(ApiError::DiskFull);
+    for recipient in &mail.recipients {
+        app.rates.send(caller.user, recipient.user)?;
+    }
+    if let Err(full) = app.disk.check_growth()
+        && !app.store.has_outcome(caller.no, key).await?
+    {
+        return Err(full.into());
     }
     let sent = app.mailroom.send(mail).await?;
     Ok(answer(&sent))

@@ -35,7 +35,9 @@ pub enum Limited {
     Standard,
     /// What starts or ends a session.
     Auth,
-    /// Not limited by requests: attachments (limited by bytes) and the document.
+    /// Limited by the bytes that an account uploads, and not by requests.
+    Bytes,
+    /// Not limited: downloads and the document.
     Free,
 }
 
@@ -75,26 +77,26 @@ macro_rules! routes {
 }
 
 routes! {
-    POST   "/v1/users"                           Auth     accounts::register    => [201 400 408 409 413 415 422 429 500 503];
-    POST   "/v1/users/reset"                     Auth     accounts::reset       => [200 400 401 408 413 415 422 429 500 503];
-    POST   "/v1/session"                         Auth     sessions::log_in      => [200 400 401 408 409 413 415 422 429 500 503];
-    DELETE "/v1/session"                         Auth     sessions::log_out     => [204 401 408 429 500 503];
-    POST   "/v1/session/refresh"                 Auth     sessions::refresh     => [200 400 401 408 413 415 422 429 500 503];
-    POST   "/v1/link-sessions"                   Auth     links::open           => [201 400 401 408 413 415 422 429 500 503];
-    PUT    "/v1/link-sessions/{id}"              Standard links::approve        => [204 400 401 403 404 408 409 413 429 500 503];
+    POST   "/v1/users"                           Auth     accounts::register    => [201 400 408 409 413 415 422 429 500 503 507];
+    POST   "/v1/users/reset"                     Auth     accounts::reset       => [200 400 401 408 413 415 422 429 500 503 507];
+    POST   "/v1/session"                         Auth     sessions::log_in      => [200 400 401 408 409 413 415 422 429 500 503 507];
+    DELETE "/v1/session"                         Auth     sessions::log_out     => [204 401 408 429 500 503 507];
+    POST   "/v1/session/refresh"                 Auth     sessions::refresh     => [200 400 401 408 413 415 422 429 500 503 507];
+    POST   "/v1/link-sessions"                   Auth     links::open           => [201 400 401 408 413 415 422 429 500 503 507];
+    PUT    "/v1/link-sessions/{id}"              Standard links::approve        => [204 400 401 403 404 408 409 413 429 500 503 507];
     GET    "/v1/link-sessions/{id}"              Standard links::read           => [200 204 400 404 408 429 500 503];
-    POST   "/v1/devices"                         Standard devices::link         => [201 400 403 408 413 415 422 429 500 503];
+    POST   "/v1/devices"                         Standard devices::link         => [201 400 403 408 413 415 422 429 500 503 507];
     GET    "/v1/devices"                         Standard devices::list         => [200 401 408 429 500 503];
-    DELETE "/v1/devices/{deviceId}"              Standard devices::delete       => [204 400 401 403 404 408 429 500 503];
-    POST   "/v1/keys"                            Standard keys::refill          => [204 400 401 408 413 415 422 429 500 503];
+    DELETE "/v1/devices/{deviceId}"              Standard devices::delete       => [204 400 401 403 404 408 429 500 503 507];
+    POST   "/v1/keys"                            Standard keys::refill          => [204 400 401 408 413 415 422 429 500 503 507];
     GET    "/v1/keys"                            Standard keys::counts          => [200 401 408 429 500 503];
-    GET    "/v1/keys/{userId}"                   Standard keys::bundles         => [200 400 401 404 408 429 500 503];
-    GET    "/v1/keys/{userId}/devices/{deviceId}" Standard keys::bundle         => [200 400 401 404 408 429 500 503];
+    GET    "/v1/keys/{userId}"                   Standard keys::bundles         => [200 400 401 404 408 429 500 503 507];
+    GET    "/v1/keys/{userId}/devices/{deviceId}" Standard keys::bundle         => [200 400 401 404 408 429 500 503 507];
     POST   "/v1/messages"                        Standard messages::send        => [200 400 401 408 413 429 500 503 507];
-    POST   "/v1/gateway/ticket"                  Standard gateway::ticket       => [201 401 408 429 500 503];
+    POST   "/v1/gateway/ticket"                  Standard gateway::ticket       => [201 401 408 429 500 503 507];
     GET    "/v1/gateway"                         Standard gateway::connect      => [101 400 401 408 426 429 500];
-    PUT    "/v1/push-token"                      Standard push_token::put       => [204 400 401 408 413 415 422 429 500 503];
-    POST   "/v1/attachments"                     Free     attachments::upload   => [201 400 401 408 411 413 500 503 507];
+    PUT    "/v1/push-token"                      Standard push_token::put       => [204 400 401 408 413 415 422 429 500 503 507];
+    POST   "/v1/attachments"                     Bytes    attachments::upload   => [201 400 401 408 411 413 429 500 503 507];
     GET    "/v1/attachments/{id}"                Free     attachments::download => [200 206 304 400 401 404 408 416 500 503];
     GET    "/openapi.yaml"                       Free     document              => [200];
 }
@@ -113,7 +115,7 @@ fn guarded(route: MethodRouter<App>, limited: Limited, limits: &Limits) -> Metho
     match limited {
         Limited::Standard => route.layer(from_fn_with_state(limits.clone(), limits::standard)),
         Limited::Auth => route.layer(from_fn_with_state(limits.clone(), limits::auth)),
-        Limited::Free => route,
+        Limited::Bytes | Limited::Free => route,
     }
 }
 

@@ -23,6 +23,8 @@ pub struct Config {
     pub auth: Auth,
     /// Requests per client address.
     pub rate_limits: RateLimits,
+    /// What an account may do how often.
+    pub account_rates: AccountRates,
     /// How long a readiness check may take.
     pub health: Health,
     /// Age at which messages and attachments are deleted; at least a day.
@@ -43,8 +45,8 @@ pub struct Config {
     pub fcm: Fcm,
     /// Logs, traces and metrics.
     pub telemetry: Telemetry,
-    /// New messages are refused when the data folder's disk has less free space than this, new attachments below twice
-    /// that; 0 turns it off.
+    /// Growth is refused when the data folder's disk has less free space than this, new attachments below twice that; 0
+    /// turns it off.
     pub disk_reserve_bytes: u64,
 }
 
@@ -67,6 +69,8 @@ pub struct Database {
     pub statement_timeout: Duration,
     /// PostgreSQL: longest wait for another transaction's lock.
     pub lock_timeout: Duration,
+    /// Growth is refused from this size on; 0 means no limit.
+    pub max_size_bytes: u64,
 }
 
 impl Database {
@@ -130,6 +134,21 @@ pub struct RateLimits {
     pub auth_per_second: u32,
     /// Sign-up and log-in requests available at first.
     pub auth_burst: u32,
+}
+
+/// Token buckets per account. A rate of 0 is no limit.
+#[derive(Clone, Debug)]
+pub struct AccountRates {
+    /// Requests of one account that come back each second.
+    pub per_second: u32,
+    /// Requests of one account available at first.
+    pub burst: u32,
+    /// Sends to one account, from all others together, that come back each second.
+    pub target_per_second: u32,
+    /// Sends to one account available at first.
+    pub target_burst: u32,
+    /// How often an hour one account may fetch the prekey bundles of another.
+    pub bundles_per_hour: u32,
 }
 
 /// How long each part of the readiness check may take.
@@ -271,6 +290,8 @@ pub struct Attachments {
     pub timeout: Duration,
     /// Stored attachment bytes of one account; 0 means no limit.
     pub quota_bytes: u64,
+    /// Bytes that one account may upload in a day; 0 means no limit.
+    pub bytes_per_day: u64,
 }
 
 impl Attachments {

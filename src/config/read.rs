@@ -5,8 +5,8 @@ use std::{ffi::OsString, path::Path, time::Duration};
 use clap::{Arg, ArgAction, ArgMatches, Command};
 
 use crate::config::{
-    Attachments, Auth, Config, ConfigError, Database, Fcm, Gateway, Health, LogFormat, Messaging, Notifications,
-    Prekeys, Pubsub, RateLimits, Secret, Server, Telemetry,
+    AccountRates, Attachments, Auth, Config, ConfigError, Database, Fcm, Gateway, Health, LogFormat, Messaging,
+    Notifications, Prekeys, Pubsub, RateLimits, Secret, Server, Telemetry,
     given::Given,
     option::{Opt, Takes},
     table::GROUPS,
@@ -66,6 +66,7 @@ impl Config {
             server: server(&given),
             auth: auth(&given),
             rate_limits: rate_limits(&given),
+            account_rates: account_rates(&given),
             health: health(&given),
             retention: given.duration("ttl-days"),
             messaging: messaging(&given),
@@ -150,6 +151,7 @@ fn database(given: &Given) -> Database {
         max_lifetime: given.duration("db-max-lifetime-secs"),
         statement_timeout: given.duration("db-statement-timeout-ms"),
         lock_timeout: given.duration("db-lock-timeout-ms"),
+        max_size_bytes: given.number("db-max-size-bytes"),
     }
 }
 
@@ -185,6 +187,16 @@ fn rate_limits(given: &Given) -> RateLimits {
         burst: at_least_one("rate-limit-burst"),
         auth_per_second: at_least_one("auth-rate-limit-per-second"),
         auth_burst: at_least_one("auth-rate-limit-burst"),
+    }
+}
+
+fn account_rates(given: &Given) -> AccountRates {
+    AccountRates {
+        per_second: given.number("account-rate-limit-per-second"),
+        burst: given.number("account-rate-limit-burst"),
+        target_per_second: given.number("target-rate-limit-per-second"),
+        target_burst: given.number("target-rate-limit-burst"),
+        bundles_per_hour: given.number("prekey-fetches-per-hour"),
     }
 }
 
@@ -273,6 +285,7 @@ fn attachments(given: &Given) -> Attachments {
         cleanup_batch_size: given.number("storage-cleanup-batch-size"),
         timeout: given.duration("attachment-timeout-secs"),
         quota_bytes: given.number("attachment-quota-bytes"),
+        bytes_per_day: given.number("attachment-bytes-per-day"),
     }
 }
 

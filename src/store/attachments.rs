@@ -2,6 +2,8 @@
 //!
 //! The row comes first, as pending, and goes last. So bytes without a row can't be, whatever happens in between.
 
+use std::time::Duration;
+
 use sqlx::types::Uuid;
 
 use crate::clock::Timestamp;
@@ -16,6 +18,17 @@ pub enum Reserved {
     Yes,
     /// The account would pass its quota.
     QuotaExceeded,
+    /// The account has uploaded too much lately. It may go on after this time.
+    TooMuchToday(Duration),
+}
+
+/// How much an account may upload. Zero means no limit.
+#[derive(Clone, Copy, Debug)]
+pub struct Allowance {
+    /// Bytes stored or being uploaded at a time.
+    pub quota_bytes: u64,
+    /// Bytes in a day.
+    pub bytes_per_day: u64,
 }
 
 /// An attachment that can be downloaded.
@@ -42,6 +55,8 @@ impl AttachmentAge {
     }
 }
 
+const DAY: Duration = Duration::from_hours(24);
+
 /// Values of the column `stored`.
 const PENDING: i32 = 0;
 const STORED: i32 = 1;
@@ -54,34 +69,40 @@ const BLOCK_BYTES: i64 = 4096;
 const MIN_COUNT: i64 = 16;
 
 impl Store {
-    /// Reserves room for an upload of `size` bytes, unless the account would pass its quota. Everything that is
-    /// stored or being uploaded counts. A quota of zero is none.
+    /// Reserves room for an upload of `size` bytes, unless the account would pass its allowance. Everything that is
+    /// stored or being uploaded counts against the quota; every upload that was begun counts against the day.
     pub async fn reserve_attachment(
         &self,
         user: UserId,
         id: AttachmentId,
         size: u64,
-        quota: u64,
+        allowance: Allowance,
         now: Timestamp,
     ) -> Result<Reserved> {
-        let [size, quota] = [size, quota].map(|bytes| i64::try_from(bytes).unwrap_or(i64::MAX));
         let mut tx = self.begin().await?;
-        if quota > 0 {
-            // So that two uploads don't pass the quota together.
-            devices::lock_account(&mut tx, user).await?;
-            let statement =
-                "SELECT COUNT(*), CAST(COALESCE(SUM(size), 0) AS BIGINT) FROM attachments WHERE user_id = $1";
-            let (count, used): (i64, i64) = on!(&mut tx, |db| sqlx::query_as(statement).bind(user).fetch_one(db))?;
-            if used.saturating_add(size) > quota || count >= (quota / BLOCK_BYTES).max(MIN_COUNT) {
-                tx.commit().await?;
-                return Ok(Reserved::QuotaExceeded);
-            }
+        let refused = match is_over_quota(&mut tx, user, size, allowance.quota_bytes).await? {
+            true => Some(Reserved::QuotaExceeded),
+            false => charge(&mut tx, user, size, allowance.bytes_per_day, now).await?.map(Reserved::TooMuchToday),
+        };
+        if let Some(refused) = refused {
+            tx.commit().await?;
+            return Ok(refused);
         }
         let statement = "INSERT INTO attachments (id, user_id, size, stored, created_at) VALUES ($1, $2, $3, $4, $5)";
         let created_at = Timestamp::from_seconds(now.seconds());
-        run!(&mut tx, sqlx::query(statement).bind(id).bind(user).bind(size).bind(PENDING).bind(created_at))?;
+        run!(&mut tx, sqlx::query(statement).bind(id).bind(user).bind(whole(size)).bind(PENDING).bind(created_at))?;
         tx.commit().await?;
         Ok(Reserved::Yes)
+    }
+
+    /// Forgets up to `limit` accounts whose uploads of the last day don't count any more.
+    pub async fn expire_upload_debts(&self, now: Timestamp, limit: u32) -> Result<u64> {
+        let mut tx = self.begin().await?;
+        let statement = "DELETE FROM upload_debts WHERE paid_at <= $1 AND user_id IN (
+                 SELECT user_id FROM upload_debts WHERE paid_at <= $1 ORDER BY paid_at LIMIT $2)";
+        let forgotten = run!(&mut tx, sqlx::query(statement).bind(now).bind(i64::from(limit)))?;
+        tx.commit().await?;
+        Ok(forgotten)
     }
 
     /// Makes a pending attachment downloadable. False when its reservation was given up meanwhile: then its bytes have
@@ -170,4 +191,44 @@ impl Store {
         }
         tx.commit().await
     }
+}
+
+async fn is_over_quota(tx: &mut Tx, user: UserId, size: u64, quota: u64) -> Result<bool> {
+    if quota == 0 {
+        return Ok(false);
+    }
+    let (size, quota) = (whole(size), whole(quota));
+    // So that two uploads don't pass the quota together.
+    devices::lock_account(tx, user).await?;
+    let statement = "SELECT COUNT(*), CAST(COALESCE(SUM(size), 0) AS BIGINT) FROM attachments WHERE user_id = $1";
+    let (count, used): (i64, i64) = on!(tx, |db| sqlx::query_as(statement).bind(user).fetch_one(db))?;
+    Ok(used.saturating_add(size) > quota || count >= (quota / BLOCK_BYTES).max(MIN_COUNT))
+}
+
+/// Counts an upload against the day, or answers how long the account has to wait for that. The sizes of stored
+/// attachments would not do: of an upload that was broken off nothing is left.
+async fn charge(tx: &mut Tx, user: UserId, size: u64, bytes_per_day: u64, now: Timestamp) -> Result<Option<Duration>> {
+    if bytes_per_day == 0 {
+        return Ok(None);
+    }
+    let millis = (u128::from(size) * DAY.as_millis()).div_ceil(u128::from(bytes_per_day));
+    // The largest attachment may be larger than what is allowed in a day. It then takes all of it.
+    let cost = Duration::from_millis(u64::try_from(millis).unwrap_or(u64::MAX)).min(DAY);
+    let statement = "INSERT INTO upload_debts (user_id, paid_at) VALUES ($1, $2 + $3)
+         ON CONFLICT (user_id) DO UPDATE
+         SET paid_at = CASE WHEN upload_debts.paid_at > $2 THEN upload_debts.paid_at ELSE $2 END + $3
+         WHERE upload_debts.paid_at <= $4";
+    let cost_millis = i64::try_from(cost.as_millis()).expect("at most a day");
+    let latest = now + DAY - cost;
+    if run!(tx, sqlx::query(statement).bind(user).bind(now).bind(cost_millis).bind(latest))? == 1 {
+        return Ok(None);
+    }
+    let statement = "SELECT paid_at FROM upload_debts WHERE user_id = $1";
+    let paid_at: Timestamp = on!(tx, |db| sqlx::query_scalar(statement).bind(user).fetch_one(db))?;
+    Ok(Some(Duration::from_millis(paid_at.millis().saturating_sub(latest.millis()).unsigned_abs())))
+}
+
+/// A number of bytes as the database counts them.
+fn whole(bytes: u64) -> i64 {
+    i64::try_from(bytes).unwrap_or(i64::MAX)
 }

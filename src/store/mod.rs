@@ -31,7 +31,7 @@ use sqlx::migrate::{MigrateError, Migrator};
 
 use crate::config;
 use crate::model::ids::DeviceId;
-use crate::store::database::{Database, Tx};
+use crate::store::database::{Database, Tx, reading};
 use crate::store::gather::Gather;
 use crate::store::messages::Look;
 use crate::store::numbering::Numbering;
@@ -39,7 +39,7 @@ use crate::store::postgres::PostgresStore;
 use crate::store::sqlite::{SQLITE_FULL, SqliteStore};
 
 pub use accounts::{Credentials, NewAccount, Registered, Reset};
-pub use attachments::{AttachmentAge, Reserved, StoredAttachment};
+pub use attachments::{Allowance, AttachmentAge, Reserved, StoredAttachment};
 pub use devices::{DeviceRow, NewDevice, Removed, Standing};
 pub use links::{Approved, LinkBody, Linked, NewLink};
 pub use messages::{Expired, Page};
@@ -257,6 +257,23 @@ impl Store {
             Database::Sqlite(sqlite) => sqlite.close().await,
             Database::Postgres(postgres) => postgres.pool.close().await,
         }
+    }
+
+    /// How many bytes the database takes. SQLite's unused pages don't count; what PostgreSQL has free inside its files
+    /// does.
+    pub async fn size(&self) -> Result<u64> {
+        let bytes: i64 = match &self.database {
+            Database::Sqlite(sqlite) => {
+                let statement = "SELECT (page_count - freelist_count) * page_size
+                     FROM pragma_page_count, pragma_freelist_count, pragma_page_size";
+                sqlx::query_scalar(statement).fetch_one(&mut *sqlite.read.get().await?).await?
+            }
+            Database::Postgres(_) => {
+                let statement = "SELECT pg_database_size(current_database())";
+                reading!(self, |db| sqlx::query_scalar(statement).fetch_one(db))?
+            }
+        };
+        Ok(bytes.unsigned_abs())
     }
 
     /// Gives up to `pages` unused pages of SQLite's file back to the file system. Answers whether there may be more.

@@ -21,6 +21,7 @@ const MIDDLE: &[(&str, &[&str])] = &[
     ("memory", &[]),
     ("bus", &[]),
     ("disk", &[]),
+    ("rates", &[]),
     ("store", &[]),
     ("mailroom", &["store", "bus"]),
 ];

@@ -1,6 +1,9 @@
 //! A disk of ours that fills up: growth is refused early, and everything that makes room goes on.
 
-use crate::harness::{TestServer, eventually, send_request};
+use serde_json::json;
+
+use crate::harness::signer::Identity;
+use crate::harness::{Device, Keys, PASSWORD, Response, TestServer, eventually, send_request, signed_key, unique_name};
 
 /// More than any disk has.
 const ENORMOUS: u64 = u64::MAX / 4;
@@ -12,6 +15,7 @@ async fn a_full_disk_refuses_sends_and_uploads_and_lets_everything_else_go_on() 
     let upload = || alice.request("POST", "/v1/attachments").body("ciphertext");
     let id = upload().send().await.expect(201).json()["id"].as_str().unwrap().to_owned();
     alice.send_to(&bob, "waiting").await;
+    let linked = alice.link().await;
 
     server.restart_with(|config| config.disk_reserve_bytes = ENORMOUS).await;
     let message = send_request(&[(&bob, b"too much")]);
@@ -25,13 +29,106 @@ async fn a_full_disk_refuses_sends_and_uploads_and_lets_everything_else_go_on() 
     socket.ack(&envelopes).await;
     let database = server.database().await;
     eventually("the ack to be applied", async || database.queued(&bob).await == 0).await;
-    let linked = alice.link().await;
     alice.remove(&linked).await;
     alice.log_in().await;
 
     server.restart_with(|config| config.disk_reserve_bytes = 0).await;
     alice.send_to(&bob, "room again").await;
     upload().send().await.expect(201);
+}
+
+/// The answer to an attempt to register.
+async fn register(server: &TestServer) -> Response {
+    let mut body = Keys::default().to_json(&Identity::generate());
+    body["username"] = json!(unique_name("user"));
+    body["password"] = json!(PASSWORD);
+    server.client().post("/v1/users").json(&body).send().await
+}
+
+/// Everything that makes the database grow is refused.
+async fn assert_no_growth(server: &TestServer, alice: &Device, bob: &Device) {
+    alice.post_messages(uuid::Uuid::new_v4(), &send_request(&[(bob, b"too much")])).await.expect(507);
+    alice.request("POST", "/v1/attachments").body("ciphertext").send().await.expect(507);
+    register(server).await.expect(507);
+    let body = json!({"username": alice.username, "password": PASSWORD});
+    server.client().post("/v1/link-sessions").json(&body).send().await.expect(507);
+    let keys = json!({"signedPreKey": signed_key(&alice.identity, 9), "oneTimePreKeys": []});
+    alice.request("POST", "/v1/keys").json(&keys).send().await.expect(507);
+}
+
+#[tokio::test]
+async fn a_full_disk_refuses_accounts_devices_and_keys() {
+    let mut server = TestServer::start_embedded_with(|_| {}).await;
+    let (alice, bob) = (server.account().await, server.account().await);
+    let opened = alice.client.post("/v1/link-sessions");
+    let opened = opened.json(&json!({"username": alice.username, "password": PASSWORD})).send().await.expect(201);
+    let approved = alice.approved_link_session().await;
+
+    server.restart_with(|config| config.disk_reserve_bytes = ENORMOUS).await;
+    assert_no_growth(&server, &alice, &bob).await;
+    let path = format!("/v1/link-sessions/{}", opened.json()["id"].as_str().unwrap());
+    alice.request("PUT", &path).body("approved").send().await.expect(507);
+    let mut body = Keys::default().to_json(&alice.identity);
+    body["linkSessionId"] = json!(approved);
+    alice.client.post("/v1/devices").json(&body).send().await.expect(507);
+    alice.bundles(bob.user).await;
+
+    server.restart_with(|config| config.disk_reserve_bytes = 0).await;
+    alice.finish_link(&approved, Keys::default()).await;
+    register(&server).await.expect(201);
+}
+
+#[tokio::test]
+async fn readiness_tells_of_a_full_disk_and_the_node_stays_ready() {
+    let server = TestServer::start_embedded_with(|config| config.disk_reserve_bytes = ENORMOUS).await;
+    let ready = server.management().get("/readyz").send().await.expect(200);
+    let expected = json!({"status": "ok", "database": "ok", "storage": "ok", "pubsub": "ok", "space": "full"});
+    assert_eq!(ready.json(), expected);
+}
+
+#[tokio::test]
+async fn a_database_above_its_bound_grows_no_more_and_its_messages_are_delivered() {
+    let mut server = TestServer::start().await;
+    let (alice, bob) = (server.account().await, server.account().await);
+    alice.send_to(&bob, "waiting").await;
+
+    server.restart_with(|config| config.database.max_size_bytes = 1).await;
+    assert_no_growth(&server, &alice, &bob).await;
+    let mut socket = bob.connect().await;
+    let envelopes = socket.messages(1).await;
+    socket.ack(&envelopes).await;
+    let database = server.database().await;
+    eventually("the ack to be applied", async || database.queued(&bob).await == 0).await;
+    assert_eq!(server.management().get("/readyz").send().await.expect(200).json()["space"], "full");
+
+    server.restart_with(|config| config.database.max_size_bytes = 1 << 40).await;
+    alice.send_to(&bob, "room again").await;
+}
+
+/// What PostgreSQL says when its own disk is full.
+#[tokio::test]
+async fn a_database_server_whose_disk_is_full_is_told_as_such_on_every_route() {
+    let attachments = tempfile::tempdir().unwrap();
+    let server = TestServer::start_node_with(|config| {
+        config.attachments.endpoint = Some(format!("file:{}", attachments.path().display()));
+    })
+    .await;
+    let (alice, bob) = (server.account().await, server.account().await);
+    let database = server.database().await;
+    database
+        .execute(
+            "CREATE FUNCTION no_space() RETURNS trigger LANGUAGE plpgsql AS
+             $$ BEGIN RAISE EXCEPTION 'No space left on device' USING ERRCODE = '53100'; END $$",
+        )
+        .await;
+    for table in ["messages", "users", "link_sessions", "device_keys", "attachments", "push_tokens"] {
+        let trigger = format!(
+            "CREATE TRIGGER full_disk BEFORE INSERT OR UPDATE ON {table} FOR EACH ROW EXECUTE FUNCTION no_space()"
+        );
+        database.execute(&trigger).await;
+    }
+    assert_no_growth(&server, &alice, &bob).await;
+    alice.request("PUT", "/v1/push-token").json(&json!({"token": "t"})).send().await.expect(507);
 }
 
 #[tokio::test]
@@ -47,8 +144,9 @@ async fn a_full_disk_does_not_change_the_answer_to_a_repeat() {
 
 #[tokio::test]
 async fn a_refused_upload_is_not_read() {
-    let server = TestServer::start_embedded_with(|config| config.disk_reserve_bytes = ENORMOUS).await;
+    let mut server = TestServer::start_embedded_with(|_| {}).await;
     let device = server.account().await;
+    server.restart_with(|config| config.disk_reserve_bytes = ENORMOUS).await;
     let head = format!(
         "POST /v1/attachments HTTP/1.1\r\nhost: x\r\nconnection: close\r\nauthorization: Bearer {}\r\ncontent-length: 1000\r\n\r\n",
         device.token

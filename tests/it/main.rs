@@ -14,6 +14,7 @@ mod config;
 mod containers;
 mod crash;
 mod disk;
+mod flood;
 mod gateway;
 mod openapi;
 mod postgres;

@@ -1,5 +1,6 @@
 //! The REST contract, spoken over real HTTP: one file for each resource.
 
+mod account_limits;
 mod accounts;
 mod attachments;
 mod bodies;

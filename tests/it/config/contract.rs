@@ -92,6 +92,13 @@ pub const FURTHER: &str = "\
 /// Of this server alone.
 pub const OURS: &str = "\
 --attachment-quota-bytes OBSCURA_ATTACHMENT_QUOTA_BYTES 1073741824
+--account-rate-limit-per-second OBSCURA_RATE_LIMIT_ACCOUNT_PER_SECOND 30
+--account-rate-limit-burst OBSCURA_RATE_LIMIT_ACCOUNT_BURST 300
+--target-rate-limit-per-second OBSCURA_RATE_LIMIT_TARGET_PER_SECOND 50
+--target-rate-limit-burst OBSCURA_RATE_LIMIT_TARGET_BURST 2000
+--prekey-fetches-per-hour OBSCURA_RATE_LIMIT_PREKEY_FETCHES_PER_HOUR 60
+--attachment-bytes-per-day OBSCURA_ATTACHMENT_BYTES_PER_DAY 1073741824
+--db-max-size-bytes OBSCURA_DATABASE_MAX_SIZE_BYTES 0
 --disk-reserve-bytes OBSCURA_DISK_RESERVE_BYTES 268435456
 --db-statement-timeout-ms OBSCURA_DATABASE_STATEMENT_TIMEOUT_MS 10000
 --db-lock-timeout-ms OBSCURA_DATABASE_LOCK_TIMEOUT_MS 5000

@@ -19,6 +19,9 @@ const TEST_OPTIONS: &[&str] = &[
     "--rate-limit-burst=1000000",
     "--auth-rate-limit-per-second=1000000",
     "--auth-rate-limit-burst=1000000",
+    "--account-rate-limit-per-second=0",
+    "--target-rate-limit-per-second=0",
+    "--prekey-fetches-per-hour=0",
     "--server-max-connections-per-address=10000",
 ];
 
@@ -62,6 +65,20 @@ impl Binary {
         let mut binary =
             Self::launch(deployment::embedded_options(folder), options, &[], (anywhere.clone(), anywhere)).await;
         binary.is_embedded = true;
+        binary
+    }
+
+    /// The program in embedded mode with the limits that it has by default.
+    pub async fn start_limited(folder: &Path, options: &[&str]) -> Self {
+        let mut command = command(&[]);
+        let [host, port, management, ..] = TEST_OPTIONS else { unreachable!("they come first") };
+        command.args(deployment::embedded_options(folder)).args([host, port, management]).args(options);
+        let (child, output) = spawn(command);
+        let (target, management) = (Target::new(([127, 0, 0, 1], 0).into()), Target::new(([127, 0, 0, 1], 0).into()));
+        let mut binary = Self { child, output, target, management, is_embedded: true };
+        let (api, port) = binary.wait_for_addresses().await;
+        binary.target.set(api);
+        binary.management.set(port);
         binary
     }
 

@@ -162,6 +162,9 @@ fn make_testable(config: &mut Config) {
     config.rate_limits.burst = 1_000_000;
     config.rate_limits.auth_per_second = 1_000_000;
     config.rate_limits.auth_burst = 1_000_000;
+    config.account_rates.per_second = 0;
+    config.account_rates.target_per_second = 0;
+    config.account_rates.bundles_per_hour = 0;
 }
 
 /// A database in use by somebody else is an error after a second.

@@ -5,7 +5,7 @@ use std::time::Duration;
 use futures_util::future::join_all;
 use obscura_server::clock::Timestamp;
 use obscura_server::model::ids::{AttachmentId, UserId};
-use obscura_server::store::{AttachmentAge, Reserved, Store, StoredAttachment};
+use obscura_server::store::{Allowance, AttachmentAge, Reserved, Store, StoredAttachment};
 
 use super::fixture::{NOW, TestStore};
 
@@ -13,9 +13,13 @@ const DAY: Duration = Duration::from_hours(24);
 const SECOND: Duration = Duration::from_secs(1);
 const NO_QUOTA: u64 = 0;
 
+fn quota(quota_bytes: u64) -> Allowance {
+    Allowance { quota_bytes, bytes_per_day: 0 }
+}
+
 async fn pending(store: &Store, at: Timestamp) -> AttachmentId {
     let id = AttachmentId::random();
-    let reserved = store.reserve_attachment(UserId::random(), id, 100, NO_QUOTA, at).await.unwrap();
+    let reserved = store.reserve_attachment(UserId::random(), id, 100, quota(NO_QUOTA), at).await.unwrap();
     assert_eq!(reserved, Reserved::Yes);
     id
 }
@@ -26,9 +30,15 @@ async fn stored(store: &Store, at: Timestamp) -> AttachmentId {
     id
 }
 
-async fn reserve(store: &Store, user: UserId, size: u64, quota: u64) -> (AttachmentId, Reserved) {
+async fn reserve(store: &Store, user: UserId, size: u64, bytes: u64) -> (AttachmentId, Reserved) {
     let id = AttachmentId::random();
-    (id, store.reserve_attachment(user, id, size, quota, NOW).await.unwrap())
+    (id, store.reserve_attachment(user, id, size, quota(bytes), NOW).await.unwrap())
+}
+
+/// What becomes of an upload of an account that may upload 1000 bytes a day.
+async fn upload(store: &Store, user: UserId, size: u64, at: Timestamp) -> Reserved {
+    let allowance = Allowance { quota_bytes: NO_QUOTA, bytes_per_day: 1000 };
+    store.reserve_attachment(user, AttachmentId::random(), size, allowance, at).await.unwrap()
 }
 
 fn ids(ages: &[AttachmentAge]) -> Vec<AttachmentId> {
@@ -100,6 +110,59 @@ async fn reservations_at_the_same_time_do_not_pass_the_quota_together() {
     let user = store.account().await.user;
     let reservations = join_all((0..30).map(|_| reserve(&store, user, 10, 100))).await;
     assert_eq!(reservations.iter().filter(|(_, reserved)| *reserved == Reserved::Yes).count(), 10);
+}
+
+#[tokio::test]
+async fn an_account_may_upload_so_many_bytes_in_a_day() {
+    let (store, user) = (TestStore::open().await, UserId::random());
+    assert_eq!(upload(&store, user, 600, NOW).await, Reserved::Yes);
+    assert_eq!(upload(&store, user, 400, NOW).await, Reserved::Yes);
+    assert_eq!(upload(&store, user, 100, NOW).await, Reserved::TooMuchToday(DAY / 10));
+    assert_eq!(upload(&store, UserId::random(), 100, NOW).await, Reserved::Yes, "everybody has a day of his own");
+    let later = NOW + DAY / 10;
+    assert_eq!(upload(&store, user, 100, later - SECOND).await, Reserved::TooMuchToday(SECOND));
+    assert_eq!(upload(&store, user, 100, later).await, Reserved::Yes, "waiting as long as told suffices");
+    assert_eq!(upload(&store, user, 1, later).await, Reserved::TooMuchToday(Duration::from_millis(86_400)));
+    assert_eq!(upload(&store, user, 1000, later + DAY).await, Reserved::Yes);
+}
+
+#[tokio::test]
+async fn an_upload_that_came_to_nothing_counts_against_the_day() {
+    let (store, user, id) = (TestStore::open().await, UserId::random(), AttachmentId::random());
+    let allowance = Allowance { quota_bytes: 1000, bytes_per_day: 1000 };
+    assert_eq!(store.reserve_attachment(user, id, 1000, allowance, NOW).await.unwrap(), Reserved::Yes);
+    store.forget_attachments(&[id]).await.unwrap();
+    assert_eq!(upload(&store, user, 500, NOW).await, Reserved::TooMuchToday(DAY / 2));
+}
+
+#[tokio::test]
+async fn one_attachment_larger_than_a_day_takes_the_whole_day() {
+    let (store, user) = (TestStore::open().await, UserId::random());
+    assert_eq!(upload(&store, user, u64::MAX, NOW).await, Reserved::Yes);
+    assert_eq!(upload(&store, user, u64::MAX, NOW).await, Reserved::TooMuchToday(DAY));
+}
+
+#[tokio::test]
+async fn uploads_at_the_same_time_do_not_pass_the_day_together() {
+    let store = TestStore::open().await;
+    let user = store.account().await.user;
+    let uploads = join_all((0..30).map(|_| upload(&store, user, 100, NOW))).await;
+    assert_eq!(uploads.iter().filter(|reserved| **reserved == Reserved::Yes).count(), 10);
+}
+
+#[tokio::test]
+async fn what_counts_no_more_is_forgotten_in_steps() {
+    let store = TestStore::open().await;
+    for _ in 0..3 {
+        upload(&store, UserId::random(), 500, NOW).await;
+    }
+    let user = UserId::random();
+    upload(&store, user, 1000, NOW).await;
+    let noon = NOW + DAY / 2;
+    assert_eq!(store.expire_upload_debts(noon - SECOND, 10).await.unwrap(), 0);
+    assert_eq!(store.expire_upload_debts(noon, 2).await.unwrap(), 2);
+    assert_eq!(store.expire_upload_debts(noon, 2).await.unwrap(), 1);
+    assert_eq!(upload(&store, user, 501, noon).await, Reserved::TooMuchToday(Duration::from_millis(86_400)));
 }
 
 #[tokio::test]

@@ -58,6 +58,23 @@ async fn space_is_given_back_in_steps() {
 }
 
 #[tokio::test]
+async fn the_size_of_a_database_grows_with_what_is_in_it() {
+    let store = TestStore::open().await;
+    let database = store.database().await;
+    let before = store.size().await.unwrap();
+    assert!((10_000..100_000_000).contains(&before), "{before}");
+    database.execute("CREATE TABLE large (x text)").await;
+    let kib = "abcdefgh".repeat(128);
+    for _ in 0..200 {
+        database.execute(&format!("INSERT INTO large VALUES ('{kib}')")).await;
+    }
+    let after = store.size().await.unwrap();
+    assert!(after >= before + 200 * 1024, "{before}, then {after}");
+    database.execute("DROP TABLE large").await;
+    assert!(store.size().await.unwrap() < after, "what is free doesn't count");
+}
+
+#[tokio::test]
 async fn a_database_of_a_newer_server_is_left_alone() {
     let store = TestStore::open().await;
     let database = store.database().await;

@@ -1,0 +1,164 @@
+//! Load far above the limits: a hundred thousand addresses, and clients whose request heads never end. Memory stays
+//! flat, and whoever behaves is served meanwhile.
+//!
+//! It takes as long as it takes to see all the addresses; with `OBSCURA_TEST_FLOOD_SECS` at least that many seconds.
+//! `docs/PERFORMANCE.md` has what a longer run says (`--nocapture`).
+
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::{Duration, Instant};
+
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::TcpStream;
+use tokio::task::JoinSet;
+
+use crate::harness::{Binary, Device, within, within_time};
+
+/// Addresses that each appear once in a round, far more than there are tokens for.
+const ADDRESSES: u64 = 100_000;
+/// Addresses that ask all the time: every fifth request is of one of them.
+const BUSY: u64 = 10;
+/// Connections of the trusted proxy that all of them come through.
+const PROXY_CONNECTIONS: usize = 4;
+/// Requests that are under way on each of those.
+const PIPELINE: u64 = 50;
+/// Those among them that are not of busy clients.
+const ONCE: u64 = PIPELINE / 5 * 4;
+/// Clients who send a byte of their head now and then.
+const SLOW_CLIENTS: usize = 200;
+/// The server's patience with them; and with idle connections, such as those of the honest, whose pauses are shorter.
+const HEAD_SECS: u64 = 8;
+/// What it may take beside what it took before the flood: two tables of addresses, and buffers of connections.
+const ALLOWED_BYTES: u64 = 40 << 20;
+const MIB: u64 = 1 << 20;
+
+#[derive(Default)]
+struct Seen {
+    /// Requests of addresses that appear once in a round.
+    asked: AtomicU64,
+    let_through: AtomicU64,
+    refused: AtomicU64,
+    /// Slow clients whose connection was closed.
+    cut: AtomicU64,
+}
+
+impl Seen {
+    fn read(counter: &AtomicU64) -> u64 {
+        counter.load(Ordering::Relaxed)
+    }
+}
+
+/// The requests of many clients, as their proxy passes them on.
+async fn proxy(address: SocketAddr, seen: Arc<Seen>) {
+    let mut stream = TcpStream::connect(address).await.unwrap();
+    stream.set_nodelay(true).unwrap();
+    let mut answers = Vec::new();
+    loop {
+        let first = seen.asked.fetch_add(ONCE, Ordering::Relaxed);
+        let mut requests = String::new();
+        for number in 0..PIPELINE {
+            let one = (first + number) % ADDRESSES;
+            let client = match number {
+                ..ONCE => format!("2001:db8:{:x}:{:x}::1", one >> 16, one & 0xffff),
+                _ => format!("198.51.100.{}", number % BUSY),
+            };
+            requests += &format!("GET /v1/devices HTTP/1.1\r\nhost: x\r\nx-forwarded-for: {client}\r\n\r\n");
+        }
+        stream.write_all(requests.as_bytes()).await.unwrap();
+        answers.clear();
+        let mut whole = 0;
+        while whole < PIPELINE {
+            let known = answers.len();
+            let read = within("answers to the flood", stream.read_buf(&mut answers)).await.unwrap();
+            assert!(read > 0, "the proxy's connection was closed");
+            // Bodies end so, and heads have none.
+            whole += answers[known..].iter().filter(|&&byte| byte == b'}').count() as u64;
+        }
+        let text = String::from_utf8_lossy(&answers);
+        seen.let_through.fetch_add(text.matches("HTTP/1.1 401 ").count() as u64, Ordering::Relaxed);
+        seen.refused.fetch_add(text.matches("HTTP/1.1 429 ").count() as u64, Ordering::Relaxed);
+    }
+}
+
+/// Somebody whose request head never ends, and who comes again when he is thrown out.
+async fn dawdle(address: SocketAddr, seen: Arc<Seen>) {
+    loop {
+        let Ok(mut stream) = TcpStream::connect(address).await else { continue };
+        let _ = stream.write_all(b"GET /openapi.yaml HTTP/1.1\r\nx: ").await;
+        let mut answer = [0; 64];
+        loop {
+            // The pause is what he does.
+            match tokio::time::timeout(Duration::from_millis(250), stream.read(&mut answer)).await {
+                Err(_) => {}
+                Ok(Ok(1..)) => continue,
+                Ok(_) => break,
+            }
+            if stream.write_all(b"x").await.is_err() {
+                break;
+            }
+        }
+        seen.cut.fetch_add(1, Ordering::Relaxed);
+    }
+}
+
+fn seconds_asked_for() -> Duration {
+    let text = std::env::var("OBSCURA_TEST_FLOOD_SECS").unwrap_or_default();
+    Duration::from_secs(text.parse().unwrap_or_default())
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_flood_from_a_hundred_thousand_addresses_takes_little_memory_and_stops_nobody() {
+    let folder = tempfile::tempdir().unwrap();
+    let head = format!("--server-header-timeout-secs={HEAD_SECS}");
+    let server = Binary::start_limited(folder.path(), &[&head]).await;
+    let (alice, bob) = (Device::register(&server.client()).await, Device::register(&server.client()).await);
+    let mut socket = bob.connect().await;
+    let at_rest = server.resident_bytes();
+
+    let seen = Arc::<Seen>::default();
+    let mut flood = JoinSet::new();
+    for _ in 0..SLOW_CLIENTS {
+        flood.spawn(dawdle(server.address(), seen.clone()));
+    }
+    for _ in 0..PROXY_CONNECTIONS {
+        flood.spawn(proxy(server.address(), seen.clone()));
+    }
+    let (begun, limit) = (Instant::now(), seconds_asked_for());
+    let (mut sent, mut slowest, mut most, mut told) = (0, Duration::ZERO, 0, Instant::now());
+    let honest = async {
+        while begun.elapsed() < limit || Seen::read(&seen.asked) < ADDRESSES || Seen::read(&seen.cut) == 0 {
+            let sending = Instant::now();
+            alice.send_to(&bob, "in the middle of it").await;
+            let envelopes = socket.messages(1).await;
+            slowest = slowest.max(sending.elapsed());
+            socket.ack(&envelopes).await;
+            sent += 1;
+            most = most.max(server.resident_bytes());
+            if told.elapsed() > Duration::from_mins(1) {
+                told = Instant::now();
+                println!("after {:?}: {} MiB", begun.elapsed(), server.resident_bytes() / MIB);
+            }
+            // The pace of somebody who keeps to the limits.
+            tokio::time::sleep(Duration::from_millis(150)).await;
+        }
+    };
+    within_time(limit + Duration::from_mins(3), "the flood to be over", honest).await;
+    flood.abort_all();
+
+    let [asked, let_through, refused, cut] = [&seen.asked, &seen.let_through, &seen.refused, &seen.cut].map(Seen::read);
+    println!(
+        "{:?}: {asked} requests of {ADDRESSES} addresses, a quarter as many of {BUSY} busy ones; {let_through} let \
+         through, {refused} refused; {cut} slow heads cut; {sent} honest messages, the slowest {slowest:?}; {} MiB before, at most {} MiB",
+        begun.elapsed(),
+        at_rest / MIB,
+        most / MIB,
+    );
+    // The default: 20 at once and 10 a second.
+    let allowed = BUSY * (20 + 10 * (begun.elapsed().as_secs() + 1));
+    assert!(let_through <= asked + allowed, "the busy ones got {} of {allowed}", let_through.saturating_sub(asked));
+    let under_way = PROXY_CONNECTIONS as u64 * ONCE;
+    assert!(refused + allowed >= asked.saturating_sub(under_way) / 4, "{refused} refused, {allowed} were allowed");
+    assert!(most < at_rest + ALLOWED_BYTES, "{} MiB before, {} MiB in the flood", at_rest / MIB, most / MIB);
+    server.client().get("/openapi.yaml").send().await.expect(200);
+}
