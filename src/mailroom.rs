@@ -4,14 +4,17 @@
 //! shared by everybody who waits, and nobody waits longer for company. Cancelling a request
 //! makes no difference: what it handed over is stored and its readers are woken all the same.
 
+use std::collections::HashSet;
 use std::sync::Arc;
+use std::time::Duration;
 
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, oneshot};
+use tokio::time::Instant;
 use tracing::error;
 
 use crate::bus::{Bus, Signal};
 use crate::clock::Clock;
-use crate::model::ids::{DeviceNo, Position};
+use crate::model::ids::{DeviceNo, Position, UserId};
 use crate::model::mail::{Outgoing, Sent};
 use crate::store::Store;
 use crate::tasks::Tasks;
@@ -24,6 +27,13 @@ const WAITING_KIB: usize = 64 << 10;
 const GROUP: usize = 512;
 /// Bytes of sealed messages in one group. A single larger send is a group of its own.
 const GROUP_BYTES: usize = 4 << 20;
+
+/// The pause before what was left for later is tried again, when nothing else comes.
+const TRY_AGAIN: Duration = Duration::from_millis(100);
+/// A send that could not be stored with the others is refused after this time. Nothing of it is stored then.
+const LONGEST_LEFT: Duration = Duration::from_secs(10);
+/// Accounts that are remembered to be told later. The slow look of their sessions finds the mail of the others.
+const MOST_UNSURE: usize = 10_000;
 
 /// Why a letter could not be stored. Nothing of it was.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
@@ -39,17 +49,27 @@ pub enum MailroomError {
 type Reply<T> = oneshot::Sender<Result<T, MailroomError>>;
 
 enum Letter {
-    Send { mail: Outgoing, room: OwnedSemaphorePermit, reply: Reply<Sent> },
+    Send(Waiting),
     Ack { device: DeviceNo, positions: Vec<Position>, reply: Reply<()> },
 }
 
 impl Letter {
     fn refuse(self, error: MailroomError) {
         match self {
-            Self::Send { reply, .. } => drop(reply.send(Err(error))),
+            Self::Send(waiting) => drop(waiting.reply.send(Err(error))),
             Self::Ack { reply, .. } => drop(reply.send(Err(error))),
         }
     }
+}
+
+/// A send that somebody waits for.
+struct Waiting {
+    mail: Outgoing,
+    /// Kept until the send is stored, as a bound on what is in memory.
+    room: OwnedSemaphorePermit,
+    reply: Reply<Sent>,
+    /// When it was first left for a later group.
+    left_since: Option<Instant>,
 }
 
 /// The way into the mailroom. Cloning gives another door to the same room.
@@ -63,7 +83,7 @@ impl Mailroom {
     /// Opens the mailroom. Its task runs until `tasks` are stopped and everything handed over has been stored.
     pub fn open(store: Store, bus: Bus, clock: Clock, tasks: &Tasks) -> Self {
         let (letters, incoming) = mpsc::channel(WAITING);
-        let worker = Worker { store, bus, clock };
+        let worker = Worker { store, bus, clock, left: Vec::new(), unsure: HashSet::new() };
         let stopping = tasks.clone();
         tasks.spawn("mailroom", async move { worker.run(incoming, stopping).await });
         Self { letters, room: Arc::new(Semaphore::new(WAITING_KIB)) }
@@ -74,7 +94,7 @@ impl Mailroom {
         let kib = u32::try_from(mail.size() / 1024 + 1).unwrap_or(u32::MAX).min(WAITING_KIB as u32);
         let room = self.room.clone().acquire_many_owned(kib).await.map_err(|_| MailroomError::Unavailable)?;
         let (reply, answer) = oneshot::channel();
-        self.hand_over(Letter::Send { mail, room, reply }).await?;
+        self.hand_over(Letter::Send(Waiting { mail, room, reply, left_since: None })).await?;
         answer.await.unwrap_or(Err(MailroomError::Unavailable))
     }
 
@@ -94,29 +114,30 @@ struct Worker {
     store: Store,
     bus: Bus,
     clock: Clock,
+    /// Sends that come again with the next group.
+    left: Vec<Waiting>,
+    /// Accounts that may have got mail of which nobody was told, because a commit was not answered.
+    unsure: HashSet<UserId>,
 }
 
 #[derive(Default)]
 struct Group {
     sends: Vec<Outgoing>,
+    rest: Vec<(OwnedSemaphorePermit, Reply<Sent>, Option<Instant>)>,
     acks: Vec<(DeviceNo, Position)>,
+    ack_replies: Vec<Reply<()>>,
     bytes: usize,
     letters: usize,
-    /// Kept until the group is stored, as a bound on what is in memory.
-    room: Vec<OwnedSemaphorePermit>,
-    send_replies: Vec<Reply<Sent>>,
-    ack_replies: Vec<Reply<()>>,
 }
 
 impl Group {
     fn add(&mut self, letter: Letter) {
         self.letters += 1;
         match letter {
-            Letter::Send { mail, room, reply } => {
+            Letter::Send(Waiting { mail, room, reply, left_since }) => {
                 self.bytes += mail.size();
                 self.sends.push(mail);
-                self.room.push(room);
-                self.send_replies.push(reply);
+                self.rest.push((room, reply, left_since));
             }
             Letter::Ack { device, positions, reply } => {
                 self.acks.extend(positions.into_iter().map(|position| (device, position)));
@@ -131,8 +152,9 @@ impl Group {
 }
 
 impl Worker {
-    async fn run(self, mut letters: mpsc::Receiver<Letter>, tasks: Tasks) {
+    async fn run(mut self, mut letters: mpsc::Receiver<Letter>, tasks: Tasks) {
         loop {
+            let has_work = !self.left.is_empty() || !self.unsure.is_empty();
             let first = tokio::select! {
                 biased;
                 letter = letters.recv() => letter,
@@ -140,32 +162,50 @@ impl Worker {
                     letters.close();
                     continue;
                 }
-            };
-            let Some(first) = first else { return };
-            let mut group = Group::default();
-            group.add(first);
-            while !group.is_full() {
-                let Ok(letter) = letters.try_recv() else { break };
-                group.add(letter);
-            }
-            if self.store(group).await == Err(MailroomError::Unavailable) {
-                // Whoever waits would wait for the same.
-                while let Ok(letter) = letters.try_recv() {
-                    letter.refuse(MailroomError::Unavailable);
+                // What was left tries again by itself, and not in a loop.
+                () = tokio::time::sleep(TRY_AGAIN), if has_work => {
+                    self.tell_the_unsure().await;
+                    self.store_next(None, &mut letters).await;
+                    continue;
                 }
+            };
+            if first.is_none() && self.left.is_empty() {
+                return;
+            }
+            self.store_next(first, &mut letters).await;
+        }
+    }
+
+    /// Stores a group of what was left, of this letter and of whatever waits.
+    async fn store_next(&mut self, first: Option<Letter>, letters: &mut mpsc::Receiver<Letter>) {
+        let mut group = Group::default();
+        self.left.drain(..).for_each(|waiting| group.add(Letter::Send(waiting)));
+        first.into_iter().for_each(|letter| group.add(letter));
+        while !group.is_full() {
+            let Ok(letter) = letters.try_recv() else { break };
+            group.add(letter);
+        }
+        if group.letters > 0 && self.store(group).await == Err(MailroomError::Unavailable) {
+            // Whoever waits would wait for the same.
+            while let Ok(letter) = letters.try_recv() {
+                letter.refuse(MailroomError::Unavailable);
             }
         }
     }
 
-    async fn store(&self, group: Group) -> Result<(), MailroomError> {
+    async fn store(&mut self, group: Group) -> Result<(), MailroomError> {
         let now = self.clock.now();
         match self.store.settle(&group.sends, &group.acks, now).await {
-            Ok(sent) => {
-                let woken: Vec<_> = sent.iter().flat_map(|sent| sent.woken.iter().copied()).collect();
+            Ok(settled) => {
+                let woken: Vec<_> = settled.iter().flatten().flat_map(|sent| sent.woken.iter().copied()).collect();
                 self.bus.wake(&woken, Signal::Mail).await;
-                // A reply fails only when its request is gone; its mail is stored all the same.
-                for (reply, sent) in group.send_replies.into_iter().zip(sent) {
-                    let _ = reply.send(Ok(sent));
+                let letters = group.sends.into_iter().zip(group.rest);
+                for (sent, (mail, (room, reply, left_since))) in settled.into_iter().zip(letters) {
+                    match sent {
+                        // A reply fails only when its request is gone; its mail is stored all the same.
+                        Some(sent) => drop(reply.send(Ok(sent))),
+                        None => self.leave(Waiting { mail, room, reply, left_since }),
+                    }
                 }
                 for reply in group.ack_replies {
                     let _ = reply.send(Ok(()));
@@ -175,14 +215,35 @@ impl Worker {
             Err(cause) => {
                 error!(%cause, sends = group.sends.len(), acks = group.acks.len(), "a group could not be stored");
                 let error = if cause.is_full() { MailroomError::Full } else { MailroomError::Unavailable };
-                for reply in group.send_replies {
-                    let _ = reply.send(Err(error));
+                if error == MailroomError::Unavailable {
+                    let users = group.sends.iter().flat_map(|mail| &mail.recipients).map(|recipient| recipient.user);
+                    self.unsure.extend(users.take(MOST_UNSURE.saturating_sub(self.unsure.len())));
                 }
+                group.rest.into_iter().for_each(|(_, reply, _)| drop(reply.send(Err(error))));
                 for reply in group.ack_replies {
                     let _ = reply.send(Err(error));
                 }
                 Err(error)
             }
+        }
+    }
+
+    /// Keeps a send for the next group, unless it has been kept for too long.
+    fn leave(&mut self, waiting: Waiting) {
+        let left_since = waiting.left_since.unwrap_or_else(Instant::now);
+        if left_since.elapsed() >= LONGEST_LEFT {
+            Letter::Send(waiting).refuse(MailroomError::Unavailable);
+        } else {
+            self.left.push(Waiting { left_since: Some(left_since), ..waiting });
+        }
+    }
+
+    /// Wakes the devices of accounts for which a commit was not answered: it may have happened.
+    async fn tell_the_unsure(&mut self) {
+        let users: Vec<UserId> = self.unsure.iter().copied().collect();
+        if let Ok(addresses) = self.store.addresses(&users).await {
+            self.bus.wake(&addresses, Signal::Mail).await;
+            self.unsure.clear();
         }
     }
 }

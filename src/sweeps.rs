@@ -71,7 +71,7 @@ pub async fn start(app: &App, forget_clients: impl Fn() + Send + 'static) {
 fn shared<F, E>(app: &App, name: &'static str, period: Duration, job: impl Fn(App) -> F + Send + Sync + 'static)
 where
     F: Future<Output = Result<Round, E>> + Send,
-    E: Display + From<StoreError>,
+    E: Display + From<StoreError> + Send,
 {
     let (job, under_way) = (Arc::new(job), Arc::new(AtomicBool::new(false)));
     every(app, name, period, move |app| {
@@ -84,7 +84,11 @@ where
             if !is_ours {
                 return Ok(Round::Done);
             }
-            let round = job(app).await;
+            let round = job(app.clone()).await;
+            if round.is_err() {
+                // Whoever tries next may do it. If this fails too, the claim runs out.
+                let _ = app.store.release_job(name, app.clock.now()).await;
+            }
             under_way.store(matches!(round, Ok(Round::More)), Ordering::Relaxed);
             round
         }

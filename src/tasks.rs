@@ -81,7 +81,7 @@ impl Tasks {
                     Ok(Round::Done) => jittered(period),
                     Err(error) => {
                         error!(job = name, %error, "a repeated job failed; it will be tried again");
-                        jittered(period).max(AFTER_FAILURE)
+                        jittered(period.clamp(AFTER_FAILURE, LONGEST_AFTER_FAILURE))
                     }
                 };
             }
@@ -121,6 +121,8 @@ const FIRST_PAUSE: Duration = Duration::from_secs(5);
 const BETWEEN_BATCHES: Duration = Duration::from_millis(10);
 /// A job whose period is shorter still waits this long after a failure, so that it never spins.
 const AFTER_FAILURE: Duration = Duration::from_secs(1);
+/// A job whose period is longer waits only this long after a failure.
+const LONGEST_AFTER_FAILURE: Duration = Duration::from_mins(5);
 
 /// `period`, give or take a tenth, so that the nodes of a deployment drift apart.
 pub fn jittered(period: Duration) -> Duration {
@@ -181,8 +183,8 @@ mod tests {
         });
         tokio::time::sleep(Duration::from_secs(10)).await;
         assert_eq!(rounds.load(Ordering::Relaxed), 5);
-        tokio::time::sleep(Duration::from_secs(700)).await;
-        assert_eq!(rounds.load(Ordering::Relaxed), 6);
+        tokio::time::sleep(Duration::from_secs(340)).await;
+        assert_eq!(rounds.load(Ordering::Relaxed), 6, "sooner than after its long period");
         tasks.stop();
         tasks.ended().await;
     }

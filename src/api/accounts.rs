@@ -84,8 +84,11 @@ pub async fn reset(
             let session = NewSession::begin(&app.tokens, now);
             let identity = keys.identity;
             let device = new_device(keys);
-            let reset = app.store.reset(user, &identity, &device, &session.grant).await?;
-            dismiss(&app, &reset.removed).await;
+            let devices = app.store.addresses(&[user]).await?;
+            let reset = app.store.reset(user, &identity, &device, &session.grant).await;
+            // Also when it failed: it may have happened all the same.
+            dismiss(&app, reset.as_ref().map_or(&devices, |reset| &reset.removed)).await;
+            reset?;
             Ok(axum::Json(session.answer(&app.tokens, user, device.id, app.tokens.latest_access_expiry(now))))
         })
         .await

@@ -101,7 +101,14 @@ pub async fn delete(
 }
 
 async fn remove(app: App, caller: Caller, target: DeviceId) -> Result<StatusCode, ApiError> {
-    match app.store.remove_device(caller.user, target).await? {
+    let standing = app.store.standing(target).await?.filter(|standing| standing.user == caller.user);
+    let addresses: Vec<_> = standing.iter().map(|found| Address { user: caller.user, device: found.no }).collect();
+    let removed = app.store.remove_device(caller.user, target).await;
+    if removed.is_err() {
+        // It may have happened all the same. Whoever is told then looks, and nothing is lost if it has not.
+        dismiss(&app, &addresses).await;
+    }
+    match removed? {
         Removed::Device(device) => {
             dismiss(&app, &[Address { user: caller.user, device }]).await;
             Ok(StatusCode::NO_CONTENT)

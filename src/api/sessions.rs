@@ -95,8 +95,10 @@ pub async fn log_out(State(app): State<App>, caller: Caller) -> Result<StatusCod
     app.tasks
         .clone()
         .finish(async move {
-            app.store.log_out(caller.no, void_to).await?;
+            let ended = app.store.log_out(caller.no, void_to).await;
+            // Also when it failed: it may have happened all the same.
             app.bus.wake(&[caller.address()], Signal::Standing).await;
+            ended?;
             Ok(StatusCode::NO_CONTENT)
         })
         .await

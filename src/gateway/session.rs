@@ -7,7 +7,7 @@ use std::time::Duration;
 use axum::extract::ws::{CloseFrame, Message, WebSocket, close_code};
 use bytes::Bytes;
 use tokio::time::Instant;
-use tracing::{debug, warn};
+use tracing::debug;
 
 use crate::app::App;
 use crate::bus::{Signal, Signals, Wakeups};
@@ -318,12 +318,13 @@ enum NoFrame {
 async fn timely<T>(look: impl Future<Output = Result<T>>) -> std::result::Result<T, NoFrame> {
     match tokio::time::timeout(LOOK_TIMEOUT, look).await {
         Ok(Ok(value)) => Ok(value),
+        // Each session meets an outage, and the requests tell of it already.
         Ok(Err(error)) => {
-            warn!(%error, "a session could not read the database; it will try again");
+            debug!(%error, "a session could not read the database; it will try again");
             Err(NoFrame::Failed)
         }
         Err(_) => {
-            warn!("a session waited too long for the database; it will try again");
+            debug!("a session waited too long for the database; it will try again");
             Err(NoFrame::Failed)
         }
     }

@@ -4,7 +4,7 @@ use std::collections::HashMap;
 
 use sqlx::FromRow;
 
-use crate::model::ids::{DeviceId, DeviceNo, UserId};
+use crate::model::ids::{Address, DeviceId, DeviceNo, UserId};
 use crate::model::keys::{PreKeys, RegistrationId};
 use crate::store::database::{Database, Tx, on, reading, run};
 use crate::store::{Result, Store, json_list, prekeys};
@@ -99,6 +99,25 @@ impl Store {
     pub async fn epoch(&self, no: DeviceNo) -> Result<Option<i64>> {
         let statement = "SELECT tokens_void_to FROM devices WHERE no = $1";
         reading!(self, |db| sqlx::query_scalar(statement).bind(no).fetch_optional(db))
+    }
+
+    /// Where signals for the devices of these accounts go.
+    pub async fn addresses(&self, users: &[UserId]) -> Result<Vec<Address>> {
+        let rows: Vec<(UserId, DeviceNo)> = match &self.database {
+            Database::Sqlite(sqlite) => {
+                let statement = "SELECT d.user_id, d.no FROM json_each($1) asked \
+                                 CROSS JOIN devices d ON d.user_id = substr($2, asked.value, 16)";
+                let offsets = json_list((0..users.len()).map(|n| n * 16 + 1));
+                let ids: Vec<u8> = users.iter().flat_map(|user| *user.as_bytes()).collect();
+                let find = sqlx::query_as(statement).bind(offsets).bind(ids);
+                find.fetch_all(&mut *sqlite.read.get().await?).await?
+            }
+            Database::Postgres(postgres) => {
+                let statement = "SELECT user_id, no FROM devices WHERE user_id = ANY($1)";
+                postgres.all(sqlx::query_as(statement).bind(users)).await?
+            }
+        };
+        Ok(rows.into_iter().map(|(user, device)| Address { user, device }).collect())
     }
 
     /// The account's devices, oldest first.

@@ -95,6 +95,10 @@ impl<Q, A> Gather<Q, A> {
         state.waiting.drain(..count).filter(|waiting| !waiting.reply.is_closed()).collect()
     }
 
+    fn take_all(&self) -> Vec<oneshot::Sender<Reply<Q, A>>> {
+        self.state().waiting.drain(..).map(|waiting| waiting.reply).collect()
+    }
+
     fn take_first(&self) -> Option<Waiting<Q, A>> {
         let mut state = self.state();
         let first = state.waiting.pop_front();
@@ -119,6 +123,10 @@ impl<Q: Clone, A> Lane<Q, A> {
             replies.push(waiting.reply);
         }
         let answered = ask(&questions).await;
+        if answered.as_ref().is_err_and(StoreError::is_lost_connection) {
+            // Whoever waits would wait for the same.
+            replies.extend(self.gather.iter().flat_map(|gather| gather.take_all()));
+        }
         drop(self);
         let mut answers = match answered {
             Ok(answers) => answers.into_iter(),

@@ -22,4 +22,14 @@ impl Store {
         tx.commit().await?;
         Ok(claimed == 1)
     }
+
+    /// Gives a claimed job back that could not be done.
+    pub async fn release_job(&self, name: &'static str, now: Timestamp) -> Result<()> {
+        if self.is_our_own() {
+            return Ok(());
+        }
+        let mut tx = self.begin().await?;
+        run!(&mut tx, sqlx::query("UPDATE jobs SET due_at = $2 WHERE name = $1").bind(name).bind(now))?;
+        tx.commit().await
+    }
 }

@@ -18,6 +18,7 @@ mod pool;
 mod postgres;
 mod prekeys;
 mod push_tokens;
+mod restore;
 mod send;
 mod sessions;
 mod sqlite;
@@ -25,6 +26,7 @@ pub(crate) mod transfer;
 
 use std::fmt::Write;
 use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
 use std::time::Duration;
 
 use sqlx::migrate::{MigrateError, Migrator};
@@ -58,6 +60,11 @@ impl StoreError {
     pub fn is_full(&self) -> bool {
         // SQLite's code without the extension bits.
         sqlite::result_code(self).map(|code| code & 0xff) == Some(SQLITE_FULL) || self.sqlstate() == Some("53100")
+    }
+
+    /// True when somebody else held a row for too long.
+    fn is_held_up(&self) -> bool {
+        self.sqlstate() == Some("55P03")
     }
 
     /// True when another transaction was in the way, so that the same one may succeed when it is tried again.
@@ -191,6 +198,8 @@ pub struct Store {
     database: Database,
     numbering: Numbering,
     limits: Limits,
+    /// Whether the last group had to pass over accounts that somebody else holds.
+    held_up: Arc<AtomicBool>,
     /// Questions that every request asks.
     standings: Arc<Gather<DeviceId, Option<Standing>>>,
     /// Questions that every message asks.
@@ -240,7 +249,7 @@ impl Store {
         };
         let standings = Arc::new(Gather::new(STANDING_LANES, GATHERED));
         let looks = Arc::new(Gather::new(LOOK_LANES, GATHERED));
-        Ok(Self { database, numbering, limits, standings, looks })
+        Ok(Self { database, numbering, limits, held_up: Arc::default(), standings, looks })
     }
 
     /// Answers when the database can be read and written.

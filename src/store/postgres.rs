@@ -3,7 +3,7 @@
 use std::str::FromStr;
 use std::time::Duration;
 
-use sqlx::migrate::Migrator;
+use sqlx::migrate::{MigrateError, Migrator};
 use sqlx::postgres::{PgArguments, PgConnectOptions, PgRow};
 use sqlx::query::QueryAs;
 use sqlx::{ConnectOptions, Connection, FromRow, PgConnection, Postgres};
@@ -17,6 +17,8 @@ static MIGRATIONS: Migrator = sqlx::migrate!("migrations/postgres");
 
 /// PostgreSQL 15. Older ones lack what the statements use, and will soon no longer be maintained.
 const OLDEST_VERSION: i32 = 150_000;
+/// A replica, or a server that somebody has set so.
+const TAKES_NO_WRITES: &str = "SELECT pg_is_in_recovery() OR current_setting('transaction_read_only')::bool";
 /// How much longer than the server itself we wait for a statement, before we take the server for frozen.
 const MARGIN: Duration = Duration::from_secs(1);
 
@@ -59,10 +61,20 @@ impl PostgresStore {
         Ok(store)
     }
 
-    /// Starts a transaction.
+    /// Starts a transaction. Whatever the database's own default is: what is read after a lock was waited for has to be
+    /// what holds then.
     pub(super) async fn begin(&self) -> Result<PostgresTx> {
+        self.begin_with("BEGIN ISOLATION LEVEL READ COMMITTED").await
+    }
+
+    /// Starts the transaction of a group, for which everybody waits, so that it waits only a moment for others.
+    pub(super) async fn begin_group(&self) -> Result<PostgresTx> {
+        self.begin_with("BEGIN ISOLATION LEVEL READ COMMITTED; SET LOCAL lock_timeout = 300").await
+    }
+
+    async fn begin_with(&self, statements: &'static str) -> Result<PostgresTx> {
         let mut connection = self.pool.get().await?;
-        timely(self.limit, sqlx::query("BEGIN").execute(&mut *connection)).await?;
+        timely(self.limit, sqlx::raw_sql(statements).execute(&mut *connection)).await?;
         Ok(PostgresTx { connection, limit: self.limit })
     }
 
@@ -80,14 +92,10 @@ impl PostgresStore {
     /// Answers when the server can be read and written.
     pub(super) async fn check(&self) -> Result<()> {
         let mut connection = self.pool.get().await?;
-        let question = sqlx::query_scalar("SELECT pg_is_in_recovery()");
+        let question = sqlx::query_scalar(TAKES_NO_WRITES);
         let answer = timely(self.limit, question.fetch_one(&mut *connection)).await;
         give_back(connection, &answer);
-        if answer? {
-            Err(sqlx::Error::Configuration("it is a replica that can't be written".into()).into())
-        } else {
-            Ok(())
-        }
+        if answer? { Err(StoreError(takes_no_writes())) } else { Ok(()) }
     }
 }
 
@@ -113,13 +121,22 @@ pub(super) async fn connect(
     if version < OLDEST_VERSION {
         return Err(OpenError::TooOld { address, found: version / 10_000 });
     }
+    if sqlx::query_scalar(TAKES_NO_WRITES).fetch_one(&mut connection).await.map_err(away)? {
+        return Err(away(takes_no_writes()));
+    }
     Ok((connection, address))
 }
 
 /// Brings the tables up to date, without limits of time, because a migration may take long, and other nodes wait for it.
 pub(super) async fn migrate(connection: &mut PgConnection, address: &str) -> std::result::Result<(), OpenError> {
-    let migrated = MIGRATIONS.run(connection).await;
-    migrated.map_err(|cause| migration_error(format!("database at {address}"), &MIGRATIONS, cause))
+    MIGRATIONS.run(connection).await.map_err(|cause| match cause {
+        MigrateError::Execute(cause @ sqlx::Error::Io(_)) => OpenError::connecting(address.to_owned(), cause),
+        cause => migration_error(format!("database at {address}"), &MIGRATIONS, cause),
+    })
+}
+
+fn takes_no_writes() -> sqlx::Error {
+    sqlx::Error::Io(std::io::Error::other("it takes no writes at the moment"))
 }
 
 /// A database into which a transfer has not finished is not whole.

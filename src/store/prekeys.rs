@@ -141,15 +141,6 @@ impl Store {
         let key: Option<Vec<u8>> = reading!(self, |db| sqlx::query_scalar(statement).bind(no).fetch_optional(db))?;
         key.map(|key| intact(PublicKey::from_bytes(&key))).transpose()
     }
-
-    /// Drops all one-time prekeys of everybody, and answers how many. For a database restored from a backup: some of its
-    /// keys may have been handed out since the backup was made.
-    pub async fn forget_one_time_prekeys(&self) -> Result<u64> {
-        let mut tx = self.begin().await?;
-        let done = run!(&mut tx, sqlx::query("DELETE FROM one_time_prekeys"))?;
-        tx.commit().await?;
-        Ok(done)
-    }
 }
 
 /// `one_time_prekeys.kind` of elliptic-curve keys.

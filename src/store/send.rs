@@ -8,11 +8,12 @@ mod sqlite;
 
 use std::collections::HashMap;
 use std::ops::Range;
+use std::sync::atomic::Ordering;
 
 use crate::clock::Timestamp;
 use crate::model::ids::{Address, DeviceNo, IdempotencyKey, MessageId, Position, UserId};
 use crate::model::mail::{Outcome, Outgoing, Replay, Sent};
-use crate::store::database::{Tx, reading};
+use crate::store::database::{Database, Tx, reading};
 use crate::store::outcome::{self, Devices, Queued};
 use crate::store::{Result, Store, StoreError};
 
@@ -41,8 +42,8 @@ struct Receipt<'a> {
 
 /// What a group comes to, before anything is written.
 struct Judgement<'a> {
-    /// An answer for each send.
-    sent: Vec<Sent>,
+    /// An answer for each send that was judged.
+    sent: Vec<Option<Sent>>,
     /// The messages, with the send each is of.
     rows: Vec<(&'a Outgoing, Queued<'a>)>,
     /// The sends that are no repeats.
@@ -57,6 +58,15 @@ struct Judged<'a> {
     rows: Range<usize>,
 }
 
+/// What a group does about an account that somebody else holds.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Locking {
+    /// Waits, in a fair queue and not for long: usually it is another node's group, which is about to be committed.
+    Wait,
+    /// Leaves the sends to this account for later.
+    PassOver,
+}
+
 /// What a group of sends depends on.
 struct Found {
     known: Known,
@@ -66,16 +76,32 @@ struct Found {
 impl Store {
     /// Deletes acknowledged messages and queues new ones, all in one transaction, in the order given. Durable when it
     /// returns. Each send is judged by itself; repeats of a send within one group are found as well.
-    pub async fn settle(&self, sends: &[Outgoing], acks: &[(DeviceNo, Position)], now: Timestamp) -> Result<Vec<Sent>> {
+    ///
+    /// `None` for a send that has to come again with a later group, so that the others need not wait for it: somebody
+    /// holds one of its accounts for too long, or too many full inboxes would have to be cut at once. On SQLite there
+    /// are none.
+    pub async fn settle(
+        &self,
+        sends: &[Outgoing],
+        acks: &[(DeviceNo, Position)],
+        now: Timestamp,
+    ) -> Result<Vec<Option<Sent>>> {
+        // Whoever held the last group up is likely to hold this one up too.
+        let mut locking = if self.held_up.load(Ordering::Relaxed) { Locking::PassOver } else { Locking::Wait };
         for _ in 1..ATTEMPTS {
-            match self.try_to_settle(sends, acks, now).await {
+            match self.try_to_settle(sends, acks, now, locking).await {
+                Err(error) if error.is_held_up() => locking = Locking::PassOver,
                 Err(error) if error.is_collision() => tracing::debug!("a group met another node's; once more"),
-                Ok(Some(sent)) => return Ok(sent),
+                Ok(Some(sent)) => {
+                    let is_held_up = locking == Locking::PassOver && sent.iter().any(Option::is_none);
+                    self.held_up.store(is_held_up, Ordering::Relaxed);
+                    return Ok(sent);
+                }
                 Ok(None) => tracing::debug!("another node has the same send; once more"),
                 Err(error) => return Err(error),
             }
         }
-        let settled = self.try_to_settle(sends, acks, now).await?;
+        let settled = self.try_to_settle(sends, acks, now, locking).await?;
         settled.ok_or_else(|| StoreError(sqlx::Error::Protocol("another node keeps sending under the same key".into())))
     }
 
@@ -93,11 +119,15 @@ impl Store {
         sends: &[Outgoing],
         acks: &[(DeviceNo, Position)],
         now: Timestamp,
-    ) -> Result<Option<Vec<Sent>>> {
-        let mut tx = self.begin().await?;
+        locking: Locking,
+    ) -> Result<Option<Vec<Option<Sent>>>> {
+        let mut tx = match &self.database {
+            Database::Sqlite(_) => self.begin().await?,
+            Database::Postgres(postgres) => Tx::Postgres(postgres.begin_group().await?),
+        };
         let sent = match &mut tx {
             Tx::Sqlite(tx) => Some(self.settle_in_sqlite(tx, sends, acks, now).await?),
-            Tx::Postgres(tx) => self.settle_in_postgres(tx, sends, acks, now).await?,
+            Tx::Postgres(tx) => self.settle_in_postgres(tx, sends, acks, now, locking).await?,
         };
         match (sent, tx) {
             (None, Tx::Postgres(tx)) => {
@@ -112,25 +142,30 @@ impl Store {
     }
 }
 
-/// Holds each send against what was sent before and against the devices that there are.
-fn judge<'a>(sends: &'a [Outgoing], found: Found) -> Judgement<'a> {
+/// Holds each send against what was sent before and against the devices that there are, but for those that are left for
+/// later.
+fn judge<'a>(sends: &'a [Outgoing], found: Found, is_later: impl Fn(&Outgoing) -> bool) -> Judgement<'a> {
     let Found { mut known, devices } = found;
     let (mut rows, mut judged, mut sent) = (Vec::new(), Vec::new(), Vec::with_capacity(sends.len()));
     for mail in sends {
+        if is_later(mail) {
+            sent.push(None);
+            continue;
+        }
         let id = (mail.sender.no, mail.key);
         let (outcome, queued) = outcome::evaluate(mail, &devices);
         let woken = queued.iter().map(|row| Address { user: row.user, device: row.device }).collect();
         if let Some((outcome, digest)) = known.get(&id) {
             let replay = if *digest == mail.digest { Replay::SameBody } else { Replay::OtherBody };
             // The receivers are woken once more: whoever stored the first one may have gone before it could.
-            sent.push(Sent { outcome: outcome.clone(), woken, replay: Some(replay) });
+            sent.push(Some(Sent { outcome: outcome.clone(), woken, replay: Some(replay) }));
             continue;
         }
         let first = rows.len();
         rows.extend(queued.into_iter().map(|row| (mail, row)));
         judged.push(Judged { mail, outcome: outcome.clone(), rows: first..rows.len() });
         known.insert(id, (outcome.clone(), mail.digest));
-        sent.push(Sent { outcome, woken, replay: None });
+        sent.push(Some(Sent { outcome, woken, replay: None }));
     }
     Judgement { sent, rows, judged }
 }

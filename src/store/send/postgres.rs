@@ -5,7 +5,7 @@
 //! higher than those of all groups that have been visible in these inboxes. Whatever else two nodes could do to each
 //! other (the same send at the same moment, the same messages deleted in another order) makes one of them start over.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::time::Duration;
 
 use crate::clock::Timestamp;
@@ -13,11 +13,33 @@ use crate::model::ids::{DeviceId, DeviceNo, IdempotencyKey, MessageId, Position,
 use crate::model::mail::{Outgoing, Sent};
 use crate::store::database::{PostgresTx, timely};
 use crate::store::outcome::{self, Devices};
-use crate::store::send::{self, Found, Judgement, Known, NewMessage, Receipt};
+use crate::store::send::{self, Found, Judgement, Known, Locking, NewMessage, Receipt};
 use crate::store::{Limits, Result, Store};
 
 /// Positions in a block of the sequence, as the migration says.
 const BLOCK: usize = 65_536;
+/// Accounts whose full inboxes are cut in one group.
+const FULL_AT_ONCE: usize = 16;
+
+/// $1 are accounts in ascending order, $2 how many more messages a device of each gets.
+const LOCK: &str = "
+    WITH locked AS MATERIALIZED (
+        SELECT user_id FROM account_locks WHERE user_id = ANY($1) ORDER BY user_id FOR NO KEY UPDATE)
+    UPDATE account_locks l SET at_most = l.at_most + asked.more
+    FROM unnest($1, $2) AS asked (user_id, more) JOIN locked USING (user_id)
+    WHERE l.user_id = asked.user_id RETURNING l.user_id, l.at_most";
+
+/// The same without those that somebody else holds. Those that are not there at all are answered with 0.
+const LOCK_WHAT_IS_FREE: &str = "
+    WITH locked AS MATERIALIZED (
+        SELECT user_id FROM account_locks WHERE user_id = ANY($1) ORDER BY user_id FOR NO KEY UPDATE SKIP LOCKED),
+    counted AS (
+        UPDATE account_locks l SET at_most = l.at_most + asked.more
+        FROM unnest($1, $2) AS asked (user_id, more) JOIN locked USING (user_id)
+        WHERE l.user_id = asked.user_id RETURNING l.user_id, l.at_most)
+    SELECT user_id, at_most FROM counted UNION ALL
+    SELECT user_id, 0 FROM unnest($1) AS asked (user_id)
+    WHERE NOT EXISTS (SELECT 1 FROM account_locks l WHERE l.user_id = asked.user_id)";
 
 impl Store {
     pub(super) async fn settle_in_postgres(
@@ -26,16 +48,21 @@ impl Store {
         sends: &[Outgoing],
         acks: &[(DeviceNo, Position)],
         now: Timestamp,
-    ) -> Result<Option<Vec<Sent>>> {
+        locking: Locking,
+    ) -> Result<Option<Vec<Option<Sent>>>> {
         if sends.is_empty() {
             tx.delete_acknowledged(acks).await?;
             return Ok(Some(Vec::new()));
         }
-        let lifetime = self.limits.idempotency_lifetime;
-        let full = tx.lock_accounts(sends, self.limits.max_inbox_size).await?;
+        let (lifetime, max) = (self.limits.idempotency_lifetime, self.limits.max_inbox_size);
+        let locked = tx.lock_accounts(sends, locking).await?;
+        let full = |at_most: i32| i64::from(at_most) > i64::from(max);
+        let (later, cut) =
+            left_for_later(sends, &locked, |user| locked.get(user).is_some_and(|most| full(*most)), locking);
         let known = tx.known_outcomes(sends, now - lifetime).await?;
         let found = Found { known, devices: tx.current_devices(sends).await? };
-        let Judgement { sent, rows, judged } = send::judge(sends, found);
+        let is_later = |mail: &Outgoing| later.contains(&(mail.sender.no, mail.key));
+        let Judgement { sent, rows, judged } = send::judge(sends, found, is_later);
         let received = self.numbering.receive(rows.len(), now);
         let blocks = tx.blocks(rows.len()).await?;
         let position = |n: usize| blocks[n / BLOCK] + (n % BLOCK) as i64;
@@ -45,17 +72,42 @@ impl Store {
         }
         tx.delete_acknowledged(acks).await?;
         tx.insert_messages(&send::numbered(&rows, &received.ids, position), received.received_at).await?;
-        if !full.is_empty() {
-            tx.hold_inbox_limit(&self.limits, &full, now).await?;
+        if !cut.is_empty() {
+            tx.hold_inbox_limit(&self.limits, &cut, now).await?;
         }
         Ok(Some(sent))
     }
 }
 
+/// The sends that are left for a later group, and the accounts whose inboxes have to be counted now. A send is left when
+/// one of its accounts could not be locked; and, but for the first one, when with it too many full accounts would come
+/// together, since cutting an inbox takes time, and everybody waits for it.
+fn left_for_later(
+    sends: &[Outgoing],
+    locked: &HashMap<UserId, i32>,
+    is_full: impl Fn(&UserId) -> bool,
+    locking: Locking,
+) -> (HashSet<(DeviceNo, IdempotencyKey)>, Vec<UserId>) {
+    let (mut later, mut cut) = (HashSet::new(), HashSet::new());
+    for mail in sends {
+        let users = || mail.recipients.iter().map(|recipient| recipient.user);
+        // Accounts that never were have no lock, and nobody holds it.
+        let is_held = locking == Locking::PassOver && users().any(|user| !locked.contains_key(&user));
+        let full: Vec<UserId> = users().filter(&is_full).filter(|user| !cut.contains(user)).collect();
+        let is_too_much = !full.is_empty() && !cut.is_empty() && cut.len() + full.len() > FULL_AT_ONCE;
+        if is_held || is_too_much {
+            later.insert((mail.sender.no, mail.key));
+        } else {
+            cut.extend(full);
+        }
+    }
+    (later, cut.into_iter().collect())
+}
+
 impl PostgresTx {
-    /// Locks the accounts that are written to, and counts their mail in. Answers those of which a device may have passed
-    /// `max`.
-    async fn lock_accounts(&mut self, sends: &[Outgoing], max: u32) -> Result<Vec<UserId>> {
+    /// Locks the accounts that are written to, and counts their mail in. Answers how many messages may wait at the most for
+    /// a device of each account that is locked now.
+    async fn lock_accounts(&mut self, sends: &[Outgoing], locking: Locking) -> Result<HashMap<UserId, i32>> {
         // How many of these messages one device of an account gets at the most.
         let mut per_device: HashMap<(UserId, DeviceId), i32> = HashMap::new();
         for recipient in sends.iter().flat_map(|mail| &mail.recipients) {
@@ -69,16 +121,12 @@ impl PostgresTx {
             more.entry(user).and_modify(|most| *most = count.max(*most)).or_insert(count);
         }
         let more: Vec<i32> = users.iter().map(|user| more.get(user).copied().unwrap_or_default()).collect();
-        let statement = "
-            WITH locked AS MATERIALIZED (
-                SELECT user_id FROM account_locks WHERE user_id = ANY($1) ORDER BY user_id FOR NO KEY UPDATE)
-            UPDATE account_locks l SET at_most = l.at_most + asked.more
-            FROM unnest($1, $2) AS asked (user_id, more) JOIN locked USING (user_id)
-            WHERE l.user_id = asked.user_id RETURNING l.user_id, l.at_most";
-        let lock = sqlx::query_as(statement).bind(users).bind(more);
-        let locked: Vec<(UserId, i32)> = self.all(lock).await?;
-        let max = i32::try_from(max).unwrap_or(i32::MAX);
-        Ok(locked.into_iter().filter(|(_, at_most)| *at_most > max).map(|(user, _)| user).collect())
+        let statement = match locking {
+            Locking::Wait => LOCK,
+            Locking::PassOver => LOCK_WHAT_IS_FREE,
+        };
+        let locked: Vec<(UserId, i32)> = self.all(sqlx::query_as(statement).bind(users).bind(more)).await?;
+        Ok(locked.into_iter().collect())
     }
 
     /// See the function of the same name in `sqlite`.
@@ -218,25 +266,39 @@ impl PostgresTx {
     async fn hold_inbox_limit(&mut self, limits: &Limits, users: &[UserId], now: Timestamp) -> Result<()> {
         let max = limits.max_inbox_size;
         let mut at_most: HashMap<UserId, i32> = users.iter().map(|user| (*user, 0)).collect();
+        let mut full = Vec::new();
         for (user, device, count) in self.inbox_sizes(users).await? {
             if count > i64::from(max) {
-                self.cut_inbox(limits, device, now).await?;
+                full.push(device);
             }
             let left = i32::try_from(count.min(i64::from(max))).unwrap_or(i32::MAX);
             at_most.entry(user).and_modify(|most| *most = left.max(*most));
         }
+        if !full.is_empty() {
+            self.cut_inboxes(limits, &full, now).await?;
+        }
         self.set_at_most(&at_most).await
     }
 
-    async fn cut_inbox(&mut self, limits: &Limits, device: DeviceNo, now: Timestamp) -> Result<()> {
-        let statement =
-            "SELECT position, sender_user, received_at <= $2 FROM messages WHERE device_no = $1 ORDER BY position";
-        let inbox = sqlx::query_as(statement).bind(device).bind(now - limits.retention);
-        let inbox: Vec<(i64, UserId, bool)> = self.all(inbox).await?;
-        let gone = outcome::cut(&inbox, limits.max_inbox_size as usize);
-        let delete = sqlx::query("DELETE FROM messages WHERE device_no = $1 AND position = ANY($2)");
-        self.run(delete.bind(device).bind(gone)).await?;
-        tracing::debug!("an inbox was full; its oldest mail was cut");
+    async fn cut_inboxes(&mut self, limits: &Limits, full: &[DeviceNo], now: Timestamp) -> Result<()> {
+        let statement = "
+            SELECT device_no, position, sender_user, received_at <= $2 FROM messages
+            WHERE device_no = ANY($1) ORDER BY device_no, position";
+        let inboxes = sqlx::query_as(statement).bind(full).bind(now - limits.retention);
+        let messages: Vec<(DeviceNo, i64, UserId, bool)> = self.all(inboxes).await?;
+        let (mut devices, mut positions) = (Vec::new(), Vec::new());
+        for inbox in messages.chunk_by(|one, next| one.0 == next.0) {
+            let of_senders: Vec<_> =
+                inbox.iter().map(|(_, position, sender, expired)| (*position, *sender, *expired)).collect();
+            let gone = outcome::cut(&of_senders, limits.max_inbox_size as usize);
+            devices.extend(gone.iter().map(|_| inbox[0].0));
+            positions.extend(gone);
+        }
+        let statement = "
+            DELETE FROM messages m USING unnest($1, $2) AS gone (device_no, position)
+            WHERE m.device_no = gone.device_no AND m.position = gone.position";
+        self.run(sqlx::query(statement).bind(devices).bind(positions)).await?;
+        tracing::debug!(inboxes = full.len(), "full inboxes; their oldest mail was cut");
         Ok(())
     }
 }

@@ -85,8 +85,8 @@ async fn idle_connections_go_down_to_the_minimum_and_old_ones_are_replaced() {
 async fn who_gets_no_connection_in_time_is_told_and_a_statement_or_lock_that_takes_too_long_is_given_up() {
     let pooled = Pooled::open(|config| {
         (config.max_connections, config.min_connections) = (1, 0);
-        config.acquire_timeout = Duration::from_millis(300);
-        config.lock_timeout = Duration::from_millis(1500);
+        config.acquire_timeout = Duration::from_secs(1);
+        config.lock_timeout = Duration::from_secs(3);
     })
     .await;
     let held = pooled.database.hold_write().await;

@@ -4,8 +4,9 @@ use std::ops::Deref;
 use std::path::Path;
 
 use obscura_server::clock::Timestamp;
-use obscura_server::model::ids::{Address, DeviceId, DeviceNo, UserId};
+use obscura_server::model::ids::{Address, DeviceId, DeviceNo, Position, UserId};
 use obscura_server::model::keys::{KeyId, OneTimePreKey, PreKeys, PublicKey, RegistrationId, Signature, SignedPreKey};
+use obscura_server::model::mail::{Outgoing, Sent};
 use obscura_server::store::{Limits, NewAccount, NewDevice, OpenError, Registered, SessionGrant, Store};
 use tempfile::TempDir;
 
@@ -59,6 +60,17 @@ impl TestStore {
         let config = deployment::database_config(self.folder.path()).await;
         let store = Store::open(&config, self.limits).await.expect("a store");
         Self { store, limits: self.limits, folder: self.folder }
+    }
+
+    /// Settles a group of which nothing is left for later.
+    pub async fn settle(
+        &self,
+        sends: &[Outgoing],
+        acks: &[(DeviceNo, Position)],
+        now: Timestamp,
+    ) -> obscura_server::store::Result<Vec<Sent>> {
+        let settled = self.store.settle(sends, acks, now).await?;
+        Ok(settled.into_iter().map(|sent| sent.expect("a send that needs not wait")).collect())
     }
 
     /// Opens the same database beside this one.

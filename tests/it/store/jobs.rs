@@ -21,6 +21,8 @@ async fn a_job_is_done_by_one_node_in_a_period_and_on_one_machine_always() {
     assert!(store.claim_job("another", PERIOD, NOW).await.unwrap());
     assert!(!store.claim_job("sweep", PERIOD, NOW + PERIOD / 2).await.unwrap());
     assert!(store.claim_job("sweep", PERIOD, NOW + PERIOD).await.unwrap());
+    store.release_job("sweep", NOW + PERIOD).await.unwrap();
+    assert!(store.claim_job("sweep", PERIOD, NOW + PERIOD).await.unwrap(), "one that was given back is anybody's");
 }
 
 #[tokio::test]
