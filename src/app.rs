@@ -11,6 +11,7 @@ use crate::config::Config;
 use crate::disk::Disk;
 use crate::mailroom::Mailroom;
 use crate::memory::Budget;
+use crate::push::Push;
 use crate::store::Store;
 use crate::tasks::Tasks;
 
@@ -23,6 +24,8 @@ pub struct App {
     pub store: Store,
     /// Signals between sessions.
     pub bus: Bus,
+    /// Wakes phones that aren't connected.
+    pub push: Push,
     /// Attachments.
     pub blobs: Blobs,
     /// Hashes and checks passwords.

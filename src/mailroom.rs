@@ -13,6 +13,7 @@ use crate::bus::{Bus, Signal};
 use crate::clock::Clock;
 use crate::model::ids::{DeviceNo, Position};
 use crate::model::mail::{Outgoing, Sent};
+use crate::push::Push;
 use crate::store::Store;
 use crate::tasks::Tasks;
 
@@ -61,9 +62,9 @@ pub struct Mailroom {
 
 impl Mailroom {
     /// Opens the mailroom. Its task runs until `tasks` are stopped and everything handed over has been stored.
-    pub fn open(store: Store, bus: Bus, clock: Clock, tasks: &Tasks) -> Self {
+    pub fn open(store: Store, bus: Bus, push: Push, clock: Clock, tasks: &Tasks) -> Self {
         let (letters, incoming) = mpsc::channel(WAITING);
-        let worker = Worker { store, bus, clock };
+        let worker = Worker { store, bus, push, clock };
         let stopping = tasks.clone();
         tasks.spawn("mailroom", async move { worker.run(incoming, stopping).await });
         Self { letters, room: Arc::new(Semaphore::new(WAITING_KIB)) }
@@ -93,6 +94,7 @@ impl Mailroom {
 struct Worker {
     store: Store,
     bus: Bus,
+    push: Push,
     clock: Clock,
 }
 
@@ -163,6 +165,7 @@ impl Worker {
             Ok(sent) => {
                 let woken: Vec<_> = sent.iter().flat_map(|sent| sent.woken.iter().copied()).collect();
                 self.bus.wake(&woken, Signal::Mail).await;
+                self.push.mail(&woken);
                 // A reply fails only when its request is gone; its mail is stored all the same.
                 for (reply, sent) in group.send_replies.into_iter().zip(sent) {
                     let _ = reply.send(Ok(sent));
