@@ -17,6 +17,7 @@ mod gateway;
 mod openapi;
 mod postgres;
 mod privacy;
+mod push;
 mod shutdown;
 mod start;
 mod store;
