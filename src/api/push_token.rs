@@ -108,7 +108,11 @@ impl PushTokenRequest {
 
 impl SubscriptionBody {
     fn check(self) -> Result<Subscription, ApiError> {
-        let endpoint = checked(&self.endpoint)?.to_owned();
+        let endpoint = checked(&self.endpoint)?;
+        if !self.endpoint.starts_with("https://") || endpoint.len() != self.endpoint.len() {
+            return Err(ApiError::bad_request("endpoint must be an https URL"));
+        }
+        let endpoint = self.endpoint;
         let p256dh = decoded("p256dh", &self.keys.p256dh, POINT_BYTES)?;
         let auth = decoded("auth", &self.keys.auth, AUTH_BYTES)?;
         Ok(Subscription { endpoint, p256dh, auth })

@@ -1,6 +1,7 @@
 //! A lane for each provider: how many pushes may be under way, and whether it makes sense to try. One that hangs or
 //! refuses us holds up nobody else.
 
+use std::collections::HashMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -14,6 +15,8 @@ use crate::tasks::jittered;
 
 /// So many failures one after another, and the provider is left alone for a while.
 const FAILURES: u32 = 3;
+/// One Web Push service gets this part of the slots.
+const SHARE: usize = 4;
 /// The longest such while, unless the provider asks for more.
 const LONGEST_PAUSE: Duration = Duration::from_mins(15);
 
@@ -29,7 +32,26 @@ pub(super) struct Lane {
     pub(super) name: &'static str,
     pub(super) provider: Provider,
     slots: Arc<Semaphore>,
+    hosts: Arc<Hosts>,
     health: Mutex<Health>,
+}
+
+/// How many pushes are under way to each Web Push service. A single one can't take all slots.
+struct Hosts {
+    under_way: Mutex<HashMap<String, usize>>,
+    most: usize,
+}
+
+/// Room for one push. Dropping it gives the room back.
+#[derive(Debug)]
+pub(super) struct Slot {
+    _permit: OwnedSemaphorePermit,
+    _host: Option<AtHost>,
+}
+
+struct AtHost {
+    host: String,
+    hosts: Arc<Hosts>,
 }
 
 #[derive(Default)]
@@ -67,18 +89,24 @@ impl Lanes {
 
 impl Lane {
     fn new(name: &'static str, provider: Provider, concurrency: usize) -> Self {
-        Self { name, provider, slots: Arc::new(Semaphore::new(concurrency)), health: Mutex::default() }
+        let hosts = Arc::new(Hosts { under_way: Mutex::default(), most: concurrency.div_ceil(SHARE) });
+        Self { name, provider, slots: Arc::new(Semaphore::new(concurrency)), hosts, health: Mutex::default() }
     }
 
     /// A slot for one push, which is free again when the answer is dropped.
-    pub(super) fn enter(&self) -> Result<OwnedSemaphorePermit, Blocked> {
+    pub(super) fn enter(&self, target: &PushTarget) -> Result<Slot, Blocked> {
         if let Some(until) = self.health().until {
             let left = until.saturating_duration_since(Instant::now());
             if !left.is_zero() {
                 return Err(Blocked::Paused(left));
             }
         }
-        self.slots.clone().try_acquire_owned().map_err(|_| Blocked::Full)
+        let permit = self.slots.clone().try_acquire_owned().map_err(|_| Blocked::Full)?;
+        let host = match target {
+            PushTarget::WebPush(subscription) => Some(self.hosts.enter(&subscription.endpoint).ok_or(Blocked::Full)?),
+            PushTarget::Fcm(_) | PushTarget::Apns(_) => None,
+        };
+        Ok(Slot { _permit: permit, _host: host })
     }
 
     /// The provider has answered, whatever it said about the one push.
@@ -118,18 +146,64 @@ impl Lane {
     }
 }
 
+impl Hosts {
+    fn enter(self: &Arc<Self>, endpoint: &str) -> Option<AtHost> {
+        // `https://host:port`, the path left out.
+        let host: String = endpoint.split('/').take(3).collect::<Vec<_>>().join("/");
+        let mut under_way = self.under_way();
+        let count = under_way.entry(host.clone()).or_default();
+        if *count >= self.most {
+            return None;
+        }
+        *count += 1;
+        Some(AtHost { host, hosts: self.clone() })
+    }
+
+    /// No code panics while it holds them.
+    fn under_way(&self) -> MutexGuard<'_, HashMap<String, usize>> {
+        self.under_way.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Drop for AtHost {
+    fn drop(&mut self) {
+        let mut under_way = self.hosts.under_way();
+        if let Some(count) = under_way.get_mut(&self.host) {
+            *count -= 1;
+            if *count == 0 {
+                under_way.remove(&self.host);
+            }
+        }
+    }
+}
+
+impl std::fmt::Debug for AtHost {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("AtHost(…)")
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::model::push::Subscription;
 
     const STEP: Duration = Duration::from_secs(30);
+
+    fn phone() -> PushTarget {
+        PushTarget::Fcm(String::new())
+    }
+
+    fn browser(endpoint: &str) -> PushTarget {
+        PushTarget::WebPush(Subscription { endpoint: endpoint.to_owned(), p256dh: Vec::new(), auth: Vec::new() })
+    }
 
     fn lane() -> Lane {
         Lane::new("test", Provider::Log, 2)
     }
 
     fn pause(lane: &Lane) -> Duration {
-        match lane.enter() {
+        match lane.enter(&phone()) {
             Err(Blocked::Paused(pause)) => pause,
             entered => panic!("{:?}", entered.map(|_| "a slot")),
         }
@@ -138,10 +212,20 @@ mod tests {
     #[tokio::test]
     async fn a_lane_has_so_many_slots() {
         let lane = lane();
-        let slots = [lane.enter().unwrap(), lane.enter().unwrap()];
-        assert_eq!(lane.enter().unwrap_err(), Blocked::Full);
+        let slots = [lane.enter(&phone()).unwrap(), lane.enter(&phone()).unwrap()];
+        assert_eq!(lane.enter(&phone()).unwrap_err(), Blocked::Full);
         drop(slots);
-        assert!(lane.enter().is_ok());
+        assert!(lane.enter(&phone()).is_ok());
+    }
+
+    #[tokio::test]
+    async fn one_web_push_service_gets_no_more_than_its_part() {
+        let lane = Lane::new("test", Provider::Log, 8);
+        let slots = ["https://a/1", "https://a/2"].map(|endpoint| lane.enter(&browser(endpoint)).unwrap());
+        assert_eq!(lane.enter(&browser("https://a/3")).unwrap_err(), Blocked::Full);
+        assert!(lane.enter(&browser("https://b/1")).is_ok() && lane.enter(&browser("https://a:8443/1")).is_ok());
+        drop(slots);
+        assert!(lane.enter(&browser("https://a/3")).is_ok() && lane.hosts.under_way().is_empty());
     }
 
     #[tokio::test(start_paused = true)]
@@ -149,7 +233,7 @@ mod tests {
         let lane = lane();
         let mut pauses = Vec::new();
         for _ in 0..12 {
-            while lane.enter().is_ok() {
+            while lane.enter(&phone()).is_ok() {
                 lane.has_failed(Cause::Busy, None, STEP);
             }
             let pause = pause(&lane);
@@ -161,7 +245,7 @@ mod tests {
         assert!(pauses[0] <= STEP.mul_f64(1.1) && pauses[1] > pauses[0] && pauses[11] <= LONGEST_PAUSE.mul_f64(1.1));
         lane.is_well();
         lane.has_failed(Cause::Busy, None, STEP);
-        assert!(lane.enter().is_ok());
+        assert!(lane.enter(&phone()).is_ok());
     }
 
     #[tokio::test(start_paused = true)]

@@ -68,7 +68,7 @@ pub enum Provider {
     /// Firebase Cloud Messaging.
     Fcm(Fcm),
     /// The Apple Push Notification service.
-    Apns(Apns),
+    Apns(Box<Apns>),
     /// Web Push and UnifiedPush.
     WebPush(WebPush),
     /// Nobody: there are no credentials, so that a push was due is all that happens.
@@ -83,7 +83,7 @@ impl Provider {
 
     /// The Apple Push Notification service, if there is a key.
     pub fn apns(config: &Config, clock: &Clock) -> Result<Self, PushError> {
-        Ok(Apns::open(config, clock)?.map_or(Self::Log, Self::Apns))
+        Ok(Apns::open(config, clock)?.map_or(Self::Log, |apns| Self::Apns(Box::new(apns))))
     }
 
     /// Web Push, which needs nobody's permission.
@@ -91,8 +91,17 @@ impl Provider {
         Ok(Self::WebPush(WebPush::open(config, clock, key)?))
     }
 
-    /// Wakes a device. Bounded in time.
-    pub async fn push(&self, target: &PushTarget) -> Pushed {
+    /// Wakes a device, or gives up after `patience`.
+    pub async fn push(&self, target: &PushTarget, patience: Duration) -> Pushed {
+        match tokio::time::timeout(patience, self.try_to_push(target)).await {
+            Ok(pushed) => pushed,
+            // One endpoint that hangs says nothing about others.
+            Err(_) if matches!(self, Self::WebPush(_)) => Pushed::Refused { retry_after: None },
+            Err(_) => Pushed::Unavailable { cause: Cause::NoAnswer, retry_after: None },
+        }
+    }
+
+    async fn try_to_push(&self, target: &PushTarget) -> Pushed {
         match (self, target) {
             (Self::Fcm(fcm), PushTarget::Fcm(token)) => fcm.push(token).await,
             (Self::Apns(apns), PushTarget::Apns(token)) => apns.push(token).await,

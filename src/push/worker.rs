@@ -23,6 +23,8 @@ use crate::tasks::{Tasks, jittered};
 
 /// Sessions that have ended and are looked at together.
 const ENDED: usize = 500;
+/// The longest time that one push may take, whatever it needs for that.
+const PATIENCE: Duration = Duration::from_secs(15);
 /// The longest pause between two attempts for one device.
 const LONGEST_RETRY: Duration = Duration::from_hours(1);
 /// After so many attempts a device is left alone until there is newer mail, or a day has passed.
@@ -221,16 +223,18 @@ impl Worker {
 
     fn start(&self, leased: Leased, sleeper: Sleeper, tasks: &Tasks) -> Result<(), Blocked> {
         let lane = self.lanes.of(&sleeper.target).clone();
-        let slot = lane.enter()?;
+        let slot = lane.enter(&sleeper.target)?;
+        // Over before the lease is, so that nobody else begins with the same push.
+        let patience = PATIENCE.min(self.config.notifications.visibility_timeout.mul_f64(0.8));
         let (tried, stopping) = (self.tried.0.clone(), tasks.clone());
         tasks.attend(async move {
-            let patience = async {
+            let last_words = async {
                 stopping.stopping().await;
                 tokio::time::sleep(LAST_WORDS).await;
             };
             let pushed = tokio::select! {
-                pushed = lane.provider.push(&sleeper.target) => pushed,
-                () = patience => return,
+                pushed = lane.provider.push(&sleeper.target, patience) => pushed,
+                () = last_words => return,
             };
             // Fails only when the worker has ended.
             let _ = tried.send(Tried { leased, sleeper, pushed }).await;

@@ -79,20 +79,19 @@ fn is_public(address: IpAddr) -> bool {
 
 /// <https://www.iana.org/assignments/iana-ipv4-special-registry>
 fn is_public_v4(address: Ipv4Addr) -> bool {
-    let special = match address.octets() {
+    !matches!(
+        address.octets(),
         [0 | 10 | 127 | 224.., ..]
-        | [100, 64..=127, ..]
-        | [169, 254, ..]
-        | [172, 16..=31, ..]
-        | [192, 0, 0 | 2, _]
-        | [192, 88, 99, _]
-        | [192, 168, ..]
-        | [198, 18 | 19, ..]
-        | [198, 51, 100, _]
-        | [203, 0, 113, _] => true,
-        _ => false,
-    };
-    !special
+            | [100, 64..=127, ..]
+            | [169, 254, ..]
+            | [172, 16..=31, ..]
+            | [192, 0, 0 | 2, _]
+            | [192, 88, 99, _]
+            | [192, 168, ..]
+            | [198, 18 | 19, ..]
+            | [198, 51, 100, _]
+            | [203, 0, 113, _]
+    )
 }
 
 /// <https://www.iana.org/assignments/iana-ipv6-special-registry>
