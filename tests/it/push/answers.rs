@@ -1,8 +1,10 @@
 //! What the providers answer, and what comes of it.
 
+use std::sync::Arc;
 use std::time::Duration;
 
 use serde_json::json;
+use tokio::sync::Semaphore;
 
 use super::provider::{Answer, Provider};
 use super::{Project, everything_due_is_pushed, phone, quick, register, tokens};
@@ -106,6 +108,8 @@ async fn a_provider_that_hangs_does_not_stop_another() {
         project.configure(config);
         super::apns::configure(config, &apns, folder.path());
         config.notifications.worker_concurrency = 2;
+        // So long a push may hang, nearly.
+        config.notifications.visibility_timeout = Duration::from_secs(30);
     })
     .await;
     let alice = server.account().await;
@@ -131,4 +135,49 @@ async fn without_a_provider_a_push_is_logged_once_and_holds_up_nothing() {
     let told = "SELECT count(*) FROM push_tokens WHERE pushed_to > 0";
     eventually("the push to be settled", async || database.number(told).await == 1).await;
     assert_eq!(tokens(&server).await, 1);
+}
+
+#[tokio::test]
+async fn mail_that_comes_while_its_device_is_being_woken_is_pushed_for_too() {
+    let project = Project::start().await;
+    let apns = Provider::start_http2().await;
+    let folder = tempfile::tempdir().unwrap();
+    let server = TestServer::start_with(|config| {
+        project.configure(config);
+        super::apns::configure(config, &apns, folder.path());
+        config.notifications.visibility_timeout = Duration::from_secs(30);
+    })
+    .await;
+    let (alice, bob, carol) = (server.account().await, phone(&server, "bob").await, server.account().await);
+    register(&carol, json!({"provider": "apns", "token": "c0ffee"})).await;
+    let gate = Arc::new(Semaphore::new(0));
+    project.fcm.set(Answer::After(gate.clone()));
+    alice.send_to(&bob, "one").await;
+    project.fcm.pushed("bob", 1).await;
+    alice.send_to(&bob, "two").await;
+    // When this has been pushed for, the mail before it has reached the queue, where it met the job that is leased.
+    alice.send_to(&carol, "x").await;
+    apns.pushed("c0ffee", 1).await;
+    gate.add_permits(10);
+    project.fcm.pushed("bob", 2).await;
+}
+
+#[tokio::test]
+async fn a_push_under_way_does_not_hold_up_the_end_of_the_server_and_is_made_up_for() {
+    let project = Project::start().await;
+    let mut server = TestServer::start_with(|config| {
+        project.configure(config);
+        config.notifications.visibility_timeout = Duration::from_secs(5);
+        config.notifications.gc_interval = Duration::from_millis(200);
+    })
+    .await;
+    let (alice, bob) = (server.account().await, phone(&server, "bob").await);
+    project.fcm.set(Answer::Nothing);
+    alice.send_to(&bob, "x").await;
+    project.fcm.pushed("bob", 1).await;
+    let before = std::time::Instant::now();
+    server.restart().await;
+    assert!(before.elapsed() < server.config().server.shutdown_timeout, "it took {:?}", before.elapsed());
+    project.fcm.set(Answer::Status(200, json!({})));
+    project.fcm.pushed("bob", 2).await;
 }

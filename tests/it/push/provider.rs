@@ -16,6 +16,7 @@ use rcgen::{BasicConstraints, CertificateParams, CertifiedIssuer, IsCa, KeyPair}
 use serde_json::{Value, json};
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::TcpListener;
+use tokio::sync::Semaphore;
 use tokio_rustls::TlsAcceptor;
 use tokio_rustls::rustls::ServerConfig;
 use tokio_rustls::rustls::pki_types::{PrivateKeyDer, PrivatePkcs8KeyDer};
@@ -47,6 +48,8 @@ pub enum Answer {
     RetryAfter(u16, &'static str),
     Redirect(&'static str),
     Nothing,
+    /// Good, once there is a permit.
+    After(Arc<Semaphore>),
 }
 
 /// Which HTTP it speaks.
@@ -139,6 +142,10 @@ impl Provider {
                 Response::builder().status(status).header("retry-after", after).body(Body::empty())
             }
             Answer::Redirect(to) => Response::builder().status(307).header("location", to).body(Body::empty()),
+            Answer::After(gate) => {
+                gate.acquire().await.expect("an open gate").forget();
+                Response::builder().body(Body::empty())
+            }
             Answer::Nothing => std::future::pending().await,
         };
         Ok(response.expect("an answer"))
