@@ -174,7 +174,8 @@ pub struct Prekeys {
 /// Signals to connected devices and pushes to sleeping ones.
 #[derive(Clone, Debug)]
 pub struct Notifications {
-    /// Pause between two removals of subscriptions nobody listens to.
+    /// Pause between two removals of subscriptions nobody listens to, and between two looks for devices that should have
+    /// been pushed to.
     pub gc_interval: Duration,
     /// Without a meaning here: signals from other nodes are passed on as they come in, so none ever wait.
     pub global_channel_capacity: usize,

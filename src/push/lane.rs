@@ -93,6 +93,11 @@ impl Lane {
         Self { name, provider, slots: Arc::new(Semaphore::new(concurrency)), hosts, health: Mutex::default() }
     }
 
+    /// Whether somebody is told of the pushes.
+    pub(super) fn is_real(&self) -> bool {
+        !matches!(self.provider, Provider::Log)
+    }
+
     /// A slot for one push, which is free again when the answer is dropped.
     pub(super) fn enter(&self, target: &PushTarget) -> Result<Slot, Blocked> {
         if let Some(until) = self.health().until {

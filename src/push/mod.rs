@@ -16,6 +16,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 use tokio::time::Instant;
+use tracing::{info, warn};
 
 use crate::bus::BusError;
 use crate::clock::Clock;
@@ -90,6 +91,10 @@ impl Push {
             Provider::web_push(config, clock, key)?,
             concurrency,
         );
+        if config.fcm.project_id.is_some() && config.fcm.credentials_file.is_none() {
+            warn!("there is an --fcm-project-id, and no --fcm-credentials-file: its pushes are only logged");
+        }
+        info!(fcm = lanes.fcm.is_real(), apns = lanes.apns.is_real(), webpush = true, "push providers");
         Ok(Prepared { queue: Queue::open(&config.pubsub, &config.notifications)?, lanes })
     }
 

@@ -16,7 +16,7 @@ use crate::push::Push;
 use crate::push::janitor::Janitor;
 use crate::push::lane::{Blocked, Lanes};
 use crate::push::outbox::Outbox;
-use crate::push::providers::{Provider, Pushed};
+use crate::push::providers::Pushed;
 use crate::push::queue::{Fate, Job, Leased, Queue, QueueError, Reason};
 use crate::store::{Sleeper, Store, StoreError};
 use crate::tasks::{Tasks, jittered};
@@ -33,6 +33,8 @@ const ATTEMPTS: u32 = 10;
 const COUNTED: usize = 10_000;
 /// A second reason to wake a device that is just being woken waits for so long.
 const BEHIND_ANOTHER: Duration = Duration::from_secs(2);
+/// A device whose provider has no slot free waits for so many looks, so that those behind it get their turn.
+const WHILE_FULL: u32 = 3;
 /// At shutdown, so much time for the pushes under way. What is not settled then is found in the inboxes again.
 const LAST_WORDS: Duration = Duration::from_secs(2);
 
@@ -199,7 +201,7 @@ impl Worker {
                 Some(_) => match self.start(leased, sleeper.clone(), tasks) {
                     Ok(()) => continue,
                     Err(Blocked::Paused(pause)) => Fate::Later(pause + jittered(Duration::from_secs(1))),
-                    Err(Blocked::Full) => Fate::Later(jittered(2 * self.config.notifications.worker_interval)),
+                    Err(Blocked::Full) => Fate::Later(jittered(WHILE_FULL * self.config.notifications.worker_interval)),
                 },
             };
             settled.push((leased, fate));
@@ -267,7 +269,7 @@ impl Worker {
                     }
                 }
                 Fate::Done => {
-                    unheard += u32::from(matches!(lane.provider, Provider::Log));
+                    unheard += u32::from(!lane.is_real());
                     sent.push((sleeper.device, sleeper.newest));
                     if leased.job.reason == Reason::Keys {
                         self.store.remember_keys_push(sleeper.device, now).await?;

@@ -26,9 +26,15 @@ pub fn configure(config: &mut Config, apns: &Provider, folder: &Path) -> Decodin
 
 #[tokio::test]
 async fn a_push_says_that_it_is_time_to_connect_and_nothing_else() {
-    let (apns, folder) = (Provider::start_http2().await, tempfile::tempdir().unwrap());
+    let folder = tempfile::tempdir().unwrap();
+    let authority = folder.path().join("ca.pem");
+    let apns = Provider::start_encrypted_http2(&authority).await;
     let mut key = None;
-    let server = TestServer::start_with(|config| key = Some(configure(config, &apns, folder.path()))).await;
+    let server = TestServer::start_with(|config| {
+        key = Some(configure(config, &apns, folder.path()));
+        config.web_push.ca_file = Some(authority.clone());
+    })
+    .await;
     let (alice, bob) = (server.account().await, server.account().await);
     register(&bob, json!({"provider": "apns", "token": "00fc13adff78"})).await;
     alice.send_to(&bob, "a long and secret message").await;

@@ -83,7 +83,12 @@ impl Provider {
 
     /// By TLS, with a certificate for `localhost` and 127.0.0.1 of an authority that is written to this file.
     pub async fn start_encrypted(authority: &Path) -> Self {
-        Self::serve(Speaks::Http1, Some(acceptor(authority))).await
+        Self::serve(Speaks::Http1, Some(acceptor(authority, "http/1.1"))).await
+    }
+
+    /// The same, with HTTP/2 and nothing else.
+    pub async fn start_encrypted_http2(authority: &Path) -> Self {
+        Self::serve(Speaks::Http2, Some(acceptor(authority, "h2"))).await
     }
 
     async fn serve(speaks: Speaks, tls: Option<TlsAcceptor>) -> Self {
@@ -190,7 +195,7 @@ impl Provider {
     }
 }
 
-fn acceptor(authority: &Path) -> TlsAcceptor {
+fn acceptor(authority: &Path, protocol: &str) -> TlsAcceptor {
     let mut params = CertificateParams::new(Vec::new()).unwrap();
     params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
     let issuer = CertifiedIssuer::self_signed(params, KeyPair::generate().unwrap()).unwrap();
@@ -200,5 +205,7 @@ fn acceptor(authority: &Path) -> TlsAcceptor {
     let certificate = CertificateParams::new(names).unwrap().signed_by(&key, &issuer).unwrap();
     let key = PrivateKeyDer::from(PrivatePkcs8KeyDer::from(key.serialize_der()));
     let config = ServerConfig::builder().with_no_client_auth();
-    TlsAcceptor::from(Arc::new(config.with_single_cert(vec![certificate.der().clone()], key).unwrap()))
+    let mut config = config.with_single_cert(vec![certificate.der().clone()], key).unwrap();
+    config.alpn_protocols = vec![protocol.into()];
+    TlsAcceptor::from(Arc::new(config))
 }

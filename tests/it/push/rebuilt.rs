@@ -7,6 +7,7 @@ use serde_json::json;
 
 use super::provider::Answer;
 use super::{Project, everything_due_is_pushed, phone};
+use crate::bus::cluster::cluster;
 use crate::harness::{TestServer, Valkey, eventually};
 
 const KEY: &str = "jobs:push_notifications";
@@ -125,4 +126,20 @@ async fn a_push_that_was_due_when_the_server_stopped_goes_out_after_the_start() 
         })
         .await;
     project.fcm.pushed("bob", 1).await;
+}
+
+#[tokio::test]
+async fn the_queue_is_found_in_a_cluster_whichever_member_is_asked() {
+    let (project, members) = (Project::start().await, cluster().await);
+    for (n, member) in members.iter().enumerate() {
+        let server = TestServer::start_with(|config| {
+            project.configure(config);
+            config.pubsub.url = Secret::new(format!("redis-cluster://{}", member.address()));
+        })
+        .await;
+        let token = format!("phone{n}");
+        let (alice, bob) = (server.account().await, phone(&server, &token).await);
+        alice.send_to(&bob, "x").await;
+        project.fcm.pushed(&token, 1).await;
+    }
 }
