@@ -4,7 +4,9 @@ use std::path::Path;
 
 use aws_lc_rs::signature::{ECDSA_P256_SHA256_FIXED_SIGNING, EcdsaKeyPair, KeyPair};
 use jsonwebtoken::{Algorithm, DecodingKey, Validation};
+use obscura_server::clock::Clock;
 use obscura_server::config::Config;
+use obscura_server::server::Server;
 use serde_json::{Value, json};
 
 use super::provider::{Answer, Provider};
@@ -85,4 +87,14 @@ async fn a_token_is_deleted_when_it_is_unregistered_and_not_for_a_wrong_environm
             assert_eq!(tokens(&server).await, n as i64 + 1);
         }
     }
+}
+
+#[tokio::test]
+async fn the_four_options_come_together() {
+    let folder = tempfile::tempdir().unwrap();
+    let mut config = Config::embedded(folder.path()).unwrap();
+    (config.server.port, config.server.management_port) = (0, 0);
+    config.apns.topic = Some("example.obscura.app".to_owned());
+    let error = Server::start(config, Clock::system()).await.err().unwrap().to_string();
+    assert!(error.contains("--apns-topic come together"), "{error}");
 }
