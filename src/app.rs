@@ -11,6 +11,7 @@ use crate::config::Config;
 use crate::disk::Disk;
 use crate::mailroom::Mailroom;
 use crate::memory::Budget;
+use crate::push::Push;
 use crate::rates::Rates;
 use crate::store::Store;
 use crate::tasks::Tasks;
@@ -24,6 +25,8 @@ pub struct App {
     pub store: Store,
     /// Signals between sessions.
     pub bus: Bus,
+    /// Wakes phones that aren't connected.
+    pub push: Push,
     /// Attachments.
     pub blobs: Blobs,
     /// Hashes and checks passwords.

@@ -16,6 +16,7 @@ pub mod bus;
 pub mod disk;
 pub mod mailroom;
 pub mod memory;
+pub mod push;
 pub mod rates;
 pub mod store;
 

@@ -16,6 +16,7 @@ use crate::bus::{Bus, Signal};
 use crate::clock::Clock;
 use crate::model::ids::{DeviceNo, Position, UserId};
 use crate::model::mail::{Outgoing, Sent};
+use crate::push::Push;
 use crate::store::Store;
 use crate::tasks::Tasks;
 
@@ -81,9 +82,9 @@ pub struct Mailroom {
 
 impl Mailroom {
     /// Opens the mailroom. Its task runs until `tasks` are stopped and everything handed over has been stored.
-    pub fn open(store: Store, bus: Bus, clock: Clock, tasks: &Tasks) -> Self {
+    pub fn open(store: Store, bus: Bus, push: Push, clock: Clock, tasks: &Tasks) -> Self {
         let (letters, incoming) = mpsc::channel(WAITING);
-        let worker = Worker { store, bus, clock, left: Vec::new(), unsure: HashSet::new() };
+        let worker = Worker { store, bus, push, clock, left: Vec::new(), unsure: HashSet::new() };
         let stopping = tasks.clone();
         tasks.spawn("mailroom", async move { worker.run(incoming, stopping).await });
         Self { letters, room: Arc::new(Semaphore::new(WAITING_KIB)) }
@@ -113,6 +114,7 @@ impl Mailroom {
 struct Worker {
     store: Store,
     bus: Bus,
+    push: Push,
     clock: Clock,
     /// Sends that come again with the next group.
     left: Vec<Waiting>,
@@ -199,6 +201,7 @@ impl Worker {
             Ok(settled) => {
                 let woken: Vec<_> = settled.iter().flatten().flat_map(|sent| sent.woken.iter().copied()).collect();
                 self.bus.wake(&woken, Signal::Mail).await;
+                self.push.mail(&woken);
                 let letters = group.sends.into_iter().zip(group.rest);
                 for (sent, (mail, (room, reply, left_since))) in settled.into_iter().zip(letters) {
                     match sent {
@@ -243,6 +246,7 @@ impl Worker {
         let users: Vec<UserId> = self.unsure.iter().copied().collect();
         if let Ok(addresses) = self.store.addresses(&users).await {
             self.bus.wake(&addresses, Signal::Mail).await;
+            self.push.mail(&addresses);
             self.unsure.clear();
         }
     }

@@ -25,6 +25,7 @@ use crate::disk::Disk;
 use crate::listener::{self, Patience};
 use crate::mailroom::Mailroom;
 use crate::memory::Budget;
+use crate::push::Push;
 use crate::rates::Rates;
 use crate::store::{self, Store};
 use crate::sweeps;
@@ -74,14 +75,17 @@ impl Server {
         let blobs = Blobs::open(&config.attachments).await?;
         let (tasks, keepers, wires, probes) = (Tasks::new(), Tasks::new(), Tasks::new(), Tasks::new());
         let sockets = config.gateway.max_connections_per_device;
+        let push = Push::prepare(&config, &store, &clock).await?;
         let bus = Bus::open(&config.pubsub, &config.notifications, sockets, &wires)?;
         // So that a node that says it is ready is ready. One without Valkey serves all the same.
         let _ = tokio::time::timeout(config.health.pubsub_timeout, bus.connected()).await;
         // Nothing can fail from here on, so no task is left behind by a start that was given up.
+        let push = Push::start(push, &config, &store, &clock, &keepers);
         let app = App {
-            mailroom: Mailroom::open(store.clone(), bus.clone(), clock.clone(), &keepers),
+            mailroom: Mailroom::open(store.clone(), bus.clone(), push.clone(), clock.clone(), &keepers),
             store,
             bus,
+            push,
             blobs,
             passwords: Passwords::new(),
             tokens: Tokens::new(
@@ -200,14 +204,10 @@ async fn open_store(config: &Config) -> Result<Store> {
     }
 }
 
-/// Nobody should believe that phones are woken or traces exported when they aren't.
+/// Nobody should believe that traces are exported when they aren't.
 fn warn_of_what_is_not_there(config: &Config) {
-    let is_asked_for = [
-        ("--fcm-project-id", config.fcm.project_id.is_some()),
-        ("--otlp-endpoint", config.telemetry.otlp_endpoint.is_some()),
-    ];
-    for (option, _) in is_asked_for.iter().filter(|(_, is_asked_for)| *is_asked_for) {
-        warn!(option, "this version does not act on this option yet");
+    if config.telemetry.otlp_endpoint.is_some() {
+        warn!(option = "--otlp-endpoint", "this version does not act on this option yet");
     }
 }
 

@@ -119,6 +119,7 @@ async fn hand_out(app: App, user: UserId, device: Option<DeviceId>) -> Result<Ve
     let threshold = app.config.prekeys.refill_threshold;
     let handed_out = app.store.bundles(user, device, threshold).await?.ok_or(ApiError::NotFound)?;
     app.bus.wake(&handed_out.low, Signal::KeysLow).await;
+    app.push.keys_low(&handed_out.low);
     Ok(handed_out.bundles.into_iter().map(BundleBody::from).collect())
 }
 

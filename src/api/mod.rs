@@ -96,6 +96,8 @@ routes! {
     POST   "/v1/gateway/ticket"                  Standard gateway::ticket       => [201 401 408 429 500 503 507];
     GET    "/v1/gateway"                         Standard gateway::connect      => [101 400 401 408 426 429 500];
     PUT    "/v1/push-token"                      Standard push_token::put       => [204 400 401 408 413 415 422 429 500 503 507];
+    DELETE "/v1/push-token"                      Standard push_token::delete    => [204 401 408 429 500 503 507];
+    GET    "/v1/push/vapid-key"                  Standard push_token::vapid_key => [200 401 408 429 500 503];
     POST   "/v1/attachments"                     Bytes    attachments::upload   => [201 400 401 408 411 413 429 500 503 507];
     GET    "/v1/attachments/{id}"                Free     attachments::download => [200 206 304 400 401 404 408 416 500 503];
     GET    "/openapi.yaml"                       Free     document              => [200];

@@ -5,7 +5,8 @@ use std::time::Duration;
 use crate::config;
 use crate::tasks::jittered;
 
-pub(super) struct Backoff {
+/// The pauses between attempts to connect.
+pub struct Backoff {
     next: Duration,
     min: Duration,
     max: Duration,
@@ -13,13 +14,14 @@ pub(super) struct Backoff {
 }
 
 impl Backoff {
-    pub(super) fn new(config: &config::Pubsub) -> Self {
+    /// Starts with the shortest pause.
+    pub fn new(config: &config::Pubsub) -> Self {
         let config::Pubsub { min_backoff: min, max_backoff: max, stable_after, .. } = *config;
         Self { next: min, min, max, stable_after }
     }
 
     /// The next pause, twice as long as the one before. It starts over after a connection that held for long enough.
-    pub(super) fn pause(&mut self, held: Option<Duration>) -> Duration {
+    pub fn pause(&mut self, held: Option<Duration>) -> Duration {
         if held.is_some_and(|held| held >= self.stable_after) {
             self.next = self.min;
         }

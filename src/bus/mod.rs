@@ -16,6 +16,9 @@ use crate::config;
 use crate::model::ids::Address;
 use crate::tasks::Tasks;
 
+pub use backoff::Backoff;
+pub use seeds::seeds;
+
 /// What to look at again.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(u8)]

@@ -10,7 +10,7 @@ const OPEN: [&str; 4] = ["redis", "valkey", "redis-cluster", "valkey-cluster"];
 const OVER_TLS: [&str; 4] = ["rediss", "valkeys", "rediss-cluster", "valkeys-cluster"];
 
 /// The hosts of the URL, each with the same user, password and encryption. No error repeats the URL.
-pub(super) fn seeds(url: &str) -> Result<Vec<ConnectionInfo>, BusError> {
+pub fn seeds(url: &str) -> Result<Vec<ConnectionInfo>, BusError> {
     let (scheme, rest) = url.split_once("://").ok_or(BusError::Url("it has no scheme"))?;
     let scheme = match scheme {
         open if OPEN.contains(&open) => "redis",

@@ -43,6 +43,10 @@ pub struct Config {
     pub attachments: Attachments,
     /// Firebase Cloud Messaging.
     pub fcm: Fcm,
+    /// The Apple Push Notification service.
+    pub apns: Apns,
+    /// Web Push and UnifiedPush.
+    pub web_push: WebPush,
     /// Logs, traces and metrics.
     pub telemetry: Telemetry,
     /// Growth is refused when the data folder's disk has less free space than this, new attachments below twice that; 0
@@ -189,7 +193,8 @@ pub struct Prekeys {
 /// Signals to connected devices and pushes to sleeping ones.
 #[derive(Clone, Debug)]
 pub struct Notifications {
-    /// Pause between two removals of subscriptions nobody listens to.
+    /// Pause between two removals of subscriptions nobody listens to, and between two looks for devices that should have
+    /// been pushed to.
     pub gc_interval: Duration,
     /// Without a meaning here: signals from other nodes are passed on as they come in, so none ever wait.
     pub global_channel_capacity: usize,
@@ -301,15 +306,43 @@ impl Attachments {
     }
 }
 
-/// Firebase Cloud Messaging. Without a project pushes are only logged.
+/// Firebase Cloud Messaging. Without credentials its pushes are only logged.
 #[derive(Clone, Debug)]
 pub struct Fcm {
-    /// Project of the credentials.
+    /// Project; without it, the one of the credentials.
     pub project_id: Option<String>,
     /// Service account key, a JSON file.
     pub credentials_file: Option<PathBuf>,
-    /// How long the provider keeps a push for a phone it cannot reach.
+    /// How long a provider, whichever it is, keeps a push for a phone it cannot reach.
     pub ttl: Duration,
+    /// Where the service is.
+    pub endpoint: String,
+}
+
+/// The Apple Push Notification service. Without a key its pushes are only logged.
+#[derive(Clone, Debug)]
+pub struct Apns {
+    /// Signing key, a `.p8` file. It needs the next three.
+    pub key_file: Option<PathBuf>,
+    /// Apple's name of the key.
+    pub key_id: Option<String>,
+    /// Apple's name of the developer.
+    pub team_id: Option<String>,
+    /// The app, by its bundle id.
+    pub topic: Option<String>,
+    /// Where the service is.
+    pub endpoint: String,
+}
+
+/// Web Push and UnifiedPush.
+#[derive(Clone, Debug)]
+pub struct WebPush {
+    /// `mailto:` or `https:`, for whoever runs a push service and has something to complain of.
+    pub contact: Option<String>,
+    /// Networks that are not public in which endpoints may be called all the same; usually empty.
+    pub allowed_networks: Vec<IpNet>,
+    /// Certificates, beside those of the system, that a push provider may be signed by.
+    pub ca_file: Option<PathBuf>,
 }
 
 /// Logs, traces and metrics.

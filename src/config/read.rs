@@ -5,8 +5,8 @@ use std::{ffi::OsString, path::Path, time::Duration};
 use clap::{Arg, ArgAction, ArgMatches, Command};
 
 use crate::config::{
-    AccountRates, Attachments, Auth, Config, ConfigError, Database, Fcm, Gateway, Health, LogFormat, Messaging,
-    Notifications, Prekeys, Pubsub, RateLimits, Secret, Server, Telemetry,
+    AccountRates, Apns, Attachments, Auth, Config, ConfigError, Database, Fcm, Gateway, Health, LogFormat, Messaging,
+    Notifications, Prekeys, Pubsub, RateLimits, Secret, Server, Telemetry, WebPush,
     given::Given,
     option::{Opt, Takes},
     table::GROUPS,
@@ -76,6 +76,8 @@ impl Config {
             gateway: gateway(&given),
             attachments: attachments(&given),
             fcm: fcm(&given),
+            apns: apns(&given),
+            web_push: web_push(&given),
             telemetry: telemetry(&given),
             disk_reserve_bytes: given.number("disk-reserve-bytes"),
         };
@@ -294,6 +296,25 @@ fn fcm(given: &Given) -> Fcm {
         project_id: given.optional("fcm-project-id"),
         credentials_file: given.optional("fcm-credentials-file").map(Into::into),
         ttl: given.duration("fcm-ttl-secs"),
+        endpoint: given.text("fcm-endpoint"),
+    }
+}
+
+fn apns(given: &Given) -> Apns {
+    Apns {
+        key_file: given.optional("apns-key-file").map(Into::into),
+        key_id: given.optional("apns-key-id"),
+        team_id: given.optional("apns-team-id"),
+        topic: given.optional("apns-topic"),
+        endpoint: given.text("apns-endpoint"),
+    }
+}
+
+fn web_push(given: &Given) -> WebPush {
+    WebPush {
+        contact: given.optional("webpush-contact"),
+        allowed_networks: given.networks("webpush-allowed-networks"),
+        ca_file: given.optional("push-ca-file").map(Into::into),
     }
 }
 

@@ -36,6 +36,8 @@ const BUSES: &[&str] = &[
 ];
 const STORAGES: &[&str] = &["http://", "https://", "file:"];
 const COLLECTORS: &[&str] = &["http://", "https://"];
+const PROVIDERS: &[&str] = &["https://", "http://"];
+const CONTACTS: &[&str] = &["mailto:", "https://"];
 const PROXIES: &str = "10.0.0.0/8,172.16.0.0/12,192.168.0.0/16,127.0.0.1/32";
 
 /// Every option, in the order of `--help` and of the reference page.
@@ -154,7 +156,7 @@ pub static GROUPS: &[Group] = &[
     ] },
     Group { title: "Notifications", options: &[
         option("gc-interval-secs", "OBSCURA_NOTIFICATIONS_GC_INTERVAL_SECS", "60", Seconds(1, MAX_SECONDS),
-            "pause between two removals of subscriptions nobody listens to")
+            "pause between two removals of subscriptions nobody listens to, and between two looks for devices that should have been pushed to")
             .or("notifications-cleanup-interval-secs").or_variable("OBSCURA_NOTIFICATIONS_CLEANUP_INTERVAL_SECS"),
         option("global-channel-capacity", "OBSCURA_NOTIFICATIONS_GLOBAL_CHANNEL_CAPACITY", "1024", Count(1, MAX_COUNT),
             "accepted for compatibility: signals from other nodes are passed on as they come in, so none ever wait").or("notifications-global-channel-capacity"),
@@ -256,11 +258,33 @@ pub static GROUPS: &[Group] = &[
     ] },
     Group { title: "Firebase Cloud Messaging", options: &[
         optional("fcm-project-id", "OBSCURA_FCM_PROJECT_ID", Text,
-            "project; without credentials pushes are only logged"),
+            "project; without it, that of the credentials; without credentials pushes are only logged"),
         optional("fcm-credentials-file", "OBSCURA_FCM_CREDENTIALS_FILE", File,
             "service account key, a JSON file"),
         option("fcm-ttl-secs", "OBSCURA_FCM_TTL_SECS", "604800", Seconds(0, MAX_FCM_SECONDS),
-            "how long the provider keeps a push for a phone it cannot reach"),
+            "how long the provider keeps a push for a phone it cannot reach; also for the other providers"),
+        option("fcm-endpoint", "OBSCURA_FCM_ENDPOINT", "https://fcm.googleapis.com", Url(PROVIDERS),
+            "where the service is").ours(),
+    ] },
+    Group { title: "Apple Push Notification service", options: &[
+        optional("apns-key-file", "OBSCURA_APNS_KEY_FILE", File,
+            "signing key, a `.p8` file; without it pushes are only logged; the next three come together with it").ours(),
+        optional("apns-key-id", "OBSCURA_APNS_KEY_ID", Text,
+            "id of the signing key").ours(),
+        optional("apns-team-id", "OBSCURA_APNS_TEAM_ID", Text,
+            "id of the developer's team").ours(),
+        optional("apns-topic", "OBSCURA_APNS_TOPIC", Text,
+            "bundle id of the app").ours(),
+        option("apns-endpoint", "OBSCURA_APNS_ENDPOINT", "https://api.push.apple.com", Url(PROVIDERS),
+            "where the service is; apps in development need `https://api.sandbox.push.apple.com`").ours(),
+    ] },
+    Group { title: "Web Push and UnifiedPush", options: &[
+        optional("webpush-contact", "OBSCURA_WEBPUSH_CONTACT", Url(CONTACTS),
+            "where the operator of a push service reaches you; some services ask for it").ours(),
+        optional("webpush-allowed-networks", "OBSCURA_WEBPUSH_ALLOWED_NETWORKS", Networks,
+            "networks in which endpoints are called though they are not public, for a push service of your own").ours(),
+        optional("push-ca-file", "OBSCURA_PUSH_CA_FILE", File,
+            "certificates (PEM) of authorities that push providers may be signed by, beside those of the system").ours(),
     ] },
     Group { title: "Telemetry", options: &[
         optional("otlp-endpoint", "OBSCURA_TELEMETRY_OTLP_ENDPOINT", Url(COLLECTORS),

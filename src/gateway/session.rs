@@ -62,6 +62,7 @@ pub async fn run(app: App, holder: SessionHolder, socket: WebSocket, progress: A
     };
     // Acks that have arrived count, whatever became of the socket.
     tokio::join!(closing, Box::pin(acks.finish(&app, device)));
+    app.push.session_ended(device);
 }
 
 struct Session {

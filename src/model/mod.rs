@@ -3,4 +3,5 @@
 pub mod ids;
 pub mod keys;
 pub mod mail;
+pub mod push;
 pub mod xeddsa;

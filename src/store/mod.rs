@@ -18,6 +18,7 @@ mod pool;
 mod postgres;
 mod prekeys;
 mod push_tokens;
+mod pushes;
 mod restore;
 mod send;
 mod sessions;
@@ -46,6 +47,7 @@ pub use devices::{DeviceRow, NewDevice, Removed, Standing};
 pub use links::{Approved, LinkBody, Linked, NewLink};
 pub use messages::{Expired, Page};
 pub use prekeys::{Bundle, HandedOut, PrekeyCounts, Refilled};
+pub use pushes::{Overslept, Sleeper};
 pub use sessions::{REPEAT_WINDOW, Refresh, Refreshed, SessionGrant, SessionHolder};
 
 /// The database could not do what it was asked: it is away, busy for too long, full, or broken.

@@ -23,7 +23,8 @@ const MIDDLE: &[(&str, &[&str])] = &[
     ("disk", &[]),
     ("rates", &[]),
     ("store", &[]),
-    ("mailroom", &["store", "bus"]),
+    ("push", &["store", "bus"]),
+    ("mailroom", &["store", "bus", "push"]),
 ];
 
 /// What starts work. Each uses ground and middle; what else it may use is listed.

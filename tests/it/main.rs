@@ -19,6 +19,7 @@ mod gateway;
 mod openapi;
 mod postgres;
 mod privacy;
+mod push;
 mod shutdown;
 mod start;
 mod store;

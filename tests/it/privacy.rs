@@ -9,7 +9,10 @@ use serde_json::{Value, json};
 use tokio_tungstenite::tungstenite::Message;
 use uuid::Uuid;
 
-use crate::harness::{Binary, Device, Keys, PASSWORD, PATIENCE, Socket, one_time_key, send_request};
+use crate::harness::{Binary, Device, Keys, PASSWORD, PATIENCE, Socket, eventually, one_time_key, send_request};
+
+/// A point of P-256, from RFC 8291.
+const POINT: &str = "BCVxsr7N_eNgVRqvHtD0zTZsEc6-VV-JvLexhqUzORcxaOzi6-AYWXvTBHm4bjyPjs7Vd8pZGH6SRpkNtoIAiw4";
 
 /// Everything that must not be seen, by what it is.
 #[derive(Default)]
@@ -76,7 +79,17 @@ async fn live(server: &Binary, secrets: &mut Secrets) {
     secrets.add("a push token", token);
     alice.request("PUT", "/v1/push-token").json(&json!({"token": token})).send().await.expect(204);
 
+    let endpoint = "https://localhost:9/a-secret-endpoint";
+    secrets.add("an endpoint", endpoint);
+    let keys = json!({"p256dh": POINT, "auth": "c2VjcmV0IG9mIHB1c2hlcw"});
+    add_strings(secrets, "a key of a subscription", &keys);
+    let body = json!({"provider": "webpush", "subscription": {"endpoint": endpoint, "keys": keys}});
+    bob.request("PUT", "/v1/push-token").json(&body).send().await.expect(204);
+
     talk(server, secrets, &alice, &bob, &tablet).await;
+    alice.send(&[(&bob, b"wake up")]).await;
+    bob.send(&[(&alice, b"wake up"), (&tablet, b"you too")]).await;
+    eventually("pushes", async || server.output().contains("devices were to be woken")).await;
     misbehave(secrets, &alice, &bob).await;
 
     alice.remove(&tablet).await;
@@ -167,7 +180,7 @@ fn add_strings(secrets: &mut Secrets, what: &str, object: &Value) {
 
 async fn run_with(variables: &[(&str, &str)], options: &[&str]) -> (Secrets, String) {
     let folder = tempfile::tempdir().unwrap();
-    let options = [options, &["--ttl-days=1", "--messaging-cleanup-interval-secs=1"]].concat();
+    let options = [options, &["--ttl-days=1", "--messaging-cleanup-interval-secs=1", "--push-delay-secs=0"]].concat();
     let mut server = Binary::start_with(folder.path(), &options, variables).await;
     let mut secrets = Secrets::default();
     live(&server, &mut secrets).await;

@@ -22,6 +22,8 @@ from schemathesis.core.failures import AcceptedNegativeData
 API = os.environ["OBSCURA_API"]
 PASSWORD = "correct horse battery staple"
 FIELD = 2**255 - 19
+# A point of P-256, from RFC 8291.
+POINT = "BCVxsr7N_eNgVRqvHtD0zTZsEc6-VV-JvLexhqUzORcxaOzi6-AYWXvTBHm4bjyPjs7Vd8pZGH6SRpkNtoIAiw4"
 
 # Which cases are helped is decided by a generator of our own, so that a run can be repeated.
 chance = random.Random(1)
@@ -184,6 +186,16 @@ def open_link_session(case):
     case.body |= world().caller.credentials()
 
 
+def register_push(case):
+    """Either a token or a subscription."""
+    if case.body.get("subscription") is None:
+        case.body["token"] = case.body.get("token") or "token"
+        case.body["provider"] = chance.choice([None, "fcm", "apns"])
+    else:
+        case.body |= {"token": None, "provider": chance.choice([None, "webpush"])}
+        case.body["subscription"] = {"endpoint": "https://push.example/s", "keys": {"p256dh": POINT, "auth": "A" * 22}}
+
+
 # Here and below: in turn rather than at random, so that each comes up.
 parcels = itertools.cycle([0, 1, 1000, 65536])
 approvals = itertools.cycle(["new", "approved"])
@@ -309,6 +321,7 @@ HELP = {
     "GET /v1/keys/{userId}/devices/{deviceId}": name_device,
     "POST /v1/messages": send,
     "GET /v1/gateway": open_gateway,
+    "PUT /v1/push-token": register_push,
     "GET /v1/attachments/{id}": name_attachment,
 }
 

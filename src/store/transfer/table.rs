@@ -132,7 +132,21 @@ pub(super) static TABLES: &[Table] = &[
     table("refresh_uses", 1, &[bytes("secret_hash"), bigint("device_no"), uuid("idempotency_key"), bigint("used_at")]),
     table("gateway_tickets", 1, &[bytes("hash"), bigint("device_no"), bigint("expires_at")]),
     table("link_sessions", 1, &[bytes("hash"), uuid("user_id"), bytes("approval"), bigint("expires_at")]),
-    table("push_tokens", 1, &[bigint("device_no"), text("token")]),
+    table(
+        "push_tokens",
+        1,
+        &[
+            bigint("device_no"),
+            text("token"),
+            integer("provider"),
+            bytes("p256dh"),
+            bytes("auth"),
+            bigint("pushed_to"),
+            bigint("pushed_at"),
+            bigint("keys_pushed_at"),
+        ],
+    ),
+    table("server_keys", 1, &[text("name"), bytes("secret")]),
     table(
         "messages",
         2,

@@ -78,3 +78,43 @@ async fn each_device_has_its_own_token_and_it_goes_with_the_device() {
     assert_eq!(stored(&server).await, (1, 5));
     put(&second, json!({"token": "late"})).await.expect(401);
 }
+
+#[tokio::test]
+async fn a_provider_goes_with_a_token_or_a_subscription() {
+    let server = TestServer::start().await;
+    let alice = server.account().await;
+    // A point of P-256, from RFC 8291.
+    let point = "BCVxsr7N_eNgVRqvHtD0zTZsEc6-VV-JvLexhqUzORcxaOzi6-AYWXvTBHm4bjyPjs7Vd8pZGH6SRpkNtoIAiw4";
+    let keys = json!({"p256dh": point, "auth": "AAAAAAAAAAAAAAAAAAAAAA"});
+    let subscription = json!({"endpoint": "https://push.example/1", "expirationTime": null, "keys": keys});
+    for good in [
+        json!({"token": "t", "provider": "fcm"}),
+        json!({"token": "t", "provider": "apns"}),
+        json!({"token": "t", "provider": null, "subscription": null}),
+        json!({"subscription": subscription}),
+        json!({"subscription": subscription, "provider": "webpush", "token": null}),
+    ] {
+        put(&alice, good).await.expect(204);
+    }
+    assert_eq!(stored(&server).await, (1, "https://push.example/1".len() as i64));
+    for (status, bad) in [
+        (400, json!({"token": "t", "provider": "pigeon"})),
+        (400, json!({"token": "t", "subscription": subscription})),
+        (422, json!({"token": "t", "provider": "webpush"})),
+        (422, json!({"provider": "fcm", "subscription": subscription})),
+        (422, json!({"provider": "webpush"})),
+        (422, json!({"provider": "webpush", "subscription": {"endpoint": "https://push.example/1"}})),
+        (422, json!({"provider": "webpush", "subscription": "https://push.example/1"})),
+    ] {
+        put(&alice, bad).await.expect(status);
+    }
+    for (member, bad) in [("p256dh", "AAAA"), ("p256dh", &"B".repeat(87)), ("auth", "AAAA"), ("auth", "+/+/")] {
+        let mut subscription = subscription.clone();
+        subscription["keys"][member] = json!(bad);
+        put(&alice, json!({"subscription": subscription})).await.expect(400);
+    }
+    for bad in ["", " https://push.example/", "http://push.example/", "https://127.0.0.1/", "https://push.example/#a"] {
+        let subscription = json!({"endpoint": bad, "keys": keys});
+        put(&alice, json!({"subscription": subscription})).await.expect(400);
+    }
+}

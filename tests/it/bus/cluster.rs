@@ -5,7 +5,7 @@ use obscura_server::bus::Signal;
 use super::{Inbox, Node, only, somebody};
 use crate::harness::{Valkey, eventually, free_port};
 
-async fn cluster() -> Vec<Valkey> {
+pub async fn cluster() -> Vec<Valkey> {
     let mut members = Vec::new();
     for slots in ["0 5461", "5462 10922", "10923 16383"] {
         let port = free_port().to_string();

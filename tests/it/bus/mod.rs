@@ -1,7 +1,7 @@
 //! Signals between two nodes, over a real Valkey.
 
 mod access;
-mod cluster;
+pub mod cluster;
 mod crossing;
 mod faults;
 mod readiness;

@@ -91,7 +91,7 @@ async fn who_gets_no_connection_in_time_is_told_and_a_statement_or_lock_that_tak
     .await;
     let held = pooled.database.hold_write().await;
     // This one holds the only connection while it waits for the lock.
-    let waiting = pooled.store.set_push_token(obscura_server::model::ids::DeviceNo(1), 0, "token");
+    let waiting = pooled.store.log_out(obscura_server::model::ids::DeviceNo(1), 0);
     let late = async {
         tokio::time::sleep(Duration::from_millis(200)).await;
         pooled.store.standing(DeviceId::random()).await

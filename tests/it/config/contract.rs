@@ -109,4 +109,13 @@ pub const OURS: &str = "\
 --ws-write-timeout-secs OBSCURA_WS_WRITE_TIMEOUT_SECS 20
 --ws-max-connections-per-device OBSCURA_WS_MAX_CONNECTIONS_PER_DEVICE 8
 --ws-look-interval-secs OBSCURA_WS_LOOK_INTERVAL_SECS 300
+--fcm-endpoint OBSCURA_FCM_ENDPOINT https://fcm.googleapis.com
+--apns-key-file OBSCURA_APNS_KEY_FILE -
+--apns-key-id OBSCURA_APNS_KEY_ID -
+--apns-team-id OBSCURA_APNS_TEAM_ID -
+--apns-topic OBSCURA_APNS_TOPIC -
+--apns-endpoint OBSCURA_APNS_ENDPOINT https://api.push.apple.com
+--webpush-contact OBSCURA_WEBPUSH_CONTACT -
+--webpush-allowed-networks OBSCURA_WEBPUSH_ALLOWED_NETWORKS -
+--push-ca-file OBSCURA_PUSH_CA_FILE -
 ";

@@ -49,6 +49,7 @@ pub async fn distributed_options(folder: &Path) -> Vec<String> {
         format!("--db-url={}", database_url(&name)),
         format!("--pubsub-url={}", service("OBSCURA_TEST_VALKEY_URL")),
         format!("--channel-prefix={name}:"),
+        format!("--push-queue-key={name}:jobs"),
         format!("--storage-endpoint={}", service("OBSCURA_TEST_S3_ENDPOINT")),
         format!("--storage-access-key={}", service("OBSCURA_TEST_S3_ACCESS_KEY")),
         format!("--storage-secret-key={}", service("OBSCURA_TEST_S3_SECRET_KEY")),

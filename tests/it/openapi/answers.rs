@@ -13,6 +13,7 @@ use obscura_server::api::error::ApiError;
 use obscura_server::api::gateway::{self, TicketResponse};
 use obscura_server::api::keys::{self, BundleBody, BundleList, KeyCounts};
 use obscura_server::api::links::{self, LinkSession};
+use obscura_server::api::push_token::{self, VapidKeyBody};
 use obscura_server::api::sessions::{self, AuthResponse};
 use obscura_server::api::{ROUTES, accounts};
 use serde::Serialize;
@@ -81,6 +82,7 @@ fn examples() -> Vec<Example> {
     let devices = |device| DeviceList { devices: vec![device] };
     let bundles = |bundle| BundleList { bundles: vec![bundle] };
     let counts = || KeyCounts { one_time_pre_key_count: 98, pq_pre_key_count: 20 };
+    let vapid_key = || VapidKeyBody { public_key: secret() };
     let ticket = || TicketResponse { ticket: secret() };
     let attachment = || Attachment { id: uuid(), expires_at: 1_764_375_300 };
     let bundle_path = "/v1/keys/{userId}/devices/{deviceId}";
@@ -96,6 +98,7 @@ fn examples() -> Vec<Example> {
         answer(("GET", "/v1/keys/{userId}", 200), keys::bundles, bundles(bundle(true)), bundles(bundle(false))),
         answer(("GET", bundle_path, 200), keys::bundle, bundle(true), bundle(false)),
         answer(("POST", "/v1/gateway/ticket", 201), gateway::ticket, ticket(), ticket()),
+        answer(("GET", "/v1/push/vapid-key", 200), push_token::vapid_key, vapid_key(), vapid_key()),
         answer(("POST", "/v1/attachments", 201), attachments::upload, attachment(), attachment()),
     ]
 }

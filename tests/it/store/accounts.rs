@@ -6,7 +6,7 @@ use futures_util::future::join_all;
 use obscura_server::model::ids::UserId;
 use obscura_server::store::{LinkBody, Refresh, Refreshed, Registered};
 
-use super::fixture::{NOW, TestStore, grant, new_account, new_device, public_key};
+use super::fixture::{NOW, TestStore, fcm, grant, new_account, new_device, public_key};
 
 #[tokio::test]
 async fn registering_makes_an_account_with_a_primary_device_that_is_logged_in() {
@@ -66,7 +66,7 @@ async fn a_reset_forgets_all_devices_and_link_sessions_and_makes_a_new_primary_d
     let (alice, bob) = (store.account().await, store.account().await);
     for person in [&alice, &bob] {
         store.open_link(person.user, &link_hash(person.user), NOW + DAY, NOW).await.unwrap();
-        assert!(store.set_push_token(person.no, i64::MAX, "token").await.unwrap());
+        assert!(store.set_push_target(person.no, i64::MAX, &fcm("token")).await.unwrap());
         assert!(store.issue_ticket(person.no, 1, &[person.no.0 as u8; 32], NOW + DAY).await.unwrap());
     }
 

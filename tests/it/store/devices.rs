@@ -7,7 +7,7 @@ use obscura_server::model::ids::{DeviceId, DeviceNo, IdempotencyKey};
 use obscura_server::model::mail::{Outgoing, Recipient, Sealed, Sender};
 use obscura_server::store::{Refresh, Refreshed, Removed, Standing, Store};
 
-use super::fixture::{NOW, TestStore, grant};
+use super::fixture::{NOW, TestStore, fcm, grant};
 use super::support::{Member, NONE, account, count, linked, linked_with, new_device, number, public_key};
 
 /// A log-out voids tokens up to here: later than any that the fixture issues.
@@ -48,7 +48,7 @@ async fn furnish(store: &Store, device: &Member, sender: &Member, others: &[&Mem
     send(store, sender, device, others).await;
     send(store, device, sender, &[]).await;
     store.refill(device.no, &device.keys(2, 1..=3)).await.unwrap();
-    store.set_push_token(device.no, i64::MAX, "token").await.unwrap();
+    store.set_push_target(device.no, i64::MAX, &fcm("token")).await.unwrap();
     assert!(store.issue_ticket(device.no, i64::MAX, &rand::random(), NOW + Duration::from_secs(30)).await.unwrap());
     let session = grant(NOW);
     store.log_in(device.user, device.device, &session).await.unwrap().unwrap();
@@ -208,7 +208,7 @@ async fn the_last_push_token_wins() {
     let store = TestStore::open().await;
     let alice = account(&store).await;
     for token in ["first", "last"] {
-        assert!(store.set_push_token(alice.no, 1000, token).await.unwrap());
+        assert!(store.set_push_target(alice.no, 1000, &fcm(token)).await.unwrap());
     }
     assert_eq!(count(&store, "push_tokens WHERE token = 'last'").await, 1);
     assert_eq!(count(&store, "push_tokens").await, 1);
@@ -220,9 +220,9 @@ async fn a_device_that_is_gone_or_logged_out_gets_no_push_token() {
     let alice = account(&store).await;
     let second = linked(&store, &alice).await;
     store.log_out(alice.no, VOID_TO).await.unwrap();
-    assert!(!store.set_push_token(alice.no, VOID_TO, "with a token from before the log-out").await.unwrap());
+    assert!(!store.set_push_target(alice.no, VOID_TO, &fcm("with a token from before the log-out")).await.unwrap());
     store.remove_device(alice.user, second.device).await.unwrap();
-    assert!(!store.set_push_token(second.no, i64::MAX, "late").await.unwrap());
+    assert!(!store.set_push_target(second.no, i64::MAX, &fcm("late")).await.unwrap());
     assert_eq!(count(&store, "push_tokens").await, 0);
-    assert!(store.set_push_token(alice.no, VOID_TO + 1, "logged in again").await.unwrap());
+    assert!(store.set_push_target(alice.no, VOID_TO + 1, &fcm("logged in again")).await.unwrap());
 }

@@ -7,6 +7,7 @@ use obscura_server::clock::Timestamp;
 use obscura_server::model::ids::{Address, DeviceId, DeviceNo, Position, UserId};
 use obscura_server::model::keys::{KeyId, OneTimePreKey, PreKeys, PublicKey, RegistrationId, Signature, SignedPreKey};
 use obscura_server::model::mail::{Outgoing, Sent};
+use obscura_server::model::push::PushTarget;
 use obscura_server::store::{Limits, NewAccount, NewDevice, OpenError, Registered, SessionGrant, Store};
 use tempfile::TempDir;
 
@@ -161,4 +162,9 @@ pub fn grant(now: Timestamp) -> SessionGrant {
     let expires_at = now + std::time::Duration::from_hours(24);
     let access_expires_at = now.seconds() + 900;
     SessionGrant { access_expires_at, family: rand::random(), secret_hash: rand::random(), expires_at }
+}
+
+/// A phone's push token.
+pub fn fcm(token: &str) -> PushTarget {
+    PushTarget::Fcm(token.to_owned())
 }

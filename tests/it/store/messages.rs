@@ -32,7 +32,7 @@ fn mail(from: &Person, recipients: Vec<(UserId, Vec<DeviceId>)>, message: &str) 
     }
 }
 
-fn to(from: &Person, to: &Person, message: &str) -> Outgoing {
+pub fn to(from: &Person, to: &Person, message: &str) -> Outgoing {
     mail(from, vec![(to.user, vec![to.device])], message)
 }
 

@@ -10,5 +10,6 @@ mod jobs;
 mod links;
 mod messages;
 mod prekeys;
+mod pushes;
 mod sessions;
 mod support;

@@ -7,7 +7,7 @@ use obscura_server::clock::Timestamp;
 use obscura_server::model::ids::{DeviceId, DeviceNo, IdempotencyKey, UserId};
 use obscura_server::store::{REPEAT_WINDOW, Refresh, Refreshed, SessionGrant};
 
-use super::fixture::{NOW, Person, TestStore, grant, new_device, public_key};
+use super::fixture::{NOW, Person, TestStore, fcm, grant, new_device, public_key};
 
 const SECOND: Duration = Duration::from_secs(1);
 const MILLISECOND: Duration = Duration::from_millis(1);
@@ -184,7 +184,7 @@ async fn a_log_out_ends_the_session_and_leaves_the_device() {
     let store = TestStore::open().await;
     let (alice, bob) = (store.account().await, store.account().await);
     for person in [&alice, &bob] {
-        assert!(store.set_push_token(person.no, i64::MAX, "token").await.unwrap());
+        assert!(store.set_push_target(person.no, i64::MAX, &fcm("token")).await.unwrap());
     }
     let (ticket, bobs_ticket) = (store.ticket(alice.no, NOW + SECOND).await, store.ticket(bob.no, NOW + SECOND).await);
     store.log_out(alice.no, VOID_TO).await.unwrap();

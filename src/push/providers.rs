@@ -1,0 +1,112 @@
+//! The push providers: each takes a push for one device and says what became of it. A push carries no content.
+
+mod apns;
+mod endpoints;
+mod fcm;
+mod http;
+mod sealing;
+mod vapid;
+mod webpush;
+
+use std::fmt;
+use std::time::Duration;
+
+use crate::clock::Clock;
+use crate::config::Config;
+use crate::model::push::PushTarget;
+use crate::push::PushError;
+use crate::push::providers::apns::Apns;
+use crate::push::providers::fcm::Fcm;
+use crate::push::providers::webpush::WebPush;
+
+pub use vapid::VapidKey;
+
+/// What became of a push.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Pushed {
+    /// The provider has it.
+    Accepted,
+    /// The provider says that the token will never work again.
+    TokenGone,
+    /// This push was not taken; others may be.
+    Refused {
+        /// How long the provider asks to wait, if it does.
+        retry_after: Option<Duration>,
+    },
+    /// The provider takes no pushes from us at the moment, or doesn't answer.
+    Unavailable {
+        /// What it said, in words of ours.
+        cause: Cause,
+        /// How long it asks to wait, if it does.
+        retry_after: Option<Duration>,
+    },
+}
+
+/// Why a provider takes no pushes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Cause {
+    /// It can't be reached, or answers too slowly.
+    NoAnswer,
+    /// It doesn't accept our credentials, or doesn't know the project or app.
+    Credentials,
+    /// It has a problem of its own, or too much to do.
+    Busy,
+}
+
+impl fmt::Display for Cause {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::NoAnswer => "it does not answer",
+            Self::Credentials => "it refuses our credentials or settings",
+            Self::Busy => "it is busy or has a problem of its own",
+        })
+    }
+}
+
+/// Whom a push is handed to.
+pub enum Provider {
+    /// Firebase Cloud Messaging.
+    Fcm(Fcm),
+    /// The Apple Push Notification service.
+    Apns(Box<Apns>),
+    /// Web Push and UnifiedPush.
+    WebPush(WebPush),
+    /// Nobody: there are no credentials, so that a push was due is all that happens.
+    Log,
+}
+
+impl Provider {
+    /// Firebase Cloud Messaging, if there are credentials.
+    pub fn fcm(config: &Config, clock: &Clock) -> Result<Self, PushError> {
+        Ok(Fcm::open(config, clock)?.map_or(Self::Log, Self::Fcm))
+    }
+
+    /// The Apple Push Notification service, if there is a key.
+    pub fn apns(config: &Config, clock: &Clock) -> Result<Self, PushError> {
+        Ok(Apns::open(config, clock)?.map_or(Self::Log, |apns| Self::Apns(Box::new(apns))))
+    }
+
+    /// Web Push, which needs nobody's permission.
+    pub fn web_push(config: &Config, clock: &Clock, key: VapidKey) -> Result<Self, PushError> {
+        Ok(Self::WebPush(WebPush::open(config, clock, key)?))
+    }
+
+    /// Wakes a device, or gives up after `patience`.
+    pub async fn push(&self, target: &PushTarget, patience: Duration) -> Pushed {
+        match tokio::time::timeout(patience, self.try_to_push(target)).await {
+            Ok(pushed) => pushed,
+            // One endpoint that hangs says nothing about others.
+            Err(_) if matches!(self, Self::WebPush(_)) => Pushed::Refused { retry_after: None },
+            Err(_) => Pushed::Unavailable { cause: Cause::NoAnswer, retry_after: None },
+        }
+    }
+
+    async fn try_to_push(&self, target: &PushTarget) -> Pushed {
+        match (self, target) {
+            (Self::Fcm(fcm), PushTarget::Fcm(token)) => fcm.push(token).await,
+            (Self::Apns(apns), PushTarget::Apns(token)) => apns.push(token).await,
+            (Self::WebPush(web_push), PushTarget::WebPush(subscription)) => web_push.push(subscription).await,
+            _ => Pushed::Accepted,
+        }
+    }
+}

@@ -1,0 +1,45 @@
+//! Rebuilds the push queue from the inboxes: whatever was lost, be it Valkey, a node or a full outbox, costs time and
+//! never a push. One node does it for all.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicI64, Ordering};
+
+use tokio::time::Instant;
+use tracing::debug;
+
+use crate::clock::Clock;
+use crate::config::Notifications;
+use crate::model::ids::DeviceNo;
+use crate::push::outbox::Outbox;
+use crate::push::queue::{Job, Reason};
+use crate::store::{Result, Store};
+use crate::tasks::{Round, Tasks};
+
+/// Devices that one step looks at.
+const STEP: u32 = 500;
+const START: i64 = 0;
+
+pub(super) fn start(outbox: Arc<Outbox>, config: &Notifications, store: Store, clock: Clock, tasks: &Tasks) {
+    let (period, grace) = (config.gc_interval, config.push_delay);
+    let cursor = Arc::new(AtomicI64::new(START));
+    tasks.every("push queue", period, move || {
+        let (outbox, store, clock, cursor) = (outbox.clone(), store.clone(), clock.clone(), cursor.clone());
+        async move {
+            let now = clock.now();
+            let from = cursor.load(Ordering::Relaxed);
+            // Shorter than the shortest pause between two rounds, or we would find our own claim in the way.
+            let is_ours = from != START || store.claim_job("push queue", period.mul_f64(0.8), now).await?;
+            if !is_ours {
+                return Result::Ok(Round::Done);
+            }
+            let found = store.overslept(DeviceNo(from), now - grace, now, STEP).await?;
+            if !found.devices.is_empty() {
+                debug!(count = found.devices.len(), "devices that should have been pushed to");
+            }
+            let jobs = found.devices.into_iter().map(|device| Job { device, reason: Reason::Mail });
+            outbox.add(jobs, Instant::now());
+            cursor.store(found.next.map_or(START, |next| next.0), Ordering::Relaxed);
+            Ok(if found.next.is_some() { Round::More } else { Round::Done })
+        }
+    });
+}

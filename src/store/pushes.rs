@@ -1,0 +1,168 @@
+//! Which devices should be woken. The inbox decides: mail that has waited for longer than the grace, and for which no
+//! push has been sent. What was sent is remembered beside the token, as a position, for a day; after that a push counts
+//! as lost.
+
+use std::time::Duration;
+
+use sqlx::FromRow;
+
+use crate::clock::Timestamp;
+use crate::model::ids::{DeviceNo, Position};
+use crate::model::push::PushTarget;
+use crate::store::database::{Database, reading, run};
+use crate::store::push_tokens::target;
+use crate::store::{Result, Store, json_list};
+
+/// After so long a push that brought nobody here is sent once more.
+const REMEMBERED: Duration = Duration::from_hours(24);
+/// A device is told at most so often that its prekeys run low.
+const BETWEEN_KEYS: Duration = Duration::from_mins(15);
+
+/// What is known about a device that may have to be woken.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Sleeper {
+    /// Which one.
+    pub device: DeviceNo,
+    /// How it is woken.
+    pub target: PushTarget,
+    /// When the oldest mail came that no push was sent for, if there is any.
+    pub waiting_since: Option<Timestamp>,
+    /// The newest mail of its inbox. A push is for everything up to here.
+    pub newest: Position,
+    /// No push for few prekeys was sent lately.
+    pub may_hear_of_keys: bool,
+}
+
+/// A part of the walk over all devices that can be woken.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Overslept {
+    /// Those that should have been woken.
+    pub devices: Vec<DeviceNo>,
+    /// Where to go on; `None` at the end.
+    pub next: Option<DeviceNo>,
+}
+
+impl Store {
+    /// What is known about these devices. Those without a push token are left out.
+    pub async fn sleepers(&self, devices: &[DeviceNo], now: Timestamp) -> Result<Vec<Sleeper>> {
+        let statement = self.with_list(SLEEPERS, SLEEPERS_IN_POSTGRES);
+        let rows: Vec<Row> =
+            reading!(self, |db| sqlx::query_as(statement).bind(list(devices)).bind(now - REMEMBERED).fetch_all(db))?;
+        let sleeper = |row: Row| {
+            Some(Sleeper {
+                device: row.device_no,
+                target: target(row.provider, row.token, row.p256dh, row.auth)?,
+                waiting_since: row.waiting_since,
+                newest: row.newest,
+                may_hear_of_keys: row.keys_pushed_at <= now - BETWEEN_KEYS,
+            })
+        };
+        Ok(rows.into_iter().filter_map(sleeper).collect())
+    }
+
+    /// Remembers that pushes were sent for all mail up to these positions.
+    pub async fn remember_pushes(&self, sent: &[(DeviceNo, Position)], now: Timestamp) -> Result<()> {
+        let mut tx = self.begin().await?;
+        // In one order on all nodes, so that two never wait for each other.
+        let mut sent = sent.to_vec();
+        sent.sort_unstable();
+        for (device, position) in sent {
+            let statement = "UPDATE push_tokens SET pushed_to = $2, pushed_at = $3 WHERE device_no = $1";
+            run!(&mut tx, sqlx::query(statement).bind(device).bind(position).bind(now))?;
+        }
+        tx.commit().await
+    }
+
+    /// Remembers that a device was told of its few prekeys.
+    pub async fn remember_keys_push(&self, device: DeviceNo, now: Timestamp) -> Result<()> {
+        let mut tx = self.begin().await?;
+        let statement = "UPDATE push_tokens SET keys_pushed_at = $2 WHERE device_no = $1";
+        run!(&mut tx, sqlx::query(statement).bind(device).bind(now))?;
+        tx.commit().await
+    }
+
+    /// Forgets the pushes of those of these devices whose inboxes hold mail, because whoever came for it has gone without
+    /// it. Answers which they are.
+    pub async fn forget_pushes(&self, devices: &[DeviceNo]) -> Result<Vec<DeviceNo>> {
+        let left = self.with_list(LEFT, LEFT_IN_POSTGRES);
+        let left: Vec<DeviceNo> = reading!(self, |db| sqlx::query_scalar(left).bind(list(devices)).fetch_all(db))?;
+        if !left.is_empty() {
+            let mut tx = self.begin().await?;
+            for device in &left {
+                let statement = "UPDATE push_tokens SET pushed_to = 0 WHERE device_no = $1 AND pushed_to <> 0";
+                run!(&mut tx, sqlx::query(statement).bind(*device))?;
+            }
+            tx.commit().await?;
+        }
+        Ok(left)
+    }
+
+    /// Walks over up to `limit` devices with a push token, from `after` on, and answers those of them that have mail from
+    /// `before` or earlier for which no push was sent.
+    pub async fn overslept(&self, after: DeviceNo, before: Timestamp, now: Timestamp, limit: u32) -> Result<Overslept> {
+        let rows: Vec<(DeviceNo, bool)> = reading!(self, |db| sqlx::query_as(OVERSLEPT)
+            .bind(after)
+            .bind(before)
+            .bind(now - REMEMBERED)
+            .bind(i64::from(limit))
+            .fetch_all(db))?;
+        let next = rows.last().filter(|_| rows.len() >= limit as usize).map(|(device, _)| *device);
+        Ok(Overslept { devices: rows.into_iter().filter(|row| row.1).map(|row| row.0).collect(), next })
+    }
+
+    fn with_list(&self, sqlite: &'static str, postgres: &'static str) -> &'static str {
+        match &self.database {
+            Database::Sqlite(_) => sqlite,
+            Database::Postgres(_) => postgres,
+        }
+    }
+}
+
+#[derive(FromRow)]
+struct Row {
+    device_no: DeviceNo,
+    provider: i32,
+    token: String,
+    p256dh: Option<Vec<u8>>,
+    auth: Option<Vec<u8>>,
+    keys_pushed_at: Timestamp,
+    waiting_since: Option<Timestamp>,
+    newest: Position,
+}
+
+/// Both databases read this text as a list.
+fn list(devices: &[DeviceNo]) -> String {
+    json_list(devices.iter().map(|device| device.0))
+}
+
+const SLEEPERS: &str = "\
+    SELECT t.device_no, t.provider, t.token, t.p256dh, t.auth, t.keys_pushed_at, \
+        (SELECT m.received_at FROM messages m WHERE m.device_no = t.device_no \
+            AND m.position > (CASE WHEN t.pushed_at > $2 THEN t.pushed_to ELSE 0 END) \
+            ORDER BY m.position LIMIT 1) AS waiting_since, \
+        COALESCE((SELECT MAX(m.position) FROM messages m WHERE m.device_no = t.device_no), 0) AS newest \
+    FROM push_tokens t WHERE t.device_no IN (SELECT value FROM json_each($1))";
+
+const SLEEPERS_IN_POSTGRES: &str = "\
+    SELECT t.device_no, t.provider, t.token, t.p256dh, t.auth, t.keys_pushed_at, \
+        (SELECT m.received_at FROM messages m WHERE m.device_no = t.device_no \
+            AND m.position > (CASE WHEN t.pushed_at > $2 THEN t.pushed_to ELSE 0 END) \
+            ORDER BY m.position LIMIT 1) AS waiting_since, \
+        COALESCE((SELECT MAX(m.position) FROM messages m WHERE m.device_no = t.device_no), 0) AS newest \
+    FROM push_tokens t \
+    WHERE t.device_no IN (SELECT value::bigint FROM json_array_elements_text($1::json))";
+
+const LEFT: &str = "\
+    SELECT t.device_no FROM push_tokens t WHERE t.device_no IN (SELECT value FROM json_each($1)) \
+    AND EXISTS (SELECT 1 FROM messages m WHERE m.device_no = t.device_no) ORDER BY t.device_no";
+
+const LEFT_IN_POSTGRES: &str = "\
+    SELECT t.device_no FROM push_tokens t \
+    WHERE t.device_no IN (SELECT value::bigint FROM json_array_elements_text($1::json)) \
+    AND EXISTS (SELECT 1 FROM messages m WHERE m.device_no = t.device_no) ORDER BY t.device_no";
+
+const OVERSLEPT: &str = "\
+    SELECT t.device_no, EXISTS (SELECT 1 FROM messages m WHERE m.device_no = t.device_no \
+        AND m.position > (CASE WHEN t.pushed_at > $3 THEN t.pushed_to ELSE 0 END) AND m.received_at <= $2) \
+    FROM (SELECT device_no, pushed_to, pushed_at FROM push_tokens WHERE device_no > $1 \
+        ORDER BY device_no LIMIT $4) t ORDER BY t.device_no";

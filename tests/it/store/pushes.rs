@@ -1,0 +1,162 @@
+//! Push tokens and who should be woken: `set_push_target`, `forget_push_target`, `forget_dead_tokens`, `server_key`,
+//! `sleepers`, `remember_pushes`, `remember_keys_push`, `forget_pushes`, `overslept`.
+
+use std::time::Duration;
+
+use obscura_server::clock::Timestamp;
+use obscura_server::model::ids::{DeviceNo, Position};
+use obscura_server::model::push::{PushTarget, Subscription};
+use obscura_server::store::{Overslept, Sleeper, Store};
+
+use super::fixture::{NOW, Person, TestStore, fcm};
+use super::messages::to;
+use super::support::count;
+
+const GRACE: Duration = Duration::from_secs(10);
+const FIRST: DeviceNo = DeviceNo(0);
+
+async fn phone(store: &TestStore) -> Person {
+    let person = store.account().await;
+    assert!(store.set_push_target(person.no, i64::MAX, &fcm("token")).await.unwrap());
+    person
+}
+
+async fn sleeper(store: &Store, person: &Person, now: Timestamp) -> Sleeper {
+    let mut sleepers = store.sleepers(&[person.no], now).await.unwrap();
+    assert_eq!(sleepers.len(), 1);
+    sleepers.remove(0)
+}
+
+async fn overslept(store: &Store, now: Timestamp) -> Vec<DeviceNo> {
+    store.overslept(FIRST, now - GRACE, now, 100).await.unwrap().devices
+}
+
+async fn pushed(store: &Store, person: &Person, now: Timestamp) {
+    let newest = sleeper(store, person, now).await.newest;
+    store.remember_pushes(&[(person.no, newest)], now).await.unwrap();
+}
+
+#[tokio::test]
+async fn a_target_is_read_as_it_was_written_and_the_last_one_counts() {
+    let store = TestStore::open().await;
+    let person = store.account().await;
+    let subscription = Subscription { endpoint: "https://push".into(), p256dh: vec![4; 65], auth: vec![1; 16] };
+    for target in [PushTarget::Apns("a".into()), PushTarget::WebPush(subscription), fcm("b")] {
+        store.set_push_target(person.no, i64::MAX, &target).await.unwrap();
+        assert_eq!(sleeper(&store, &person, NOW).await.target, target);
+    }
+    store.forget_push_target(person.no).await.unwrap();
+    store.forget_push_target(person.no).await.unwrap();
+    assert_eq!(store.sleepers(&[person.no], NOW).await.unwrap(), []);
+}
+
+#[tokio::test]
+async fn only_the_token_that_was_called_dead_is_forgotten() {
+    let store = TestStore::open().await;
+    let (alice, bob) = (phone(&store).await, phone(&store).await);
+    store.set_push_target(bob.no, i64::MAX, &fcm("replaced")).await.unwrap();
+    let dead = [(alice.no, "token".to_owned()), (bob.no, "token".to_owned())];
+    assert_eq!(store.forget_dead_tokens(&dead).await.unwrap(), 1);
+    assert_eq!(count(&store, "push_tokens").await, 1);
+    assert_eq!(sleeper(&store, &bob, NOW).await.target, fcm("replaced"));
+}
+
+#[tokio::test]
+async fn the_first_key_of_a_name_stays() {
+    let store = TestStore::open().await;
+    assert_eq!(store.server_key("one", b"first").await.unwrap(), b"first");
+    assert_eq!(store.server_key("one", b"second").await.unwrap(), b"first");
+    assert_eq!(store.server_key("other", b"second").await.unwrap(), b"second");
+}
+
+#[tokio::test]
+async fn mail_waits_until_it_was_pushed_for_and_later_mail_waits_anew() {
+    let store = TestStore::open().await;
+    let (alice, bob) = (store.account().await, phone(&store).await);
+    assert_eq!(sleeper(&store, &bob, NOW).await.waiting_since, None);
+    store.settle(&[to(&alice, &bob, "one")], &[], NOW).await.unwrap();
+    store.settle(&[to(&alice, &bob, "two")], &[], NOW + GRACE).await.unwrap();
+    assert_eq!(sleeper(&store, &bob, NOW).await.waiting_since, Some(NOW));
+    pushed(&store, &bob, NOW + GRACE).await;
+    assert_eq!(sleeper(&store, &bob, NOW + GRACE).await.waiting_since, None);
+    store.settle(&[to(&alice, &bob, "three")], &[], NOW + 2 * GRACE).await.unwrap();
+    assert_eq!(sleeper(&store, &bob, NOW + 2 * GRACE).await.waiting_since, Some(NOW + 2 * GRACE));
+}
+
+#[tokio::test]
+async fn acknowledged_mail_does_not_wait() {
+    let store = TestStore::open().await;
+    let (alice, bob) = (store.account().await, phone(&store).await);
+    store.settle(&[to(&alice, &bob, "one")], &[], NOW).await.unwrap();
+    let newest = sleeper(&store, &bob, NOW).await.newest;
+    store.settle(&[], &[(bob.no, newest)], NOW).await.unwrap();
+    let bob = sleeper(&store, &bob, NOW).await;
+    assert_eq!((bob.waiting_since, bob.newest), (None, Position(0)));
+}
+
+#[tokio::test]
+async fn a_push_is_forgotten_after_a_day_and_with_another_token() {
+    let store = TestStore::open().await;
+    let (alice, bob) = (store.account().await, phone(&store).await);
+    store.settle(&[to(&alice, &bob, "one")], &[], NOW).await.unwrap();
+    pushed(&store, &bob, NOW).await;
+    store.set_push_target(bob.no, i64::MAX, &fcm("token")).await.unwrap();
+    assert_eq!(sleeper(&store, &bob, NOW).await.waiting_since, None, "the same token again");
+    let tomorrow = NOW + Duration::from_hours(25);
+    assert_eq!(sleeper(&store, &bob, tomorrow).await.waiting_since, Some(NOW));
+    store.set_push_target(bob.no, i64::MAX, &fcm("another")).await.unwrap();
+    assert_eq!(sleeper(&store, &bob, NOW).await.waiting_since, Some(NOW));
+}
+
+#[tokio::test]
+async fn a_push_is_forgotten_when_somebody_came_and_left_mail_behind() {
+    let store = TestStore::open().await;
+    let (alice, bob, carol) = (store.account().await, phone(&store).await, phone(&store).await);
+    store.settle(&[to(&alice, &bob, "one")], &[], NOW).await.unwrap();
+    pushed(&store, &bob, NOW).await;
+    assert_eq!(store.forget_pushes(&[alice.no, bob.no, carol.no]).await.unwrap(), [bob.no]);
+    assert_eq!(sleeper(&store, &bob, NOW).await.waiting_since, Some(NOW));
+}
+
+#[tokio::test]
+async fn a_device_hears_of_its_keys_again_after_a_while() {
+    let store = TestStore::open().await;
+    let bob = phone(&store).await;
+    assert!(sleeper(&store, &bob, NOW).await.may_hear_of_keys);
+    store.remember_keys_push(bob.no, NOW).await.unwrap();
+    assert!(!sleeper(&store, &bob, NOW).await.may_hear_of_keys);
+    assert!(sleeper(&store, &bob, NOW + Duration::from_mins(15)).await.may_hear_of_keys);
+}
+
+#[tokio::test]
+async fn the_walk_finds_whoever_has_old_mail_and_was_not_pushed_to() {
+    let store = TestStore::open().await;
+    let (alice, bob, carol) = (store.account().await, phone(&store).await, phone(&store).await);
+    let (dave, erin) = (store.account().await, phone(&store).await);
+    let sends = [to(&alice, &bob, "x"), to(&alice, &carol, "x"), to(&alice, &dave, "no token")];
+    store.settle(&sends, &[], NOW).await.unwrap();
+    let later = NOW + GRACE;
+    store.settle(&[to(&alice, &erin, "young")], &[], later).await.unwrap();
+    pushed(&store, &carol, later).await;
+    assert_eq!(overslept(&store, later).await, [bob.no]);
+    assert_eq!(overslept(&store, later + GRACE).await, [bob.no, erin.no]);
+    assert_eq!(overslept(&store, later + Duration::from_hours(24)).await, [bob.no, carol.no, erin.no]);
+}
+
+#[tokio::test]
+async fn the_walk_goes_in_steps() {
+    let store = TestStore::open().await;
+    let mut phones = Vec::new();
+    for _ in 0..5 {
+        phones.push(phone(&store).await.no);
+    }
+    let mut steps = Vec::new();
+    let mut from = Some(FIRST);
+    while let Some(after) = from {
+        let Overslept { devices, next } = store.overslept(after, NOW, NOW, 2).await.unwrap();
+        assert_eq!(devices, []);
+        steps.push(next);
+        from = next;
+    }
+    assert_eq!(steps, [Some(phones[1]), Some(phones[3]), None]);
+}
