@@ -1,8 +1,8 @@
 //! Takes sends and acks from everybody, stores them in groups, then wakes who must know.
 //!
 //! One task owns the writing. While one group is being committed the next one gathers, so the wait for the disk is
-//! shared by everybody who waits, and nobody waits longer for company. Cancelling a request
-//! makes no difference: what it handed over is stored and its readers are woken all the same.
+//! shared by everybody who waits, and nobody waits longer for company. Cancelling a request makes no difference: what it
+//! handed over is stored and its readers are woken all the same.
 
 use std::sync::Arc;
 

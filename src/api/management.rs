@@ -34,7 +34,7 @@ enum Check {
     Error,
 }
 
-/// Not ready while a part that requests need doesn't answer, and from the start of shutdown on.
+/// Not ready while the database, the storage or the wire doesn't answer, and from the start of shutdown on.
 async fn ready(State(app): State<App>) -> impl IntoResponse {
     let health = &app.config.health;
     let (database, storage, pubsub) = tokio::join!(

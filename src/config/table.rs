@@ -75,7 +75,7 @@ pub static GROUPS: &[Group] = &[
         option("server-port", "OBSCURA_SERVER_PORT", "3000", Port,
             "API and WebSocket; 0 takes any free port"),
         option("mgmt-port", "OBSCURA_SERVER_MGMT_PORT", "9090", Port,
-            "health and metrics; 0 takes any free port").or("server-mgmt-port"),
+            "health; 0 takes any free port").or("server-mgmt-port"),
         option("shutdown-timeout-secs", "OBSCURA_SERVER_SHUTDOWN_TIMEOUT_SECS", "5", Seconds(0, 3600),
             "time for tasks to finish at shutdown").or("server-shutdown-timeout-secs"),
         option("server-request-timeout-secs", "OBSCURA_SERVER_REQUEST_TIMEOUT_SECS", "30", Seconds(1, 86_400),
