@@ -110,7 +110,7 @@ impl Target {
     }
 
     async fn refuse_data(&mut self) -> Result<(), TransferError> {
-        for table in TABLES.iter().map(|table| table.name).chain(["mail_locks"]) {
+        for table in TABLES.iter().map(|table| table.name).chain(["account_locks"]) {
             let is_there = self.is(&format!("SELECT to_regclass('{table}') IS NOT NULL")).await?;
             if is_there && self.is(&format!("SELECT EXISTS (SELECT 1 FROM {table})")).await? {
                 return Err(TransferError::HasData { address: self.address.clone(), table });
@@ -205,7 +205,7 @@ impl Target {
     pub(super) async fn finish(&mut self, numbers: &Numbers) -> Result<(), TransferError> {
         self.run("BEGIN").await?;
         self.run_whole(
-            "INSERT INTO mail_locks (user_id, at_most)
+            "INSERT INTO account_locks (user_id, at_most)
              SELECT u.id, COALESCE(MAX(w.waiting), 0) FROM users u
              LEFT JOIN devices d ON d.user_id = u.id
              LEFT JOIN (SELECT device_no, COUNT(*) AS waiting FROM messages GROUP BY device_no) w ON w.device_no = d.no
