@@ -162,7 +162,7 @@ impl Worker {
         match self.store.settle(&group.sends, &group.acks, now).await {
             Ok(sent) => {
                 let woken: Vec<_> = sent.iter().flat_map(|sent| sent.woken.iter().copied()).collect();
-                self.bus.wake(&woken, Signal::Mail).await;
+                self.bus.wake(&woken, Signal::Mail);
                 // A reply fails only when its request is gone; its mail is stored all the same.
                 for (reply, sent) in group.send_replies.into_iter().zip(sent) {
                     let _ = reply.send(Ok(sent));
