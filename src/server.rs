@@ -199,11 +199,11 @@ async fn open_store(config: &Config) -> Result<Store> {
 
 /// Nobody should believe that phones are woken or traces exported when they aren't.
 fn warn_of_what_is_not_there(config: &Config) {
-    let is_asked_for = [
+    let options = [
         ("--fcm-project-id", config.fcm.project_id.is_some()),
         ("--otlp-endpoint", config.telemetry.otlp_endpoint.is_some()),
     ];
-    for (option, _) in is_asked_for.iter().filter(|(_, is_asked_for)| *is_asked_for) {
+    for (option, _) in options.iter().filter(|(_, is_given)| *is_given) {
         warn!(option, "this version does not act on this option yet");
     }
 }

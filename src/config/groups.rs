@@ -9,6 +9,7 @@ use std::{
 use ipnet::IpNet;
 
 use crate::config::Secret;
+use crate::config::table::SAMPLE_DATABASE;
 
 /// Everything that can be set, checked. Each room gets its own group; only `main` and `server` see all of it.
 #[derive(Clone, Debug)]
@@ -76,6 +77,11 @@ impl Database {
         let path = self.url.expose().strip_prefix("sqlite:")?;
         let path = path.strip_prefix("//").unwrap_or(path);
         path.split('?').next().map(Path::new)
+    }
+
+    /// Whether this is the published default, which is nobody's database.
+    pub fn is_sample(&self) -> bool {
+        self.url.expose() == SAMPLE_DATABASE
     }
 }
 

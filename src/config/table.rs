@@ -22,6 +22,8 @@ const MAX_FRAME_BYTES: u64 = 67_108_864;
 /// FCM refuses more than four weeks.
 const MAX_FCM_SECONDS: u64 = 2_419_200;
 
+/// The published default of `--db-url`.
+pub(super) const SAMPLE_DATABASE: &str = "postgres://user:password@localhost/signal_server";
 const DATABASES: &[&str] = &["postgres://", "postgresql://", "sqlite:"];
 const BUSES: &[&str] = &[
     "redis://",
@@ -52,7 +54,7 @@ pub static GROUPS: &[Group] = &[
             "days until messages and attachments are deleted"),
     ] },
     Group { title: "Database", options: &[
-        option("db-url", "OBSCURA_DATABASE_URL", "postgres://user:password@localhost/signal_server", Url(DATABASES),
+        option("db-url", "OBSCURA_DATABASE_URL", SAMPLE_DATABASE, Url(DATABASES),
             "database; `sqlite:PATH` selects the embedded store").secret().embedded("sqlite:DIR/obscura.db"),
         option("db-max-connections", "OBSCURA_DATABASE_MAX_CONNECTIONS", "20", Count(1, 10_000),
             "largest number of connections"),

@@ -69,7 +69,7 @@ impl Target {
         }
         let migrating = postgres::migrate(&mut target.connection, &target.address);
         let migrated = tokio::time::timeout(WHOLE_LIMIT, migrating).await;
-        migrated.map_err(|_| TransferError::lost(timed_out()))?.map_err(TransferError::Target)?;
+        migrated.map_err(|_| TransferError::Lost { cause: timed_out() })?.map_err(TransferError::Target)?;
         if !is_resumed {
             target.begin(source).await?;
         }
@@ -266,19 +266,13 @@ async fn timely<T>(limit: Duration, answer: impl Future<Output = sqlx::Result<T>
     let answer = tokio::time::timeout(limit, answer).await.unwrap_or_else(|_| Err(timed_out()));
     answer.map_err(|cause| {
         let error = StoreError(cause);
-        if error.is_lost_connection() { TransferError::lost(error.0) } else { TransferError::refused(error.0) }
+        let is_lost = error.is_lost_connection();
+        let StoreError(cause) = error;
+        if is_lost { TransferError::Lost { cause } } else { TransferError::Refused { table: None, cause } }
     })
 }
 
 impl TransferError {
-    fn lost(cause: sqlx::Error) -> Self {
-        Self::Lost { cause }
-    }
-
-    fn refused(cause: sqlx::Error) -> Self {
-        Self::Refused { table: None, cause }
-    }
-
     /// Says which table it was about, where that isn't said yet.
     fn about(self, table: &'static str) -> Self {
         match self {
