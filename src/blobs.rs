@@ -6,7 +6,7 @@
 mod bucket;
 mod error;
 mod folder;
-mod reading;
+mod read_only;
 mod s3;
 mod start;
 
@@ -21,10 +21,9 @@ use object_store::path::Path as Key;
 use crate::blobs::bucket::Bucket;
 pub use crate::blobs::error::{BlobError, OpenError, UploadError};
 use crate::blobs::folder::Folder;
+pub use crate::blobs::read_only::ReadOnlyFolder;
 use crate::config;
 use crate::model::ids::AttachmentId;
-
-pub use crate::blobs::reading::ReadOnlyFolder;
 
 /// The storage of attachments. Cloning gives the same storage.
 #[derive(Clone, Debug)]

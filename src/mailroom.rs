@@ -1,8 +1,8 @@
 //! Takes sends and acks from everybody, stores them in groups, then wakes who must know.
 //!
 //! One task owns the writing. While one group is being committed the next one gathers, so the wait for the disk is
-//! shared by everybody who waits, and nobody waits longer for company. Cancelling a request
-//! makes no difference: what it handed over is stored and its readers are woken all the same.
+//! shared by everybody who waits, and nobody waits longer for company. Cancelling a request makes no difference: what it
+//! handed over is stored and its readers are woken all the same.
 
 use std::collections::HashSet;
 use std::sync::Arc;
@@ -200,7 +200,7 @@ impl Worker {
         match self.store.settle(&group.sends, &group.acks, now).await {
             Ok(settled) => {
                 let woken: Vec<_> = settled.iter().flatten().flat_map(|sent| sent.woken.iter().copied()).collect();
-                self.bus.wake(&woken, Signal::Mail).await;
+                self.bus.wake(&woken, Signal::Mail);
                 self.push.mail(&woken);
                 let letters = group.sends.into_iter().zip(group.rest);
                 for (sent, (mail, (room, reply, left_since))) in settled.into_iter().zip(letters) {
@@ -245,7 +245,7 @@ impl Worker {
     async fn tell_the_unsure(&mut self) {
         let users: Vec<UserId> = self.unsure.iter().copied().collect();
         if let Ok(addresses) = self.store.addresses(&users).await {
-            self.bus.wake(&addresses, Signal::Mail).await;
+            self.bus.wake(&addresses, Signal::Mail);
             self.push.mail(&addresses);
             self.unsure.clear();
         }

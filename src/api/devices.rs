@@ -120,7 +120,7 @@ async fn remove(app: App, caller: Caller, target: DeviceId) -> Result<StatusCode
 
 /// Tells the sockets of devices that were just removed, and sees to it that their mail is deleted.
 pub async fn dismiss(app: &App, removed: &[Address]) {
-    app.bus.wake(removed, Signal::Standing).await;
+    app.bus.wake(removed, Signal::Standing);
     let gone = removed.iter().map(|address| address.device).collect();
     app.tasks.attend(clear_inboxes(app.clone(), gone));
 }

@@ -118,7 +118,7 @@ pub async fn bundle(
 async fn hand_out(app: App, user: UserId, device: Option<DeviceId>) -> Result<Vec<BundleBody>, ApiError> {
     let threshold = app.config.prekeys.refill_threshold;
     let handed_out = app.store.bundles(user, device, threshold).await?.ok_or(ApiError::NotFound)?;
-    app.bus.wake(&handed_out.low, Signal::KeysLow).await;
+    app.bus.wake(&handed_out.low, Signal::KeysLow);
     app.push.keys_low(&handed_out.low);
     Ok(handed_out.bundles.into_iter().map(BundleBody::from).collect())
 }

@@ -1,6 +1,8 @@
 //! The management port: is the process alive, and is it ready for work?
 
 use std::fmt::Display;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use axum::extract::State;
@@ -9,14 +11,29 @@ use axum::response::IntoResponse;
 use axum::routing::get;
 use axum::{Json, Router};
 use serde::Serialize;
-use tracing::warn;
+use tracing::{debug, info, warn};
 
 use crate::app::App;
 use crate::disk::Room;
 
 /// The management port.
 pub fn router(app: App) -> Router {
-    Router::new().route("/livez", get(|| async {})).route("/readyz", get(ready)).with_state(app)
+    let state = Management { app, told: Arc::default() };
+    Router::new().route("/livez", get(|| async {})).route("/readyz", get(ready)).with_state(state)
+}
+
+#[derive(Clone)]
+struct Management {
+    app: App,
+    told: Arc<Told>,
+}
+
+/// Which parts are known to be away, as the log has it: probes come all the time, and each outage is told of once.
+#[derive(Default)]
+struct Told {
+    database: AtomicBool,
+    storage: AtomicBool,
+    pubsub: AtomicBool,
 }
 
 /// `GET /readyz`
@@ -38,13 +55,13 @@ enum Check {
     Error,
 }
 
-/// Not ready while a part that requests need doesn't answer, and from the start of shutdown on.
-async fn ready(State(app): State<App>) -> impl IntoResponse {
+/// Not ready while the database, the storage or the wire doesn't answer, and from the start of shutdown on.
+async fn ready(State(Management { app, told }): State<Management>) -> impl IntoResponse {
     let health = &app.config.health;
     let (database, storage, pubsub) = tokio::join!(
-        check("database", health.database_timeout, app.store.check()),
-        check("storage", health.storage_timeout, app.blobs.check()),
-        check("pubsub", health.pubsub_timeout, app.bus.check()),
+        check("database", &told.database, health.database_timeout, app.store.check()),
+        check("storage", &told.storage, health.storage_timeout, app.blobs.check()),
+        check("pubsub", &told.pubsub, health.pubsub_timeout, app.bus.check()),
     );
     let is_ready = [database, storage, pubsub].iter().all(|part| *part == Check::Ok) && !app.tasks.is_stopping();
     let (code, status) =
@@ -57,16 +74,26 @@ async fn ready(State(app): State<App>) -> impl IntoResponse {
     (code, Json(Readiness { status, database, storage, pubsub, space }))
 }
 
-async fn check<E: Display>(part: &str, limit: Duration, look: impl Future<Output = Result<(), E>>) -> Check {
-    match tokio::time::timeout(limit, look).await {
-        Ok(Ok(())) => Check::Ok,
-        Ok(Err(error)) => {
-            warn!(part, %error, "a part of the server is not ready");
-            Check::Error
+async fn check<E: Display>(
+    part: &str,
+    told: &AtomicBool,
+    limit: Duration,
+    look: impl Future<Output = Result<(), E>>,
+) -> Check {
+    let error = match tokio::time::timeout(limit, look).await {
+        Ok(Ok(())) => {
+            if told.swap(false, Ordering::Relaxed) {
+                info!(part, "a part of the server is ready again");
+            }
+            return Check::Ok;
         }
-        Err(_) => {
-            warn!(part, "a part of the server did not answer in time");
-            Check::Error
-        }
+        Ok(Err(error)) => error.to_string(),
+        Err(_) => "no answer in time".to_owned(),
+    };
+    if told.swap(true, Ordering::Relaxed) {
+        debug!(part, %error, "a part of the server is still not ready");
+    } else {
+        warn!(part, %error, "a part of the server is not ready");
     }
+    Check::Error
 }

@@ -97,7 +97,7 @@ pub async fn log_out(State(app): State<App>, caller: Caller) -> Result<StatusCod
         .finish(async move {
             let ended = app.store.log_out(caller.no, void_to).await;
             // Also when it failed: it may have happened all the same.
-            app.bus.wake(&[caller.address()], Signal::Standing).await;
+            app.bus.wake(&[caller.address()], Signal::Standing);
             ended?;
             Ok(StatusCode::NO_CONTENT)
         })
@@ -157,7 +157,7 @@ async fn exchange(app: App, wish: Refresh, now: Timestamp) -> Result<Refreshed, 
     let refreshed = app.store.refresh(&wish, now).await?;
     if let Refreshed::Stolen(address) = refreshed {
         warn!("a used refresh token came again, so somebody else has it: the session of its device was ended");
-        app.bus.wake(&[address], Signal::Standing).await;
+        app.bus.wake(&[address], Signal::Standing);
     }
     Ok(refreshed)
 }

@@ -19,6 +19,21 @@ use crate::config;
 
 /// A service that can't be reached in this time is away.
 const CONNECT_LIMIT: Duration = Duration::from_secs(5);
+/// What is taken from the surroundings when the options name no key: who we are, and who can tell.
+const CREDENTIALS: &[AmazonS3ConfigKey] = &[
+    AmazonS3ConfigKey::AccessKeyId,
+    AmazonS3ConfigKey::SecretAccessKey,
+    AmazonS3ConfigKey::Token,
+    AmazonS3ConfigKey::WebIdentityTokenFile,
+    AmazonS3ConfigKey::RoleArn,
+    AmazonS3ConfigKey::RoleSessionName,
+    AmazonS3ConfigKey::StsEndpoint,
+    AmazonS3ConfigKey::ContainerCredentialsRelativeUri,
+    AmazonS3ConfigKey::ContainerCredentialsFullUri,
+    AmazonS3ConfigKey::ContainerAuthorizationTokenFile,
+    AmazonS3ConfigKey::MetadataEndpoint,
+    AmazonS3ConfigKey::ImdsV1Fallback,
+];
 /// Longest silence of the service while it has to answer or to send.
 const SILENCE_LIMIT: Duration = Duration::from_secs(20);
 /// Longest time of anything but a download's body, its repetitions included.
@@ -72,7 +87,7 @@ impl Service {
             (Some(key), Some(secret)) => {
                 AmazonS3Builder::new().with_access_key_id(key.expose()).with_secret_access_key(secret.expose())
             }
-            _ => AmazonS3Builder::from_env(),
+            _ => from_surroundings(),
         };
         let backoff = BackoffConfig {
             init_backoff: Duration::from_millis(200),
@@ -83,8 +98,7 @@ impl Service {
         let builder = builder
             .with_bucket_name(&config.bucket)
             .with_region(&config.region)
-            // The stronger of two keys, so that no variable of the surroundings can move the bucket.
-            .with_config(AmazonS3ConfigKey::S3Endpoint, &address.objects)
+            .with_endpoint(&address.objects)
             // Says to the builder that the bucket is in the endpoint already.
             .with_virtual_hosted_style_request(true)
             .with_client_options(options.clone())
@@ -100,7 +114,7 @@ impl Service {
     }
 
     /// Succeeds when there are credentials, right or wrong.
-    pub async fn has_credentials(&self) -> Result<(), BlobError> {
+    pub async fn check_credentials(&self) -> Result<(), BlobError> {
         limited(self.store.credentials().get_credential()).await.map(drop)
     }
 
@@ -176,6 +190,15 @@ impl Service {
 /// What the service has to be done with in a bounded time.
 pub(super) async fn limited<T>(work: impl Future<Output = object_store::Result<T>>) -> Result<T, BlobError> {
     Ok(timeout(LIMIT, work).await.map_err(|_| BlobError::late())??)
+}
+
+/// Reads the variables with credentials, and no others: how the service is spoken to is for the options to say.
+fn from_surroundings() -> AmazonS3Builder {
+    let found = AmazonS3Builder::from_env();
+    CREDENTIALS.iter().fold(AmazonS3Builder::new(), |builder, key| match found.get_config_value(key) {
+        Some(value) => builder.with_config(*key, value),
+        None => builder,
+    })
 }
 
 /// The service of these options in words, without what may be secret in a URL.

@@ -15,7 +15,7 @@ use crate::tasks::jittered;
 /// The pause between two looks at a service that is away, at first and at most.
 const FIRST_PAUSE: Duration = Duration::from_millis(250);
 const LONGEST_PAUSE: Duration = Duration::from_secs(10);
-/// A bucket is made so often. One that was just made may not be seen at once, or another node may have been quicker.
+/// Attempts to make the bucket. One that was just made may not be seen at once, or another node may have been quicker.
 const CREATIONS: usize = 5;
 
 /// What an answer means for the start.
@@ -36,7 +36,7 @@ pub(super) async fn until_usable(
     keys: &Keys,
 ) -> Result<(), OpenError> {
     let (bucket, endpoint) = (config.bucket.clone(), endpoint(config));
-    if let Err(cause) = service.has_credentials().await {
+    if let Err(cause) = service.check_credentials().await {
         return Err(OpenError::Credentials { endpoint, cause });
     }
     let (mut pause, mut creations) = (FIRST_PAUSE, 0);

@@ -122,7 +122,7 @@ impl Bus {
 
     /// Tells the sessions of these devices to look again. Best effort: it never fails the caller, and never waits for
     /// Valkey.
-    pub async fn wake(&self, addresses: &[Address], signal: Signal) {
+    pub fn wake(&self, addresses: &[Address], signal: Signal) {
         for address in addresses {
             self.local.wake(address.device, signal.into());
         }

@@ -29,7 +29,7 @@ struct State {
 /// Signals by account, since each account has a channel of its own.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub(super) struct Letters {
-    pub(super) accounts: BTreeMap<UserId, Entries>,
+    accounts: BTreeMap<UserId, Entries>,
     /// All nodes should look at everything; it stands for whatever could have been in `accounts`.
     pub(super) everybody: bool,
     devices: usize,
@@ -55,6 +55,11 @@ impl Letters {
         if self.devices > BOUND {
             *self = Self { everybody: true, ..Self::default() };
         }
+    }
+
+    /// Each account with its devices.
+    pub(super) fn messages(&self) -> impl Iterator<Item = (UserId, &[(DeviceNo, Signals)])> {
+        self.accounts.iter().map(|(user, entries)| (*user, entries.as_slice()))
     }
 }
 
@@ -120,13 +125,6 @@ impl Outbox {
     /// No code panics while it holds the state.
     fn state(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-}
-
-impl Letters {
-    /// Each account with its devices.
-    pub(super) fn messages(&self) -> impl Iterator<Item = (UserId, &[(DeviceNo, Signals)])> {
-        self.accounts.iter().map(|(user, entries)| (*user, entries.as_slice()))
     }
 }
 

@@ -39,8 +39,8 @@ impl Peers {
         self.0.remove(&node);
     }
 
-    /// Whether a node has fallen silent since the last call.
-    pub(super) fn has_lost_one(&mut self, now: Instant) -> bool {
+    /// Marks those that have fallen silent as missing. True when there are any since the last call.
+    pub(super) fn notice_lost(&mut self, now: Instant) -> bool {
         self.0.retain(|_, peer| now.duration_since(peer.heard) < FORGOTTEN_AFTER);
         let silent = |peer: &&mut Peer| !peer.is_missing && now.duration_since(peer.heard) >= MISSING_AFTER;
         self.0.values_mut().filter(silent).map(|peer| peer.is_missing = true).count() > 0
@@ -66,7 +66,7 @@ mod tests {
         assert!(!peers.hello(other, start));
         let found = [1, 2, 3, 4, 5].map(|step| {
             peers.hello(other, start + step * STEP);
-            peers.has_lost_one(start + step * STEP)
+            peers.notice_lost(start + step * STEP)
         });
         assert_eq!(found, [false, false, true, false, false]);
         assert!(peers.hello(node, start + 6 * STEP));
@@ -78,7 +78,7 @@ mod tests {
         let (mut peers, start, node) = (Peers::default(), Instant::now(), Node::random());
         peers.hello(node, start);
         peers.goodbye(node);
-        assert!(!peers.has_lost_one(start + MISSING_AFTER));
+        assert!(!peers.notice_lost(start + MISSING_AFTER));
     }
 
     #[test]
@@ -86,8 +86,8 @@ mod tests {
         let (mut peers, start, node) = (Peers::default(), Instant::now(), Node::random());
         peers.hello(node, start);
         peers.start_over(start + 3 * STEP);
-        assert!(!peers.has_lost_one(start + 3 * STEP));
-        assert!(peers.has_lost_one(start + 6 * STEP));
+        assert!(!peers.notice_lost(start + 3 * STEP));
+        assert!(peers.notice_lost(start + 6 * STEP));
     }
 
     #[test]
@@ -95,8 +95,8 @@ mod tests {
         let (mut peers, start) = (Peers::default(), Instant::now());
         (0..2 * MOST).for_each(|_| assert!(!peers.hello(Node::random(), start)));
         assert_eq!(peers.0.len(), MOST);
-        peers.has_lost_one(start + MISSING_AFTER);
-        peers.has_lost_one(start + FORGOTTEN_AFTER);
+        peers.notice_lost(start + MISSING_AFTER);
+        peers.notice_lost(start + FORGOTTEN_AFTER);
         assert!(peers.0.is_empty());
     }
 }

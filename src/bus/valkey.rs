@@ -1,7 +1,7 @@
 //! The wire to other nodes, over the pub/sub of Valkey or Redis: one connection that is always being kept, or looked for.
 //!
 //! Each account has a channel, which a node subscribes while the account has a session there, and one small channel says
-//! "everybody, look at everything". Whatever may have been lost while a connection was gone is made good by waking every
+//! "everybody, look at everything"; over it nodes also say hello now and then, and goodbye. Whatever may have been lost while a connection was gone is made good by waking every
 //! session of this node once, after all their channels are subscribed again.
 
 use std::convert::Infallible;
@@ -167,12 +167,12 @@ impl Keeper {
 
     async fn connect_to(&self, seed: ConnectionInfo) -> RedisResult<(MultiplexedConnection, Arc<Notify>)> {
         let lost = Arc::<Notify>::default();
-        let (ears, is_lost) = (self.ears.clone(), lost.clone());
+        let (ears, tell_loss) = (self.ears.clone(), lost.clone());
         // The library calls this between two reads of the socket. Nothing in it waits, so nothing needs to be queued.
         let hear = move |push: PushInfo| -> Result<(), Infallible> {
             match (push.kind, push.data.into_iter().nth(1)) {
                 (PushKind::Message, Some(Value::BulkString(message))) => ears.hear(&message),
-                (PushKind::Disconnection, _) => is_lost.notify_one(),
+                (PushKind::Disconnection, _) => tell_loss.notify_one(),
                 _ => {}
             }
             Ok(())
@@ -192,7 +192,7 @@ impl Keeper {
         loop {
             self.say_to_all(&mut connection, Message::hello(self.ears.node)).await?;
             tokio::time::sleep(HEARTBEAT).await;
-            if self.ears.peers().has_lost_one(Instant::now()) {
+            if self.ears.peers().notice_lost(Instant::now()) {
                 info!("another node ended without a goodbye, or is not heard; every session looks at everything");
                 self.ears.looks.everything();
             }

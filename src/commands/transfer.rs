@@ -41,20 +41,20 @@ pub(super) fn grammar() -> Command {
         )
         .next_help_heading("What to transfer")
         .arg(
-            argument("from", "SOURCE", "the old database, sqlite:PATH, or the folder that was --data-dir")
+            argument("from", "SOURCE", "The old database, sqlite:PATH, or the folder that was --data-dir")
                 .required(true),
         )
-        .arg(argument("to", "URL", "the empty database, postgres://USER:PASSWORD@HOST:PORT/NAME; without it --db-url"))
+        .arg(argument("to", "URL", "The empty database, postgres://USER:PASSWORD@HOST:PORT/NAME; without it --db-url"))
         .arg(
             Arg::new("attachments")
                 .long("attachments")
-                .help("copy the bytes of attachments too; without it only their rows come along")
+                .help("Copies the bytes of attachments too; without it only their rows come along")
                 .action(ArgAction::SetTrue),
         )
         .arg(argument(
             "attachments-from",
             "FOLDER",
-            "the folder of the old attachments, if it is not the one named `attachments` beside the old database",
+            "The folder of the old attachments, if it is not the one named `attachments` beside the old database",
         ))
 }
 
@@ -112,10 +112,13 @@ impl Request {
 
     fn target_url(&self, config: &Config) -> anyhow::Result<Secret> {
         let url = self.to.clone().unwrap_or_else(|| config.database.url.clone());
+        if self.to.is_none() && config.database.is_sample() {
+            bail!("name the new database by --to or --db-url (OBSCURA_DATABASE_URL), one with nothing in it");
+        }
         if ["postgres://", "postgresql://"].iter().any(|scheme| url.expose().starts_with(scheme)) {
             return Ok(url);
         }
-        bail!("--to takes postgres://USER:PASSWORD@HOST:PORT/NAME, a database with nothing in it")
+        bail!("--to or --db-url takes postgres://USER:PASSWORD@HOST:PORT/NAME, a database with nothing in it")
     }
 
     async fn storages(&self, file: &Path, config: &Config) -> anyhow::Result<Bytes> {
@@ -151,14 +154,14 @@ fn farewell(file: &Path, address: &str, counts: &[(&str, u64)], bytes: Option<(u
         count("messages"),
     );
     text += &match bytes {
-        Some((copied, 0)) => format!("The bytes of {copied} attachments are in the new storage and compared.\n"),
+        Some((copied, 0)) => format!("Bytes of attachments in the new storage and compared: {copied}.\n"),
         Some((copied, lost)) => format!(
-            "The bytes of {copied} attachments are in the new storage and compared. Those of {lost} are missing or cut \
-             short in the old folder, so nobody can download these.\n"
+            "Bytes of attachments in the new storage and compared: {copied}. Missing from the old folder or cut short in \
+             it, so that nobody can download them: {lost}.\n"
         ),
         None if count("attachments") == 0 => String::new(),
         None => format!(
-            "The bytes of {} attachments have not been copied. Copy the old folder into the new storage with other \
+            "Bytes of attachments that have not been copied: {}. Copy the old folder into the new storage with other \
              means before the servers start; the names are the same in a folder and in a bucket.\n",
             count("attachments")
         ),

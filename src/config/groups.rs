@@ -9,6 +9,7 @@ use std::{
 use ipnet::IpNet;
 
 use crate::config::Secret;
+use crate::config::table::SAMPLE_DATABASE;
 
 /// Everything that can be set, checked. Each room gets its own group; only `main` and `server` see all of it.
 #[derive(Clone, Debug)]
@@ -85,6 +86,11 @@ impl Database {
         let path = path.strip_prefix("//").unwrap_or(path);
         path.split('?').next().map(Path::new)
     }
+
+    /// Whether this is the published default, which is nobody's database.
+    pub fn is_sample(&self) -> bool {
+        self.url.expose() == SAMPLE_DATABASE
+    }
 }
 
 /// The API port and the management port.
@@ -94,7 +100,7 @@ pub struct Server {
     pub host: IpAddr,
     /// API and WebSocket; 0 takes any free port.
     pub port: u16,
-    /// Health and metrics; 0 takes any free port.
+    /// Health; 0 takes any free port.
     pub management_port: u16,
     /// Time for tasks to finish at shutdown; may be zero.
     pub shutdown_timeout: Duration,

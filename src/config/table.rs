@@ -22,6 +22,8 @@ const MAX_FRAME_BYTES: u64 = 67_108_864;
 /// FCM refuses more than four weeks.
 const MAX_FCM_SECONDS: u64 = 2_419_200;
 
+/// The published default of `--db-url`.
+pub(super) const SAMPLE_DATABASE: &str = "postgres://user:password@localhost/signal_server";
 const DATABASES: &[&str] = &["postgres://", "postgresql://", "sqlite:"];
 const BUSES: &[&str] = &[
     "redis://",
@@ -54,7 +56,7 @@ pub static GROUPS: &[Group] = &[
             "days until messages and attachments are deleted"),
     ] },
     Group { title: "Database", options: &[
-        option("db-url", "OBSCURA_DATABASE_URL", "postgres://user:password@localhost/signal_server", Url(DATABASES),
+        option("db-url", "OBSCURA_DATABASE_URL", SAMPLE_DATABASE, Url(DATABASES),
             "database; `sqlite:PATH` selects the embedded store").secret().embedded("sqlite:DIR/obscura.db"),
         option("db-max-connections", "OBSCURA_DATABASE_MAX_CONNECTIONS", "20", Count(1, 10_000),
             "largest number of connections"),
@@ -79,7 +81,7 @@ pub static GROUPS: &[Group] = &[
         option("server-port", "OBSCURA_SERVER_PORT", "3000", Port,
             "API and WebSocket; 0 takes any free port"),
         option("mgmt-port", "OBSCURA_SERVER_MGMT_PORT", "9090", Port,
-            "health and metrics; 0 takes any free port").or("server-mgmt-port"),
+            "health; 0 takes any free port").or("server-mgmt-port"),
         option("shutdown-timeout-secs", "OBSCURA_SERVER_SHUTDOWN_TIMEOUT_SECS", "5", Seconds(0, 3600),
             "time for tasks to finish at shutdown").or("server-shutdown-timeout-secs"),
         option("server-request-timeout-secs", "OBSCURA_SERVER_REQUEST_TIMEOUT_SECS", "30", Seconds(1, 86_400),

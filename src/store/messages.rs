@@ -12,7 +12,7 @@ use crate::store::database::{Database, on, run};
 use crate::store::postgres::PostgresStore;
 use crate::store::{Result, Store, json_list};
 
-/// What an envelope weighs on the wire beside its sealed bytes: ids, time and framing.
+/// Bytes that an envelope takes on the wire beside its sealed ones: ids, time and framing.
 const ENVELOPE_OVERHEAD: i32 = 80;
 
 /// How far ahead of the clock a time of receipt may be, the clock having been corrected meanwhile.

@@ -81,14 +81,16 @@ pub(crate) enum TransferError {
 fn opening(error: &OpenError) -> String {
     match error {
         OpenError::Away { address, cause } => {
-            format!("no database answers at {address} (--to): {cause}; start it and run the same command again")
+            format!(
+                "no database answers at {address} (--to or --db-url): {cause}; start it and run the same command again"
+            )
         }
-        error => error.to_string().replace("--db-url", "--to"),
+        error => error.to_string().replace("--db-url", "--to or --db-url"),
     }
 }
 
 /// Hears how far a step has come: its name, how many of how many.
-pub(crate) type Listener<'a> = &'a mut dyn FnMut(&'static str, u64, u64);
+pub(crate) type OnProgress<'a> = &'a mut dyn FnMut(&'static str, u64, u64);
 
 /// A transfer under way.
 pub(crate) struct Transfer {
@@ -123,7 +125,7 @@ impl Transfer {
     }
 
     /// Copies the rows that have not arrived yet.
-    pub(crate) async fn copy(&mut self, listener: Listener<'_>) -> Result<(), TransferError> {
+    pub(crate) async fn copy(&mut self, on_progress: OnProgress<'_>) -> Result<(), TransferError> {
         for table in TABLES {
             let all = self.source.count(table).await?;
             let mut progress = self.target.progress(table.name).await?;
@@ -139,7 +141,7 @@ impl Transfer {
                 }
                 // The end is told of once: when nothing has come behind the last row.
                 if progress.is_done || progress.copied < all {
-                    listener(table.name, progress.copied, all);
+                    on_progress(table.name, progress.copied, all);
                 }
             }
         }
@@ -147,7 +149,10 @@ impl Transfer {
     }
 
     /// Reads all rows on both sides and compares them. Answers how many there are of each table.
-    pub(crate) async fn verify(&mut self, listener: Listener<'_>) -> Result<Vec<(&'static str, u64)>, TransferError> {
+    pub(crate) async fn verify(
+        &mut self,
+        on_progress: OnProgress<'_>,
+    ) -> Result<Vec<(&'static str, u64)>, TransferError> {
         self.target.analyze().await?;
         let Self { source, target, .. } = self;
         let mut counts = Vec::with_capacity(TABLES.len());
@@ -161,7 +166,7 @@ impl Transfer {
                     hash.update(&batch.rows);
                     count += batch.count;
                     last = Some(behind);
-                    listener(table.name, count, all);
+                    on_progress(table.name, count, all);
                 }
                 Ok((count, target::end_checksum(hash)))
             };

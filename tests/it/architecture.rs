@@ -177,11 +177,29 @@ fn sql_stops_at_the_store() {
 /// Whether a commit outlives a power cut can't be seen by a test, only that it is asked for.
 #[test]
 fn every_connection_is_told_to_flush_its_commits() {
-    let sqlite = std::fs::read_to_string(Path::new(SOURCE).join("store/sqlite.rs")).unwrap();
-    assert_eq!(sqlite.matches("SqliteConnectOptions::new()").count(), 1, "one place says how the file is opened");
+    let text = |file: &str| std::fs::read_to_string(Path::new(SOURCE).join(file)).unwrap();
+    // Which files make options of a connection, each in one place.
+    let makers = |ways: &[&str]| {
+        let mut makers = Vec::new();
+        for file in sources() {
+            let code = file.code();
+            let times = ways.iter().map(|way| code.matches(way).count()).sum::<usize>();
+            makers.extend(vec![file.path.strip_prefix(SOURCE).unwrap().to_string_lossy().into_owned(); times]);
+        }
+        makers
+    };
+    // The transfer's source is only read, so there is nothing to flush.
+    let sqlite = makers(&["SqliteConnectOptions::", "SqlitePool::connect", "SqliteConnection::connect"]);
+    assert_eq!(sqlite, ["store/sqlite.rs", "store/transfer/source.rs"]);
+    assert!(text("store/transfer/source.rs").contains("SqliteConnectOptions::new().read_only(true)"));
+    let sqlite = text("store/sqlite.rs");
     assert!(sqlite.contains(".synchronous(SqliteSynchronous::Full)") && sqlite.contains("SqliteJournalMode::Wal"));
-    let postgres = std::fs::read_to_string(Path::new(SOURCE).join("store/postgres.rs")).unwrap();
-    assert!(postgres.contains(r#"("synchronous_commit", "on".to_owned())"#), "whatever the server's own setting is");
+    let postgres = makers(&["PgConnectOptions::", "PgPool::connect", "PgConnection::connect"]);
+    assert_eq!(postgres, ["store/postgres.rs"]);
+    // Whatever the server's own setting is. The transfer gives its connection options of its own.
+    for file in ["store/postgres.rs", "store/transfer/target.rs"] {
+        assert!(text(file).contains(r#"("synchronous_commit", "on".to_owned())"#), "{file}");
+    }
 }
 
 #[test]
@@ -195,6 +213,8 @@ fn http_stops_at_the_entrances() {
 fn only_the_clock_reads_the_clock_and_only_the_configuration_the_environment() {
     assert_confined(&["SystemTime::now", "Uuid::now_v7"], &["clock"]);
     assert_confined(&["env::var"], &["config"]);
+    // Credentials may come from the surroundings, by the names that the library knows.
+    assert_confined(&["from_env()"], &["blobs"]);
     // The level of the log comes from `RUST_LOG`, which is read by the library that everybody knows.
     assert_confined(&["try_from_default_env"], &["telemetry"]);
     assert_confined(&["tokio::spawn", "task::spawn("], &["tasks"]);

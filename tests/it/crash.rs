@@ -174,7 +174,7 @@ async fn what_was_answered_survives_twenty_crashes() {
         look_at_the_database(folder.path(), &diary).await;
         tokio::time::sleep(Duration::from_micros(rand::random_range(0..20_000))).await;
         server.kill();
-        server = server.start_again(folder.path(), &options).await;
+        server = server.start_again(&options).await;
     }
 
     diary.enough.store(true, Ordering::Relaxed);

@@ -35,7 +35,7 @@ async fn sockets_are_told_and_their_acks_are_written() {
     assert_eq!(idle.until_end().await, [going_away(), Event::End]);
     assert_eq!(server.exit(LIMIT).await.code(), Some(0));
 
-    let _server = server.start_again(folder.path(), &[]).await;
+    let _server = server.start_again(&[]).await;
     let left = bob.connect().await.messages(3).await;
     assert_eq!(left, envelopes[7..]);
 }
@@ -65,7 +65,7 @@ async fn requests_under_way_are_answered_and_new_ones_are_not_taken() {
     assert!(answer.starts_with("HTTP/1.1 200 "), "{answer}");
     assert_eq!(server.exit(LIMIT).await.code(), Some(0));
 
-    let _server = server.start_again(folder.path(), &[]).await;
+    let _server = server.start_again(&[]).await;
     bob.connect().await.expect_message("in flight").await;
 }
 
@@ -106,7 +106,7 @@ async fn clients_that_do_not_let_go_do_not_hold_it_up() {
     assert_eq!(server.exit(SECOND * 5).await.code(), Some(0));
     assert!(begun.elapsed() < SECOND * 5);
 
-    let server = server.start_again(folder.path(), &[]).await;
+    let server = server.start_again(&[]).await;
     bob.connect().await.messages(8).await;
     drop(server);
     let objects = folder.path().join("attachments").join("attachments");
@@ -147,6 +147,6 @@ async fn an_idle_server_stops_at_once_and_leaves_a_database_without_a_log_to_rep
     assert!(begun.elapsed() < SECOND * 3, "{:?}", begun.elapsed());
     let log = folder.path().join("obscura.db-wal");
     assert!(!log.exists() || std::fs::metadata(&log).unwrap().len() == 0);
-    let _server = server.start_again(folder.path(), &[]).await;
+    let _server = server.start_again(&[]).await;
     alice.request("GET", "/v1/devices").send().await.expect(200);
 }

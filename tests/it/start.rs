@@ -106,7 +106,7 @@ async fn a_generated_secret_is_for_the_owner_only_and_is_kept() {
     assert_eq!(mode(&data), 0o700);
     server.kill();
 
-    let server = server.start_again(&data, &[]).await;
+    let server = server.start_again(&[]).await;
     assert_eq!(std::fs::read_to_string(&file).unwrap(), secret);
     alice.request("GET", "/v1/devices").send().await.expect(200);
     assert!(!server.output().contains(secret.trim()));

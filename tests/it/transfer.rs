@@ -8,13 +8,13 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use obscura_server::config::Config;
 use serde_json::json;
 use sha2::{Digest, Sha256};
 use uuid::Uuid;
 
 use crate::harness::{
-    Binary, Client, Database, Device, Event, Keys, PATIENCE, Response, Socket, eventually, send_request, within,
+    Binary, Client, Database, Device, Event, Keys, PATIENCE, Response, Socket, deployment, eventually, send_request,
+    within,
 };
 use crate::transfer::place::Place;
 
@@ -30,16 +30,6 @@ pub fn files_of(folder: &Path) -> BTreeMap<PathBuf, [u8; 32]> {
         }
     }
     files
-}
-
-/// What the embedded server on this folder signs access tokens with.
-pub fn kept_secret(folder: &Path) -> String {
-    std::fs::read_to_string(folder.join("jwt-secret")).unwrap().trim().to_owned()
-}
-
-/// The database of the embedded server on this folder.
-pub async fn open_sqlite(folder: &Path) -> Database {
-    Database::open(&Config::embedded(folder).unwrap().database).await
 }
 
 /// An embedded server with two accounts that has been stopped in order.
@@ -108,7 +98,7 @@ impl Life {
         let mut socket = bob.connect().await;
         let one = socket.expect_message("one").await;
         socket.ack(&[one]).await;
-        let database = open_sqlite(folder).await;
+        let database = Database::of_embedded(folder).await;
         eventually("the ack to be stored", async || database.queued(&bob).await == 0).await;
         socket.close().await;
         alice.post_messages(keys[1], &send_request(&[(&bob, b"two")])).await.expect(200);
@@ -187,11 +177,11 @@ async fn a_killed_server_moves_and_its_clients_go_on() {
     let place = Place::new().await;
     let said = place.transfer(folder.path(), Duration::from_secs(60)).await;
     assert!(said.contains("2 accounts, 3 devices, 4 waiting messages"), "{said}");
-    assert!(said.contains("The bytes of 3 attachments are in the new storage"), "{said}");
+    assert!(said.contains("Bytes of attachments in the new storage and compared: 3."), "{said}");
     assert!(said.contains("jwt-secret"), "{said}");
     assert_eq!(files_of(folder.path()), before, "the source has changed");
 
-    let _new = place.start_server(&old, &kept_secret(folder.path())).await;
+    let _new = place.start_server(&old, &deployment::kept_secret(folder.path())).await;
     let database = place.database().await;
     assert_eq!(database.number("SELECT count(*) FROM push_tokens").await, 1);
     assert_eq!(database.number("SELECT count(*) FROM pg_tables WHERE tablename = 'transfer_progress'").await, 0);
@@ -221,12 +211,13 @@ async fn a_stopped_server_moves_and_attachments_may_stay_where_they_are() {
     let from = format!("--from={}", folder.path().display());
     let finished = Binary::run(&["transfer", &from], &[("OBSCURA_DATABASE_URL", &place.url())]).await;
     assert!(finished.status.success(), "{}", finished.output);
-    assert!(finished.output.contains("The bytes of 1 attachments have not been copied"), "{}", finished.output);
+    assert!(finished.output.contains("Bytes of attachments that have not been copied: 1."), "{}", finished.output);
     assert!(finished.output.contains("users: 1 of 1 copied (100 %)"), "{}", finished.output);
     assert_eq!(files_of(folder.path()), before, "the source has changed");
 
     let kept = format!("--storage-endpoint=file:{}/attachments", folder.path().display());
-    let layout = [format!("--db-url={}", place.url()), format!("--jwt-secret={}", kept_secret(folder.path())), kept];
+    let layout =
+        [format!("--db-url={}", place.url()), format!("--jwt-secret={}", deployment::kept_secret(folder.path())), kept];
     let layout = [&layout[..], &["--pubsub-url=local:".to_owned()]].concat();
     let _new = old.start_elsewhere(layout).await;
     assert_eq!(download(&alice, &id).await, vec![9; 5000]);
@@ -240,7 +231,7 @@ async fn an_empty_server_moves_and_its_first_account_comes_later() {
     assert!(old.exit(PATIENCE).await.success());
     let place = Place::new().await;
     place.transfer(folder.path(), PATIENCE).await;
-    let new = place.start_server(&old, &kept_secret(folder.path())).await;
+    let new = place.start_server(&old, &deployment::kept_secret(folder.path())).await;
     let alice = Device::register(&new.client()).await;
     let mut socket = alice.connect().await;
     let bob = Device::register(&new.client()).await;
@@ -258,7 +249,7 @@ async fn an_attachment_that_the_source_has_lost_is_told_of_and_stops_nothing() {
     std::fs::remove_file(folder.path().join(format!("attachments/attachments/{lost}"))).unwrap();
     let place = Place::new().await;
     let said = place.transfer(folder.path(), PATIENCE).await;
-    assert!(said.contains("The bytes of 1 attachments") && said.contains("Those of 1 are missing"), "{said}");
-    let _new = place.start_server(&old, &kept_secret(folder.path())).await;
+    assert!(said.contains("new storage and compared: 1.") && said.contains("nobody can download them: 1."), "{said}");
+    let _new = place.start_server(&old, &deployment::kept_secret(folder.path())).await;
     assert_eq!(download(&alice, &kept).await, vec![1; 100]);
 }

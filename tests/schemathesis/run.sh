@@ -3,30 +3,25 @@
 #
 #   OBSCURA_SERVER_BIN        the server to test (default: target/debug/obscura-server)
 #   OBSCURA_TEST_DEPLOYMENT   `embedded` (default), or `distributed`: on the servers that scripts/services starts
-#   OBSCURA_TEST_CACHE        where the Python environment is kept between runs (default: target/test-venv)
 #
 # Arguments are handed on, for instance `--seed 7 --max-examples 500` to look further.
 set -euo pipefail
 
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 cd "$here/../.."
+# shellcheck source=scripts/tools.sh
+source scripts/tools.sh
 
 server=$(realpath "${OBSCURA_SERVER_BIN:-target/debug/obscura-server}")
-environment=${OBSCURA_TEST_CACHE:+$OBSCURA_TEST_CACHE/schemathesis}
-environment=${environment:-target/test-venv}
-wanted=$here/requirements.txt
 
 if [[ ! -x $server ]]; then
   echo "There is no server at $server. Build it (cargo build), or name one in OBSCURA_SERVER_BIN." >&2
   exit 1
 fi
 
-if ! cmp -s "$wanted" "$environment/installed.txt"; then
-  python3 -m venv --clear "$environment"
-  "$environment/bin/pip" install --quiet --disable-pip-version-check --requirement "$wanted"
-  cp "$wanted" "$environment/installed.txt"
-fi
-schemathesis=$(realpath "$environment/bin/schemathesis")
+mapfile -t wanted <"$here/requirements.txt"
+tool schemathesis "${wanted[@]}"
+schemathesis=$tools/schemathesis/bin/schemathesis
 
 case ${OBSCURA_TEST_DEPLOYMENT:-embedded} in
   embedded | distributed) ;;

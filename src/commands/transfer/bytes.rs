@@ -15,6 +15,11 @@ use crate::store::transfer::{BYTES_OF_ATTACHMENTS, BytesProgress, Transfer};
 const AT_ONCE: usize = 8;
 /// The longest time that one attachment may take.
 const LIMIT: Duration = Duration::from_secs(1800);
+/// Attachments below this size go up in one piece, or not at all.
+const LARGE: u64 = 1 << 20;
+/// What to do when the new storage fails.
+const REPEAT: &str =
+    "the target's storage failed; once that is settled, run the same command again, and it goes on where it stopped";
 
 /// Where they come from and where they go.
 pub(super) struct Bytes {
@@ -26,13 +31,13 @@ pub(super) struct Bytes {
 enum Compared {
     Same,
     Differ,
-    /// The source has it not, or not whole.
+    /// It is missing from the source, or cut short there.
     Lost,
 }
 
 impl Bytes {
-    /// Copies those that have not arrived yet. One that the source has not whole is passed over: nobody could download it
-    /// there either, so it is no reason to stay. `verify` counts such.
+    /// Copies those that have not arrived yet. One that is missing from the source or cut short there is passed over:
+    /// nobody could download it there either, so it is no reason to stay. `verify` counts those.
     pub(super) async fn copy(&self, transfer: &mut Transfer, report: &mut Report) -> anyhow::Result<()> {
         let all = transfer.attachment_count().await?;
         let mut progress = transfer.bytes_progress().await?;
@@ -48,8 +53,8 @@ impl Bytes {
         }
     }
 
-    /// Reads all of them on both sides. Answers how many there are, and how many the source has not whole. When the target
-    /// has not what it should have, the next run copies all of them once more.
+    /// Reads all of them on both sides. Answers how many are the same, and how many are missing from the source or cut
+    /// short there. When the target lacks one or has it differently, the next run copies all of them once more.
     pub(super) async fn verify(&self, transfer: &mut Transfer, report: &mut Report) -> anyhow::Result<(u64, u64)> {
         let all = transfer.attachment_count().await?;
         let (mut last, mut same, mut differ, mut lost) = (None, 0, 0, 0);
@@ -78,8 +83,8 @@ impl Bytes {
         if differ > 0 {
             transfer.note_bytes(&BytesProgress { last: None, copied: 0 }).await?;
             bail!(
-                "the bytes of attachments differ: {differ} of {all} are missing or others in the new storage; see who \
-                 else writes there, and run the same command again, which copies all of them once more"
+                "the bytes of attachments differ: {differ} of {all} are missing from the new storage or differ there; \
+                 find out who else writes to it, and run the same command again, which copies all of them once more"
             );
         }
         Ok((same, lost))
@@ -110,18 +115,12 @@ impl Bytes {
         Ok(if here == there { Compared::Same } else { Compared::Differ })
     }
 
-    /// An attachment of the source. `None` when it is not there, or not whole.
+    /// An attachment of the source. `None` when it is missing or cut short.
     async fn whole(&self, id: AttachmentId, size: u64) -> anyhow::Result<Option<Blob>> {
         let found = self.from.read(id).await.context("the attachments of the source can't be read")?;
         Ok(found.filter(|found| found.size == size))
     }
 }
-
-/// Attachments below this size go up in one piece, or not at all.
-const LARGE: u64 = 1 << 20;
-
-const REPEAT: &str =
-    "the target's storage failed; once that is settled, run the same command again, and it goes on where it stopped";
 
 async fn checksum(mut blob: Blob) -> Result<[u8; 32], BlobError> {
     let mut hash = Sha256::new();

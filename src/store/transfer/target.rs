@@ -69,7 +69,7 @@ impl Target {
         }
         let migrating = postgres::migrate(&mut target.connection, &target.address);
         let migrated = tokio::time::timeout(WHOLE_LIMIT, migrating).await;
-        migrated.map_err(|_| TransferError::lost(timed_out()))?.map_err(TransferError::Target)?;
+        migrated.map_err(|_| TransferError::Lost { cause: timed_out() })?.map_err(TransferError::Target)?;
         if !is_resumed {
             target.begin(source).await?;
         }
@@ -110,7 +110,7 @@ impl Target {
     }
 
     async fn refuse_data(&mut self) -> Result<(), TransferError> {
-        for table in TABLES.iter().map(|table| table.name).chain(["mail_locks"]) {
+        for table in TABLES.iter().map(|table| table.name).chain(["account_locks"]) {
             let is_there = self.is(&format!("SELECT to_regclass('{table}') IS NOT NULL")).await?;
             if is_there && self.is(&format!("SELECT EXISTS (SELECT 1 FROM {table})")).await? {
                 return Err(TransferError::HasData { address: self.address.clone(), table });
@@ -205,7 +205,7 @@ impl Target {
     pub(super) async fn finish(&mut self, numbers: &Numbers) -> Result<(), TransferError> {
         self.run("BEGIN").await?;
         self.run_whole(
-            "INSERT INTO mail_locks (user_id, at_most)
+            "INSERT INTO account_locks (user_id, at_most)
              SELECT u.id, COALESCE(MAX(w.waiting), 0) FROM users u
              LEFT JOIN devices d ON d.user_id = u.id
              LEFT JOIN (SELECT device_no, COUNT(*) AS waiting FROM messages GROUP BY device_no) w ON w.device_no = d.no
@@ -266,19 +266,13 @@ async fn timely<T>(limit: Duration, answer: impl Future<Output = sqlx::Result<T>
     let answer = tokio::time::timeout(limit, answer).await.unwrap_or_else(|_| Err(timed_out()));
     answer.map_err(|cause| {
         let error = StoreError(cause);
-        if error.is_lost_connection() { TransferError::lost(error.0) } else { TransferError::refused(error.0) }
+        let is_lost = error.is_lost_connection();
+        let StoreError(cause) = error;
+        if is_lost { TransferError::Lost { cause } } else { TransferError::Refused { table: None, cause } }
     })
 }
 
 impl TransferError {
-    fn lost(cause: sqlx::Error) -> Self {
-        Self::Lost { cause }
-    }
-
-    fn refused(cause: sqlx::Error) -> Self {
-        Self::Refused { table: None, cause }
-    }
-
     /// Says which table it was about, where that isn't said yet.
     fn about(self, table: &'static str) -> Self {
         match self {

@@ -3,8 +3,6 @@
 use std::time::Duration;
 
 use futures_util::future::join_all;
-use tokio::io::AsyncWriteExt;
-use tokio::net::TcpStream;
 
 use crate::harness::{Binary, Database, Device, Fate, Response, S3Proxy, TestServer, eventually};
 
@@ -37,18 +35,6 @@ async fn uploaded(device: &Device, bytes: &Bytes) -> String {
     upload(device, bytes).await.expect(201).json()["id"].as_str().unwrap().to_owned()
 }
 
-/// An upload of `announced` bytes of which only `sent` are sent, on a connection that stays open.
-async fn begin(device: &Device, announced: usize, sent: usize) -> TcpStream {
-    let mut stream = TcpStream::connect(device.client.address()).await.unwrap();
-    let head = format!(
-        "POST /v1/attachments HTTP/1.1\r\nhost: x\r\nauthorization: Bearer {}\r\ncontent-length: {announced}\r\n\r\n",
-        device.token
-    );
-    stream.write_all(head.as_bytes()).await.unwrap();
-    stream.write_all(&vec![7; sent]).await.unwrap();
-    stream
-}
-
 async fn rows(server: &TestServer) -> i64 {
     server.database().await.number("SELECT count(*) FROM attachments").await
 }
@@ -77,7 +63,7 @@ async fn an_upload_cut_anywhere_leaves_no_object_no_parts_and_no_row() {
     let (server, bucket, _proxy) = server_with(|_| {}).await;
     let device = server.account().await;
     for (announced, sent) in [(1000, 10), (2 * PART, 0), (2 * PART, PART + 1000), (2 * PART, 2 * PART - 1)] {
-        let connection = begin(&device, announced, sent).await;
+        let connection = device.begin_upload(announced, sent).await;
         let is_cut = announced > PART;
         eventually("the upload to be under way", async || {
             rows(&server).await == 1 && bucket.uploads().await.len() == usize::from(is_cut)
@@ -96,7 +82,7 @@ async fn whenever_a_client_hangs_up_there_is_a_whole_attachment_or_none() {
     join_all((0..24u64).map(|attempt| {
         let device = &device;
         async move {
-            let mut connection = begin(device, size, if attempt % 3 == 0 { size / 2 } else { size }).await;
+            let mut connection = device.begin_upload(size, if attempt % 3 == 0 { size / 2 } else { size }).await;
             let mut answer = [0; 1];
             let wait = Duration::from_millis(attempt * 10);
             let _ = tokio::time::timeout(wait, tokio::io::AsyncReadExt::read(&mut connection, &mut answer)).await;
@@ -246,8 +232,8 @@ async fn what_a_killed_server_left_in_a_bucket_is_removed_when_it_starts_again()
     let (mut server, options) = binary(folder.path(), &bucket).await;
     let device = Device::register(&server.client()).await;
     let kept = uploaded(&device, &pattern(PART + 1)).await;
-    let _connections = [begin(&device, 3 * PART, PART + 1000).await, begin(&device, 1000, 10).await];
-    let _other = begin(&device, 2 * PART, 10).await;
+    let _connections = [device.begin_upload(3 * PART, PART + 1000).await, device.begin_upload(1000, 10).await];
+    let _other = device.begin_upload(2 * PART, 10).await;
     let database = Database::of_embedded(folder.path()).await;
     eventually("the uploads to be under way", async || {
         bucket.uploads().await.len() == 2 && database.number("SELECT count(*) FROM attachments").await == 4
@@ -257,7 +243,7 @@ async fn what_a_killed_server_left_in_a_bucket_is_removed_when_it_starts_again()
     assert_eq!(bucket.uploads().await.len(), 2);
 
     let options: Vec<_> = options.iter().map(String::as_str).collect();
-    let _server = server.start_again(folder.path(), &options).await;
+    let _server = server.start_again(&options).await;
     assert!(bucket.uploads().await.is_empty());
     assert_eq!(bucket.objects().await, [format!("attachments/{kept}")]);
     assert_eq!(database.number("SELECT count(*) FROM attachments").await, 1);
@@ -321,13 +307,6 @@ async fn a_server_without_its_bucket_ends_with_one_sentence() {
     assert!(!finished.output.contains(&bucket.service.secret_key));
 }
 
-/// A figure of the process, in KiB.
-fn memory_kib(server: &Binary, name: &str) -> u64 {
-    let status = std::fs::read_to_string(format!("/proc/{}/status", server.pid())).unwrap();
-    let line = status.lines().find(|line| line.starts_with(name)).unwrap();
-    line.split_whitespace().nth(1).unwrap().parse().unwrap()
-}
-
 #[tokio::test]
 async fn large_attachments_go_through_little_memory() {
     const SIZE: usize = 50 << 20;
@@ -337,16 +316,17 @@ async fn large_attachments_go_through_little_memory() {
     let device = Device::register(&server.client()).await;
     let bytes = pattern(SIZE);
     // Forgets the peak that hashing a password has left.
-    std::fs::write(format!("/proc/{}/clear_refs", server.pid()), "5").unwrap();
-    let before = memory_kib(&server, "VmRSS:");
+    server.forget_peak();
+    let before = server.resident_bytes();
     let transfers = join_all((0..4).map(|_| async {
         let id = uploaded(&device, &bytes).await;
         assert!(download(&device, &id).await.expect(200).body == bytes);
     }));
     crate::harness::within_time(Duration::from_secs(180), "the transfers", transfers).await;
-    let growth = memory_kib(&server, "VmHWM:") - before;
-    println!("4 times 50 MiB went up and down through {growth} KiB of memory");
-    assert!(growth < 64 << 10, "4 times 50 MiB went up and down through {growth} KiB of memory");
+    let growth = server.peak_bytes() - before;
+    let said = format!("4 times 50 MiB went up and down through {} KiB of memory", growth >> 10);
+    println!("{said}");
+    assert!(growth < 64 << 20, "{said}");
 }
 
 #[tokio::test]
@@ -356,7 +336,7 @@ async fn when_the_memory_for_parts_is_used_up_further_uploads_are_sent_away_for_
     let (small, large) = (pattern(200_000), pattern(2_000_000));
     uploaded(&device, &large).await;
     // All that there may be, each nearly full.
-    let held = join_all((0..8).map(|_| begin(&device, 2 * PART, PART - 1000))).await;
+    let held = join_all((0..8).map(|_| device.begin_upload(2 * PART, PART - 1000))).await;
     eventually("a further upload to be refused", async || upload(&device, &large).await.status == 503).await;
     assert!(upload(&device, &large).await.expect(503).header("retry-after").is_some());
     uploaded(&device, &small).await;

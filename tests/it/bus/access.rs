@@ -11,7 +11,7 @@ use tokio_rustls::TlsAcceptor;
 use tokio_rustls::rustls::ServerConfig;
 use tokio_rustls::rustls::pki_types::{PrivateKeyDer, PrivatePkcs8KeyDer};
 
-use super::{Node, only, somebody};
+use super::{Node, heard, somebody};
 use crate::harness::{Binary, Valkey, eventually, within};
 
 #[tokio::test]
@@ -22,8 +22,8 @@ async fn a_password_and_a_user_are_taken_from_the_url() {
     let [one, other] = urls.map(|start| Node::open(&format!("{start}{}/0", valkey.address())));
     let address = somebody();
     let wakeups = other.listen(address).await;
-    one.bus.wake(&[address], Signal::Standing).await;
-    only(&wakeups, Signal::Standing).await;
+    one.bus.wake(&[address], Signal::Standing);
+    heard(&wakeups, Signal::Standing).await;
 }
 
 #[tokio::test]
@@ -32,7 +32,7 @@ async fn a_wrong_password_keeps_the_node_to_itself_until_it_is_right() {
     let node = Node::open(&format!("redis://:wrong@{}", valkey.address()));
     let address = somebody();
     let wakeups = node.bus.subscribe(address);
-    node.bus.wake(&[address], Signal::Mail).await;
+    node.bus.wake(&[address], Signal::Mail);
     assert_eq!(within("the signal", wakeups.next()).await, Signal::Mail.into());
     let answer = within("an answer", node.bus.check()).await.unwrap_err().to_string();
     assert_eq!(answer, "there is no connection to Valkey at the moment");

@@ -2,7 +2,7 @@
 
 use obscura_server::bus::Signal;
 
-use super::{Inbox, Node, only, somebody};
+use super::{Inbox, Node, heard, somebody};
 use crate::harness::{Valkey, eventually, free_port};
 
 pub async fn cluster() -> Vec<Valkey> {
@@ -45,16 +45,16 @@ async fn signals_cross_a_cluster_and_go_on_when_a_member_dies() {
         let wakeups = node.listen(address).await;
         for sender in nodes.iter().filter(|sender| !std::ptr::eq(*sender, node)) {
             sender.ready().await;
-            sender.bus.wake(&[address], Signal::Standing).await;
-            only(&wakeups, Signal::Standing).await;
+            sender.bus.wake(&[address], Signal::Standing);
+            heard(&wakeups, Signal::Standing).await;
         }
     }
     // Wherever those three went, these two are on different members.
     let pinned = [Node::open(&format!("redis://{}", hosts[1])), Node::open(&format!("redis-cluster://{}", hosts[2]))];
     let wakeups = pinned[1].listen(address).await;
     pinned[0].ready().await;
-    pinned[0].bus.wake(&[address], Signal::KeysLow).await;
-    only(&wakeups, Signal::KeysLow).await;
+    pinned[0].bus.wake(&[address], Signal::KeysLow);
+    heard(&wakeups, Signal::KeysLow).await;
 
     let inbox = Inbox::read_on(&nodes[1]).await;
     // One of the three was there, or all three hear it from the others.

@@ -5,7 +5,7 @@ use std::time::Duration;
 use obscura_server::bus::Signal;
 use obscura_server::model::ids::{Address, DeviceNo};
 
-use super::{Inbox, Node, channels, everything, only, somebody};
+use super::{Inbox, Node, channels, everything, heard, somebody};
 use crate::harness::{Valkey, eventually, within};
 
 #[tokio::test]
@@ -15,9 +15,9 @@ async fn a_signal_reaches_the_sessions_of_the_device_on_another_node() {
     let address = somebody();
     let wakeups = [other.listen(address).await, other.bus.subscribe(address)];
     for signal in [Signal::Mail, Signal::KeysLow, Signal::Standing] {
-        one.bus.wake(&[somebody(), address], signal).await;
-        only(&wakeups[0], signal).await;
-        only(&wakeups[1], signal).await;
+        one.bus.wake(&[somebody(), address], signal);
+        heard(&wakeups[0], signal).await;
+        heard(&wakeups[1], signal).await;
     }
 }
 
@@ -28,9 +28,9 @@ async fn a_signal_reaches_no_other_device_of_the_account() {
     let address = somebody();
     let sibling = Address { device: DeviceNo(i64::MAX), ..address };
     let (wakeups, siblings) = (other.listen(address).await, other.bus.subscribe(sibling));
-    one.bus.wake(&[address], Signal::Mail).await;
-    only(&wakeups, Signal::Mail).await;
-    one.bus.wake(&[sibling], Signal::KeysLow).await;
+    one.bus.wake(&[address], Signal::Mail);
+    heard(&wakeups, Signal::Mail).await;
+    one.bus.wake(&[sibling], Signal::KeysLow);
     assert_eq!(within("a signal", siblings.next()).await, Signal::KeysLow.into());
 }
 
@@ -40,11 +40,11 @@ async fn a_session_on_the_same_node_hears_its_signal_once() {
     let [one, other] = Node::pair(&valkey).await;
     let address = somebody();
     let (here, there) = (one.listen(address).await, other.listen(address).await);
-    one.bus.wake(&[address], Signal::Mail).await;
+    one.bus.wake(&[address], Signal::Mail);
     assert_eq!(within("the signal here", here.next()).await, Signal::Mail.into());
-    only(&there, Signal::Mail).await;
+    heard(&there, Signal::Mail).await;
     // Had the first one come back, it would be here before or with this one.
-    other.bus.wake(&[address], Signal::KeysLow).await;
+    other.bus.wake(&[address], Signal::KeysLow);
     assert_eq!(within("the next signal", here.next()).await, Signal::KeysLow.into());
 }
 
@@ -81,8 +81,8 @@ async fn a_node_subscribes_the_channels_of_its_own_accounts_only_and_leaves_them
     .await;
     // Who comes back is heard again.
     let again = nodes[0].listen(addresses[0]).await;
-    nodes[1].bus.wake(&[addresses[0]], Signal::Standing).await;
-    only(&again, Signal::Standing).await;
+    nodes[1].bus.wake(&[addresses[0]], Signal::Standing);
+    heard(&again, Signal::Standing).await;
     drop((again, there));
     eventually("both to leave", async || channels(&valkey).await == ["test:all"]).await;
 }
@@ -96,9 +96,9 @@ async fn a_crowd_of_accounts_is_subscribed_and_heard() {
     for session in &sessions {
         everything(session).await;
     }
-    one.bus.wake(&crowd, Signal::KeysLow).await;
+    one.bus.wake(&crowd, Signal::KeysLow);
     for session in &sessions {
-        only(session, Signal::KeysLow).await;
+        heard(session, Signal::KeysLow).await;
     }
 }
 
@@ -131,7 +131,7 @@ async fn noise_on_a_channel_is_ignored() {
         let channel = format!("user:{}", address.user);
         let () = redis::cmd("PUBLISH").arg(channel).arg(noise).query_async(&mut connection).await.unwrap();
     }
-    one.bus.wake(&[address], Signal::Standing).await;
+    one.bus.wake(&[address], Signal::Standing);
     assert_eq!(within("the signal", wakeups.next()).await, Signal::Standing.into());
 }
 
@@ -144,10 +144,10 @@ async fn what_was_signalled_last_still_goes_out_at_the_end() {
     for session in &sessions {
         everything(session).await;
     }
-    one.bus.wake(&crowd, Signal::Standing).await;
+    one.bus.wake(&crowd, Signal::Standing);
     one.tasks.stop();
     within("the node to end", one.tasks.ended()).await;
     for session in &sessions {
-        only(session, Signal::Standing).await;
+        heard(session, Signal::Standing).await;
     }
 }

@@ -4,7 +4,7 @@ use std::time::{Duration, Instant};
 
 use obscura_server::bus::Signal;
 
-use super::{Inbox, Node, everything, only, somebody};
+use super::{Inbox, Node, everything, heard, somebody};
 use crate::harness::{Binary, Proxy, Valkey, Way, eventually, within, within_time};
 
 /// A node behind a proxy.
@@ -22,14 +22,14 @@ async fn a_valkey_that_comes_late_is_found_and_who_subscribed_before_is_heard() 
     let nodes = [Node::open(&valkey.url()), Node::open(&valkey.url())];
     let address = somebody();
     let wakeups = nodes[1].bus.subscribe(address);
-    nodes[0].bus.wake(&[address], Signal::Mail).await;
-    nodes[1].bus.wake(&[address], Signal::KeysLow).await;
+    nodes[0].bus.wake(&[address], Signal::Mail);
+    nodes[1].bus.wake(&[address], Signal::KeysLow);
     assert_eq!(within("the signal of the same node", wakeups.next()).await, Signal::KeysLow.into());
     valkey.restart().await;
     everything(&wakeups).await;
     nodes[0].ready().await;
-    nodes[0].bus.wake(&[address], Signal::Standing).await;
-    only(&wakeups, Signal::Standing).await;
+    nodes[0].bus.wake(&[address], Signal::Standing);
+    heard(&wakeups, Signal::Standing).await;
 }
 
 #[tokio::test]
@@ -49,8 +49,8 @@ async fn a_valkey_killed_and_started_empty_loses_nothing_and_needs_no_new_subscr
         inbox.all_seen().await;
     }
     one.ready().await;
-    one.bus.wake(&[address], Signal::Standing).await;
-    only(&wakeups, Signal::Standing).await;
+    one.bus.wake(&[address], Signal::Standing);
+    heard(&wakeups, Signal::Standing).await;
 }
 
 #[tokio::test]
@@ -85,7 +85,7 @@ async fn a_node_ends_in_time_though_valkey_is_frozen() {
     let node = Node::open(&valkey.url());
     node.connected().await;
     valkey.freeze();
-    node.bus.wake(&[somebody()], Signal::Mail).await;
+    node.bus.wake(&[somebody()], Signal::Mail);
     node.tasks.stop();
     within_time(Duration::from_secs(5), "the node to end", node.tasks.ended()).await;
 }
@@ -138,8 +138,8 @@ async fn what_is_held_back_for_a_moment_arrives_and_another_valkey_at_the_same_a
     one.ready().await;
     let address = somebody();
     let wakeups = other.listen(address).await;
-    one.bus.wake(&[address], Signal::Standing).await;
-    only(&wakeups, Signal::Standing).await;
+    one.bus.wake(&[address], Signal::Standing);
+    heard(&wakeups, Signal::Standing).await;
 }
 
 #[tokio::test]
@@ -153,14 +153,14 @@ async fn signals_beyond_what_may_wait_become_a_look_at_everything_on_every_node(
     proxy.cut();
     one.not_ready().await;
     let many: Vec<_> = (0..70_000).map(|_| somebody()).collect();
-    one.bus.wake(&many, Signal::Mail).await;
+    one.bus.wake(&many, Signal::Mail);
     proxy.refuse(false);
     everything(&wakeups).await;
     // The wire is as good as before.
     let address = somebody();
     let wakeups = other.listen(address).await;
-    one.bus.wake(&[address], Signal::Standing).await;
-    only(&wakeups, Signal::Standing).await;
+    one.bus.wake(&[address], Signal::Standing);
+    heard(&wakeups, Signal::Standing).await;
 }
 
 #[tokio::test]

@@ -89,7 +89,7 @@ fn somebody() -> Address {
 }
 
 /// Waits for this signal and no other, which only who sent it can have caused.
-async fn only(wakeups: &Wakeups, signal: Signal) {
+async fn heard(wakeups: &Wakeups, signal: Signal) {
     within("a signal", async { while wakeups.next().await != Signals::from(signal) {} }).await;
 }
 
@@ -138,7 +138,7 @@ impl Inbox {
 
     async fn write_on(&self, node: &Node) {
         self.written.fetch_add(1, Ordering::SeqCst);
-        node.bus.wake(&[self.address], Signal::Mail).await;
+        node.bus.wake(&[self.address], Signal::Mail);
     }
 
     async fn all_seen(&self) {

@@ -43,9 +43,9 @@ async fn an_outage_is_told_once_and_its_end_too_and_waiting_for_it_costs_nothing
     proxy.refuse(true);
     let server = Binary::start(folder.path(), &[&url]).await;
     eventually("a second attempt", async || proxy.accepted() >= 2).await;
-    let (used, start) = (cpu_time(server.pid()), Instant::now());
+    let (used, start) = (server.cpu_time(), Instant::now());
     eventually("a third attempt", async || proxy.accepted() >= 3).await;
-    let share = (cpu_time(server.pid()) - used).as_secs_f64() / start.elapsed().as_secs_f64();
+    let share = (server.cpu_time() - used).as_secs_f64() / start.elapsed().as_secs_f64();
     assert!(share < 0.05, "{share} of a processor");
     proxy.refuse(false);
     eventually("the end of the outage", async || server.output().contains("connected to Valkey")).await;
@@ -68,13 +68,4 @@ async fn a_url_that_is_no_address_of_a_valkey_ends_the_start_and_is_not_repeated
     assert!(!finished.status.success());
     assert!(finished.output.contains("--pubsub-url: this is not the address of a Valkey"), "{}", finished.output);
     assert!(!finished.output.contains("hunter2"), "{}", finished.output);
-}
-
-/// Processor time that a process has used so far.
-fn cpu_time(pid: u32) -> Duration {
-    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap();
-    let (_, fields) = stat.rsplit_once(") ").unwrap();
-    let ticks: u64 = fields.split(' ').skip(11).take(2).map(|field| field.parse::<u64>().unwrap()).sum();
-    // A tick of this file is a hundredth of a second on every Linux there is.
-    Duration::from_millis(10 * ticks)
 }

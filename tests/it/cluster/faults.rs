@@ -4,7 +4,9 @@
 use std::time::Duration;
 
 use crate::cluster::traffic::Traffic;
-use crate::harness::{Binary, Device, Fate, Postgres, Proxy, S3, S3Proxy, TestServer, Valkey, Way, eventually};
+use crate::harness::{
+    Binary, Device, Fate, Postgres, Proxy, S3, S3Proxy, TestServer, Valkey, Way, deployment, eventually,
+};
 
 /// Two nodes on parts of their own.
 struct Deployment {
@@ -16,25 +18,32 @@ struct Deployment {
 
 impl Deployment {
     async fn start() -> Self {
+        Self::start_with(&[]).await
+    }
+
+    /// With these further options of both nodes.
+    async fn start_with(more: &[&str]) -> Self {
         let valkey = Valkey::start().await;
         let url = valkey.url();
-        Self::start_with(valkey, &url).await
+        Self::start_on(valkey, &url, more).await
     }
 
     /// The second node finds Valkey at another address.
-    async fn start_with(valkey: Valkey, second_url: &str) -> Self {
+    async fn start_on(valkey: Valkey, second_url: &str, more: &[&str]) -> Self {
         let postgres = Postgres::start().await;
         let attachments = tempfile::tempdir().unwrap();
         let options = |valkey: &str| {
-            vec![
+            let mut options = vec![
                 format!("--db-url={}", postgres.url()),
                 format!("--pubsub-url={valkey}"),
                 "--pubsub-max-backoff-secs=2".to_owned(),
                 format!("--storage-endpoint=file:{}", attachments.path().display()),
-                "--jwt-secret=the secret of a server under test".to_owned(),
+                format!("--jwt-secret={}", deployment::SECRET),
                 // No look of a session at its inbox comes to the aid of a lost signal.
                 "--ws-look-interval-secs=86400".to_owned(),
-            ]
+            ];
+            options.extend(more.iter().map(|option| (*option).to_owned()));
+            options
         };
         let first = Binary::start_node(&options(&valkey.url())).await;
         let second = Binary::start_node(&options(second_url)).await;
@@ -49,7 +58,7 @@ impl Deployment {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn postgresql_is_restarted() {
+async fn a_postgresql_that_is_restarted_or_killed_loses_nothing_that_was_answered() {
     let mut deployment = Deployment::start().await;
     let traffic = deployment.traffic().await;
     for _ in 0..2 {
@@ -64,7 +73,7 @@ async fn postgresql_is_restarted() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn postgresql_is_away_for_ten_seconds() {
+async fn while_postgresql_is_away_sends_are_refused_and_afterwards_they_go_on() {
     let mut deployment = Deployment::start().await;
     let traffic = deployment.traffic().await;
     deployment.postgres.stop().await;
@@ -77,18 +86,19 @@ async fn postgresql_is_away_for_ten_seconds() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn postgresql_is_frozen_for_ten_seconds() {
-    let deployment = Deployment::start().await;
+async fn while_postgresql_is_frozen_sends_are_refused_in_time_and_afterwards_they_go_on() {
+    let deployment = Deployment::start_with(&["--db-statement-timeout-ms=2000"]).await;
     let traffic = deployment.traffic().await;
     deployment.postgres.freeze();
     tokio::time::sleep(Duration::from_secs(10)).await;
+    assert!(traffic.refused() > 0, "nobody was told");
     deployment.postgres.thaw();
     traffic.goes_on(100).await;
-    traffic.finish().await;
+    assert!(traffic.finish().await.refused > 0);
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn valkey_is_killed_and_comes_back_empty() {
+async fn a_valkey_that_is_killed_and_comes_back_empty_refuses_nobody_and_loses_nothing() {
     let mut deployment = Deployment::start().await;
     let traffic = deployment.traffic().await;
     deployment.valkey.kill();
@@ -99,7 +109,7 @@ async fn valkey_is_killed_and_comes_back_empty() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn valkey_is_frozen_for_five_seconds() {
+async fn a_valkey_that_is_frozen_for_five_seconds_refuses_nobody_and_loses_nothing() {
     let deployment = Deployment::start().await;
     let traffic = deployment.traffic().await;
     deployment.valkey.freeze();
@@ -110,11 +120,11 @@ async fn valkey_is_frozen_for_five_seconds() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn the_wire_of_one_node_is_cut_and_swallowed() {
+async fn a_node_whose_wire_is_cut_or_swallowed_refuses_nobody_and_loses_nothing() {
     let valkey = Valkey::start().await;
     let proxy = Proxy::start(valkey.address()).await;
     let url = format!("redis://{}", proxy.address());
-    let deployment = Deployment::start_with(valkey, &url).await;
+    let deployment = Deployment::start_on(valkey, &url, &[]).await;
     let traffic = deployment.traffic().await;
     for _ in 0..3 {
         proxy.cut();
@@ -133,9 +143,8 @@ async fn the_wire_of_one_node_is_cut_and_swallowed() {
     assert_eq!(traffic.finish().await.refused, 0, "nobody needs Valkey to send");
 }
 
-/// The storage refuses writes, then deletions. Nobody who only writes messages notices.
 #[tokio::test(flavor = "multi_thread")]
-async fn the_bucket_refuses_writes_and_then_deletions() {
+async fn a_bucket_that_refuses_writes_and_then_deletions_disturbs_no_messages_and_is_tidied_up_later() {
     let bucket = S3::shared().await.bucket().await;
     let proxy = S3Proxy::start(&bucket.service.endpoint).await;
     let behind = bucket.at(&proxy.endpoint);
@@ -213,7 +222,7 @@ async fn a_node_waits_for_its_database_and_says_so() {
         format!("--db-url={}", postgres.url()),
         "--pubsub-url=local:".to_owned(),
         format!("--storage-endpoint=file:{}", attachments.path().display()),
-        "--jwt-secret=the secret of a server under test".to_owned(),
+        format!("--jwt-secret={}", deployment::SECRET),
     ];
     let starting = tokio::spawn(async move { Binary::start_node(&options).await });
     tokio::time::sleep(Duration::from_secs(2)).await;

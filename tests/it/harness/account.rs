@@ -8,6 +8,8 @@ use base64::engine::general_purpose::STANDARD;
 use bytes::Bytes;
 use prost::Message as _;
 use serde_json::{Value, json};
+use tokio::io::AsyncWriteExt;
+use tokio::net::TcpStream;
 use uuid::Uuid;
 
 use super::proto::{Recipient, SendMessageRequest, SendMessageResponse, Submission};
@@ -88,6 +90,18 @@ pub struct Device {
 pub type Message<'a> = (&'a Device, &'a [u8]);
 
 impl Device {
+    /// An upload of `announced` bytes of which only `sent` are sent, on a connection that stays open.
+    pub async fn begin_upload(&self, announced: usize, sent: usize) -> TcpStream {
+        let mut stream = TcpStream::connect(self.client.address()).await.expect("a connection");
+        let head = format!(
+            "POST /v1/attachments HTTP/1.1\r\nhost: x\r\nauthorization: Bearer {}\r\ncontent-length: {announced}\r\n\r\n",
+            self.token
+        );
+        stream.write_all(head.as_bytes()).await.expect("the head goes out");
+        stream.write_all(&vec![7; sent]).await.expect("the bytes go out");
+        stream
+    }
+
     /// A new account and its primary device, with the usual keys.
     pub async fn register(client: &Client) -> Self {
         Self::register_with(client, Keys::default()).await

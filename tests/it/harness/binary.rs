@@ -1,6 +1,5 @@
 //! The real program as a child process.
 
-use std::io::Read;
 use std::net::SocketAddr;
 use std::path::Path;
 use std::process::{Child, Command, ExitStatus, Stdio};
@@ -8,7 +7,7 @@ use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use super::client::Target;
-use super::{Client, PATIENCE, deployment};
+use super::{Client, PATIENCE, collect, deployment};
 
 /// What the program takes to listen on free ports of this machine and not to count requests.
 const TEST_OPTIONS: &[&str] = &[
@@ -31,7 +30,8 @@ pub struct Binary {
     output: Arc<Mutex<String>>,
     target: Target,
     management: Target,
-    is_embedded: bool,
+    /// The options that say where its state is.
+    layout: Vec<String>,
 }
 
 /// How a program that ended by itself ended.
@@ -49,47 +49,39 @@ impl Binary {
 
     /// The program with these further options and environment variables.
     pub async fn start_with(folder: &Path, options: &[&str], variables: &[(&str, &str)]) -> Self {
-        let anywhere = Target::new(([127, 0, 0, 1], 0).into());
-        Self::launch(deployment::options(folder).await, options, variables, (anywhere.clone(), anywhere)).await
+        let targets = (Target::anywhere(), Target::anywhere());
+        Self::launch(deployment::options(folder).await, options, variables, targets).await
     }
 
     /// A node with exactly these options, and those of all tests.
     pub async fn start_node(options: &[String]) -> Self {
-        let anywhere = Target::new(([127, 0, 0, 1], 0).into());
-        Self::launch(options.to_vec(), &[], &[], (anywhere.clone(), anywhere)).await
+        Self::launch(options.to_vec(), &[], &[], (Target::anywhere(), Target::anywhere())).await
     }
 
     /// The program in embedded mode, whatever this run is about: for what only that has.
     pub async fn start_embedded(folder: &Path, options: &[&str]) -> Self {
-        let anywhere = Target::new(([127, 0, 0, 1], 0).into());
-        let mut binary =
-            Self::launch(deployment::embedded_options(folder), options, &[], (anywhere.clone(), anywhere)).await;
-        binary.is_embedded = true;
-        binary
+        let targets = (Target::anywhere(), Target::anywhere());
+        Self::launch(deployment::embedded_options(folder), options, &[], targets).await
     }
 
     /// The program in embedded mode with the limits that it has by default.
     pub async fn start_limited(folder: &Path, options: &[&str]) -> Self {
+        let layout = deployment::embedded_options(folder);
         let mut command = command(&[]);
         let [host, port, management, ..] = TEST_OPTIONS else { unreachable!("they come first") };
-        command.args(deployment::embedded_options(folder)).args([host, port, management]).args(options);
+        command.args(&layout).args([host, port, management]).args(options);
         let (child, output) = spawn(command);
-        let (target, management) = (Target::new(([127, 0, 0, 1], 0).into()), Target::new(([127, 0, 0, 1], 0).into()));
-        let mut binary = Self { child, output, target, management, is_embedded: true };
+        let mut binary = Self { child, output, target: Target::anywhere(), management: Target::anywhere(), layout };
         let (api, port) = binary.wait_for_addresses().await;
         binary.target.set(api);
         binary.management.set(port);
         binary
     }
 
-    /// A new process on the same folder, after this one has ended. Clients made before go on with the new one.
-    pub async fn start_again(&self, folder: &Path, options: &[&str]) -> Self {
-        let layout =
-            if self.is_embedded { deployment::embedded_options(folder) } else { deployment::options(folder).await };
+    /// A new process where this one was, after that has ended. Clients made before go on with the new one.
+    pub async fn start_again(&self, options: &[&str]) -> Self {
         let targets = (self.target.clone(), self.management.clone());
-        let mut binary = Self::launch(layout, options, &[], targets).await;
-        binary.is_embedded = self.is_embedded;
-        binary
+        Self::launch(self.layout.clone(), options, &[], targets).await
     }
 
     /// A new process with these options, on whatever they name, after this one has ended. Clients made before go on with
@@ -112,7 +104,7 @@ impl Binary {
         };
         command.args(layout.iter().filter(is_usual)).args(TEST_OPTIONS).args(options);
         let (child, output) = spawn(command);
-        let mut binary = Self { child, output, target, management, is_embedded: false };
+        let mut binary = Self { child, output, target, management, layout };
         let (api, port) = binary.wait_for_addresses().await;
         binary.target.set(api);
         binary.management = Target::new(port);
@@ -155,8 +147,7 @@ impl Binary {
         let mut command = command(variables);
         command.args(options);
         let (child, output) = spawn(command);
-        let anywhere = Target::new(([127, 0, 0, 1], 0).into());
-        Self { child, output, target: anywhere.clone(), management: anywhere, is_embedded: false }
+        Self { child, output, target: Target::anywhere(), management: Target::anywhere(), layout: Vec::new() }
     }
 
     /// Somebody who talks to the API port of this process and of those started again from it.
@@ -172,11 +163,6 @@ impl Binary {
     /// Where the API port is.
     pub fn address(&self) -> SocketAddr {
         self.target.get()
-    }
-
-    /// The process.
-    pub fn pid(&self) -> u32 {
-        self.child.id()
     }
 
     /// Everything written to standard output and standard error so far.
@@ -229,8 +215,22 @@ impl Binary {
 
     /// Bytes of memory that are in use now.
     pub fn resident_bytes(&self) -> u64 {
+        self.memory("VmRSS:")
+    }
+
+    /// The most bytes of memory that were in use since the start, or since [`Binary::forget_peak`].
+    pub fn peak_bytes(&self) -> u64 {
+        self.memory("VmHWM:")
+    }
+
+    /// Begins to look for the peak anew, for instance behind the one that hashing a password has left.
+    pub fn forget_peak(&self) {
+        std::fs::write(format!("/proc/{}/clear_refs", self.child.id()), "5").expect("a process");
+    }
+
+    fn memory(&self, name: &str) -> u64 {
         let status = std::fs::read_to_string(format!("/proc/{}/status", self.child.id())).expect("a process");
-        let line = status.lines().find(|line| line.starts_with("VmRSS:")).expect("a figure");
+        let line = status.lines().find(|line| line.starts_with(name)).expect("a figure");
         let kilobytes = line.split_whitespace().nth(1).expect("a number");
         kilobytes.parse::<u64>().expect("a number") * 1024
     }
@@ -260,13 +260,4 @@ fn spawn(mut command: Command) -> (Child, Arc<Mutex<String>>) {
     collect(child.stdout.take().expect("a pipe"), output.clone());
     collect(child.stderr.take().expect("a pipe"), output.clone());
     (child, output)
-}
-
-fn collect(mut pipe: impl Read + Send + 'static, output: Arc<Mutex<String>>) {
-    std::thread::spawn(move || {
-        let mut buffer = [0; 8192];
-        while let Ok(length @ 1..) = pipe.read(&mut buffer) {
-            output.lock().unwrap().push_str(&String::from_utf8_lossy(&buffer[..length]));
-        }
-    });
 }

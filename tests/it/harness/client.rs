@@ -20,6 +20,11 @@ impl Target {
         Self(Arc::new(Mutex::new(address)))
     }
 
+    /// Not known yet.
+    pub fn anywhere() -> Self {
+        Self::new(([127, 0, 0, 1], 0).into())
+    }
+
     pub fn get(&self) -> SocketAddr {
         *self.0.lock().unwrap()
     }

@@ -13,13 +13,19 @@ use sqlx::postgres::{PgConnectOptions, PgConnection};
 use sqlx::{AssertSqlSafe, ConnectOptions};
 use tokio::sync::OnceCell;
 
-const SECRET: &str = "the secret of a server under test";
+/// What servers sign access tokens with that keep nothing in a folder.
+pub const SECRET: &str = "the secret of a server under test";
 
 /// What the server on this folder signs access tokens with.
 pub fn signing_secret(folder: &Path) -> String {
     if is_distributed() {
         return SECRET.to_owned();
     }
+    kept_secret(folder)
+}
+
+/// What the embedded server on this folder signs access tokens with.
+pub fn kept_secret(folder: &Path) -> String {
     std::fs::read_to_string(folder.join("jwt-secret")).expect("a kept secret").trim().to_owned()
 }
 
@@ -82,15 +88,21 @@ pub async fn database_config(folder: &Path) -> DatabaseConfig {
     config(folder).await.database
 }
 
-/// Forgets what belongs to this folder outside of it.
+/// Drops the database that belongs to this folder. What is in the bucket stays; the service that has it ends with the run.
 pub fn drop_state(folder: &Path) {
-    let Ok(name) = std::fs::read_to_string(name_file(folder)) else { return };
+    if let Ok(name) = std::fs::read_to_string(name_file(folder)) {
+        drop_database(&name);
+    }
+}
+
+/// Drops a database, whoever uses it.
+fn drop_database(name: &str) {
+    let statement = format!("DROP DATABASE IF EXISTS {name} WITH (FORCE)");
     // Dropping can't await, and may happen on a runtime's thread.
     let dropping = std::thread::spawn(move || {
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().expect("a runtime");
         runtime.block_on(async {
             let mut admin = admin().await;
-            let statement = format!("DROP DATABASE IF EXISTS {name} WITH (FORCE)");
             sqlx::query(AssertSqlSafe(statement)).execute(&mut admin).await.expect("the database goes");
         });
     });
@@ -109,9 +121,9 @@ async fn name_of(folder: &Path) -> String {
     }
 }
 
-/// Gives this folder a database in which there is no table yet.
-pub async fn make_empty_database(folder: &Path) {
-    make_database(folder, "").await;
+/// Gives this folder a database in which there is no table yet, and answers its name.
+pub async fn make_empty_database(folder: &Path) -> String {
+    make_database(folder, "").await
 }
 
 async fn make_database(folder: &Path, how: &str) -> String {
@@ -148,7 +160,8 @@ async fn admin() -> PgConnection {
     options.connect().await.expect("PostgreSQL answers")
 }
 
-fn database_url(name: &str) -> String {
+/// The URL of a database of the shared PostgreSQL.
+pub fn database_url(name: &str) -> String {
     let url = service("OBSCURA_TEST_POSTGRES_URL");
     let (server, _) = url.rsplit_once('/').expect("a URL with the name of a database");
     format!("{server}/{name}")

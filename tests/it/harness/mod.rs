@@ -17,6 +17,9 @@ mod socket;
 mod valkey;
 
 use std::future::Future;
+use std::io::Read;
+use std::net::{Ipv4Addr, TcpListener};
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 pub use account::{Device, Keys, PASSWORD, kyber_key, one_time_key, outcome, send_request, signed_key};
@@ -30,7 +33,7 @@ pub use s3::{Bucket, S3, S3Process};
 pub use s3_proxy::{Fate, S3Proxy};
 pub use server::{TestServer, impatient};
 pub use socket::{Event, Socket, distinct_ids};
-pub use valkey::{Valkey, free_port};
+pub use valkey::Valkey;
 
 /// How long a test waits for anything that should happen at once. Generous, because machines are busy.
 pub const PATIENCE: Duration = Duration::from_secs(20);
@@ -62,4 +65,20 @@ pub fn unique_name(prefix: &str) -> String {
     use std::sync::atomic::{AtomicU64, Ordering};
     static NEXT: AtomicU64 = AtomicU64::new(1);
     format!("{prefix}_{}", NEXT.fetch_add(1, Ordering::Relaxed))
+}
+
+/// A port that stays free while who uses it is away for a moment: below those that the system hands out by itself.
+pub fn free_port() -> u16 {
+    let is_free = |port: &u16| TcpListener::bind((Ipv4Addr::LOCALHOST, *port)).is_ok();
+    std::iter::repeat_with(|| rand::random_range(15_000..30_000)).find(is_free).expect("there is always another one")
+}
+
+/// Adds everything that a process writes to this text.
+fn collect(mut pipe: impl Read + Send + 'static, text: Arc<Mutex<String>>) {
+    std::thread::spawn(move || {
+        let mut buffer = [0; 8192];
+        while let Ok(length @ 1..) = pipe.read(&mut buffer) {
+            text.lock().unwrap().push_str(&String::from_utf8_lossy(&buffer[..length]));
+        }
+    });
 }

@@ -1,7 +1,5 @@
 //! A PostgreSQL of one test's own, for the tests that stop it, freeze it and kill it.
 
-use std::io::Read;
-use std::net::{Ipv4Addr, TcpListener};
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
@@ -10,7 +8,7 @@ use std::time::{Duration, Instant};
 
 use rustix::process::{Pid, Signal, kill_process};
 
-use super::PATIENCE;
+use super::{PATIENCE, collect, free_port};
 
 /// Short of memory and long on speed; processes end in these tests, machines don't.
 const SETTINGS: &[&str] = &[
@@ -207,19 +205,4 @@ fn give_away(path: &Path) {
     if let Some((user, group)) = other_user() {
         std::os::unix::fs::chown(path, Some(user), Some(group)).expect("root may do so");
     }
-}
-
-/// A port that stays free while the server is away: below those that the system hands out by itself.
-fn free_port() -> u16 {
-    let is_free = |port: &u16| TcpListener::bind((Ipv4Addr::LOCALHOST, *port)).is_ok();
-    std::iter::repeat_with(|| rand::random_range(15_000..30_000)).find(is_free).expect("there is always another one")
-}
-
-fn collect(mut pipe: impl Read + Send + 'static, log: Arc<Mutex<String>>) {
-    std::thread::spawn(move || {
-        let mut buffer = [0; 4096];
-        while let Ok(length @ 1..) = pipe.read(&mut buffer) {
-            log.lock().unwrap().push_str(&String::from_utf8_lossy(&buffer[..length]));
-        }
-    });
 }

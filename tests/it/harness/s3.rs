@@ -1,6 +1,6 @@
 //! A real S3 service, and a look into its buckets.
 
-use std::net::TcpListener;
+use std::collections::BTreeSet;
 use std::path::PathBuf;
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
@@ -12,7 +12,7 @@ use obscura_server::config::{Attachments, Secret};
 use tempfile::TempDir;
 use tokio::sync::OnceCell;
 
-use super::unique_name;
+use super::{free_port, unique_name};
 
 /// Starting takes some seconds, more on a busy machine.
 const PATIENCE: Duration = Duration::from_secs(90);
@@ -195,8 +195,7 @@ impl S3Process {
         }]});
         let identities = folder.path().join("identities.json");
         std::fs::write(&identities, identity.to_string()).expect("a file for the keys");
-        let listeners: Vec<_> = (0..8).map(|_| TcpListener::bind("127.0.0.1:0").expect("a free port")).collect();
-        let ports: Vec<_> = listeners.iter().map(|listener| listener.local_addr().expect("a port").port()).collect();
+        let ports = distinct_ports(8);
         let names = ["master", "volume", "filer", "s3"];
         let mut arguments: Vec<_> = names
             .iter()
@@ -269,6 +268,14 @@ const OPTIONS: &[&str] = &[
     "-master.volumeSizeLimitMB=64",
     "-volume.max=0",
 ];
+
+fn distinct_ports(count: usize) -> Vec<u16> {
+    let mut ports = BTreeSet::new();
+    while ports.len() < count {
+        ports.insert(free_port());
+    }
+    ports.into_iter().collect()
+}
 
 /// The program of SeaweedFS.
 fn weed() -> PathBuf {

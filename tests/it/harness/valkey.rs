@@ -10,7 +10,7 @@ use tempfile::TempDir;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 
-use super::PATIENCE;
+use super::{PATIENCE, free_port};
 
 /// A running server. Dropping it kills it.
 pub struct Valkey {
@@ -131,12 +131,6 @@ fn spawn(options: &[String], port: u16, folder: &TempDir) -> Child {
     command.arg("--dir").arg(folder.path()).args(options);
     command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
     command.spawn().expect("Valkey can be run")
-}
-
-/// A port that nobody uses at the moment.
-pub fn free_port() -> u16 {
-    let listener = std::net::TcpListener::bind(("127.0.0.1", 0)).expect("a free port");
-    listener.local_addr().expect("an address").port()
 }
 
 /// The program: the one that is named, or the first that is installed.

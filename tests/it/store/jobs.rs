@@ -32,9 +32,15 @@ async fn a_job_that_was_claimed_by_a_clock_far_ahead_is_not_lost() {
     assert!(store.claim_job("sweep", PERIOD, NOW).await.unwrap());
 }
 
+/// `tests/it/cluster/connections.rs` shows what it does to the connections themselves.
 #[tokio::test]
-async fn connections_are_tended_without_harm() {
+async fn tending_connections_takes_none_from_whoever_uses_it() {
     let store = TestStore::open().await;
-    store.tend_connections().await.unwrap();
-    store.check().await.unwrap();
+    // Different questions, which are not gathered.
+    let names: Vec<String> = (0..50).map(|number| format!("nobody{number}")).collect();
+    let asking = join_all(names.iter().map(|name| store.credentials(name)));
+    let tending = join_all((0..10).map(|_| store.tend_connections()));
+    let (answers, tended) = tokio::join!(asking, tending);
+    assert!(tended.iter().all(Result::is_ok));
+    assert!(answers.into_iter().all(|answer| answer.unwrap().is_none()));
 }

@@ -3,8 +3,8 @@
 use std::path::Path;
 use std::time::Duration;
 
-use crate::harness::{Binary, Device};
-use crate::transfer::{files_of, kept_secret, open_sqlite, place::Place};
+use crate::harness::{Binary, Database, Device, deployment};
+use crate::transfer::{files_of, place::Place};
 
 const USERS: i64 = 10_000;
 const MESSAGES: i64 = 200_000;
@@ -38,7 +38,7 @@ async fn fill(folder: &Path, device: &Device) {
              FROM n WHERE x <= {ATTACHMENTS};
          COMMIT;"
     );
-    let database = open_sqlite(folder).await;
+    let database = Database::of_embedded(folder).await;
     database.execute(&statement).await;
     let ids = database.text("SELECT group_concat(hex(id)) FROM attachments").await;
     database.close().await;
@@ -71,10 +71,10 @@ async fn a_large_server_moves_though_the_transfer_is_killed_twice() {
     let said = place.transfer(folder.path(), PATIENCE).await;
     assert!(said.contains("Going on where the last run stopped"), "{said}");
     assert!(said.contains("10000 accounts, 10000 devices, 200000 waiting messages"), "{said}");
-    assert!(said.contains("The bytes of 1000 attachments"), "{said}");
+    assert!(said.contains("Bytes of attachments in the new storage and compared: 1000."), "{said}");
     assert_eq!(files_of(folder.path()), before, "the source has changed");
 
-    let _new = place.start_server(&old, &kept_secret(folder.path())).await;
+    let _new = place.start_server(&old, &deployment::kept_secret(folder.path())).await;
     let database = place.database().await;
     for (table, count) in [("users", USERS), ("messages", MESSAGES), ("account_locks", USERS)] {
         assert_eq!(database.number(&format!("SELECT count(*) FROM {table}")).await, count, "{table}");

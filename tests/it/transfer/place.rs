@@ -3,9 +3,6 @@
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use obscura_server::config::{Config, Secret};
-use sqlx::postgres::PgConnectOptions;
-use sqlx::{AssertSqlSafe, ConnectOptions, PgConnection};
 use tempfile::TempDir;
 
 use crate::harness::{Binary, Database, deployment, eventually};
@@ -18,15 +15,13 @@ pub struct Place {
 
 impl Place {
     pub async fn new() -> Self {
-        let name = format!("moved{}_{}", std::process::id(), uuid::Uuid::new_v4().simple());
-        run(format!("CREATE DATABASE {name}")).await;
-        Self { name, folder: tempfile::tempdir().unwrap() }
+        let folder = tempfile::tempdir().unwrap();
+        let name = deployment::make_empty_database(folder.path()).await;
+        Self { name, folder }
     }
 
     pub fn url(&self) -> String {
-        let url = deployment::service("OBSCURA_TEST_POSTGRES_URL");
-        let (server, _) = url.rsplit_once('/').expect("a URL with the name of a database");
-        format!("{server}/{}", self.name)
+        deployment::database_url(&self.name)
     }
 
     /// The options that name the storage of the attachments.
@@ -55,9 +50,7 @@ impl Place {
 
     /// The database, which has to be there.
     pub async fn database(&self) -> Database {
-        let mut config = Config::parse_from(["obscura-server"], |_| None).unwrap().config.database;
-        config.url = Secret::new(self.url());
-        Database::open(&config).await
+        Database::open(&deployment::config_of(&[format!("--db-url={}", self.url())]).database).await
     }
 
     /// The arguments of a transfer to here, without attachments.
@@ -96,18 +89,6 @@ impl Place {
 
 impl Drop for Place {
     fn drop(&mut self) {
-        let drop = format!("DROP DATABASE IF EXISTS {} WITH (FORCE)", self.name);
-        // Dropping can't await, and may happen on a runtime's thread.
-        let dropping = std::thread::spawn(move || {
-            let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().expect("a runtime");
-            runtime.block_on(run(drop));
-        });
-        let _ = dropping.join();
+        deployment::drop_state(self.folder.path());
     }
-}
-
-async fn run(statement: String) {
-    let options: PgConnectOptions = deployment::service("OBSCURA_TEST_POSTGRES_URL").parse().expect("a URL");
-    let mut admin: PgConnection = options.connect().await.expect("PostgreSQL answers");
-    sqlx::query(AssertSqlSafe(statement)).execute(&mut admin).await.expect("the statement runs");
 }

@@ -10,7 +10,7 @@ use sqlx::{AssertSqlSafe, Postgres};
 
 use crate::harness::{Binary, Database, Device, Finished, PATIENCE, eventually};
 use crate::transfer::place::Place;
-use crate::transfer::{files_of, open_sqlite, stopped_server};
+use crate::transfer::{files_of, stopped_server};
 
 async fn run(arguments: &[String]) -> Finished {
     Binary::run(&arguments.iter().map(String::as_str).collect::<Vec<_>>(), &[]).await
@@ -91,11 +91,13 @@ async fn what_is_no_source_or_no_target_is_refused() {
     let mut arguments = place.transfer_arguments(folder.path());
     arguments[2] = "--to=sqlite:a.db".to_owned();
     let sentence = refusal_of(&arguments).await;
-    assert!(sentence.contains("--to takes postgres://"), "{sentence}");
+    assert!(sentence.contains("--to or --db-url takes postgres://"), "{sentence}");
+    let sentence = refusal_of(&arguments[..2]).await;
+    assert!(sentence.contains("name the new database by --to or --db-url"), "{sentence}");
     arguments[2] = "--to=postgres://user:hunter2@127.0.0.1:1/db".to_owned();
     stopped_server(folder.path()).await;
     let sentence = refusal_of(&arguments).await;
-    assert!(sentence.contains("no database answers at 127.0.0.1:1 (--to)"), "{sentence}");
+    assert!(sentence.contains("no database answers at 127.0.0.1:1 (--to or --db-url)"), "{sentence}");
     assert!(!sentence.contains("hunter2"), "{sentence}");
 }
 
@@ -104,12 +106,12 @@ async fn a_source_of_another_version_is_refused() {
     let place = Place::new().await;
     let folder = tempfile::tempdir().unwrap();
     stopped_server(folder.path()).await;
-    let database = open_sqlite(folder.path()).await;
+    let database = Database::of_embedded(folder.path()).await;
     database.execute("INSERT INTO _sqlx_migrations SELECT 99, '', '', 1, x'', 0").await;
     database.close().await;
     let sentence = refusal(&place, folder.path()).await;
     assert!(sentence.contains("written by a newer version"), "{sentence}");
-    let database = open_sqlite(folder.path()).await;
+    let database = Database::of_embedded(folder.path()).await;
     database.execute("DELETE FROM _sqlx_migrations").await;
     database.close().await;
     let sentence = refusal(&place, folder.path()).await;
@@ -234,7 +236,11 @@ async fn bytes_that_have_gone_meanwhile_are_told_of_and_copied_again() {
     std::fs::write(&stored, [0; 1000]).unwrap();
     let mut again = place.begin_transfer(folder.path());
     assert_eq!(again.exit(PATIENCE).await.code(), Some(1));
-    assert!(again.output().contains("differ: 1 of 2 are missing or others"), "{}", again.output());
+    assert!(
+        again.output().contains("differ: 1 of 2 are missing from the new storage or differ there"),
+        "{}",
+        again.output()
+    );
     place.transfer(folder.path(), PATIENCE).await;
     assert_eq!(std::fs::read(&stored).unwrap(), [7; 1000]);
 }
@@ -245,7 +251,7 @@ async fn a_source_on_which_a_server_has_run_since_is_another_one() {
     let server = stopped_server(folder.path()).await;
     let place = Place::new().await;
     interrupt_at(&place, folder.path(), "sends").await;
-    let again = server.start_again(folder.path(), &[]).await;
+    let again = server.start_again(&[]).await;
     Device::register(&again.client()).await;
     drop(again);
     let sentence = refusal(&place, folder.path()).await;

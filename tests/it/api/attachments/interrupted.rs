@@ -5,23 +5,10 @@ use std::time::Duration;
 use bytes::Bytes;
 use futures_util::future::join_all;
 use futures_util::stream;
-use tokio::io::{AsyncReadExt, AsyncWriteExt};
-use tokio::net::TcpStream;
+use tokio::io::AsyncReadExt;
 
 use super::{download, nothing_is_left, put, rows, stored, upload};
 use crate::harness::{Binary, Database, Device, TestServer, deployment, eventually, within};
-
-/// An upload of `announced` bytes of which only `sent` are sent, on a connection that stays open.
-async fn begin(device: &Device, announced: usize, sent: usize) -> TcpStream {
-    let mut stream = TcpStream::connect(device.client.address()).await.unwrap();
-    let head = format!(
-        "POST /v1/attachments HTTP/1.1\r\nhost: x\r\nauthorization: Bearer {}\r\ncontent-length: {announced}\r\n\r\n",
-        device.token
-    );
-    stream.write_all(head.as_bytes()).await.unwrap();
-    stream.write_all(&vec![7; sent]).await.unwrap();
-    stream
-}
 
 /// Waits until so many uploads are pending and so many attachments there, these included.
 async fn under_way(server: &TestServer, pending: i64, all: i64) {
@@ -40,7 +27,7 @@ async fn an_upload_cut_in_the_middle_leaves_nothing() {
     let server = TestServer::start().await;
     let device = server.account().await;
     for sent in [0, 1, 400_000, 999_999] {
-        let connection = begin(&device, 1_000_000, sent).await;
+        let connection = device.begin_upload(1_000_000, sent).await;
         under_way(&server, 1, 1).await;
         drop(connection);
         nothing_is_left(&server).await;
@@ -51,7 +38,7 @@ async fn an_upload_cut_in_the_middle_leaves_nothing() {
 async fn an_upload_whose_client_stops_sending_times_out_and_leaves_nothing() {
     let server = TestServer::start_with(|config| config.attachments.timeout = Duration::from_millis(300)).await;
     let device = server.account().await;
-    let mut connection = begin(&device, 1_000_000, 400_000).await;
+    let mut connection = device.begin_upload(1_000_000, 400_000).await;
     let mut answer = [0; 12];
     within("an answer", connection.read_exact(&mut answer)).await.unwrap();
     assert_eq!(&answer, b"HTTP/1.1 408");
@@ -63,7 +50,7 @@ async fn an_upload_whose_client_stops_sending_times_out_and_leaves_nothing() {
 async fn a_broken_upload_gives_its_room_in_the_quota_back() {
     let server = TestServer::start_with(|config| config.attachments.quota_bytes = 1_000_000).await;
     let device = server.account().await;
-    let connection = begin(&device, 1_000_000, 10).await;
+    let connection = device.begin_upload(1_000_000, 10).await;
     under_way(&server, 1, 1).await;
     upload(&device, "abc").send().await.expect(413);
     drop(connection);
@@ -81,7 +68,7 @@ async fn whenever_a_client_hangs_up_there_is_a_whole_attachment_or_none() {
         async move {
             // Some are cut in the body, the others at any moment behind it.
             let sent = if attempt % 3 == 0 { size * attempt / 60 } else { size };
-            let mut connection = begin(device, size, sent).await;
+            let mut connection = device.begin_upload(size, sent).await;
             if attempt % 2 == 0 {
                 let mut answer = [0; 1];
                 let _ = tokio::time::timeout(Duration::from_micros(attempt as u64 * 300), connection.read(&mut answer))
@@ -110,12 +97,12 @@ async fn what_a_killed_server_left_is_removed_when_it_starts_again() {
     let mut server = Binary::start_embedded(folder.path(), &[]).await;
     let device = Device::register(&server.client()).await;
     let kept = put(&device, b"abc").await;
-    let _connections = [begin(&device, 1_000_000, 400_000).await, begin(&device, 1_000_000, 0).await];
+    let _connections = [device.begin_upload(1_000_000, 400_000).await, device.begin_upload(1_000_000, 0).await];
     eventually("the uploads to be under way", async || names().len() == 3).await;
     server.kill();
     assert_eq!(names().len(), 3);
 
-    let _server = server.start_again(folder.path(), &[]).await;
+    let _server = server.start_again(&[]).await;
     assert_eq!(names(), [&*kept]);
     let database = Database::of_embedded(folder.path()).await;
     assert_eq!(database.number("SELECT count(*) FROM attachments").await, 1);
@@ -131,20 +118,13 @@ async fn a_graceful_restart_in_the_middle_of_an_upload_leaves_nothing() {
     .await;
     let device = server.account().await;
     let kept = put(&device, b"abc").await;
-    let _connection = begin(&device, 1_000_000, 400_000).await;
+    let _connection = device.begin_upload(1_000_000, 400_000).await;
     under_way(&server, 1, 2).await;
     server.restart().await;
     // A node of several can't tell its own uploads from those of others, and waits until none can be under way.
     server.clock.advance(Duration::from_mins(5));
     eventually("the upload to go", async || rows(&server).await == 1 && stored(&server).await.len() == 1).await;
     download(&device, &kept).send().await.expect(200);
-}
-
-/// The most memory that the process has had in use.
-fn peak_bytes(server: &Binary) -> u64 {
-    let status = std::fs::read_to_string(format!("/proc/{}/status", server.pid())).unwrap();
-    let line = status.lines().find(|line| line.starts_with("VmHWM:")).unwrap();
-    line.split_whitespace().nth(1).unwrap().parse::<u64>().unwrap() * 1024
 }
 
 #[tokio::test]
@@ -154,7 +134,7 @@ async fn sixteen_uploads_and_downloads_at_once_need_little_memory() {
     let server = Binary::start(folder.path(), &[]).await;
     let device = Device::register(&server.client()).await;
     // Forgets the peak that hashing a password has left.
-    std::fs::write(format!("/proc/{}/clear_refs", server.pid()), "5").unwrap();
+    server.forget_peak();
     let before = server.resident_bytes();
     let everybody = tokio::sync::Barrier::new(16);
     let chunk = Bytes::from(vec![7; 64 << 10]);
@@ -180,7 +160,7 @@ async fn sixteen_uploads_and_downloads_at_once_need_little_memory() {
         }
     });
     join_all(uploads).await;
-    let growth = peak_bytes(&server) - before;
+    let growth = server.peak_bytes() - before;
     // Parts for a bucket take 64 MiB together, and some more on their way out.
     let limit = if deployment::is_distributed() { 128 << 20 } else { 32 << 20 };
     assert!(growth < limit, "128 MiB went up and down again through {} KiB of memory", growth >> 10);
