@@ -171,27 +171,39 @@ impl Worker {
                     continue;
                 }
             };
-            if first.is_none() && self.left.is_empty() {
+            let is_last = first.is_none();
+            self.store_next(first, &mut letters).await;
+            if is_last {
+                // Nothing more comes, and what is left now has had its chance.
+                self.left.drain(..).for_each(|waiting| Letter::Send(waiting).refuse(MailroomError::Unavailable));
                 return;
             }
-            self.store_next(first, &mut letters).await;
         }
     }
 
     /// Stores a group of what was left, of this letter and of whatever waits.
     async fn store_next(&mut self, first: Option<Letter>, letters: &mut mpsc::Receiver<Letter>) {
         let mut group = Group::default();
-        self.left.drain(..).for_each(|waiting| group.add(Letter::Send(waiting)));
+        // Not so many that there is no room for others.
+        let again = self.left.len().min(GROUP / 4);
+        self.left.drain(..again).for_each(|waiting| group.add(Letter::Send(waiting)));
         first.into_iter().for_each(|letter| group.add(letter));
         while !group.is_full() {
             let Ok(letter) = letters.try_recv() else { break };
             group.add(letter);
         }
-        if group.letters > 0 && self.store(group).await == Err(MailroomError::Unavailable) {
+        if group.letters == 0 {
+            return;
+        }
+        match self.store(group).await {
             // Whoever waits would wait for the same.
-            while let Ok(letter) = letters.try_recv() {
-                letter.refuse(MailroomError::Unavailable);
+            Err(MailroomError::Unavailable) => {
+                while let Ok(letter) = letters.try_recv() {
+                    letter.refuse(MailroomError::Unavailable);
+                }
             }
+            Ok(()) if !self.unsure.is_empty() => self.tell_the_unsure().await,
+            Ok(()) | Err(MailroomError::Full) => {}
         }
     }
 

@@ -119,6 +119,7 @@ async fn mail_to_many_full_inboxes_lets_others_pass() {
                     (extract(epoch FROM now()) * 1000)::bigint, '\\x00'
              FROM generate_series(1, 1000) n, devices d WHERE NOT EXISTS (SELECT 1 FROM one_time_prekeys o WHERE o.device_no = d.no);
          UPDATE account_locks SET at_most = 1000 WHERE user_id IN (SELECT user_id FROM devices GROUP BY user_id HAVING count(*) > 1);
+         SELECT nextval('message_blocks');
          ANALYZE", rows.join(", "))).await;
     let requests: Vec<_> = full
         .chunks(100)
