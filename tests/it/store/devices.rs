@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use bytes::Bytes;
-use obscura_server::model::ids::{DeviceId, DeviceNo, IdempotencyKey};
+use obscura_server::model::ids::{Address, DeviceId, DeviceNo, IdempotencyKey, UserId};
 use obscura_server::model::mail::{Outgoing, Recipient, Sealed, Sender};
 use obscura_server::store::{Refresh, Refreshed, Removed, Standing, Store};
 
@@ -225,4 +225,18 @@ async fn a_device_that_is_gone_or_logged_out_gets_no_push_token() {
     assert!(!store.set_push_target(second.no, i64::MAX, &fcm("late")).await.unwrap());
     assert_eq!(count(&store, "push_tokens").await, 0);
     assert!(store.set_push_target(alice.no, VOID_TO + 1, &fcm("logged in again")).await.unwrap());
+}
+
+#[tokio::test]
+async fn signals_go_to_every_device_of_the_accounts_that_are_named() {
+    let store = TestStore::open().await;
+    let (alice, bob) = (account(&store).await, account(&store).await);
+    let tablet = linked(&store, &alice).await;
+    let mut found = store.addresses(&[alice.user]).await.unwrap();
+    found.sort_by_key(|address| address.device);
+    let expected: Vec<_> =
+        [alice, tablet].iter().map(|member| Address { user: alice.user, device: member.no }).collect();
+    assert_eq!(found, expected);
+    assert_eq!(store.addresses(&[alice.user, bob.user, UserId::random()]).await.unwrap().len(), 3);
+    assert!(store.addresses(&[]).await.unwrap().is_empty());
 }
