@@ -15,6 +15,8 @@ use crate::push::Push;
 use crate::rates::Rates;
 use crate::store::Store;
 use crate::tasks::Tasks;
+use crate::telemetry::metrics::Metrics;
+use crate::telemetry::traces::Traces;
 
 /// Everything a request, session or job may use. Cloning is cheap.
 #[derive(Clone)]
@@ -43,6 +45,10 @@ pub struct App {
     pub disk: Disk,
     /// What time it is.
     pub clock: Clock,
+    /// Counts and durations, for the operator.
+    pub metrics: Metrics,
+    /// The ways of requests and messages, for the operator.
+    pub traces: Traces,
     /// Owner of everything that runs in the background.
     pub tasks: Tasks,
     /// The limits and intervals of the rooms that answer clients.

@@ -2,13 +2,21 @@
 
 use std::io::Write;
 use std::process::ExitCode;
+use std::time::Duration;
 
 use obscura_server::clock::Clock;
+use obscura_server::commands;
 use obscura_server::config::Loaded;
 use obscura_server::server::Server;
-use obscura_server::{commands, telemetry};
+use obscura_server::telemetry::Telemetry;
 use tokio::signal::unix::{Signal, SignalKind, signal};
 use tracing::{error, info, warn};
+
+/// What telemetry may take at the very end, when the server has stopped.
+const FLUSHING: Duration = Duration::from_secs(2);
+
+/// The ways in which a process is asked to stop.
+type Stop = (Signal, Signal);
 
 fn main() -> ExitCode {
     match commands::parse() {
@@ -20,22 +28,32 @@ fn main() -> ExitCode {
 
 #[tokio::main]
 async fn serve(loaded: Loaded) -> ExitCode {
-    telemetry::start(loaded.config.telemetry.log_format);
-    loaded.warnings.iter().for_each(|warning| warn!("{warning}"));
-    match run(loaded).await {
-        Ok(exit) => exit,
-        Err(error) => {
-            eprintln!("obscura-server: {error:#}");
-            ExitCode::FAILURE
-        }
-    }
+    let (telemetry, stop) = match prepare(&loaded) {
+        Ok(prepared) => prepared,
+        Err(error) => return complain(&error),
+    };
+    let exit = run(loaded, telemetry.clone(), stop).await.unwrap_or_else(|error| complain(&error));
+    telemetry.flush(FLUSHING).await;
+    // Ends what is left, such as a connection whose client never reads, without waiting for it.
+    std::process::exit(if exit == ExitCode::SUCCESS { 0 } else { 1 })
 }
 
-async fn run(loaded: Loaded) -> anyhow::Result<ExitCode> {
+fn prepare(loaded: &Loaded) -> anyhow::Result<(Telemetry, Stop)> {
+    let telemetry = Telemetry::open(&loaded.config.telemetry)?;
+    telemetry.start_logs(loaded.config.telemetry.log_format);
+    loaded.warnings.iter().for_each(|warning| warn!("{warning}"));
+    Ok((telemetry, (signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?)))
+}
+
+fn complain(error: &anyhow::Error) -> ExitCode {
+    eprintln!("obscura-server: {error:#}");
+    ExitCode::FAILURE
+}
+
+async fn run(loaded: Loaded, telemetry: Telemetry, mut stop: Stop) -> anyhow::Result<ExitCode> {
     let data_dir = loaded.config.data_dir.clone();
-    let mut stop = (signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?);
     let server = tokio::select! {
-        server = Server::start(loaded.config, Clock::system()) => server?,
+        server = Server::start(loaded.config, Clock::system(), telemetry) => server?,
         () = asked(&mut stop) => return Ok(ExitCode::SUCCESS),
     };
     // Whoever closed our standard output doesn't want to know.
@@ -49,12 +67,11 @@ async fn run(loaded: Loaded) -> anyhow::Result<ExitCode> {
         () = server.stop() => {}
         () = asked(&mut stop) => error!("stopped at once, by a second signal"),
     }
-    // Ends what is left, such as a connection whose client never reads, without waiting for it.
-    std::process::exit(if exit == ExitCode::SUCCESS { 0 } else { 1 })
+    Ok(exit)
 }
 
 /// Ends when the process is asked to stop.
-async fn asked((terminate, interrupt): &mut (Signal, Signal)) {
+async fn asked((terminate, interrupt): &mut Stop) {
     tokio::select! {
         _ = terminate.recv() => {}
         _ = interrupt.recv() => {}

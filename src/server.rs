@@ -30,6 +30,7 @@ use crate::rates::Rates;
 use crate::store::{self, Store};
 use crate::sweeps;
 use crate::tasks::{Tasks, jittered};
+use crate::telemetry::Telemetry;
 
 /// Connections to the management port: a few probes, never the public.
 const MANAGEMENT_CONNECTIONS: usize = 64;
@@ -59,14 +60,13 @@ pub struct Server {
 
 impl Server {
     /// Starts a server. When it returns, both ports answer. Errors are sentences for whoever started it.
-    pub async fn start(mut config: Config, clock: Clock) -> Result<Self> {
+    pub async fn start(mut config: Config, clock: Clock, telemetry: Telemetry) -> Result<Self> {
         if clock.now() < EARLIEST {
             bail!("the clock of this machine is wrong (it is before 2026); set it, and start the server then");
         }
         config.open_data_dir()?;
         config.check_secret()?;
         let lock = config.database.file().map(lock_database).transpose()?;
-        warn_of_what_is_not_there(&config);
         let config = Arc::new(config);
         let api = bind(&config.server, config.server.port).await?;
         let management = bind(&config.server, config.server.management_port).await?;
@@ -103,6 +103,8 @@ impl Server {
             ),
             clock,
             tasks,
+            metrics: telemetry.metrics.clone(),
+            traces: telemetry.traces.clone(),
             config,
         };
         open(&app, &probes, api, management).await;
@@ -201,13 +203,6 @@ async fn open_store(config: &Config) -> Result<Store> {
             }
             opened => return Ok(opened?),
         }
-    }
-}
-
-/// Nobody should believe that traces are exported when they aren't.
-fn warn_of_what_is_not_there(config: &Config) {
-    if config.telemetry.otlp_endpoint.is_some() {
-        warn!(option = "--otlp-endpoint", "this version does not act on this option yet");
     }
 }
 

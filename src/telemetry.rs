@@ -1,25 +1,103 @@
-//! Logs.
+//! What the operator sees: logs, metrics and traces.
+//!
+//! Metrics are always kept, for the Prometheus page. With `--otlp-endpoint` metrics, traces and logs are sent to a
+//! collector as well. A collector that is slow or away costs telemetry, never a message: what waits for it is bounded.
+
+pub mod metrics;
+pub mod traces;
 
 use std::io::IsTerminal;
+use std::time::Duration;
 
-use tracing_subscriber::EnvFilter;
+use anyhow::{Context, Result};
+use opentelemetry::KeyValue;
+use opentelemetry_appender_tracing::layer::OpenTelemetryTracingBridge;
+use opentelemetry_otlp::{LogExporter, WithExportConfig};
+use opentelemetry_sdk::Resource;
+use opentelemetry_sdk::logs::SdkLoggerProvider;
+use tracing_subscriber::layer::SubscriberExt;
+use tracing_subscriber::util::SubscriberInitExt;
+use tracing_subscriber::{EnvFilter, Layer};
 
-use crate::config::LogFormat;
+use crate::config::{self, LogFormat};
+use crate::telemetry::metrics::Metrics;
+use crate::telemetry::traces::Traces;
 
 /// What is logged when `RUST_LOG` doesn't say otherwise.
 const LEVEL: &str = "info";
 
-/// Starts logging to standard error. `RUST_LOG` chooses levels in the usual way. No ids, addresses, tokens, names or
-/// contents are logged above `debug`.
-pub fn start(format: LogFormat) {
+/// The telemetry of one server. Cloning gives the same.
+#[derive(Clone, Debug)]
+pub struct Telemetry {
+    /// Counts and durations.
+    pub metrics: Metrics,
+    /// The ways of requests and messages.
+    pub traces: Traces,
+    logs: Option<SdkLoggerProvider>,
+}
+
+impl Telemetry {
+    /// Prepares all of it; with a collector, inside the runtime on which it is to be called. Nothing waits for the
+    /// collector: it may come later. Errors are about the options.
+    pub fn open(config: &config::Telemetry) -> Result<Self> {
+        Ok(Self { metrics: Metrics::open(config)?, traces: Traces::open(config)?, logs: log_provider(config)? })
+    }
+
+    /// Starts logging to standard error, and to the collector when there is one. Once in a process. `RUST_LOG` chooses
+    /// levels in the usual way. No ids, addresses, tokens, names or contents are logged above `debug`.
+    pub fn start_logs(&self, format: LogFormat) {
+        let logs = tracing_subscriber::fmt::layer().with_writer(std::io::stderr);
+        let logs = match format {
+            LogFormat::Text => logs.with_ansi(std::io::stderr().is_terminal()).boxed(),
+            LogFormat::Json => logs.json().boxed(),
+        };
+        let exported = self.logs.as_ref().map(|logs| OpenTelemetryTracingBridge::new(logs).with_filter(exportable()));
+        tracing_subscriber::registry().with(logs.with_filter(chosen())).with(exported).init();
+    }
+
+    /// Sends what has not been sent yet, as long as `limit` allows. Nothing more is sent afterwards.
+    pub async fn flush(self, limit: Duration) {
+        let flushed = tokio::task::spawn_blocking(move || {
+            self.traces.shut_down(limit);
+            self.metrics.shut_down(limit);
+            if let Some(logs) = &self.logs {
+                let _ = logs.shutdown_with_timeout(limit);
+            }
+        });
+        // A collector that doesn't answer must not keep the process.
+        let _ = tokio::time::timeout(limit, flushed).await;
+    }
+}
+
+fn chosen() -> EnvFilter {
     let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new(LEVEL));
     // These would write whole frames, that is content, at their finest levels.
-    let filter = ["tungstenite=info", "tokio_tungstenite=info"]
-        .into_iter()
-        .fold(filter, |filter, directive| filter.add_directive(directive.parse().expect("a directive")));
-    let logs = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr);
-    match format {
-        LogFormat::Text => logs.with_ansi(std::io::stderr().is_terminal()).init(),
-        LogFormat::Json => logs.json().init(),
-    }
+    with_directives(filter, &["tungstenite=info", "tokio_tungstenite=info"])
+}
+
+/// What the exporter itself says would be exported in turn, and so on for ever.
+fn exportable() -> EnvFilter {
+    with_directives(chosen(), &["h2=off", "hyper=off", "tonic=off", "tower=off", "opentelemetry=off"])
+}
+
+fn with_directives(filter: EnvFilter, directives: &[&str]) -> EnvFilter {
+    let directives = directives.iter().map(|directive| directive.parse().expect("a directive"));
+    directives.fold(filter, EnvFilter::add_directive)
+}
+
+fn log_provider(config: &config::Telemetry) -> Result<Option<SdkLoggerProvider>> {
+    let Some(endpoint) = &config.otlp_endpoint else { return Ok(None) };
+    let exporter = LogExporter::builder().with_tonic().with_endpoint(endpoint).with_timeout(config.export_timeout);
+    let exporter = exporter.build().context("--otlp-endpoint can't be used for logs")?;
+    Ok(Some(SdkLoggerProvider::builder().with_resource(resource()).with_batch_exporter(exporter).build()))
+}
+
+/// Who this is, as a collector shows it. No name of the machine, which may be a person's.
+fn resource() -> Resource {
+    Resource::builder_empty()
+        .with_attributes([
+            KeyValue::new("service.name", env!("CARGO_PKG_NAME")),
+            KeyValue::new("service.version", env!("CARGO_PKG_VERSION")),
+        ])
+        .build()
 }

@@ -6,7 +6,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use axum::extract::State;
-use axum::http::StatusCode;
+use axum::http::{StatusCode, header};
 use axum::response::IntoResponse;
 use axum::routing::get;
 use axum::{Json, Router};
@@ -16,10 +16,17 @@ use tracing::{debug, info, warn};
 use crate::app::App;
 use crate::disk::Room;
 
+/// The text format of Prometheus.
+const PROMETHEUS: &str = "text/plain; version=0.0.4; charset=utf-8";
+
 /// The management port.
 pub fn router(app: App) -> Router {
     let state = Management { app, told: Arc::default() };
-    Router::new().route("/livez", get(|| async {})).route("/readyz", get(ready)).with_state(state)
+    Router::new()
+        .route("/livez", get(|| async {}))
+        .route("/readyz", get(ready))
+        .route("/metrics", get(metrics))
+        .with_state(state)
 }
 
 #[derive(Clone)]
@@ -34,6 +41,17 @@ struct Told {
     database: AtomicBool,
     storage: AtomicBool,
     pubsub: AtomicBool,
+}
+
+/// `GET /metrics`, in the text format of Prometheus.
+async fn metrics(State(Management { app, .. }): State<Management>) -> impl IntoResponse {
+    match app.metrics.page() {
+        Ok(page) => ([(header::CONTENT_TYPE, PROMETHEUS)], page).into_response(),
+        Err(error) => {
+            warn!(%error, "the page of metrics could not be made");
+            StatusCode::INTERNAL_SERVER_ERROR.into_response()
+        }
+    }
 }
 
 /// `GET /readyz`

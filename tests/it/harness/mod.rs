@@ -11,7 +11,7 @@ mod proxy;
 mod raw;
 mod s3;
 mod s3_proxy;
-mod server;
+pub mod server;
 pub mod signer;
 mod socket;
 mod valkey;

@@ -9,6 +9,7 @@ use futures_util::future::join_all;
 use obscura_server::clock::Clock;
 use obscura_server::config::Config;
 use obscura_server::server::Server;
+use obscura_server::telemetry::Telemetry;
 use tempfile::TempDir;
 
 use super::client::Target;
@@ -183,5 +184,11 @@ impl Drop for TestServer {
 }
 
 async fn start(config: Config, clock: Clock) -> Server {
-    within("the server to start", Server::start(config, clock)).await.expect("the server starts")
+    within("the server to start", try_to_start(config, clock)).await.expect("the server starts")
+}
+
+/// Starts a server that may well refuse to.
+pub async fn try_to_start(config: Config, clock: Clock) -> anyhow::Result<Server> {
+    let telemetry = Telemetry::open(&config.telemetry)?;
+    Server::start(config, clock, telemetry).await
 }

@@ -6,11 +6,11 @@ use aws_lc_rs::signature::{ECDSA_P256_SHA256_FIXED_SIGNING, EcdsaKeyPair, KeyPai
 use jsonwebtoken::{Algorithm, DecodingKey, Validation};
 use obscura_server::clock::Clock;
 use obscura_server::config::Config;
-use obscura_server::server::Server;
 use serde_json::{Value, json};
 
 use super::provider::{Answer, Provider};
 use super::{file, pem, quick, register, tokens};
+use crate::harness::server::try_to_start;
 use crate::harness::{TestServer, eventually};
 
 /// Lets a server in. Answers what its tokens are checked with.
@@ -95,6 +95,6 @@ async fn the_four_options_come_together() {
     let mut config = Config::embedded(folder.path()).unwrap();
     (config.server.port, config.server.management_port) = (0, 0);
     config.apns.topic = Some("example.obscura.app".to_owned());
-    let error = Server::start(config, Clock::system()).await.err().unwrap().to_string();
+    let error = try_to_start(config, Clock::system()).await.err().unwrap().to_string();
     assert!(error.contains("--apns-topic come together"), "{error}");
 }

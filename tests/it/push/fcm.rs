@@ -4,6 +4,7 @@ use jsonwebtoken::{Algorithm, Validation};
 use serde_json::{Value, json};
 
 use super::{Project, phone};
+use crate::harness::server::try_to_start;
 
 #[tokio::test]
 async fn a_push_says_that_it_is_time_to_connect_and_nothing_else() {
@@ -56,14 +57,13 @@ async fn the_access_token_is_asked_for_once_with_a_signed_assertion() {
 async fn credentials_that_are_none_stop_the_start_with_a_sentence() {
     use obscura_server::clock::Clock;
     use obscura_server::config::Config;
-    use obscura_server::server::Server;
 
     let folder = tempfile::tempdir().unwrap();
     let file = super::file(folder.path(), "account.json", r#"{"private_key": "hunter2"}"#);
     let mut config = Config::embedded(folder.path()).unwrap();
     (config.server.port, config.server.management_port) = (0, 0);
     config.fcm.credentials_file = Some(file.clone());
-    let error = Server::start(config, Clock::system()).await.err().unwrap().to_string();
+    let error = try_to_start(config, Clock::system()).await.err().unwrap().to_string();
     let expected = "can't be used: it is not the JSON file of a service account";
     assert_eq!(error, format!("--fcm-credentials-file: \"{}\" {expected}", file.display()));
 }
