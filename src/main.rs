@@ -45,8 +45,15 @@ async fn run(loaded: Loaded) -> anyhow::Result<ExitCode> {
         () = server.failed() => ExitCode::FAILURE,
     };
     info!("stopping; a second signal stops at once");
+    let stopped = async {
+        // A server whose task has died has nothing good to give meanwhile.
+        if exit == ExitCode::SUCCESS {
+            server.drain().await;
+        }
+        server.stop().await;
+    };
     tokio::select! {
-        () = server.stop() => {}
+        () = stopped => {}
         () = asked(&mut stop) => error!("stopped at once, by a second signal"),
     }
     // Ends what is left, such as a connection whose client never reads, without waiting for it.

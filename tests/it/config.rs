@@ -44,6 +44,7 @@ fn sample(option: &Opt) -> String {
         Takes::Ratio => "0.5".into(),
         Takes::YesNo => "true".into(),
         Takes::Choice(words) => words[1].into(),
+        Takes::Words(words) => words.join(","),
         Takes::Address => "127.0.0.7".into(),
         Takes::Networks => "192.0.2.0/24".into(),
         Takes::Url(schemes) => format!("{}sample", schemes[0]),

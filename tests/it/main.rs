@@ -16,6 +16,7 @@ mod crash;
 mod disk;
 mod flood;
 mod gateway;
+mod health;
 mod openapi;
 mod postgres;
 mod privacy;
