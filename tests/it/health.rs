@@ -8,7 +8,7 @@ use serde_json::{Value, json};
 use tokio::net::TcpStream;
 
 use crate::harness::{
-    Binary, Device, Event, Fate, Finished, Postgres, S3, S3Proxy, Valkey, deployment, eventually, within,
+    Binary, Device, Event, Fate, Finished, Postgres, S3, S3Proxy, TestServer, Valkey, deployment, eventually, within,
 };
 
 const SECOND: Duration = Duration::from_secs(1);
@@ -33,7 +33,7 @@ fn with(mut options: Vec<String>, more: &[&str]) -> Vec<String> {
 /// Code and body of the readiness.
 async fn ready(node: &Binary) -> (u16, Value) {
     let answer = within("an answer", node.management().get("/readyz").send()).await;
-    (answer.status.into(), answer.json())
+    (answer.status, answer.json())
 }
 
 async fn healthcheck(node: &Binary) -> Finished {
@@ -188,6 +188,23 @@ async fn each_part_is_asked_within_a_limit_of_its_own_that_holds_up_no_other() {
         assert_eq!((code, body), (503, expected));
         assert!(took >= Duration::from_millis(700) && took < SECOND * 5, "{word}: {took:?}");
     }
+}
+
+/// Somebody else is in the middle of a write for longer than the limit.
+#[tokio::test]
+async fn a_database_that_is_busy_for_too_long_is_not_ready_in_embedded_mode_either() {
+    let server = TestServer::start_embedded_with(|config| {
+        config.health.database_timeout = Duration::from_millis(300);
+    })
+    .await;
+    let database = server.database().await;
+    let held = database.hold_write().await;
+    let (asked, client) = (Instant::now(), server.management());
+    let answer = client.get("/readyz").send().await.expect(503).json();
+    assert_eq!(answer, json!({"status": "error", "database": "error", "storage": "ok", "pubsub": "ok"}));
+    assert!(asked.elapsed() < SECOND * 3, "{:?}", asked.elapsed());
+    held.release().await;
+    eventually("the database to be free", async || client.get("/readyz").send().await.status == 200).await;
 }
 
 // ---- the end ----

@@ -18,6 +18,7 @@ mod flood;
 mod gateway;
 mod health;
 mod openapi;
+mod options;
 mod postgres;
 mod privacy;
 mod push;
