@@ -248,7 +248,7 @@ pub struct Pubsub {
 /// Open sockets.
 #[derive(Clone, Debug)]
 pub struct Gateway {
-    /// Frames waiting to be written to one socket.
+    /// Without a meaning here: one frame of a socket is under way at a time, so none ever wait.
     pub outbound_buffer_size: usize,
     /// Acks waiting per socket.
     pub ack_buffer_size: usize,

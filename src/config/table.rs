@@ -203,7 +203,7 @@ pub static GROUPS: &[Group] = &[
     ] },
     Group { title: "WebSockets", options: &[
         option("ws-outbound-buffer-size", "OBSCURA_WS_OUTBOUND_BUFFER_SIZE", "32", Count(1, MAX_COUNT),
-            "frames waiting to be written to one socket"),
+            "accepted for compatibility: one frame of a socket is under way at a time, so none ever wait"),
         option("ws-ack-buffer-size", "OBSCURA_WS_ACK_BUFFER_SIZE", "100", Count(1, MAX_COUNT),
             "acks waiting per socket"),
         option("ws-ack-batch-size", "OBSCURA_WS_ACK_BATCH_SIZE", "50", Count(1, MAX_COUNT),

@@ -1,6 +1,7 @@
 //! The options: how they are spelled, what holds without them, what they change, what is refused.
 
 mod contract;
+mod effects;
 
 use std::{ffi::OsString, fs, path::Path};
 

@@ -99,9 +99,10 @@ async fn a_node_that_may_do_without_its_storage_starts_without_it_and_uses_it_on
     let (folder, bucket) = (tempfile::tempdir().unwrap(), S3::shared().await.missing_bucket());
     let proxy = S3Proxy::start(&bucket.service.endpoint).await;
     proxy.rule(|_, _| Fate::Answer(503));
-    let more = ["--health-optional=storage", "--storage-timeout-ms=300", "--storage-create-bucket=true"];
-    let options = [deployment::embedded_options(folder.path()), bucket.at(&proxy.endpoint).options()].concat();
-    let node = within("the start", Binary::start_node(&with(options, &more))).await;
+    let more = ["--health-optional=storage", "--storage-timeout-ms=300", "--storage-create-bucket"];
+    let options = with(bucket.at(&proxy.endpoint).options(), &more);
+    let options: Vec<&str> = options.iter().map(String::as_str).collect();
+    let node = within("the start", Binary::start_embedded(folder.path(), &options)).await;
     let degraded = json!({"status": "degraded", "database": "ok", "storage": "error", "pubsub": "ok"});
     assert_eq!(ready(&node).await, (200, degraded));
     let alice = Device::register(&node.client()).await;

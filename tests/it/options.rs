@@ -35,6 +35,21 @@ async fn both_ports_are_where_the_options_say() {
 }
 
 #[tokio::test]
+async fn log_lines_are_objects_when_they_are_for_machines() {
+    for (format, is_for_machines) in [("--log-format=json", true), ("--log-format=text", false)] {
+        let folder = tempfile::tempdir().unwrap();
+        let server = Binary::start(folder.path(), &[format]).await;
+        let output = server.output();
+        let mut lines = output.lines().filter(|line| line.contains("the server is ready")).peekable();
+        assert!(lines.peek().is_some(), "{output}");
+        for line in lines {
+            let object = serde_json::from_str::<serde_json::Value>(line).is_ok_and(|line| line.is_object());
+            assert_eq!(object, is_for_machines, "{line}");
+        }
+    }
+}
+
+#[tokio::test]
 async fn an_access_token_lives_as_long_as_the_option_says() {
     let server = TestServer::start_with(|config| config.auth.access_token_lifetime = Duration::from_hours(2)).await;
     let alice = server.account().await;
