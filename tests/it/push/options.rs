@@ -61,6 +61,7 @@ async fn the_janitor_comes_once_in_an_interval() {
             tokio::time::sleep(Duration::from_millis(500)).await; // that nothing happens takes a while to see
             assert_eq!(count().await, 1);
         }
+        server.stop().await;
     }
 }
 
