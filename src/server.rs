@@ -122,8 +122,12 @@ impl Server {
     /// [`Server::stop`] follows. It ends early when a task dies.
     pub async fn drain(&self) {
         self.health.leaving();
+        let delay = self.app.config.server.drain_delay;
+        if !delay.is_zero() {
+            info!("not ready any more; everything goes on for another {} s", delay.as_secs());
+        }
         tokio::select! {
-            () = tokio::time::sleep(self.app.config.server.drain_delay) => {}
+            () = tokio::time::sleep(delay) => {}
             () = self.failed() => {}
         }
     }
