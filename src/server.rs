@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
 use tokio::net::{TcpListener, TcpSocket};
-use tracing::{error, info, warn};
+use tracing::{debug, error, info, warn};
 
 use crate::api::connections::Connections;
 use crate::api::health::Health;
@@ -85,7 +85,7 @@ impl Server {
         let (api_address, management_address) = (api.local_addr()?, management.local_addr()?);
         let (health, owners) = (Health::new(&config.health), Owners::default());
         serve_probes(management, &health, &config, &owners.probes);
-        info!(management_port = management_address.port(), "the server is starting");
+        debug!(management_port = management_address.port(), "the server is starting");
         // No task is left behind by a start that is given up.
         let app = open(Arc::new(config), clock, api, &health, &owners).await.inspect_err(|_| owners.stop_all())?;
         health.at_work(&app);
