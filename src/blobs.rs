@@ -56,11 +56,27 @@ impl Blobs {
     /// Opens the storage. A folder is made if need be, and what uploads cut off by a crash have left in it is removed.
     /// A bucket's service is waited for.
     pub async fn open(config: &config::Attachments) -> Result<Self, OpenError> {
+        let blobs = Self::prepare(config)?;
+        blobs.until_usable(config).await?;
+        Ok(blobs)
+    }
+
+    /// The same without waiting for a bucket's service, which may still turn out to be away or not to be usable.
+    pub fn prepare(config: &config::Attachments) -> Result<Self, OpenError> {
         let keys = Keys::new(&config.prefix)?;
         Ok(Self(match config.folder() {
             Some(folder) => Place::Folder(Folder::open(folder, keys)?),
-            None => Place::Bucket(Bucket::open(config, keys).await?),
+            None => Place::Bucket(Bucket::prepare(config, keys)?),
         }))
+    }
+
+    /// Ends when the storage can be used. Only what somebody has to put right is an error. `config` is what it was
+    /// prepared with.
+    pub async fn until_usable(&self, config: &config::Attachments) -> Result<(), OpenError> {
+        match &self.0 {
+            Place::Folder(_) => Ok(()),
+            Place::Bucket(bucket) => bucket.until_usable(config).await,
+        }
     }
 
     /// Takes in the bytes of an attachment, without making them the attachment yet: that is [`Staged::publish`].

@@ -63,8 +63,15 @@ async fn run(loaded: Loaded, telemetry: Telemetry, mut stop: Stop) -> anyhow::Re
         () = server.failed() => ExitCode::FAILURE,
     };
     info!("stopping; a second signal stops at once");
+    let stopped = async {
+        // A server whose task has died has nothing good to give meanwhile.
+        if exit == ExitCode::SUCCESS {
+            server.drain().await;
+        }
+        server.stop().await;
+    };
     tokio::select! {
-        () = server.stop() => {}
+        () = stopped => {}
         () = asked(&mut stop) => error!("stopped at once, by a second signal"),
     }
     Ok(exit)

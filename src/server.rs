@@ -8,10 +8,11 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
-use tokio::net::TcpListener;
-use tracing::{info, warn};
+use tokio::net::{TcpListener, TcpSocket};
+use tracing::{debug, error, info, warn};
 
 use crate::api::connections::Connections;
+use crate::api::health::Health;
 use crate::api::limits::Limits;
 use crate::api::{self, management};
 use crate::app::App;
@@ -42,24 +43,36 @@ const FRAMES_KIB: usize = 64 << 10;
 const FIRST_WAIT: Duration = Duration::from_secs(1);
 /// The longest such pause.
 const LONGEST_WAIT: Duration = Duration::from_secs(10);
+/// Connections to the API port that wait to be accepted.
+const BACKLOG: u32 = 1024;
 
 /// A running server.
 pub struct Server {
     app: App,
-    /// The mailroom, which outlives the entrances, because all of them call it.
-    keepers: Tasks,
-    /// The wire to other nodes, which outlives the mailroom, because the readers of the last group are woken over it.
-    wires: Tasks,
-    /// The management port. Nobody waits for those who ask there.
-    probes: Tasks,
+    health: Health,
+    owners: Owners,
     api_address: SocketAddr,
     management_address: SocketAddr,
     /// Held for as long as the server runs: nobody else may use the file of a database.
     _lock: Option<File>,
 }
 
+/// Who owns the background tasks, in the order in which they are stopped.
+#[derive(Default)]
+struct Owners {
+    /// What serves clients, and the repeated jobs. The app has it too.
+    entrances: Tasks,
+    /// The mailroom, which outlives the entrances, because all of them call it.
+    keepers: Tasks,
+    /// The wire to other nodes, which outlives the mailroom, because the readers of the last group are woken over it.
+    wires: Tasks,
+    /// The management port, which is there before everything else. Nobody waits for those who ask there.
+    probes: Tasks,
+}
+
 impl Server {
-    /// Starts a server. When it returns, both ports answer. Errors are sentences for whoever started it.
+    /// Starts a server. The management port answers at once. When this returns, so does the API; until then connections
+    /// to it are refused, so that nobody hangs. Errors are sentences for whoever started it.
     pub async fn start(mut config: Config, clock: Clock, telemetry: Telemetry) -> Result<Self> {
         if clock.now() < EARLIEST {
             bail!("the clock of this machine is wrong (it is before 2026); set it, and start the server then");
@@ -67,49 +80,19 @@ impl Server {
         config.open_data_dir()?;
         config.check_secret()?;
         let lock = config.database.file().map(lock_database).transpose()?;
-        let config = Arc::new(config);
-        let api = bind(&config.server, config.server.port).await?;
-        let management = bind(&config.server, config.server.management_port).await?;
+        let api = claim(&config.server, config.server.port)?;
+        let management = listen(claim(&config.server, config.server.management_port)?)?;
         let (api_address, management_address) = (api.local_addr()?, management.local_addr()?);
-        let store = open_store(&config).await?;
-        let blobs = Blobs::open(&config.attachments).await?;
-        let (tasks, keepers, wires, probes) = (Tasks::new(), Tasks::new(), Tasks::new(), Tasks::new());
-        let sockets = config.gateway.max_connections_per_device;
-        let push = Push::prepare(&config, &store, &clock).await?;
-        let bus = Bus::open(&config.pubsub, &config.notifications, sockets, &wires)?;
-        // So that a node that says it is ready is ready. One without Valkey serves all the same.
-        let _ = tokio::time::timeout(config.health.pubsub_timeout, bus.connected()).await;
-        // Nothing can fail from here on, so no task is left behind by a start that was given up.
-        let push = Push::start(push, &config, &store, &clock, &keepers);
-        let app = App {
-            mailroom: Mailroom::open(store.clone(), bus.clone(), push.clone(), clock.clone(), &keepers),
-            store,
-            bus,
-            push,
-            blobs,
-            passwords: Passwords::new(),
-            tokens: Tokens::new(
-                &config.auth.jwt_secret,
-                config.auth.access_token_lifetime,
-                config.auth.refresh_token_lifetime,
-            ),
-            bodies: Budget::new(BODIES_KIB),
-            frames: Budget::new(FRAMES_KIB),
-            rates: Rates::new(&config.account_rates),
-            disk: Disk::new(
-                config.database.file().and_then(Path::parent).map(Path::to_owned),
-                config.disk_reserve_bytes,
-                config.database.max_size_bytes,
-            ),
-            clock,
-            tasks,
-            metrics: telemetry.metrics.clone(),
-            traces: telemetry.traces.clone(),
-            config,
-        };
-        open(&app, &probes, api, management).await;
+        let (health, owners) = (Health::new(&config.health), Owners::default());
+        serve_probes(management, &health, &telemetry, &config, &owners.probes);
+        debug!(management_port = management_address.port(), "the server is starting");
+        // No task is left behind by a start that is given up.
+        let app =
+            open(Arc::new(config), clock, telemetry, &health, &owners).await.inspect_err(|_| owners.stop_all())?;
+        serve_clients(&app, api).await.inspect_err(|_| owners.stop_all())?;
+        health.at_work(&app);
         info!(port = api_address.port(), management_port = management_address.port(), "the server is ready");
-        Ok(Self { app, keepers, wires, probes, api_address, management_address, _lock: lock })
+        Ok(Self { app, health, owners, api_address, management_address, _lock: lock })
     }
 
     /// Where the API listens.
@@ -130,16 +113,31 @@ impl Server {
     /// Ends when a background task has died, which is a defect; the server then has to stop.
     pub async fn failed(&self) {
         tokio::select! {
-            () = self.app.tasks.failed() => {}
-            () = self.keepers.failed() => {}
-            () = self.wires.failed() => {}
-            () = self.probes.failed() => {}
+            () = self.owners.entrances.failed() => {}
+            () = self.owners.keepers.failed() => {}
+            () = self.owners.wires.failed() => {}
+            () = self.owners.probes.failed() => {}
+        }
+    }
+
+    /// Says that it is not ready, and serves on for the drain delay, so that balancers send nobody here any more when
+    /// [`Server::stop`] follows. It ends early when a task dies.
+    pub async fn drain(&self) {
+        self.health.leaving();
+        let delay = self.app.config.server.drain_delay;
+        if !delay.is_zero() {
+            info!("not ready any more; everything goes on for another {} s", delay.as_secs());
+        }
+        tokio::select! {
+            () = tokio::time::sleep(delay) => {}
+            () = self.failed() => {}
         }
     }
 
     /// Stops in order, within the shutdown timeout: no new connections, requests answered, sockets told (1001), their
     /// acks written, the last groups stored and signalled, the database closed.
     pub async fn stop(self) {
+        self.health.leaving();
         let limit = self.app.config.server.shutdown_timeout;
         if tokio::time::timeout(limit, self.wind_down()).await.is_err() {
             warn!("not everything ended within the shutdown timeout; what is stored is safe");
@@ -149,21 +147,74 @@ impl Server {
     async fn wind_down(self) {
         // A share of the time is kept for the steps behind the clients, who may not hang up.
         let clients = self.app.config.server.shutdown_timeout.mul_f64(0.7);
-        self.app.tasks.stop();
-        if tokio::time::timeout(clients, self.app.tasks.ended()).await.is_err() {
+        let owners = &self.owners;
+        owners.entrances.stop();
+        if tokio::time::timeout(clients, owners.entrances.ended()).await.is_err() {
             warn!("some clients did not let go in time");
         }
-        self.keepers.stop();
-        self.keepers.ended().await;
-        self.wires.stop();
-        self.wires.ended().await;
-        self.probes.stop();
+        owners.keepers.stop();
+        owners.keepers.ended().await;
+        owners.wires.stop();
+        owners.wires.ended().await;
+        owners.probes.stop();
         self.app.store.close().await;
         info!("the server has stopped");
     }
 }
 
-async fn open(app: &App, probes: &Tasks, api: TcpListener, management: TcpListener) {
+impl Owners {
+    /// Ends everything without an order, and waits for nobody.
+    fn stop_all(&self) {
+        [&self.entrances, &self.keepers, &self.wires, &self.probes].into_iter().for_each(Tasks::stop);
+    }
+}
+
+/// Opens the parts one after another.
+async fn open(
+    config: Arc<Config>,
+    clock: Clock,
+    telemetry: Telemetry,
+    health: &Health,
+    owners: &Owners,
+) -> Result<App> {
+    let store = open_store(&config).await?;
+    health.database_is_open();
+    let blobs = open_storage(&config, health, &owners.entrances).await?;
+    let sockets = config.gateway.max_connections_per_device;
+    let push = Push::prepare(&config, &store, &clock).await?;
+    let bus = Bus::open(&config.pubsub, &config.notifications, sockets, &owners.wires)?;
+    // So that a node that says it is ready is ready. One without Valkey serves all the same.
+    let _ = tokio::time::timeout(config.health.pubsub_timeout, bus.connected()).await;
+    let push = Push::start(push, &config, &store, &clock, &owners.keepers);
+    Ok(App {
+        mailroom: Mailroom::open(store.clone(), bus.clone(), push.clone(), clock.clone(), &owners.keepers),
+        store,
+        bus,
+        push,
+        blobs,
+        passwords: Passwords::new(),
+        tokens: Tokens::new(
+            &config.auth.jwt_secret,
+            config.auth.access_token_lifetime,
+            config.auth.refresh_token_lifetime,
+        ),
+        bodies: Budget::new(BODIES_KIB),
+        frames: Budget::new(FRAMES_KIB),
+        rates: Rates::new(&config.account_rates),
+        disk: Disk::new(
+            config.database.file().and_then(Path::parent).map(Path::to_owned),
+            config.disk_reserve_bytes,
+            config.database.max_size_bytes,
+        ),
+        clock,
+        tasks: owners.entrances.clone(),
+        metrics: telemetry.metrics,
+        traces: telemetry.traces,
+        config,
+    })
+}
+
+async fn serve_clients(app: &App, api: TcpSocket) -> Result<()> {
     let server = &app.config.server;
     let limits = Limits::new(&app.config.rate_limits, server.trusted_proxies.clone());
     let connections = Connections::new(
@@ -173,21 +224,40 @@ async fn open(app: &App, probes: &Tasks, api: TcpListener, management: TcpListen
     );
     let forgetful = limits.clone();
     sweeps::start(app, move || forgetful.sweep()).await;
+    let api = listen(api)?;
     let router = api::router(app.clone(), &limits);
-    let patience = Patience { head: server.header_timeout, write: app.config.gateway.write_timeout };
-    app.tasks.spawn("api", listener::serve(api, router, connections, patience, app.tasks.clone()));
-    let few = Connections::new(MANAGEMENT_CONNECTIONS, MANAGEMENT_CONNECTIONS, Vec::new());
-    let router = management::router(app.clone());
-    probes.spawn("management", listener::serve(management, router, few, patience, probes.clone()));
+    app.tasks.spawn("api", listener::serve(api, router, connections, patience(&app.config), app.tasks.clone()));
+    Ok(())
 }
 
-async fn bind(config: &config::Server, port: u16) -> Result<TcpListener> {
+fn serve_probes(management: TcpListener, health: &Health, telemetry: &Telemetry, config: &Config, probes: &Tasks) {
+    let router = management::router(health.clone(), telemetry.metrics.clone());
+    let few = Connections::new(MANAGEMENT_CONNECTIONS, MANAGEMENT_CONNECTIONS, Vec::new());
+    probes.spawn("management", listener::serve(management, router, few, patience(config), probes.clone()));
+}
+
+fn patience(config: &Config) -> Patience {
+    Patience { head: config.server.header_timeout, write: config.gateway.write_timeout }
+}
+
+/// Takes a port without listening yet: whoever connects to it is refused at once.
+fn claim(config: &config::Server, port: u16) -> Result<TcpSocket> {
     let address = SocketAddr::new(config.host, port);
-    TcpListener::bind(address).await.with_context(|| {
-        format!(
-            "can't listen on {address}; stop what uses that port, or choose another with --server-port or --mgmt-port"
-        )
-    })
+    let socket = if address.is_ipv4() { TcpSocket::new_v4() } else { TcpSocket::new_v6() }?;
+    // A port whose last connections are still fading away may be used again.
+    socket.set_reuseaddr(true)?;
+    socket.bind(address).with_context(|| in_use(address))?;
+    Ok(socket)
+}
+
+fn listen(socket: TcpSocket) -> Result<TcpListener> {
+    let address = socket.local_addr()?;
+    // Somebody else who claimed the port as well may have been quicker.
+    socket.listen(BACKLOG).with_context(|| in_use(address))
+}
+
+fn in_use(address: SocketAddr) -> String {
+    format!("can't listen on {address}; stop what uses that port, or choose another with --server-port or --mgmt-port")
 }
 
 /// Opens the database. A server that isn't there yet is waited for: in a deployment whose parts start together, one is
@@ -204,6 +274,33 @@ async fn open_store(config: &Config) -> Result<Store> {
             opened => return Ok(opened?),
         }
     }
+}
+
+/// Opens the storage of attachments. One that is away is waited for; in the background, if the server may do without.
+async fn open_storage(config: &Arc<Config>, health: &Health, tasks: &Tasks) -> Result<Blobs> {
+    let blobs = Blobs::prepare(&config.attachments)?;
+    let (waiting_blobs, waiting_config) = (blobs.clone(), config.clone());
+    let mut usable = Box::pin(async move { waiting_blobs.until_usable(&waiting_config.attachments).await });
+    if !config.health.is_storage_optional {
+        usable.await?;
+    } else if let Ok(usable) = tokio::time::timeout(config.health.storage_timeout, &mut usable).await {
+        usable?;
+    } else {
+        warn!("the server starts without the attachment storage, which it may do without");
+        let stopping = tasks.clone();
+        tasks.attend(async move {
+            tokio::select! {
+                () = stopping.stopping() => {}
+                usable = usable => match usable {
+                    Ok(()) => info!("the attachment storage is there"),
+                    Err(error) => error!(%error, "the attachment storage can't be used"),
+                },
+            }
+        });
+        return Ok(blobs);
+    }
+    health.storage_is_open();
+    Ok(blobs)
 }
 
 /// Makes sure that no other server uses this database: they would not see each other's signals.

@@ -8,6 +8,7 @@ pub mod devices;
 pub mod error;
 pub mod extract;
 pub mod gateway;
+pub mod health;
 pub mod keys;
 pub mod limits;
 pub mod links;

@@ -55,12 +55,16 @@ struct Memory {
 }
 
 impl Bucket {
-    /// Opens the bucket, once its service answers.
-    pub async fn open(config: &config::Attachments, keys: Keys) -> Result<Self, OpenError> {
+    /// The bucket, without asking its service for anything yet.
+    pub fn prepare(config: &config::Attachments, keys: Keys) -> Result<Self, OpenError> {
         let service = Service::new(config)?;
-        start::until_usable(&service, config, &keys).await?;
         let memory = Memory { beginnings: Budget::new(BEGINNINGS_KIB), parts: Budget::new(PARTS_KIB) };
         Ok(Self { service: Arc::new(service), keys, memory })
+    }
+
+    /// Ends when the bucket can be used; a service that is away is waited for.
+    pub async fn until_usable(&self, config: &config::Attachments) -> Result<(), OpenError> {
+        start::until_usable(&self.service, config, &self.keys).await
     }
 
     /// Takes in the bytes of an attachment. If this or the answer is dropped, parts may be left.

@@ -25,23 +25,35 @@ pub(super) fn run(server: &Server) -> anyhow::Result<String> {
     let answer = exchange(address, Instant::now() + LIMIT)
         .with_context(|| format!("no answer from the server's management port, {address}"))?;
     match answer.split_ascii_whitespace().nth(1) {
-        Some("200") => Ok("ready".into()),
+        Some("200") => Ok(match away(&answer) {
+            parts if parts.is_empty() => "ready".into(),
+            parts => format!("ready, though {parts} can't be used"),
+        }),
         Some("503") => bail!("the server at {address} is not ready: {}", reason(&answer)),
         _ => bail!("what listens on --mgmt-port, {address}, is not this server's management port"),
     }
 }
 
-/// The parts that the answer finds fault with.
+/// Why the server is not ready.
 fn reason(answer: &str) -> String {
+    match away(answer) {
+        _ if body(answer)["status"] == "starting" => "it is starting".into(),
+        parts if parts.is_empty() => "it is stopping".into(),
+        parts => format!("{parts} can't be used"),
+    }
+}
+
+/// The parts that the answer finds fault with, separated by commas.
+fn away(answer: &str) -> String {
+    let body = body(answer);
+    let parts = body.as_object().into_iter().flatten();
+    let away = parts.filter(|(part, state)| *part != "status" && *state == "error").map(|(part, _)| part.as_str());
+    away.collect::<Vec<_>>().join(", ")
+}
+
+fn body(answer: &str) -> Value {
     let body = answer.split_once("\r\n\r\n").and_then(|(_, body)| serde_json::from_str(body).ok());
-    let parts = match body {
-        Some(Value::Object(mut parts)) => {
-            parts.remove("status");
-            parts.into_iter().filter(|(_, state)| state == "error").map(|(part, _)| part).collect()
-        }
-        _ => Vec::new(),
-    };
-    if parts.is_empty() { "it is stopping".into() } else { format!("{} can't be used", parts.join(", ")) }
+    body.unwrap_or_default()
 }
 
 /// The whole answer to `GET /readyz`, which the server ends by closing the connection.
@@ -85,5 +97,7 @@ mod tests {
         assert_eq!(reason(&answer(away)), "database, pubsub can't be used");
         let stopping = r#"{"status":"error","database":"ok","storage":"ok","pubsub":"ok"}"#;
         assert_eq!(reason(&answer(stopping)), "it is stopping");
+        let starting = r#"{"status":"starting","database":"ok","storage":"starting","pubsub":"starting"}"#;
+        assert_eq!(reason(&answer(starting)), "it is starting");
     }
 }

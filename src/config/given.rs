@@ -179,6 +179,11 @@ impl Given {
         }
     }
 
+    /// Whether this word is among those of the option.
+    pub(super) fn has_word(&self, flag: &str, word: &str) -> bool {
+        matches!(&self.found(flag).value, Some(Value::Words(words)) if words.iter().any(|other| other == word))
+    }
+
     /// `None` when the option is off.
     pub(super) fn optional(&self, flag: &str) -> Option<String> {
         match &self.found(flag).value {

@@ -26,7 +26,7 @@ pub struct Config {
     pub rate_limits: RateLimits,
     /// What an account may do how often.
     pub account_rates: AccountRates,
-    /// How long a readiness check may take.
+    /// Readiness.
     pub health: Health,
     /// Age at which messages and attachments are deleted; at least a day.
     pub retention: Duration,
@@ -104,6 +104,8 @@ pub struct Server {
     pub management_port: u16,
     /// Time for tasks to finish at shutdown; may be zero.
     pub shutdown_timeout: Duration,
+    /// Before that, how long everything goes on while readiness is down already; may be zero.
+    pub drain_delay: Duration,
     /// From request head to response head, for all routes but attachments.
     pub request_timeout: Duration,
     /// The same for every route, on top of the narrower timeouts.
@@ -161,7 +163,7 @@ pub struct AccountRates {
     pub bundles_per_hour: u32,
 }
 
-/// How long each part of the readiness check may take.
+/// How long each part of the readiness check may take, and which are not needed.
 #[derive(Clone, Debug)]
 pub struct Health {
     /// For the database.
@@ -170,6 +172,10 @@ pub struct Health {
     pub storage_timeout: Duration,
     /// For Valkey.
     pub pubsub_timeout: Duration,
+    /// Whether the server is ready, and starts, without the attachment storage.
+    pub is_storage_optional: bool,
+    /// Whether the server is ready without Valkey. It starts without it in any case.
+    pub is_pubsub_optional: bool,
 }
 
 /// Sends and inboxes.
@@ -242,7 +248,7 @@ pub struct Pubsub {
 /// Open sockets.
 #[derive(Clone, Debug)]
 pub struct Gateway {
-    /// Frames waiting to be written to one socket.
+    /// Without a meaning here: one frame of a socket is under way at a time, so none ever wait.
     pub outbound_buffer_size: usize,
     /// Acks waiting per socket.
     pub ack_buffer_size: usize,
@@ -376,22 +382,4 @@ pub enum LogFormat {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::config::Config;
-
-    #[test]
-    fn a_sqlite_url_names_a_file_in_the_usual_spellings() {
-        let mut database = Config::embedded(Path::new("/var/data")).unwrap().database;
-        assert_eq!(database.file(), Some(Path::new("/var/data/obscura.db")));
-        for (url, file) in [
-            ("sqlite:a.db", Some("a.db")),
-            ("sqlite://a.db?mode=rwc", Some("a.db")),
-            ("sqlite:///a.db", Some("/a.db")),
-            ("postgres://db/a", None),
-        ] {
-            database.url = Secret::new(url);
-            assert_eq!(database.file(), file.map(Path::new), "{url}");
-        }
-    }
-}
+mod tests;

@@ -59,6 +59,8 @@ pub enum Takes {
     YesNo,
     /// One of these words.
     Choice(&'static [&'static str]),
+    /// Some of these words, separated by commas; may be empty.
+    Words(&'static [&'static str]),
     /// An IP address.
     Address,
     /// Networks or addresses separated by commas; may be empty.
@@ -90,6 +92,8 @@ pub enum Value {
     Address(IpAddr),
     /// From `Networks`.
     Networks(Vec<IpNet>),
+    /// From `Words`.
+    Words(Vec<String>),
     /// From everything else.
     Text(String),
 }
@@ -173,6 +177,7 @@ impl Takes {
             Self::Ratio => Value::Ratio(text.parse().ok().filter(|ratio| (0.0..=1.0).contains(ratio))?),
             Self::YesNo => Value::YesNo(text.parse().ok()?),
             Self::Choice(words) => words.contains(&text).then(|| Value::Text(text.to_owned()))?,
+            Self::Words(words) => Value::Words(some_of(words, text)?),
             Self::Address => Value::Address(text.parse().ok()?),
             Self::Networks => Value::Networks(networks(text)?),
             Self::Url(schemes) => is_url(text, schemes).then(|| Value::Text(text.to_owned()))?,
@@ -196,6 +201,7 @@ impl Takes {
             Self::Ratio => "a number from 0 to 1".into(),
             Self::YesNo => "true or false".into(),
             Self::Choice(words) => words.join(" or "),
+            Self::Words(words) => format!("any of {}, separated by commas", words.join(" and ")),
             Self::Address => "an IP address such as 0.0.0.0 or ::".into(),
             Self::Networks => "networks or addresses separated by commas, such as 10.0.0.0/8,fd00::/8".into(),
             Self::Url(schemes) => format!("a URL that begins with {}", schemes.join(" or ")),
@@ -218,6 +224,7 @@ impl Takes {
             Self::Ratio => "RATIO",
             Self::YesNo => "BOOL",
             Self::Choice(_) => "WORD",
+            Self::Words(_) => "WORDS",
             Self::Address => "ADDRESS",
             Self::Networks => "NETWORKS",
             Self::Url(_) => "URL",
@@ -230,7 +237,16 @@ impl Takes {
 
 fn networks(text: &str) -> Option<Vec<IpNet>> {
     let network = |item: &str| item.parse().ok().or_else(|| item.parse::<IpAddr>().ok().map(IpNet::from));
-    text.split(',').map(str::trim).filter(|item| !item.is_empty()).map(network).collect()
+    items(text).map(network).collect()
+}
+
+fn some_of(words: &[&str], text: &str) -> Option<Vec<String>> {
+    items(text).map(|item| words.contains(&item).then(|| item.to_owned())).collect()
+}
+
+/// What stands between the commas.
+fn items(text: &str) -> impl Iterator<Item = &str> {
+    text.split(',').map(str::trim).filter(|item| !item.is_empty())
 }
 
 /// Only the beginning is looked at: who uses a URL knows its grammar. `local:` is complete, the others go on.
@@ -296,6 +312,12 @@ mod tests {
     fn networks_may_be_addresses_blank_or_none() {
         takes(Takes::Networks, &["", "10.0.0.0/8, ::1", "fd00::/8,"], &["10.0.0.0/33", "here", "10.0.0.0/8;::1"]);
         assert_eq!(Takes::Networks.read("::1"), Some(Value::Networks(vec!["::1/128".parse().unwrap()])));
+    }
+
+    #[test]
+    fn words_may_be_blank_or_none_and_no_others() {
+        takes(Takes::Words(&["a", "b"]), &["", "a", "b, a"], &["c", "a;b", "a b"]);
+        assert_eq!(Takes::Words(&["a", "b"]).read("b,"), Some(Value::Words(vec!["b".to_owned()])));
     }
 
     #[test]

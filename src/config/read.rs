@@ -96,7 +96,7 @@ fn argument(option: &Opt, flag: &'static str) -> Arg {
     let argument = Arg::new(flag).long(flag).value_name(option.takes.placeholder()).global(true);
     match option.takes {
         Takes::YesNo => argument.num_args(0..=1).default_missing_value("true"),
-        Takes::Networks => argument.action(ArgAction::Append),
+        Takes::Networks | Takes::Words(_) => argument.action(ArgAction::Append),
         // A negative number then reaches our own check, which says what is allowed.
         _ => argument.allow_negative_numbers(true),
     }
@@ -163,6 +163,7 @@ fn server(given: &Given) -> Server {
         port: given.number("server-port"),
         management_port: given.number("mgmt-port"),
         shutdown_timeout: given.duration("shutdown-timeout-secs"),
+        drain_delay: given.duration("shutdown-drain-delay-secs"),
         request_timeout: given.duration("server-request-timeout-secs"),
         global_timeout: given.duration("server-global-timeout-secs"),
         header_timeout: given.duration("server-header-timeout-secs"),
@@ -207,6 +208,8 @@ fn health(given: &Given) -> Health {
         database_timeout: given.duration("db-timeout-ms"),
         storage_timeout: given.duration("storage-timeout-ms"),
         pubsub_timeout: given.duration("pubsub-timeout-ms"),
+        is_storage_optional: given.has_word("health-optional", "storage"),
+        is_pubsub_optional: given.has_word("health-optional", "pubsub"),
     }
 }
 

@@ -44,7 +44,7 @@ OBSCURA_AUTH_JWT_SECRET=…           # for example from `openssl rand -base64 3
    one wins and a warning is logged.
 3. A variable that is empty counts as not given, because that is what container files make of a setting left blank. The exceptions
    are those where an empty text says something: `OBSCURA_SERVER_TRUSTED_PROXIES` (nobody is trusted) and the two prefixes.
-4. Giving the same flag twice is an error, except for `--trusted-proxies`, whose lists are joined.
+4. Giving the same flag twice is an error, except for lists (`--trusted-proxies`, `--webpush-allowed-networks`, `--health-optional`), which are joined.
 5. An option without a meaning in a deployment, such as a Valkey key in embedded mode, is accepted and ignored.
 
 Every value is checked at start. A wrong one stops the start with a sentence such as

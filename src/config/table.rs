@@ -4,7 +4,7 @@ use crate::config::option::{
     Group,
     Takes::{
         Address, AnyText, Bytes, Choice, Count, Days, File, Folder, Milliseconds, Networks, Port, Ratio, Seconds, Text,
-        Url, YesNo,
+        Url, Words, YesNo,
     },
     option, optional,
 };
@@ -84,6 +84,8 @@ pub static GROUPS: &[Group] = &[
             "health; 0 takes any free port").or("server-mgmt-port"),
         option("shutdown-timeout-secs", "OBSCURA_SERVER_SHUTDOWN_TIMEOUT_SECS", "5", Seconds(0, 3600),
             "time for tasks to finish at shutdown").or("server-shutdown-timeout-secs"),
+        option("shutdown-drain-delay-secs", "OBSCURA_SERVER_SHUTDOWN_DRAIN_DELAY_SECS", "0", Seconds(0, 3600),
+            "at shutdown, how long the server goes on as before while it already says that it is not ready; only then does the time for tasks begin").ours(),
         option("server-request-timeout-secs", "OBSCURA_SERVER_REQUEST_TIMEOUT_SECS", "30", Seconds(1, 86_400),
             "an answer that takes longer becomes 408; attachments have a timeout of their own"),
         option("server-global-timeout-secs", "OBSCURA_SERVER_GLOBAL_TIMEOUT_SECS", "600", Seconds(1, 86_400),
@@ -137,6 +139,8 @@ pub static GROUPS: &[Group] = &[
             "readiness check of the attachment storage").or("health-storage-timeout-ms"),
         option("pubsub-timeout-ms", "OBSCURA_HEALTH_PUBSUB_TIMEOUT_MS", "2000", Milliseconds(1, MAX_MILLISECONDS),
             "readiness check of Valkey").or("health-pubsub-timeout-ms"),
+        optional("health-optional", "OBSCURA_HEALTH_OPTIONAL", Words(&["storage", "pubsub"]),
+            "parts without which the server is ready all the same, with the status `degraded`, and starts: `storage`, `pubsub` or both, separated by commas").ours(),
     ] },
     Group { title: "Messages", options: &[
         option("max-inbox-size", "OBSCURA_MESSAGING_INBOX_MAX_SIZE", "1000", Count(1, MAX_COUNT),
@@ -199,7 +203,7 @@ pub static GROUPS: &[Group] = &[
     ] },
     Group { title: "WebSockets", options: &[
         option("ws-outbound-buffer-size", "OBSCURA_WS_OUTBOUND_BUFFER_SIZE", "32", Count(1, MAX_COUNT),
-            "frames waiting to be written to one socket"),
+            "accepted for compatibility: one frame of a socket is under way at a time, so none ever wait"),
         option("ws-ack-buffer-size", "OBSCURA_WS_ACK_BUFFER_SIZE", "100", Count(1, MAX_COUNT),
             "acks waiting per socket"),
         option("ws-ack-batch-size", "OBSCURA_WS_ACK_BATCH_SIZE", "50", Count(1, MAX_COUNT),

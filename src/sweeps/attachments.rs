@@ -74,6 +74,11 @@ pub async fn remove_interrupted(app: &App) {
     if !app.store.is_our_own() {
         return;
     }
+    // A service that is away would take its time with every single one.
+    let limit = app.config.health.storage_timeout;
+    if !tokio::time::timeout(limit, app.blobs.check()).await.is_ok_and(|answer| answer.is_ok()) {
+        return warn!("the attachment storage doesn't answer; interrupted uploads are left for a later sweep");
+    }
     let walk = Walk::default();
     let step = async || {
         let (limit, all) = (app.config.attachments.cleanup_batch_size, Timestamp::from_millis(i64::MAX));

@@ -1,6 +1,7 @@
 //! The options: how they are spelled, what holds without them, what they change, what is refused.
 
 mod contract;
+mod effects;
 
 use std::{ffi::OsString, fs, path::Path};
 
@@ -44,6 +45,7 @@ fn sample(option: &Opt) -> String {
         Takes::Ratio => "0.5".into(),
         Takes::YesNo => "true".into(),
         Takes::Choice(words) => words[1].into(),
+        Takes::Words(words) => words.join(","),
         Takes::Address => "127.0.0.7".into(),
         Takes::Networks => "192.0.2.0/24".into(),
         Takes::Url(schemes) => format!("{}sample", schemes[0]),

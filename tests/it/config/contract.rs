@@ -103,6 +103,8 @@ pub const OURS: &str = "\
 --db-statement-timeout-ms OBSCURA_DATABASE_STATEMENT_TIMEOUT_MS 10000
 --db-lock-timeout-ms OBSCURA_DATABASE_LOCK_TIMEOUT_MS 5000
 --storage-create-bucket OBSCURA_STORAGE_CREATE_BUCKET false
+--shutdown-drain-delay-secs OBSCURA_SERVER_SHUTDOWN_DRAIN_DELAY_SECS 0
+--health-optional OBSCURA_HEALTH_OPTIONAL -
 --server-header-timeout-secs OBSCURA_SERVER_HEADER_TIMEOUT_SECS 75
 --server-max-connections OBSCURA_SERVER_MAX_CONNECTIONS 65536
 --server-max-connections-per-address OBSCURA_SERVER_MAX_CONNECTIONS_PER_ADDRESS 512

@@ -6,8 +6,10 @@ use std::process::{Child, Command, ExitStatus, Stdio};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
+use tokio::net::TcpStream;
+
 use super::client::Target;
-use super::{Client, PATIENCE, collect, deployment};
+use super::{Client, PATIENCE, collect, deployment, eventually, free_port};
 
 /// What the program takes to listen on free ports of this machine and not to count requests.
 const TEST_OPTIONS: &[&str] = &[
@@ -56,6 +58,31 @@ impl Binary {
     /// A node with exactly these options, and those of all tests.
     pub async fn start_node(options: &[String]) -> Self {
         Self::launch(options.to_vec(), &[], &[], (Target::anywhere(), Target::anywhere())).await
+    }
+
+    /// A node with exactly these options, and those of all tests, that may take its time to start. Its ports are known
+    /// from the beginning; when this returns, the management port answers.
+    pub async fn begin_node(options: &[String]) -> Self {
+        let address = |port: u16| Target::new(([127, 0, 0, 1], port).into());
+        let (api, port) = (free_port(), free_port());
+        let mut command = command(&[]);
+        command.args(options).args(TEST_OPTIONS.iter().filter(|option| !option.contains("port=")));
+        command.args([format!("--server-port={api}"), format!("--mgmt-port={port}")]);
+        let (child, output) = spawn(command);
+        let (target, management) = (address(api), address(port));
+        let mut node = Self { child, output, target, management, layout: options.to_vec() };
+        let is_there = async || {
+            let ended = node.child.try_wait().expect("a child");
+            assert!(ended.is_none(), "the server ended:\n{}", node.output());
+            TcpStream::connect(node.management.get()).await.is_ok()
+        };
+        eventually("the management port to answer", is_there).await;
+        node
+    }
+
+    /// Waits until it serves clients.
+    pub async fn started(&mut self) {
+        self.wait_for_addresses().await;
     }
 
     /// The program in embedded mode, whatever this run is about: for what only that has.

@@ -4,6 +4,7 @@ mod answers;
 mod apns;
 mod fcm;
 mod nodes;
+mod options;
 mod provider;
 mod rebuilt;
 mod timing;
