@@ -31,6 +31,7 @@ use crate::store::{self, Store};
 use crate::sweeps;
 use crate::tasks::{Tasks, jittered};
 use crate::telemetry::Telemetry;
+use crate::telemetry::metrics::{Metrics, Port};
 
 /// Connections to the management port: a few probes, never the public.
 const MANAGEMENT_CONNECTIONS: usize = 64;
@@ -71,23 +72,24 @@ impl Server {
         let api = bind(&config.server, config.server.port).await?;
         let management = bind(&config.server, config.server.management_port).await?;
         let (api_address, management_address) = (api.local_addr()?, management.local_addr()?);
-        let store = open_store(&config).await?;
+        let metrics = telemetry.metrics.clone();
+        let store = open_store(&config, &metrics).await?;
         let blobs = Blobs::open(&config.attachments).await?;
         let (tasks, keepers, wires, probes) = (Tasks::new(), Tasks::new(), Tasks::new(), Tasks::new());
         let sockets = config.gateway.max_connections_per_device;
         let push = Push::prepare(&config, &store, &clock).await?;
-        let bus = Bus::open(&config.pubsub, &config.notifications, sockets, &wires)?;
+        let bus = Bus::open(&config.pubsub, &config.notifications, sockets, &metrics, &wires)?;
         // So that a node that says it is ready is ready. One without Valkey serves all the same.
         let _ = tokio::time::timeout(config.health.pubsub_timeout, bus.connected()).await;
         // Nothing can fail from here on, so no task is left behind by a start that was given up.
-        let push = Push::start(push, &config, &store, &clock, &keepers);
+        let push = Push::start(push, &config, &store, &clock, &metrics, &keepers);
         let app = App {
-            mailroom: Mailroom::open(store.clone(), bus.clone(), push.clone(), clock.clone(), &keepers),
+            mailroom: Mailroom::open(store.clone(), bus.clone(), push.clone(), clock.clone(), &metrics, &keepers),
             store,
             bus,
             push,
             blobs,
-            passwords: Passwords::new(),
+            passwords: Passwords::new(&metrics),
             tokens: Tokens::new(
                 &config.auth.jwt_secret,
                 config.auth.access_token_lifetime,
@@ -103,7 +105,7 @@ impl Server {
             ),
             clock,
             tasks,
-            metrics: telemetry.metrics.clone(),
+            metrics,
             traces: telemetry.traces.clone(),
             config,
         };
@@ -135,6 +137,7 @@ impl Server {
             () = self.wires.failed() => {}
             () = self.probes.failed() => {}
         }
+        self.app.metrics.tasks_died.one(());
     }
 
     /// Stops in order, within the shutdown timeout: no new connections, requests answered, sockets told (1001), their
@@ -174,11 +177,15 @@ async fn open(app: &App, probes: &Tasks, api: TcpListener, management: TcpListen
     let forgetful = limits.clone();
     sweeps::start(app, move || forgetful.sweep()).await;
     let router = api::router(app.clone(), &limits);
+    let counted = |port| (port, app.metrics.clone());
     let patience = Patience { head: server.header_timeout, write: app.config.gateway.write_timeout };
-    app.tasks.spawn("api", listener::serve(api, router, connections, patience, app.tasks.clone()));
+    app.tasks.spawn("api", listener::serve(api, router, connections, patience, counted(Port::Api), app.tasks.clone()));
     let few = Connections::new(MANAGEMENT_CONNECTIONS, MANAGEMENT_CONNECTIONS, Vec::new());
     let router = management::router(app.clone());
-    probes.spawn("management", listener::serve(management, router, few, patience, probes.clone()));
+    probes.spawn(
+        "management",
+        listener::serve(management, router, few, patience, counted(Port::Management), probes.clone()),
+    );
 }
 
 async fn bind(config: &config::Server, port: u16) -> Result<TcpListener> {
@@ -192,10 +199,10 @@ async fn bind(config: &config::Server, port: u16) -> Result<TcpListener> {
 
 /// Opens the database. A server that isn't there yet is waited for: in a deployment whose parts start together, one is
 /// always the last.
-async fn open_store(config: &Config) -> Result<Store> {
+async fn open_store(config: &Config, metrics: &Metrics) -> Result<Store> {
     let mut pause = FIRST_WAIT;
     loop {
-        match Store::open(&config.database, store::Limits::of(config)).await {
+        match Store::open(&config.database, store::Limits::of(config), metrics).await {
             Err(error) if error.is_temporary() => {
                 warn!(%error, "waiting for the database; trying again in {} s", pause.as_secs());
                 tokio::time::sleep(jittered(pause)).await;

@@ -15,7 +15,6 @@ use std::time::Duration;
 use anyhow::{Context, Result};
 use opentelemetry::metrics::MeterProvider as _;
 use opentelemetry_otlp::{MetricExporter, WithExportConfig};
-use opentelemetry_sdk::metrics::reader::MetricReader;
 use opentelemetry_sdk::metrics::{Instrument, MeterProviderBuilder, PeriodicReader, SdkMeterProvider, Stream};
 use prometheus::{Registry, TextEncoder};
 
@@ -61,18 +60,12 @@ impl Metrics {
         Self::of(SdkMeterProvider::builder().build(), Registry::new())
     }
 
-    /// Instruments that are read by Prometheus, and also by this reader.
-    pub fn read_by(reader: impl MetricReader) -> Result<Self> {
-        Self::with_page(SdkMeterProvider::builder().with_reader(reader))
-    }
-
     fn with_page(provider: MeterProviderBuilder) -> Result<Self> {
         let registry = Registry::new();
         let page = opentelemetry_prometheus::exporter().with_registry(registry.clone()).scope_info_enabled(false);
         let page = page.build().context("the page of metrics can't be made")?;
         // The SDK sets memory aside for as many series as there may be.
-        let series: HashMap<&str, usize> =
-            catalogue().iter().map(|metric| (metric.name.name, metric.series)).collect();
+        let series: HashMap<&str, usize> = catalogue().iter().map(|metric| (metric.name.name, metric.series)).collect();
         let bounded = move |instrument: &Instrument| {
             let limit = *series.get(instrument.name())?;
             Stream::builder().with_cardinality_limit(limit).build().ok()
@@ -95,3 +88,6 @@ impl Metrics {
         let _ = self.0.provider.shutdown_with_timeout(limit);
     }
 }
+
+#[cfg(test)]
+mod tests;

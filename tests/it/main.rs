@@ -16,6 +16,7 @@ mod crash;
 mod disk;
 mod flood;
 mod gateway;
+mod metrics;
 mod openapi;
 mod postgres;
 mod privacy;

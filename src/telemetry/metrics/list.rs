@@ -8,6 +8,7 @@ use crate::telemetry::metrics::instruments::{
     Build, Counter, Gauge, Histogram, Instrument, Kind, Level, Name, Requests, TimeCounter,
 };
 use crate::telemetry::metrics::labels::*;
+use crate::telemetry::metrics::process::Used;
 
 /// A metric as the catalogue shows it.
 #[derive(Clone, Debug)]
@@ -22,6 +23,19 @@ pub struct Definition {
     pub labels: Vec<Label>,
     /// More series than these there can't be.
     pub series: usize,
+}
+
+impl Definition {
+    /// What it is called on the page for Prometheus.
+    pub fn prometheus(&self) -> String {
+        let unit = match self.name.unit {
+            "s" => "_seconds",
+            "By" => "_bytes",
+            _ => "",
+        };
+        let total = if self.kind == Kind::Counter { "_total" } else { "" };
+        format!("{}{unit}{total}", self.name.name.replace('.', "_"))
+    }
 }
 
 /// Makes the instruments and their catalogue from one list, so that they can't differ.
@@ -207,10 +221,18 @@ metrics! {
     }
 }
 
-/// Puts what the process uses into the instruments.
+/// What several instruments are told at once.
 impl Instruments {
+    /// A round of a repeated job is over, at this Unix second.
+    pub fn job_ended(&self, job: Job, is_well: bool, now: i64) {
+        self.job_runs.one((job, if is_well { Ended::Done } else { Ended::Failed }));
+        if is_well {
+            self.job_success.set(job, now);
+        }
+    }
+
     /// What the process is doing now, on a system that tells.
-    pub fn process(&self, used: &crate::telemetry::metrics::process::Used) {
+    pub fn process(&self, used: &Used) {
         let ticks = |ticks: u64| Duration::from_millis(ticks.saturating_mul(1000) / used.ticks_per_second.max(1));
         self.cpu.set(Mode::User, ticks(used.user_ticks));
         self.cpu.set(Mode::System, ticks(used.system_ticks));

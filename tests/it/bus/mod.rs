@@ -14,6 +14,7 @@ use obscura_server::bus::{Bus, Signal, Signals, Wakeups};
 use obscura_server::config::{Config, Secret};
 use obscura_server::model::ids::{Address, DeviceNo, UserId};
 use obscura_server::tasks::Tasks;
+use obscura_server::telemetry::metrics::Metrics;
 
 use crate::harness::{Valkey, eventually, within};
 
@@ -43,7 +44,7 @@ impl Node {
         config.pubsub.stable_after = Duration::from_secs(1);
         change(&mut config);
         let tasks = Tasks::new();
-        let bus = Bus::open(&config.pubsub, &config.notifications, 8, &tasks).unwrap();
+        let bus = Bus::open(&config.pubsub, &config.notifications, 8, &Metrics::unread(), &tasks).unwrap();
         Self { bus, tasks }
     }
 
