@@ -128,7 +128,7 @@ async fn the_process_its_jobs_and_its_database_are_told_of() {
     eventually("jobs to have run", async || {
         let page = Page::of(&server).await;
         let jobs = ["room to grow", "inventory", "figures", "push queue"];
-        jobs.iter().all(|job| page.sum("obscura_job_last_success_seconds", &[("job", job)]) > 1.7e9)
+        jobs.iter().all(|job| page.sum("obscura_job_last_success_seconds", &[("job_name", job)]) > 1.7e9)
     })
     .await;
 }

@@ -299,7 +299,7 @@ impl Instrument for Requests {
 
     fn labels() -> Vec<Label> {
         let values = &[
-            ("a path of `openapi.yaml`", "with its varying segments in braces"),
+            ("/v1/…", "a path of the contract, with its varying segments in braces"),
             ("unmatched", "what was asked for is not there"),
         ];
         [vec![Label { name: Self::ROUTE, values }], Method::all(), Class::all()].concat()

@@ -62,7 +62,7 @@ macro_rules! label {
         $(#[$about])*
         #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
         pub enum $label {
-            $(#[doc = $meaning] $value,)*
+            $(#[doc = concat!("`", $text, "`: ", $meaning)] $value,)*
         }
 
         impl $label {
@@ -95,11 +95,11 @@ macro_rules! label {
 label! {
     /// A request's method.
     Method "http.request.method" {
-        Get "GET" "as it says",
-        Head "HEAD" "as it says",
-        Post "POST" "as it says",
-        Put "PUT" "as it says",
-        Delete "DELETE" "as it says",
+        Get "GET" "",
+        Head "HEAD" "",
+        Post "POST" "",
+        Put "PUT" "",
+        Delete "DELETE" "",
         Other "_OTHER" "any other; no route takes one",
     }
 }
@@ -122,13 +122,13 @@ label! {
         Unauthorized "unauthorized" "401: no valid token, ticket or password",
         Forbidden "forbidden" "403: not allowed to this device",
         NotFound "not_found" "404: no such thing, or no such route",
-        MethodNotAllowed "method_not_allowed" "405",
+        MethodNotAllowed "method_not_allowed" "405: no such method here",
         Timeout "timeout" "408: no answer within `--request-timeout-secs` or the like",
-        Conflict "conflict" "409",
+        Conflict "conflict" "409: taken, or in the way of something else",
         LengthRequired "length_required" "411: an upload without a length",
         TooLarge "too_large" "413: too large a body, or an account's quota",
-        UnsupportedMediaType "unsupported_media_type" "415",
-        RangeNotSatisfiable "range_not_satisfiable" "416",
+        UnsupportedMediaType "unsupported_media_type" "415: not JSON",
+        RangeNotSatisfiable "range_not_satisfiable" "416: no such part of an attachment",
         Unprocessable "unprocessable" "422: JSON of the wrong shape",
         UpgradeRequired "upgrade_required" "426: not a WebSocket handshake",
         AddressLimit "limit_address" "429: too many requests from an address",
@@ -268,7 +268,7 @@ label! {
 
 label! {
     /// A repeated job, by the name it has in the log.
-    Job "job" {
+    Job "job.name" {
         ExpiredMessages "expired messages" "deletes messages past their age",
         SendOutcomes "outcomes of sends" "forgets the outcomes that repeats were kept for",
         UnusedSpace "unused space" "gives free pages of SQLite's file back",

@@ -5,7 +5,7 @@ use std::fmt::Write;
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use obscura_server::telemetry::metrics::{Kind, catalogue};
+use obscura_server::telemetry::metrics::{Kind, Label, catalogue};
 use serde_json::Value;
 
 const BEGIN: &str = "<!-- The list is made from the code: OBSCURA_WRITE_REFERENCE=1 cargo test list_of_metrics -->\n";
@@ -34,17 +34,29 @@ fn list() -> String {
             let (prometheus, labels) = (metric.prometheus(), labels.join(", "));
             let _ = writeln!(text, "| `{name}` | `{prometheus}` | {kind} | {unit} | {labels} | {meaning} |");
         }
-        for metric in area.iter().filter(|metric| !metric.labels.is_empty()) {
-            let _ = write!(text, "\nLabels of `{}`:\n", metric.name.name);
-            for label in &metric.labels {
-                let values: Vec<_> =
-                    label.values.iter().map(|(value, meaning)| format!("`{value}` ({meaning})")).collect();
-                let _ = writeln!(text, "- `{}`: {}", label.name, values.join("; "));
+        let mut labels: Vec<&Label> = Vec::new();
+        for label in area.iter().flat_map(|metric| &metric.labels) {
+            if !labels.contains(&label) {
+                labels.push(label);
             }
+        }
+        text.push('\n');
+        for label in labels {
+            let of: Vec<_> = area.iter().filter(|metric| metric.labels.contains(label)).collect();
+            let of: Vec<_> = of.iter().map(|metric| format!("`{}`", metric.name.name)).collect();
+            let _ = writeln!(text, "- `{}` of {}: {}", label.name, of.join(", "), values(label));
         }
     }
     text.push('\n');
     text
+}
+
+fn values(label: &Label) -> String {
+    let value = |(value, meaning): &(&str, &str)| match *meaning {
+        "" => format!("`{value}`"),
+        meaning => format!("`{value}` ({meaning})"),
+    };
+    label.values.iter().map(value).collect::<Vec<_>>().join("; ")
 }
 
 #[test]

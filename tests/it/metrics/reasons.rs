@@ -41,14 +41,18 @@ async fn a_429_tells_by_which_limit() {
 #[tokio::test]
 async fn a_client_that_hangs_up_before_its_answer_is_counted() {
     let server = TestServer::start().await;
-    let upload = server.account().await.begin_upload(1000, 10).await;
+    let alice = server.account().await;
+    let database = server.database().await;
+    let held = database.hold_write().await;
+    let asking = tokio::spawn(async move { alice.ticket().await });
     eventually("the request to be there", async || {
         Page::of(&server).await.sum("http_server_active_requests", &[]) == 1.0
     })
     .await;
-    drop(upload);
+    asking.abort();
     eventually("the request to be given up", async || refused(&server, "abandoned").await == 1).await;
     assert_eq!(Page::of(&server).await.sum("http_server_active_requests", &[]), 0.0);
+    held.release().await;
 }
 
 #[tokio::test]
