@@ -21,6 +21,7 @@ use crate::harness::{Valkey, eventually, within};
 /// The bus of a node. Dropping it ends its tasks.
 struct Node {
     bus: Bus,
+    metrics: Metrics,
     tasks: Tasks,
 }
 
@@ -44,8 +45,9 @@ impl Node {
         config.pubsub.stable_after = Duration::from_secs(1);
         change(&mut config);
         let tasks = Tasks::new();
-        let bus = Bus::open(&config.pubsub, &config.notifications, 8, &Metrics::unread(), &tasks).unwrap();
-        Self { bus, tasks }
+        let metrics = Metrics::unread();
+        let bus = Bus::open(&config.pubsub, &config.notifications, 8, &metrics, &tasks).unwrap();
+        Self { bus, metrics, tasks }
     }
 
     /// Two of them, connected.
