@@ -1,8 +1,8 @@
 //! The kinds of instruments.
 //!
 //! Counters and gauges are atomics that the SDK reads when somebody asks for the metrics: counting is one addition,
-//! without a look-up or a lock, and a series is there from the start, at zero. Histograms are the SDK's own, because it
-//! has no other way in; recording one costs some 100 ns.
+//! without a look-up or a lock (some 20 ns), and a series is there from the start, at zero. Histograms are the SDK's own,
+//! because it has no other way in; recording in one costs 100 to 200 ns.
 
 use std::marker::PhantomData;
 use std::sync::Arc;

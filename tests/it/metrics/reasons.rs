@@ -2,6 +2,8 @@
 
 use std::time::Duration;
 
+use futures_util::future::join_all;
+
 use super::page::{Page, sum};
 use crate::harness::{RawSocket, TestServer, eventually};
 
@@ -28,10 +30,9 @@ async fn a_429_tells_by_which_limit() {
     upload().send().await.expect(429);
     alice.bundles(bob.user).await;
     alice.request("GET", &format!("/v1/keys/{}", bob.user)).send().await.expect(429);
-    for _ in 0..10 {
-        alice.request("GET", "/v1/devices").send().await;
-        server.client().post("/v1/session").send().await;
-    }
+    let client = server.client();
+    join_all((0..60).map(|_| alice.request("GET", "/v1/devices").send())).await;
+    join_all((0..60).map(|_| client.post("/v1/session").send())).await;
     for reason in ["limit_upload_bytes", "limit_bundles", "limit_account", "limit_address_auth"] {
         assert!(refused(&server, reason).await > 0, "{reason}");
     }
