@@ -83,6 +83,11 @@ impl Disk {
         }
     }
 
+    /// How many bytes are free on the disk, if that is looked at.
+    pub fn free_bytes(&self) -> Option<u64> {
+        self.inner.folder.as_ref().map(|_| self.inner.free_bytes()).filter(|free| *free != u64::MAX)
+    }
+
     /// Lets messages, accounts, devices and keys in while there is room for them.
     pub fn check_growth(&self) -> Result<(), NoGrowth> {
         if self.room() == Room::Full { Err(NoGrowth) } else { Ok(()) }

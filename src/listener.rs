@@ -24,6 +24,7 @@ use tracing::{debug, error, info};
 use crate::api::connections::{Connections, Permit};
 use crate::gateway::Progress;
 use crate::tasks::Tasks;
+use crate::telemetry::metrics::{Held, Metrics, Port};
 
 /// The most that hyper buffers of a connection: bounds the request head and what is read ahead of a body.
 const BUFFER_BYTES: usize = 64 << 10;
@@ -62,7 +63,14 @@ pub struct Patience {
 }
 
 /// Serves `router` on every connection that comes in, until shutdown.
-pub async fn serve(listener: TcpListener, router: Router, connections: Connections, patience: Patience, tasks: Tasks) {
+pub async fn serve(
+    listener: TcpListener,
+    router: Router,
+    connections: Connections,
+    patience: Patience,
+    (port, metrics): (Port, Metrics),
+    tasks: Tasks,
+) {
     loop {
         let accepted = tokio::select! {
             () = tasks.stopping() => return,
@@ -78,12 +86,15 @@ pub async fn serve(listener: TcpListener, router: Router, connections: Connectio
         };
         // Above the caps a connection is closed at once: answering would cost what the cap is there to save.
         let Some(permit) = connections.admit(peer.ip()) else {
+            metrics.connections_turned_away.one(port);
             debug!("a connection above the caps was turned away");
             continue;
         };
         let _ = stream.set_nodelay(true);
+        metrics.connections_accepted.one(port);
+        let place = (permit, metrics.connections.hold(port));
         let progress = Arc::<Progress>::default();
-        let stream = Bounded { stream, progress, write_timeout: patience.write, stalled: None, _permit: permit };
+        let stream = Bounded { stream, progress, write_timeout: patience.write, stalled: None, _place: place };
         tasks.attend(converse(stream, peer, router.clone(), patience.head, tasks.clone()));
     }
 }
@@ -124,7 +135,7 @@ struct Bounded {
     write_timeout: Duration,
     /// Runs while a write waits for the client to read. Boxed, because most connections never need it.
     stalled: Option<Pin<Box<Sleep>>>,
-    _permit: Permit,
+    _place: (Permit, Held),
 }
 
 impl Bounded {
@@ -137,6 +148,7 @@ impl Bounded {
         let timeout = self.write_timeout;
         let stalled = self.stalled.get_or_insert_with(|| Box::pin(tokio::time::sleep(timeout)));
         std::task::ready!(stalled.as_mut().poll(context));
+        self.progress.has_stalled();
         Poll::Ready(Err(io::ErrorKind::TimedOut.into()))
     }
 }

@@ -19,6 +19,7 @@ use crate::model::mail::{Outgoing, Sent};
 use crate::push::Push;
 use crate::store::Store;
 use crate::tasks::Tasks;
+use crate::telemetry::metrics::{Content, GroupFailure, Metrics};
 
 /// Letters that may wait to be taken into a group.
 const WAITING: usize = 4096;
@@ -82,9 +83,10 @@ pub struct Mailroom {
 
 impl Mailroom {
     /// Opens the mailroom. Its task runs until `tasks` are stopped and everything handed over has been stored.
-    pub fn open(store: Store, bus: Bus, push: Push, clock: Clock, tasks: &Tasks) -> Self {
+    pub fn open(store: Store, bus: Bus, push: Push, clock: Clock, metrics: &Metrics, tasks: &Tasks) -> Self {
         let (letters, incoming) = mpsc::channel(WAITING);
-        let worker = Worker { store, bus, push, clock, left: Vec::new(), unsure: HashSet::new() };
+        let metrics = metrics.clone();
+        let worker = Worker { store, bus, push, clock, metrics, left: Vec::new(), unsure: HashSet::new() };
         let stopping = tasks.clone();
         tasks.spawn("mailroom", async move { worker.run(incoming, stopping).await });
         Self { letters, room: Arc::new(Semaphore::new(WAITING_KIB)) }
@@ -116,6 +118,7 @@ struct Worker {
     bus: Bus,
     push: Push,
     clock: Clock,
+    metrics: Metrics,
     /// Sends that come again with the next group.
     left: Vec<Waiting>,
     /// Accounts that may have got mail of which nobody was told, because a commit was not answered.
@@ -208,9 +211,12 @@ impl Worker {
     }
 
     async fn store(&mut self, group: Group) -> Result<(), MailroomError> {
-        let now = self.clock.now();
+        let (now, start) = (self.clock.now(), Instant::now());
+        self.metrics.group_size.number(Content::Sends, group.sends.len());
+        self.metrics.group_size.number(Content::Acks, group.acks.len());
         match self.store.settle(&group.sends, &group.acks, now).await {
             Ok(settled) => {
+                self.metrics.group_time.time((), start.elapsed());
                 let woken: Vec<_> = settled.iter().flatten().flat_map(|sent| sent.woken.iter().copied()).collect();
                 self.bus.wake(&woken, Signal::Mail);
                 self.push.mail(&woken);
@@ -229,7 +235,11 @@ impl Worker {
             }
             Err(cause) => {
                 error!(%cause, sends = group.sends.len(), acks = group.acks.len(), "a group could not be stored");
-                let error = if cause.is_full() { MailroomError::Full } else { MailroomError::Unavailable };
+                let (error, reason) = match cause.is_full() {
+                    true => (MailroomError::Full, GroupFailure::Full),
+                    false => (MailroomError::Unavailable, GroupFailure::Unavailable),
+                };
+                self.metrics.group_failures.one(reason);
                 if error == MailroomError::Unavailable {
                     let users = group.sends.iter().flat_map(|mail| &mail.recipients).map(|recipient| recipient.user);
                     self.unsure.extend(users.take(MOST_UNSURE.saturating_sub(self.unsure.len())));
@@ -245,6 +255,7 @@ impl Worker {
 
     /// Keeps a send for the next group, unless it has been kept for too long.
     fn leave(&mut self, waiting: Waiting) {
+        self.metrics.sends_left.one(());
         let left_since = waiting.left_since.unwrap_or_else(Instant::now);
         if left_since.elapsed() >= LONGEST_LEFT {
             Letter::Send(waiting).refuse(MailroomError::Unavailable);

@@ -14,6 +14,7 @@ use tokio::time::Instant;
 
 use crate::config;
 use crate::model::ids::UserId;
+use crate::telemetry::metrics::Refusal;
 
 /// Cells of a row: half a MiB.
 const CELLS: usize = 1 << 16;
@@ -23,9 +24,9 @@ const TRICKLE_BURST: u32 = 20;
 const TRICKLE_STEP: Duration = Duration::from_secs(1);
 const HOUR: Duration = Duration::from_hours(1);
 
-/// Too often. The same is allowed after this time.
+/// Too often, by this limit. The same is allowed after this time.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-pub struct Wait(pub Duration);
+pub struct Wait(pub Duration, pub Refusal);
 
 /// The limits of accounts on this node. Cloning gives the same ones.
 #[derive(Clone)]
@@ -44,11 +45,11 @@ struct Inner {
 impl Rates {
     /// Full buckets for everybody. A rate of zero is no limit.
     pub fn new(config: &config::AccountRates) -> Self {
-        let requests = Buckets::per_second(config.per_second, config.burst);
-        let received = Buckets::per_second(config.target_per_second, config.target_burst)
-            .map(|together| (together, Buckets::new(TRICKLE_STEP, TRICKLE_BURST)));
+        let requests = Buckets::per_second(config.per_second, config.burst, Refusal::AccountLimit);
+        let received = Buckets::per_second(config.target_per_second, config.target_burst, Refusal::TargetLimit)
+            .map(|together| (together, Buckets::new(TRICKLE_STEP, TRICKLE_BURST, Refusal::TargetLimit)));
         let per_hour = config.bundles_per_hour;
-        let bundles = (per_hour > 0).then(|| Buckets::new(HOUR / per_hour, per_hour));
+        let bundles = (per_hour > 0).then(|| Buckets::new(HOUR / per_hour, per_hour, Refusal::BundleLimit));
         Self { inner: Arc::new(Inner { opened: Instant::now(), requests, received, bundles }) }
     }
 
@@ -84,6 +85,8 @@ struct Buckets {
     step: u64,
     /// From an empty bucket to a full one.
     fill: u64,
+    /// Which limit they are.
+    limit: Refusal,
 }
 
 struct Row {
@@ -93,13 +96,13 @@ struct Row {
 }
 
 impl Buckets {
-    fn new(step: Duration, burst: u32) -> Self {
+    fn new(step: Duration, burst: u32, limit: Refusal) -> Self {
         let step = nanos(step);
-        Self { rows: [Row::new(), Row::new()], step, fill: step.saturating_mul(burst.max(1).into()) }
+        Self { rows: [Row::new(), Row::new()], step, fill: step.saturating_mul(burst.max(1).into()), limit }
     }
 
-    fn per_second(rate: u32, burst: u32) -> Option<Self> {
-        (rate > 0).then(|| Self::new(Duration::from_secs(1) / rate, burst))
+    fn per_second(rate: u32, burst: u32, limit: Refusal) -> Option<Self> {
+        (rate > 0).then(|| Self::new(Duration::from_secs(1) / rate, burst, limit))
     }
 
     fn take(&self, key: impl Hash + Copy, now: u64) -> Result<(), Wait> {
@@ -120,7 +123,7 @@ impl Row {
         let take = |full_at| Some(after(full_at)).filter(|after| *after <= latest);
         match cell.fetch_update(Ordering::Relaxed, Ordering::Relaxed, take) {
             Ok(_) => Ok(()),
-            Err(full_at) => Err(Wait(Duration::from_nanos(after(full_at).saturating_sub(latest)))),
+            Err(full_at) => Err(Wait(Duration::from_nanos(after(full_at).saturating_sub(latest)), buckets.limit)),
         }
     }
 }
@@ -147,7 +150,7 @@ mod tests {
         assert_eq!(taken(|| rates.request(busy)), 20);
         rates.request(quiet).unwrap();
         for _ in 0..50 {
-            let Wait(wait) = rates.request(busy).unwrap_err();
+            let Wait(wait, _) = rates.request(busy).unwrap_err();
             assert!(wait <= Duration::from_millis(100), "{wait:?}");
             tokio::time::advance(wait.max(Duration::from_millis(1))).await;
             rates.request(busy).unwrap();
@@ -174,7 +177,7 @@ mod tests {
         let rates = Rates::new(&RATES);
         let (asker, target) = (UserId::random(), UserId::random());
         assert_eq!(taken(|| rates.bundles(asker, target)), 6);
-        assert_eq!(rates.bundles(asker, target), Err(Wait(HOUR / 6)));
+        assert_eq!(rates.bundles(asker, target), Err(Wait(HOUR / 6, Refusal::BundleLimit)));
         rates.bundles(asker, UserId::random()).unwrap();
         rates.bundles(target, asker).unwrap();
         tokio::time::advance(HOUR / 6).await;

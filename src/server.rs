@@ -32,6 +32,7 @@ use crate::store::{self, Store};
 use crate::sweeps;
 use crate::tasks::{Tasks, jittered};
 use crate::telemetry::Telemetry;
+use crate::telemetry::metrics::{Metrics, Port};
 
 /// Connections to the management port: a few probes, never the public.
 const MANAGEMENT_CONNECTIONS: usize = 64;
@@ -118,6 +119,7 @@ impl Server {
             () = self.owners.wires.failed() => {}
             () = self.owners.probes.failed() => {}
         }
+        self.app.metrics.tasks_died.one(());
     }
 
     /// Says that it is not ready, and serves on for the drain delay, so that balancers send nobody here any more when
@@ -177,22 +179,23 @@ async fn open(
     health: &Health,
     owners: &Owners,
 ) -> Result<App> {
-    let store = open_store(&config).await?;
+    let metrics = &telemetry.metrics;
+    let store = open_store(&config, metrics).await?;
     health.database_is_open();
     let blobs = open_storage(&config, health, &owners.entrances).await?;
     let sockets = config.gateway.max_connections_per_device;
     let push = Push::prepare(&config, &store, &clock).await?;
-    let bus = Bus::open(&config.pubsub, &config.notifications, sockets, &owners.wires)?;
+    let bus = Bus::open(&config.pubsub, &config.notifications, sockets, metrics, &owners.wires)?;
     // So that a node that says it is ready is ready. One without Valkey serves all the same.
     let _ = tokio::time::timeout(config.health.pubsub_timeout, bus.connected()).await;
-    let push = Push::start(push, &config, &store, &clock, &owners.keepers);
+    let push = Push::start(push, &config, &store, &clock, metrics, &owners.keepers);
     Ok(App {
-        mailroom: Mailroom::open(store.clone(), bus.clone(), push.clone(), clock.clone(), &owners.keepers),
+        mailroom: Mailroom::open(store.clone(), bus.clone(), push.clone(), clock.clone(), metrics, &owners.keepers),
         store,
         bus,
         push,
         blobs,
-        passwords: Passwords::new(),
+        passwords: Passwords::new(metrics),
         tokens: Tokens::new(
             &config.auth.jwt_secret,
             config.auth.access_token_lifetime,
@@ -208,7 +211,7 @@ async fn open(
         ),
         clock,
         tasks: owners.entrances.clone(),
-        metrics: telemetry.metrics,
+        metrics: metrics.clone(),
         traces: telemetry.traces,
         config,
     })
@@ -226,14 +229,34 @@ async fn serve_clients(app: &App, api: TcpSocket) -> Result<()> {
     sweeps::start(app, move || forgetful.sweep()).await;
     let api = listen(api)?;
     let router = api::router(app.clone(), &limits);
-    app.tasks.spawn("api", listener::serve(api, router, connections, patience(&app.config), app.tasks.clone()));
+    app.tasks.spawn(
+        "api",
+        listener::serve(
+            api,
+            router,
+            connections,
+            patience(&app.config),
+            (Port::Api, app.metrics.clone()),
+            app.tasks.clone(),
+        ),
+    );
     Ok(())
 }
 
 fn serve_probes(management: TcpListener, health: &Health, telemetry: &Telemetry, config: &Config, probes: &Tasks) {
     let router = management::router(health.clone(), telemetry.metrics.clone());
     let few = Connections::new(MANAGEMENT_CONNECTIONS, MANAGEMENT_CONNECTIONS, Vec::new());
-    probes.spawn("management", listener::serve(management, router, few, patience(config), probes.clone()));
+    probes.spawn(
+        "management",
+        listener::serve(
+            management,
+            router,
+            few,
+            patience(config),
+            (Port::Management, telemetry.metrics.clone()),
+            probes.clone(),
+        ),
+    );
 }
 
 fn patience(config: &Config) -> Patience {
@@ -262,10 +285,10 @@ fn in_use(address: SocketAddr) -> String {
 
 /// Opens the database. A server that isn't there yet is waited for: in a deployment whose parts start together, one is
 /// always the last.
-async fn open_store(config: &Config) -> Result<Store> {
+async fn open_store(config: &Config, metrics: &Metrics) -> Result<Store> {
     let mut pause = FIRST_WAIT;
     loop {
-        match Store::open(&config.database, store::Limits::of(config)).await {
+        match Store::open(&config.database, store::Limits::of(config), metrics).await {
             Err(error) if error.is_temporary() => {
                 warn!(%error, "waiting for the database; trying again in {} s", pause.as_secs());
                 tokio::time::sleep(jittered(pause)).await;

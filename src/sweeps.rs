@@ -1,6 +1,7 @@
 //! Repeated cleaning. Each job works in bounded steps, so that a long clean-up never holds the database for long.
 
 mod attachments;
+mod figures;
 
 use std::fmt::Display;
 use std::sync::Arc;
@@ -13,6 +14,7 @@ use crate::app::App;
 use crate::store::{REPEAT_WINDOW, StoreError};
 use crate::sweeps::attachments::Walk;
 use crate::tasks::Round;
+use crate::telemetry::metrics::Job;
 
 /// Rows that one step deletes.
 const STEP: u32 = 500;
@@ -37,38 +39,39 @@ pub async fn start(app: &App, forget_clients: impl Fn() + Send + 'static) {
 
     let config = &app.config;
     let messages = config.messaging.cleanup_interval;
-    shared(app, "expired messages", messages, expired_messages);
-    shared(app, "outcomes of sends", messages, outcomes_of_sends);
-    shared(app, "unused space", messages, unused_space);
+    shared(app, Job::ExpiredMessages, messages, expired_messages);
+    shared(app, Job::SendOutcomes, messages, outcomes_of_sends);
+    shared(app, Job::UnusedSpace, messages, unused_space);
 
     let attachments = config.attachments.cleanup_interval;
     let walk = Arc::new(Walk::default());
-    shared(app, "expired attachments", attachments, move |app| attachments::remove_expired(app, walk.clone()));
+    shared(app, Job::ExpiredAttachments, attachments, move |app| attachments::remove_expired(app, walk.clone()));
     let walk = Arc::new(Walk::default());
-    shared(app, "stale uploads", attachments.min(STALE_UPLOADS), move |app| {
+    shared(app, Job::StaleUploads, attachments.min(STALE_UPLOADS), move |app| {
         attachments::remove_stale(app, walk.clone())
     });
 
-    shared(app, "uploads of the last day", attachments, upload_debts);
+    shared(app, Job::UploadDebts, attachments, upload_debts);
 
-    shared(app, "expired sessions", config.auth.refresh_token_cleanup_interval, expired_sessions);
-    shared(app, "expired tickets", SHORT_LIVED, expired_tickets);
-    shared(app, "used refresh tokens", SHORT_LIVED, used_refresh_tokens);
-    shared(app, "expired link sessions", SHORT_LIVED, expired_links);
+    shared(app, Job::ExpiredSessions, config.auth.refresh_token_cleanup_interval, expired_sessions);
+    shared(app, Job::ExpiredTickets, SHORT_LIVED, expired_tickets);
+    shared(app, Job::UsedRefreshTokens, SHORT_LIVED, used_refresh_tokens);
+    shared(app, Job::ExpiredLinks, SHORT_LIVED, expired_links);
     // Before the first request as well, or a full database would grow at every start.
     if let Err(error) = room_to_grow(app.clone()).await {
         warn!(%error, "the size of the database can't be found out yet");
     }
-    every(app, "room to grow", ROOM, room_to_grow);
-    every(app, "database connections", CONNECTIONS, database_connections);
-    app.tasks.every("clients of the rate limiter", SHORT_LIVED, move || {
+    every(app, Job::Room, ROOM, room_to_grow);
+    every(app, Job::Connections, CONNECTIONS, database_connections);
+    every(app, Job::Clients, SHORT_LIVED, move |_| {
         forget_clients();
         std::future::ready(Ok::<_, StoreError>(Round::Done))
     });
+    figures::start(app).await;
 }
 
 /// A job that one node does for all, once in a period.
-fn shared<F, E>(app: &App, name: &'static str, period: Duration, job: impl Fn(App) -> F + Send + Sync + 'static)
+fn shared<F, E>(app: &App, name: Job, period: Duration, job: impl Fn(App) -> F + Send + Sync + 'static)
 where
     F: Future<Output = Result<Round, E>> + Send,
     E: Display + From<StoreError> + Send,
@@ -79,15 +82,15 @@ where
         async move {
             // Shorter than the shortest pause between two rounds, or we would find our own claim in the way.
             let claimed_for = period.mul_f64(0.8);
-            let is_ours =
-                under_way.load(Ordering::Relaxed) || app.store.claim_job(name, claimed_for, app.clock.now()).await?;
+            let is_ours = under_way.load(Ordering::Relaxed)
+                || app.store.claim_job(name.text(), claimed_for, app.clock.now()).await?;
             if !is_ours {
                 return Ok(Round::Done);
             }
             let round = job(app.clone()).await;
             if round.is_err() {
                 // Whoever tries next may do it. If this fails too, the claim runs out.
-                let _ = app.store.release_job(name, app.clock.now()).await;
+                let _ = app.store.release_job(name.text(), app.clock.now()).await;
             }
             under_way.store(matches!(round, Ok(Round::More)), Ordering::Relaxed);
             round
@@ -95,13 +98,20 @@ where
     });
 }
 
-fn every<F, E>(app: &App, name: &'static str, period: Duration, job: impl Fn(App) -> F + Send + 'static)
+fn every<F, E>(app: &App, name: Job, period: Duration, job: impl Fn(App) -> F + Send + 'static)
 where
     F: Future<Output = Result<Round, E>> + Send,
     E: Display,
 {
     let own = app.clone();
-    app.tasks.every(name, period, move || job(own.clone()));
+    app.tasks.every(name.text(), period, move || {
+        let (app, round) = (own.clone(), job(own.clone()));
+        async move {
+            let ended = round.await;
+            app.metrics.job_ended(name, ended.is_ok(), app.clock.now().seconds());
+            ended
+        }
+    });
 }
 
 async fn expired_messages(app: App) -> Result<Round, StoreError> {
@@ -125,6 +135,10 @@ async fn room_to_grow(app: App) -> Result<Round, StoreError> {
         app.disk.database_has(app.store.size().await?);
     }
     app.disk.tell();
+    app.metrics.room.set((), app.disk.room() as i64);
+    if let Some(free) = app.disk.free_bytes() {
+        app.metrics.disk_free.set((), free);
+    }
     Ok(Round::Done)
 }
 

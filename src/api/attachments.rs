@@ -24,6 +24,7 @@ use crate::memory::NoRoom;
 use crate::model::ids::{AttachmentId, UserId};
 use crate::rates::Wait;
 use crate::store::{Allowance, Reserved, StoreError};
+use crate::telemetry::metrics::{BlobOperation, Direction, Refusal};
 
 /// Where a stored attachment is, and until when.
 #[derive(Debug, Serialize)]
@@ -83,7 +84,10 @@ pub async fn download(
         Part::Range(range) => Some(range),
         Part::Unsatisfiable => return Err(ApiError::RangeNotSatisfiable { size }),
     };
-    let Some(blob) = app.blobs.read(id, range.clone()).await?.filter(|blob| blob.size == size) else {
+    let failures = app.metrics.blob_failures.clone();
+    let read = app.blobs.read(id, range.clone()).await.inspect_err(|_| failures.one(BlobOperation::Download))?;
+    let Some(blob) = read.filter(|blob| blob.size == size) else {
+        failures.one(BlobOperation::Download);
         error!("an attachment that should be in the storage is not there, or not whole");
         return Err(ApiError::NotFound);
     };
@@ -92,7 +96,11 @@ pub async fn download(
         (header::ACCEPT_RANGES, "bytes".to_owned()),
         (header::ETAG, entity_tag(id)),
     ];
-    let body = Body::from_stream(blob.bytes);
+    let sent = app.metrics.blob_bytes.clone();
+    let body = Body::from_stream(blob.bytes.inspect(move |bytes| match bytes {
+        Ok(bytes) => sent.add(Direction::Out, bytes.len() as u64),
+        Err(_) => failures.one(BlobOperation::Download),
+    }));
     let Some(Range { start, end }) = range else {
         return Ok((fields, [(header::CONTENT_LENGTH, size.to_string())], body).into_response());
     };
@@ -137,7 +145,7 @@ impl Upload {
             Reserved::QuotaExceeded => {
                 return Err(ApiError::TooLarge("The account has no room left for this attachment".into()));
             }
-            Reserved::TooMuchToday(wait) => return Err(Wait(wait).into()),
+            Reserved::TooMuchToday(wait) => return Err(Wait(wait, Refusal::UploadLimit).into()),
         }
         let stored = self.store(&app, body, &abandoned).await;
         if stored.is_err() || abandoned.is_cancelled() {
@@ -151,9 +159,18 @@ impl Upload {
         // The body ends early when nobody waits any more. What the storage is busy with is not cut off, since it might
         // go on with it behind our back.
         let body = body.into_data_stream().take_until(abandoned.cancelled());
-        app.blobs.stage(self.id, self.size, body).await?.publish().await.map_err(UploadError::Storage)?;
+        let stored =
+            async { app.blobs.stage(self.id, self.size, body).await?.publish().await.map_err(UploadError::Storage) };
+        stored.await.inspect_err(|error| {
+            if matches!(error, UploadError::Storage(_)) {
+                app.metrics.blob_failures.one(BlobOperation::Upload);
+            }
+        })?;
         match app.store.attachment_stored(self.id).await {
-            Ok(true) => Ok(()),
+            Ok(true) => {
+                app.metrics.blob_bytes.add(Direction::In, self.size);
+                Ok(())
+            }
             Ok(false) => Err(Failure::Upload(UploadError::Body)),
             Err(error) => Err(Failure::Store(error)),
         }
@@ -163,6 +180,7 @@ impl Upload {
     /// still arrive: for these the row stays.
     async fn undo(&self, app: &App, may_still_happen: bool) {
         if let Some((_, error)) = app.blobs.discard(&[self.id]).await.failed {
+            app.metrics.blob_failures.one(BlobOperation::Delete);
             warn!(%error, "an upload that came to nothing could not be removed; a sweep will try again");
         } else if may_still_happen {
             warn!("the storage did not say what came of an upload; a sweep will remove what may be left");

@@ -16,6 +16,7 @@ use crate::mailroom::MailroomError;
 use crate::memory::NoRoom;
 use crate::rates::Wait;
 use crate::store::StoreError;
+use crate::telemetry::metrics::Refusal;
 
 /// What a client is told when something went wrong. The body is always `{"error": "<message>"}`.
 #[derive(Debug)]
@@ -53,6 +54,8 @@ pub enum ApiError {
     TooManyRequests {
         /// The wait, in whole seconds, at least one.
         retry_after_secs: u64,
+        /// By which limit.
+        limit: Refusal,
     },
     /// 500: a defect of ours. The cause is in our log.
     Internal,
@@ -60,6 +63,8 @@ pub enum ApiError {
     Unavailable {
         /// When to come again.
         retry_after: Duration,
+        /// What is lacking.
+        lacking: Refusal,
     },
     /// 507: there is no room to grow, so nothing new is taken in.
     DiskFull,
@@ -79,9 +84,32 @@ impl ApiError {
         Self::Forbidden(message.into())
     }
 
-    /// 503 with the usual wait.
-    pub fn unavailable() -> Self {
-        Self::Unavailable { retry_after: RETRY_AFTER }
+    /// 503 with the usual wait, for want of this.
+    fn unavailable(lacking: Refusal) -> Self {
+        Self::Unavailable { retry_after: RETRY_AFTER, lacking }
+    }
+
+    /// What it counts as.
+    fn refusal(&self) -> Refusal {
+        match self {
+            Self::BadRequest(_) => Refusal::BadRequest,
+            Self::Unauthorized => Refusal::Unauthorized,
+            Self::Forbidden(_) => Refusal::Forbidden,
+            Self::NotFound => Refusal::NotFound,
+            Self::MethodNotAllowed => Refusal::MethodNotAllowed,
+            Self::Timeout => Refusal::Timeout,
+            Self::Conflict(_) => Refusal::Conflict,
+            Self::LengthRequired => Refusal::LengthRequired,
+            Self::TooLarge(_) => Refusal::TooLarge,
+            Self::UnsupportedMediaType => Refusal::UnsupportedMediaType,
+            Self::RangeNotSatisfiable { .. } => Refusal::RangeNotSatisfiable,
+            Self::Unprocessable(_) => Refusal::Unprocessable,
+            Self::UpgradeRequired => Refusal::UpgradeRequired,
+            Self::TooManyRequests { limit, .. } => *limit,
+            Self::Internal => Refusal::Internal,
+            Self::Unavailable { lacking, .. } => *lacking,
+            Self::DiskFull => Refusal::NoRoom,
+        }
     }
 
     fn status(&self) -> StatusCode {
@@ -131,11 +159,11 @@ impl ApiError {
     fn add_headers(&self, response: &mut Response) {
         let headers = response.headers_mut();
         match self {
-            Self::TooManyRequests { retry_after_secs } => {
+            Self::TooManyRequests { retry_after_secs, .. } => {
                 headers.insert(header::RETRY_AFTER, HeaderValue::from(*retry_after_secs));
                 headers.insert("x-ratelimit-after", HeaderValue::from(*retry_after_secs));
             }
-            Self::Unavailable { retry_after } => {
+            Self::Unavailable { retry_after, .. } => {
                 headers.insert(header::RETRY_AFTER, HeaderValue::from(retry_after.as_secs().max(1)));
             }
             Self::RangeNotSatisfiable { size } => {
@@ -160,27 +188,28 @@ impl IntoResponse for ApiError {
     fn into_response(self) -> Response {
         let mut response = (self.status(), Json(ErrorBody { error: self.message() })).into_response();
         self.add_headers(&mut response);
+        response.extensions_mut().insert(self.refusal());
         response
     }
 }
 
 impl From<Busy> for ApiError {
     fn from(_: Busy) -> Self {
-        Self::Unavailable { retry_after: Duration::from_secs(1) }
+        Self::Unavailable { retry_after: Duration::from_secs(1), lacking: Refusal::Passwords }
     }
 }
 
 impl From<Wait> for ApiError {
     /// The wait rounded down, plus one.
-    fn from(Wait(wait): Wait) -> Self {
-        Self::TooManyRequests { retry_after_secs: wait.as_secs() + 1 }
+    fn from(Wait(wait, limit): Wait) -> Self {
+        Self::TooManyRequests { retry_after_secs: wait.as_secs() + 1, limit }
     }
 }
 
 impl From<StoreError> for ApiError {
     fn from(error: StoreError) -> Self {
         error!(%error, "a request failed in the database");
-        if error.is_full() { Self::DiskFull } else { Self::unavailable() }
+        if error.is_full() { Self::DiskFull } else { Self::unavailable(Refusal::Database) }
     }
 }
 
@@ -192,7 +221,7 @@ impl From<NoGrowth> for ApiError {
 
 impl From<NoRoom> for ApiError {
     fn from(_: NoRoom) -> Self {
-        Self::unavailable()
+        Self::unavailable(Refusal::Memory)
     }
 }
 
@@ -200,7 +229,7 @@ impl From<MailroomError> for ApiError {
     fn from(error: MailroomError) -> Self {
         match error {
             MailroomError::Full => Self::DiskFull,
-            MailroomError::Unavailable => Self::unavailable(),
+            MailroomError::Unavailable => Self::unavailable(Refusal::Mailroom),
         }
     }
 }
@@ -208,6 +237,6 @@ impl From<MailroomError> for ApiError {
 impl From<BlobError> for ApiError {
     fn from(error: BlobError) -> Self {
         error!(%error, "a request failed in the attachment storage");
-        if error.is_full() { Self::DiskFull } else { Self::unavailable() }
+        if error.is_full() { Self::DiskFull } else { Self::unavailable(Refusal::Storage) }
     }
 }

@@ -23,6 +23,7 @@ use tracing::{error, warn};
 
 use crate::api::error::ApiError;
 use crate::config;
+use crate::telemetry::metrics::Refusal;
 
 /// Buckets of one tier that are kept at the most; some 8 MiB of memory.
 pub const MAX_BUCKETS: usize = 100_000;
@@ -71,11 +72,12 @@ impl Limits {
 
     /// Takes a token from the bucket of this address, or answers how long to wait for one.
     pub fn check(&self, tier: Tier, address: IpAddr) -> Result<(), ApiError> {
-        let buckets = match tier {
-            Tier::Standard => &self.inner.standard,
-            Tier::Auth => &self.inner.auth,
+        let (buckets, limit) = match tier {
+            Tier::Standard => (&self.inner.standard, Refusal::AddressLimit),
+            Tier::Auth => (&self.inner.auth, Refusal::AddressAuthLimit),
         };
-        buckets.take(network(address)).map_err(|retry_after_secs| ApiError::TooManyRequests { retry_after_secs })
+        let taken = buckets.take(network(address));
+        taken.map_err(|retry_after_secs| ApiError::TooManyRequests { retry_after_secs, limit })
     }
 
     /// Drops the buckets that are full again.

@@ -13,7 +13,8 @@ pub mod keys;
 pub mod limits;
 pub mod links;
 pub mod management;
-pub mod messages;
+pub mod measured;
+mod messages;
 pub mod push_token;
 mod request;
 pub mod sessions;
@@ -111,6 +112,7 @@ pub fn router(app: App, limits: &Limits) -> Router {
         .method_not_allowed_fallback(|| async { ApiError::MethodNotAllowed })
         .layer(from_fn_with_state(app.clone(), request::bounded_in_time))
         .layer(from_fn(request::identified))
+        .layer(from_fn_with_state(app.clone(), measured::measured))
         .with_state(app)
 }
 

@@ -1,6 +1,5 @@
 //! Passwords: hashing them and checking them, a few at a time and off the async threads.
 
-use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use argon2::password_hash::phc::PasswordHash;
@@ -10,6 +9,8 @@ use base64::engine::general_purpose::STANDARD_NO_PAD;
 use subtle::ConstantTimeEq;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tracing::error;
+
+use crate::telemetry::metrics::{Held, Metrics};
 
 /// What one hash costs: 19 MiB, two passes, one lane (OWASP's first choice for Argon2id).
 const MEMORY_KIB: u32 = 19 * 1024;
@@ -37,21 +38,21 @@ struct Queue {
     /// What hashes work in, one for each processor at the most. It is kept, because allocators hand such large pieces
     /// back late or never when threads take turns with them.
     memory: Mutex<Vec<Memory>>,
-    hashes_done: AtomicU64,
+    metrics: Metrics,
 }
 
 type Memory = Vec<Block>;
 
 impl Passwords {
     /// A queue with as many hashes at once as there are processors.
-    pub fn new() -> Self {
+    pub fn new(metrics: &Metrics) -> Self {
         let processors = std::thread::available_parallelism().map_or(1, usize::from);
         Self {
             queue: Arc::new(Queue {
                 places: Arc::new(Semaphore::new(processors + MAX_WAITING)),
                 processors: Arc::new(Semaphore::new(processors)),
                 memory: Mutex::default(),
-                hashes_done: AtomicU64::new(0),
+                metrics: metrics.clone(),
             }),
         }
     }
@@ -86,7 +87,7 @@ impl Passwords {
 
     /// How many hashes have been computed.
     pub fn hashes_done(&self) -> u64 {
-        self.queue.hashes_done.load(Ordering::Relaxed)
+        self.queue.metrics.password_hashes_done.value(())
     }
 
     /// Runs `work` when a processor is free. Whoever stops waiting gives up the place at once; work that has begun keeps
@@ -95,24 +96,23 @@ impl Passwords {
         &self,
         work: impl FnOnce(&mut Memory) -> T + Send + 'static,
     ) -> Result<T, Busy> {
-        let place = self.queue.places.clone().try_acquire_owned().map_err(|_| Busy)?;
+        let metrics = &self.queue.metrics;
+        let Ok(place) = self.queue.places.clone().try_acquire_owned() else {
+            metrics.passwords_refused.one(());
+            return Err(Busy);
+        };
+        let held = metrics.password_hashes.hold(());
         let processor = self.queue.processors.clone().acquire_owned().await.expect("the semaphore is never closed");
         let queue = self.queue.clone();
         let done = tokio::task::spawn_blocking(move || {
-            let _permits: [OwnedSemaphorePermit; 2] = [processor, place];
+            let _permits: ([OwnedSemaphorePermit; 2], Held) = ([processor, place], held);
             let mut memory = queue.memory().pop().unwrap_or_default();
             let result = work(&mut memory);
             queue.memory().push(memory);
-            queue.hashes_done.fetch_add(1, Ordering::Relaxed);
+            queue.metrics.password_hashes_done.one(());
             result
         });
         Ok(done.await.unwrap_or_else(|error| std::panic::resume_unwind(error.into_panic())))
-    }
-}
-
-impl Default for Passwords {
-    fn default() -> Self {
-        Self::new()
     }
 }
 
@@ -170,9 +170,13 @@ mod tests {
 
     const PASSWORD: &str = "correct horse battery staple";
 
+    fn passwords() -> Passwords {
+        Passwords::new(&Metrics::unread())
+    }
+
     #[tokio::test]
     async fn only_the_password_that_was_hashed_is_right() {
-        let passwords = Passwords::new();
+        let passwords = passwords();
         let hash = passwords.hash(PASSWORD.into()).await.unwrap();
         assert!(hash.starts_with("$argon2id$v=19$m=19456,t=2,p=1$"), "{hash}");
         assert_eq!(passwords.verify(PASSWORD.into(), Some(hash.clone())).await, Ok(true));
@@ -182,13 +186,13 @@ mod tests {
 
     #[tokio::test]
     async fn one_password_has_many_hashes() {
-        let passwords = Passwords::new();
+        let passwords = passwords();
         assert_ne!(passwords.hash(PASSWORD.into()).await.unwrap(), passwords.hash(PASSWORD.into()).await.unwrap());
     }
 
     #[tokio::test]
     async fn without_a_hash_nothing_is_right_after_the_same_work() {
-        let passwords = Passwords::new();
+        let passwords = passwords();
         let hash = passwords.hash(PASSWORD.into()).await.unwrap();
         assert_eq!(passwords.hashes_done(), 1);
         passwords.verify(PASSWORD.into(), Some(hash)).await.unwrap();
@@ -202,19 +206,19 @@ mod tests {
         let costs = Params::new(1024, 1, 1, None).unwrap();
         let older = Argon2::new(Algorithm::Argon2id, Version::V0x13, costs);
         let hash = older.hash_password(PASSWORD.as_bytes()).unwrap().to_string();
-        assert_eq!(Passwords::new().verify(PASSWORD.into(), Some(hash)).await, Ok(true));
+        assert_eq!(passwords().verify(PASSWORD.into(), Some(hash)).await, Ok(true));
     }
 
     #[tokio::test]
     async fn our_hashes_are_what_the_library_itself_makes_and_accepts() {
-        let hash = Passwords::new().hash(PASSWORD.into()).await.unwrap();
+        let hash = passwords().hash(PASSWORD.into()).await.unwrap();
         let parsed = PasswordHash::new(&hash).unwrap();
         assert!(Argon2::default().verify_password(PASSWORD.as_bytes(), &parsed).is_ok());
     }
 
     #[tokio::test]
     async fn no_more_memory_is_kept_than_processors_can_use() {
-        let passwords = Passwords::new();
+        let passwords = passwords();
         join_all((0..20).map(|_| passwords.verify(PASSWORD.into(), None))).await;
         let kept = passwords.queue.memory().len();
         assert!((1..=passwords.queue.processors.available_permits()).contains(&kept), "{kept}");
@@ -223,13 +227,13 @@ mod tests {
     #[tokio::test]
     async fn a_damaged_hash_fits_no_password() {
         for damaged in ["", "nonsense", "$argon2id$v=19$m=19456,t=2,p=1$c2FsdHNhbHQ"] {
-            assert_eq!(Passwords::new().verify(PASSWORD.into(), Some(damaged.into())).await, Ok(false), "{damaged}");
+            assert_eq!(passwords().verify(PASSWORD.into(), Some(damaged.into())).await, Ok(false), "{damaged}");
         }
     }
 
     #[tokio::test]
     async fn a_full_queue_refuses_at_once_and_recovers() {
-        let passwords = Passwords::new();
+        let passwords = passwords();
         let processors = passwords.queue.processors.available_permits();
         let (ends, waits): (Vec<_>, Vec<_>) = (0..processors).map(|_| mpsc::channel::<()>()).unzip();
         let mut running = join_all(waits.into_iter().map(|wait| passwords.in_turn(move |_| wait.recv().is_ok())));
@@ -250,7 +254,7 @@ mod tests {
 
     #[tokio::test]
     async fn work_that_has_begun_keeps_its_memory_counted_though_its_client_is_gone() {
-        let passwords = Passwords::new();
+        let passwords = passwords();
         let processors = passwords.queue.processors.available_permits();
         let (end, wait) = mpsc::channel::<()>();
         let mut running = Box::pin(passwords.in_turn(move |_| wait.recv().is_ok()));

@@ -10,6 +10,7 @@ use crate::bus::local::LocalBus;
 use crate::bus::looks::Looks;
 use crate::bus::message::{Message, Node};
 use crate::bus::peers::Peers;
+use crate::telemetry::metrics::{Metrics, SignalWay};
 
 #[derive(Clone)]
 pub(super) struct Ears {
@@ -18,6 +19,7 @@ pub(super) struct Ears {
     pub(super) local: LocalBus,
     pub(super) looks: Looks,
     pub(super) peers: Arc<Mutex<Peers>>,
+    pub(super) metrics: Metrics,
 }
 
 impl Ears {
@@ -25,6 +27,7 @@ impl Ears {
         match Message::read(message) {
             Some((sender, _)) if sender == self.node => {}
             Some((_, Message::Devices(entries))) => {
+                self.metrics.signals.add(SignalWay::In, entries.len() as u64);
                 entries.into_iter().for_each(|(device, signals)| self.local.wake(device, signals));
             }
             Some((_, Message::Everybody)) => self.looks.everything(),

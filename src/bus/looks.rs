@@ -10,6 +10,7 @@ use tokio::sync::Notify;
 use crate::bus::Signals;
 use crate::bus::local::LocalBus;
 use crate::tasks::{Tasks, jittered};
+use crate::telemetry::metrics::Metrics;
 
 /// A round takes about this long, however many sessions there are; with few it is shorter.
 const SPREAD: Duration = Duration::from_secs(3);
@@ -24,11 +25,12 @@ const REST: Duration = Duration::from_secs(1);
 pub(super) struct Looks {
     local: LocalBus,
     wanted: Arc<Notify>,
+    metrics: Metrics,
 }
 
 impl Looks {
-    pub(super) fn new(local: LocalBus) -> Self {
-        Self { local, wanted: Arc::default() }
+    pub(super) fn new(local: LocalBus, metrics: Metrics) -> Self {
+        Self { local, wanted: Arc::default(), metrics }
     }
 
     /// Asks for a round. During a round it asks for one more, since some were woken before.
@@ -47,6 +49,7 @@ impl Looks {
 
     async fn round(&self) {
         self.wanted.notified().await;
+        self.metrics.bus_looks.one(());
         let mut devices = self.local.devices();
         devices.shuffle(&mut rand::rng());
         let step = devices.len().div_ceil(STEPS as usize).max(FEW);
@@ -70,7 +73,7 @@ mod tests {
     async fn a_crowd_is_woken_over_some_seconds_and_each_once() {
         let local = LocalBus::new(8);
         let crowd: Vec<_> = (0..10_000).map(|device| local.subscribe(DeviceNo(device))).collect();
-        let (looks, tasks) = (Looks::new(local), Tasks::new());
+        let (looks, tasks) = (Looks::new(local, Metrics::unread()), Tasks::new());
         tasks.spawn("looks", looks.clone().run(tasks.clone()));
         let start = Instant::now();
         looks.everything();
@@ -91,7 +94,7 @@ mod tests {
     async fn few_are_woken_at_once_and_again_when_asked_during_the_round() {
         let local = LocalBus::new(8);
         let sleeper = local.subscribe(DeviceNo(1));
-        let (looks, tasks) = (Looks::new(local), Tasks::new());
+        let (looks, tasks) = (Looks::new(local, Metrics::unread()), Tasks::new());
         tasks.spawn("looks", looks.clone().run(tasks.clone()));
         let start = Instant::now();
         looks.everything();

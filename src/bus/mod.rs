@@ -15,6 +15,7 @@ mod valkey;
 use crate::config;
 use crate::model::ids::Address;
 use crate::tasks::Tasks;
+use crate::telemetry::metrics::{Metrics, SignalWay};
 
 pub use backoff::Backoff;
 pub use seeds::seeds;
@@ -86,13 +87,14 @@ pub enum BusError {
 pub struct Bus {
     local: local::LocalBus,
     wire: Option<valkey::Wire>,
+    metrics: Metrics,
 }
 
 impl Bus {
     /// A bus within this process. A device may have `sockets_per_device` subscriptions at once; the oldest is told
     /// to make way for one more.
-    pub fn local(sockets_per_device: usize) -> Self {
-        Self { local: local::LocalBus::new(sockets_per_device), wire: None }
+    pub fn local(sockets_per_device: usize, metrics: &Metrics) -> Self {
+        Self { local: local::LocalBus::new(sockets_per_device), wire: None, metrics: metrics.clone() }
     }
 
     /// The bus that the URL asks for. A wire connects in the background, and again whenever it is lost; it ends with
@@ -101,13 +103,16 @@ impl Bus {
         pubsub: &config::Pubsub,
         notifications: &config::Notifications,
         sockets_per_device: usize,
+        metrics: &Metrics,
         tasks: &Tasks,
     ) -> Result<Self, BusError> {
-        let bus = Self::local(sockets_per_device);
+        let bus = Self::local(sockets_per_device, metrics);
         if pubsub.url.expose() == "local:" {
+            metrics.bus_connected.set((), 1);
             return Ok(bus);
         }
-        let wire = valkey::Wire::open(pubsub, notifications, &bus.local, tasks)?;
+        metrics.bus_connected.set((), 0);
+        let wire = valkey::Wire::open(pubsub, notifications, &bus.local, metrics, tasks)?;
         Ok(Self { wire: Some(wire), ..bus })
     }
 
@@ -126,7 +131,9 @@ impl Bus {
         for address in addresses {
             self.local.wake(address.device, signal.into());
         }
+        self.metrics.signals.add(SignalWay::Local, addresses.len() as u64);
         if let Some(wire) = &self.wire {
+            self.metrics.signals.add(SignalWay::Out, addresses.len() as u64);
             wire.publish(addresses, signal.into());
         }
     }

@@ -27,6 +27,7 @@ use crate::bus::{BusError, Signals};
 use crate::config;
 use crate::model::ids::{Address, UserId};
 use crate::tasks::Tasks;
+use crate::telemetry::metrics::Metrics;
 
 /// Valkey is taken for gone when it answers nothing for so long, and when it is not connected within that time.
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(3);
@@ -52,10 +53,11 @@ impl Wire {
         pubsub: &config::Pubsub,
         notifications: &config::Notifications,
         local: &LocalBus,
+        metrics: &Metrics,
         tasks: &Tasks,
     ) -> Result<Self, BusError> {
         let seeds = seeds(pubsub.url.expose())?;
-        let looks = Looks::new(local.clone());
+        let looks = Looks::new(local.clone(), metrics.clone());
         let (connection, current) = watch::channel(None);
         let wire = Self { outbox: Arc::default(), listeners: Arc::default(), connection: current };
         let keeper = Keeper {
@@ -66,8 +68,15 @@ impl Wire {
             gc_interval: notifications.gc_interval,
             outbox: wire.outbox.clone(),
             listeners: wire.listeners.clone(),
-            ears: Ears { node: Node::random(), local: local.clone(), looks: looks.clone(), peers: Arc::default() },
+            ears: Ears {
+                node: Node::random(),
+                local: local.clone(),
+                looks: looks.clone(),
+                peers: Arc::default(),
+                metrics: metrics.clone(),
+            },
             connection,
+            metrics: metrics.clone(),
             is_outage_told: AtomicBool::new(false),
         };
         tasks.spawn("bus looks", looks.run(tasks.clone()));
@@ -106,6 +115,7 @@ struct Keeper {
     listeners: Arc<Listeners>,
     ears: Ears,
     connection: watch::Sender<Option<MultiplexedConnection>>,
+    metrics: Metrics,
     is_outage_told: AtomicBool,
 }
 
@@ -138,6 +148,7 @@ impl Keeper {
         };
         let since = Instant::now();
         self.connection.send_replace(Some(connection.clone()));
+        self.metrics.bus_connects.one(());
         let error = tokio::select! {
             Err(error) = self.greet(connection.clone()) => Some(error),
             Err(error) = self.follow(connection.clone()) => Some(error),
@@ -145,6 +156,7 @@ impl Keeper {
             () = lost.notified() => None,
         };
         self.connection.send_replace(None);
+        self.metrics.bus_connected.set((), 0);
         match error {
             Some(error) => self.tell_outage(&error),
             None => self.tell_outage(&"it was closed"),
@@ -212,6 +224,7 @@ impl Keeper {
         }
         self.ears.looks.everything();
         self.is_outage_told.store(false, Ordering::Relaxed);
+        self.metrics.bus_connected.set((), 1);
         info!("connected to Valkey: signals go to other nodes and come from them");
         let mut gc = tokio::time::interval_at(Instant::now() + self.gc_interval, self.gc_interval);
         gc.set_missed_tick_behavior(MissedTickBehavior::Delay);

@@ -5,6 +5,7 @@ use anyhow::bail;
 use crate::config::Config;
 use crate::server;
 use crate::store::{self, Store};
+use crate::telemetry::metrics::Metrics;
 
 /// Sees to it that no one-time prekey that may have been handed out since the backup is handed out again.
 #[tokio::main(flavor = "current_thread")]
@@ -16,7 +17,7 @@ pub(super) async fn run(config: Config) -> anyhow::Result<String> {
         }
         file => file.map(server::lock_database).transpose()?,
     };
-    let store = Store::open(&config.database, store::Limits::of(&config)).await?;
+    let store = Store::open(&config.database, store::Limits::of(&config), &Metrics::unread()).await?;
     let dropped = store.forget_one_time_prekeys().await?;
     store.close().await;
     Ok(format!("Dropped {dropped} one-time prekeys. The server can be started; devices will be asked for new ones."))

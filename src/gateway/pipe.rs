@@ -3,7 +3,7 @@
 use std::future::poll_fn;
 use std::pin::Pin;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::task::{Context, Poll};
 use std::time::Duration;
 
@@ -24,16 +24,24 @@ const GOODBYE: Duration = Duration::from_secs(1);
 
 /// How many bytes the kernel has accepted for one connection; it tells a slow reader from one that doesn't read.
 #[derive(Debug, Default)]
-pub struct Progress(AtomicU64);
+pub struct Progress {
+    written: AtomicU64,
+    stalled: AtomicBool,
+}
 
 impl Progress {
     /// Counts bytes that were written.
     pub fn add(&self, bytes: usize) {
-        self.0.fetch_add(bytes as u64, Ordering::Relaxed);
+        self.written.fetch_add(bytes as u64, Ordering::Relaxed);
+    }
+
+    /// The client has taken no bytes for too long, and the connection is being ended for that.
+    pub fn has_stalled(&self) {
+        self.stalled.store(true, Ordering::Relaxed);
     }
 
     fn bytes(&self) -> u64 {
-        self.0.load(Ordering::Relaxed)
+        self.written.load(Ordering::Relaxed)
     }
 }
 
@@ -85,6 +93,11 @@ impl Pipe {
     pub(super) fn has_moved(&mut self) -> bool {
         let written = self.progress.bytes();
         std::mem::replace(&mut self.written_before, written) != written
+    }
+
+    /// True when the connection was ended because its client took no bytes.
+    pub(super) fn is_stalled(&self) -> bool {
+        self.progress.stalled.load(Ordering::Relaxed)
     }
 
     /// Starts to write a frame; [`Pipe::next`] goes on with it.

@@ -18,6 +18,7 @@ use crate::memory::Share;
 use crate::model::ids::{Address, DeviceNo, Position};
 use crate::store::{Result, SessionHolder};
 use crate::tasks::jittered;
+use crate::telemetry::metrics::{Closed, Direction};
 use crate::wire;
 
 /// The first pause after a failed read of the database; it doubles up to [`SLOWEST_RETRY`].
@@ -37,23 +38,39 @@ enum End {
     /// The client has not been heard of for too long.
     Silent,
     /// The device was removed or logged out, or has opened newer sockets instead.
-    Dismissed,
+    Dismissed(Closed),
     /// The server stops.
     Stopping,
+}
+
+impl End {
+    /// What it counts as.
+    fn reason(&self, pipe: &Pipe) -> Closed {
+        match self {
+            Self::Gone if pipe.is_stalled() => Closed::Slow,
+            Self::Gone => Closed::Gone,
+            Self::Silent => Closed::Silent,
+            Self::Dismissed(reason) => *reason,
+            Self::Stopping => Closed::Stopping,
+        }
+    }
 }
 
 /// Serves one socket from its handshake to its end.
 pub async fn run(app: App, holder: SessionHolder, socket: WebSocket, progress: Arc<Progress>) {
     // Subscribed before the first read: what is queued from here on is either read or signalled.
     let wakeups = app.bus.subscribe(Address { user: holder.user, device: holder.no });
+    let _open = app.metrics.sockets.hold(());
+    app.metrics.sockets_opened.one(());
     let mut session = Session::new(app, &holder, Pipe::new(socket, progress));
     let end = session.serve(&wakeups).await;
     drop(wakeups);
     let Session { app, device, pipe, acks, .. } = session;
+    app.metrics.sockets_closed.one(end.reason(&pipe));
     let closing = async {
         match end {
             End::Gone => {}
-            End::Silent | End::Dismissed => pipe.close(None).await,
+            End::Silent | End::Dismissed(_) => pipe.close(None).await,
             End::Stopping => {
                 let reason = "Server shutting down".into();
                 pipe.close(Some(CloseFrame { code: close_code::AWAY, reason })).await;
@@ -163,6 +180,7 @@ impl Session {
         }
         if self.ping_due <= now && !self.pipe.is_writing() {
             self.ping_due = now + self.app.config.gateway.ping_interval;
+            self.app.metrics.pings.one(());
             self.start(Message::Ping(Bytes::new()));
             return Ok(());
         }
@@ -175,7 +193,7 @@ impl Session {
                 self.start(frame);
             }
             Ok(None) => self.retry = None,
-            Err(NoFrame::Dismissed) => return Err(End::Dismissed),
+            Err(NoFrame::Dismissed) => return Err(End::Dismissed(Closed::Dismissed)),
             Err(NoFrame::Failed) => self.failed(),
         }
         Ok(())
@@ -183,6 +201,10 @@ impl Session {
 
     fn start(&mut self, frame: Message) {
         self.moving_due = Instant::now() + self.moving_step();
+        if let Message::Binary(bytes) = &frame {
+            self.app.metrics.frames.one(Direction::Out);
+            self.app.metrics.frame_bytes.add(Direction::Out, bytes.len() as u64);
+        }
         self.pipe.start(frame);
     }
 
@@ -225,6 +247,7 @@ impl Session {
         self.share = share;
         let Some(last) = page.envelopes.last() else { return Ok(None) };
         self.sent_to = last.position;
+        self.app.metrics.deliveries.add((), page.envelopes.len() as u64);
         page.envelopes.iter().for_each(|envelope| self.inflight.sent(envelope.id, envelope.position));
         Ok(Some(Message::Binary(wire::envelope_batch(page.envelopes))))
     }
@@ -246,11 +269,13 @@ impl Session {
         if signals.has(Signal::KeysLow) && self.status_due.is_none() {
             self.status_due = Some(Instant::now() + self.app.config.gateway.prekey_debounce);
         }
-        signals.has(Signal::Superseded).then_some(End::Dismissed)
+        signals.has(Signal::Superseded).then_some(End::Dismissed(Closed::Superseded))
     }
 
     fn heard(&mut self, frame: Bytes) {
         self.last_heard = Instant::now();
+        self.app.metrics.frames.one(Direction::In);
+        self.app.metrics.frame_bytes.add(Direction::In, frame.len() as u64);
         let due = self.last_heard + self.app.config.gateway.ack_flush_interval;
         for id in wire::acknowledged(frame) {
             self.acks.add(id, self.inflight.take(id), due);

@@ -8,6 +8,7 @@ use crate::config::Notifications;
 use crate::model::ids::DeviceNo;
 use crate::store::Store;
 use crate::tasks::Tasks;
+use crate::telemetry::metrics::Metrics;
 
 /// A token that its provider has called dead, and whose it was.
 type Dead = (DeviceNo, String);
@@ -19,12 +20,12 @@ pub(super) struct Janitor {
 }
 
 impl Janitor {
-    pub(super) fn start(config: &Notifications, store: Store, tasks: &Tasks) -> Self {
+    pub(super) fn start(config: &Notifications, store: Store, metrics: Metrics, tasks: &Tasks) -> Self {
         let (dead, incoming) = mpsc::channel(config.janitor_channel_capacity);
         let (batch, period) = (config.janitor_batch_size, config.janitor_interval);
         let stopping = tasks.clone();
         tasks.spawn("push janitor", async move {
-            let mut round = Round { incoming, store, batch, under_way: Vec::new() };
+            let mut round = Round { incoming, store, metrics, batch, under_way: Vec::new() };
             let mut ticks = interval(period);
             ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
             loop {
@@ -48,6 +49,7 @@ impl Janitor {
 struct Round {
     incoming: mpsc::Receiver<Dead>,
     store: Store,
+    metrics: Metrics,
     batch: usize,
     /// Taken out of the channel, and not removed yet.
     under_way: Vec<Dead>,
@@ -65,7 +67,10 @@ impl Round {
                 return;
             }
             match self.store.forget_dead_tokens(&self.under_way).await {
-                Ok(count) => info!(count, "dead push tokens removed"),
+                Ok(count) => {
+                    self.metrics.dead_tokens.add((), count);
+                    info!(count, "dead push tokens removed");
+                }
                 Err(error) => {
                     warn!(%error, "dead push tokens could not be removed; it will be tried again");
                     return;

@@ -12,6 +12,7 @@ use tracing::{info, warn};
 use crate::model::push::PushTarget;
 use crate::push::providers::{Cause, Provider};
 use crate::tasks::jittered;
+use crate::telemetry::metrics::PushProvider;
 
 /// So many failures one after another, and the provider is left alone for a while.
 const FAILURES: u32 = 3;
@@ -29,7 +30,7 @@ pub(super) struct Lanes {
 
 /// A provider, and the way to it.
 pub(super) struct Lane {
-    pub(super) name: &'static str,
+    pub(super) name: PushProvider,
     pub(super) provider: Provider,
     slots: Arc<Semaphore>,
     hosts: Arc<Hosts>,
@@ -75,7 +76,11 @@ pub(super) enum Blocked {
 impl Lanes {
     pub(super) fn new(fcm: Provider, apns: Provider, web_push: Provider, concurrency: usize) -> Self {
         let lane = |name, provider| Arc::new(Lane::new(name, provider, concurrency));
-        Self { fcm: lane("fcm", fcm), apns: lane("apns", apns), web_push: lane("webpush", web_push) }
+        Self {
+            fcm: lane(PushProvider::Fcm, fcm),
+            apns: lane(PushProvider::Apns, apns),
+            web_push: lane(PushProvider::WebPush, web_push),
+        }
     }
 
     pub(super) fn of(&self, target: &PushTarget) -> &Arc<Lane> {
@@ -88,7 +93,7 @@ impl Lanes {
 }
 
 impl Lane {
-    fn new(name: &'static str, provider: Provider, concurrency: usize) -> Self {
+    fn new(name: PushProvider, provider: Provider, concurrency: usize) -> Self {
         let hosts = Arc::new(Hosts { under_way: Mutex::default(), most: concurrency.div_ceil(SHARE) });
         Self { name, provider, slots: Arc::new(Semaphore::new(concurrency)), hosts, health: Mutex::default() }
     }
@@ -118,7 +123,7 @@ impl Lane {
     pub(super) fn is_well(&self) {
         let mut health = self.health();
         if health.pauses > 0 {
-            info!(provider = self.name, "the push provider takes pushes again");
+            info!(provider = self.name.text(), "the push provider takes pushes again");
         }
         *health = Health::default();
     }
@@ -139,7 +144,7 @@ impl Lane {
         let pause = jittered(pause).max(retry_after.unwrap_or_default());
         if health.pauses == 0 {
             let waits = pause.as_secs();
-            warn!(provider = self.name, %cause, "a push provider takes no pushes; they wait, at first for {waits} s");
+            warn!(provider = self.name.text(), %cause, "a push provider takes no pushes; they wait, at first for {waits} s");
         }
         health.pauses += 1;
         health.until = Some(now + pause);
@@ -204,7 +209,7 @@ mod tests {
     }
 
     fn lane() -> Lane {
-        Lane::new("test", Provider::Log, 2)
+        Lane::new(PushProvider::Fcm, Provider::Log, 2)
     }
 
     fn pause(lane: &Lane) -> Duration {
@@ -225,7 +230,7 @@ mod tests {
 
     #[tokio::test]
     async fn one_web_push_service_gets_no_more_than_its_part() {
-        let lane = Lane::new("test", Provider::Log, 8);
+        let lane = Lane::new(PushProvider::Fcm, Provider::Log, 8);
         let slots = ["https://a/1", "https://a/2"].map(|endpoint| lane.enter(&browser(endpoint)).unwrap());
         assert_eq!(lane.enter(&browser("https://a/3")).unwrap_err(), Blocked::Full);
         assert!(lane.enter(&browser("https://b/1")).is_ok() && lane.enter(&browser("https://a:8443/1")).is_ok());

@@ -31,6 +31,7 @@ use crate::push::queue::{Job, Queue, Reason};
 use crate::push::worker::Worker;
 use crate::store::{Store, StoreError};
 use crate::tasks::Tasks;
+use crate::telemetry::metrics::Metrics;
 
 /// The name under which the key of Web Push is kept.
 const VAPID: &str = "vapid";
@@ -99,13 +100,21 @@ impl Push {
     }
 
     /// Starts the worker, the janitor and the rebuilding. They run until `tasks` are stopped.
-    pub fn start(prepared: Prepared, config: &Arc<Config>, store: &Store, clock: &Clock, tasks: &Tasks) -> Self {
+    pub fn start(
+        prepared: Prepared,
+        config: &Arc<Config>,
+        store: &Store,
+        clock: &Clock,
+        metrics: &Metrics,
+        tasks: &Tasks,
+    ) -> Self {
         let push =
             Self { outbox: Arc::default(), lanes: Arc::new(prepared.lanes), grace: config.notifications.push_delay };
-        let janitor = Janitor::start(&config.notifications, store.clone(), tasks);
-        let worker = Worker::new(prepared.queue, &push, janitor, config, (store, clock));
+        let janitor = Janitor::start(&config.notifications, store.clone(), metrics.clone(), tasks);
+        let worker = Worker::new(prepared.queue, &push, janitor, config, (store, clock, metrics));
         tasks.spawn("push", worker.run(tasks.clone()));
-        rebuild::start(push.outbox.clone(), &config.notifications, store.clone(), clock.clone(), tasks);
+        let seen = (clock.clone(), metrics.clone());
+        rebuild::start(push.outbox.clone(), &config.notifications, store.clone(), seen, tasks);
         push
     }
 

@@ -97,6 +97,14 @@ impl Queue {
         }
     }
 
+    /// How many jobs it has, leased ones included.
+    pub async fn length(&mut self) -> Result<u64, QueueError> {
+        match self {
+            Self::Memory(memory) => Ok(memory.length()),
+            Self::Valkey(valkey) => valkey.length().await,
+        }
+    }
+
     /// Ends leases. One that has run out already, and may be somebody else's by now, is left alone.
     pub async fn settle(&mut self, settled: &[(Leased, Fate)]) -> Result<(), QueueError> {
         match self {

@@ -14,21 +14,29 @@ use crate::push::outbox::Outbox;
 use crate::push::queue::{Job, Reason};
 use crate::store::{Result, Store};
 use crate::tasks::{Round, Tasks};
+use crate::telemetry::metrics::{Job as JobName, Metrics};
 
 /// Devices that one step looks at.
 const STEP: u32 = 500;
 const START: i64 = 0;
 
-pub(super) fn start(outbox: Arc<Outbox>, config: &Notifications, store: Store, clock: Clock, tasks: &Tasks) {
+pub(super) fn start(
+    outbox: Arc<Outbox>,
+    config: &Notifications,
+    store: Store,
+    (clock, metrics): (Clock, Metrics),
+    tasks: &Tasks,
+) {
     let (period, grace) = (config.gc_interval, config.push_delay);
     let cursor = Arc::new(AtomicI64::new(START));
-    tasks.every("push queue", period, move || {
+    let name = JobName::PushQueue;
+    tasks.every(name.text(), period, move || {
         let (outbox, store, clock, cursor) = (outbox.clone(), store.clone(), clock.clone(), cursor.clone());
-        async move {
-            let now = clock.now();
+        let (now, metrics) = (clock.now(), metrics.clone());
+        let round = async move {
             let from = cursor.load(Ordering::Relaxed);
             // Shorter than the shortest pause between two rounds, or we would find our own claim in the way.
-            let is_ours = from != START || store.claim_job("push queue", period.mul_f64(0.8), now).await?;
+            let is_ours = from != START || store.claim_job(name.text(), period.mul_f64(0.8), now).await?;
             if !is_ours {
                 return Result::Ok(Round::Done);
             }
@@ -40,6 +48,11 @@ pub(super) fn start(outbox: Arc<Outbox>, config: &Notifications, store: Store, c
             outbox.add(jobs, Instant::now());
             cursor.store(found.next.map_or(START, |next| next.0), Ordering::Relaxed);
             Ok(if found.next.is_some() { Round::More } else { Round::Done })
+        };
+        async move {
+            let ended = round.await;
+            metrics.job_ended(name, ended.is_ok(), now.seconds());
+            ended
         }
     });
 }

@@ -20,6 +20,7 @@ use crate::push::providers::Pushed;
 use crate::push::queue::{Fate, Job, Leased, Queue, QueueError, Reason};
 use crate::store::{Sleeper, Store, StoreError};
 use crate::tasks::{Tasks, jittered};
+use crate::telemetry::metrics::{Metrics, PushOutcome};
 
 /// Sessions that have ended and are looked at together.
 const ENDED: usize = 500;
@@ -35,6 +36,8 @@ const COUNTED: usize = 10_000;
 const BEHIND_ANOTHER: Duration = Duration::from_secs(2);
 /// A device whose provider has no slot free waits for so many looks, so that those behind it get their turn.
 const WHILE_FULL: u32 = 3;
+/// How often the length of the queue is looked at.
+const MEASURING: Duration = Duration::from_secs(5);
 /// At shutdown, so much time for the pushes under way. What is not settled then is found in the inboxes again.
 const LAST_WORDS: Duration = Duration::from_secs(2);
 
@@ -62,6 +65,9 @@ pub(super) struct Worker {
     store: Store,
     clock: Clock,
     config: Arc<Config>,
+    metrics: Metrics,
+    /// When the length of the queue is looked at next.
+    measure_at: Instant,
     /// Failed attempts in a row, since this node started.
     attempts: HashMap<Job, u32>,
     tried: (mpsc::Sender<Tried>, mpsc::Receiver<Tried>),
@@ -74,7 +80,7 @@ impl Worker {
         push: &Push,
         janitor: Janitor,
         config: &Arc<Config>,
-        (store, clock): (&Store, &Clock),
+        (store, clock, metrics): (&Store, &Clock, &Metrics),
     ) -> Self {
         Self {
             queue,
@@ -83,6 +89,8 @@ impl Worker {
             janitor,
             store: store.clone(),
             clock: clock.clone(),
+            metrics: metrics.clone(),
+            measure_at: Instant::now(),
             // Each push under way keeps its slot until its outcome is in here.
             tried: mpsc::channel(config.notifications.worker_concurrency),
             config: config.clone(),
@@ -132,6 +140,10 @@ impl Worker {
     async fn look(&mut self, tasks: &Tasks) -> Result<(), Trouble> {
         self.look_after_the_ended().await?;
         self.flush().await?;
+        if self.measure_at <= Instant::now() {
+            self.measure_at = Instant::now() + MEASURING;
+            self.metrics.push_queue.set((), self.queue.length().await?);
+        }
         let limit = self.config.notifications.worker_concurrency;
         loop {
             let leased = self.queue.lease(limit, self.config.notifications.visibility_timeout).await?;
@@ -228,16 +240,18 @@ impl Worker {
         let slot = lane.enter(&sleeper.target)?;
         // Over before the lease is, so that nobody else begins with the same push.
         let patience = PATIENCE.min(self.config.notifications.visibility_timeout.mul_f64(0.8));
-        let (tried, stopping) = (self.tried.0.clone(), tasks.clone());
+        let (tried, stopping, metrics) = (self.tried.0.clone(), tasks.clone(), self.metrics.clone());
         tasks.attend(async move {
             let last_words = async {
                 stopping.stopping().await;
                 tokio::time::sleep(LAST_WORDS).await;
             };
+            let start = Instant::now();
             let pushed = tokio::select! {
                 pushed = lane.provider.push(&sleeper.target, patience) => pushed,
                 () = last_words => return,
             };
+            metrics.push_time.time(lane.name, start.elapsed());
             // Fails only when the worker has ended.
             let _ = tried.send(Tried { leased, sleeper, pushed }).await;
             drop(slot);
@@ -261,7 +275,9 @@ impl Worker {
             } else {
                 lane.is_well();
             }
-            let fate = match self.fate(leased.job, &pushed) {
+            let fate = self.fate(leased.job, &pushed);
+            self.metrics.pushes.one((lane.name, outcome(&pushed, &fate, lane.is_real())));
+            let fate = match fate {
                 Fate::Done if pushed == Pushed::TokenGone => {
                     match self.janitor.take(sleeper.device, sleeper.target.token()) {
                         true => Fate::Done,
@@ -348,6 +364,7 @@ impl Worker {
 
     /// Says once that something is away, and once that it is back.
     fn tell(&mut self, round: Result<(), Trouble>) {
+        self.metrics.push_queue_connected.set((), i64::from(round.is_ok()));
         match round {
             Ok(()) if self.is_outage_told => {
                 self.is_outage_told = false;
@@ -360,5 +377,17 @@ impl Worker {
                 warn!(%error, "pushes wait until it is back");
             }
         }
+    }
+}
+
+/// What a push counts as.
+fn outcome(pushed: &Pushed, fate: &Fate, is_real: bool) -> PushOutcome {
+    match (pushed, fate) {
+        (Pushed::Accepted, _) if !is_real => PushOutcome::Logged,
+        (Pushed::Accepted, _) => PushOutcome::Accepted,
+        (Pushed::TokenGone, _) => PushOutcome::TokenGone,
+        (Pushed::Refused { .. }, Fate::Done) => PushOutcome::GivenUp,
+        (Pushed::Refused { .. }, Fate::Later(_)) => PushOutcome::Refused,
+        (Pushed::Unavailable { .. }, _) => PushOutcome::Unavailable,
     }
 }

@@ -6,6 +6,7 @@ use crate::model::ids::{Address, DeviceNo, UserId};
 use crate::model::keys::PublicKey;
 use crate::store::database::{on, reading, run};
 use crate::store::{NewDevice, Result, SessionGrant, Store, devices, sessions};
+use crate::telemetry::metrics::Left;
 
 /// What a log-in is checked against.
 #[derive(Clone, FromRow)]
@@ -97,13 +98,14 @@ impl Store {
         devices::lock_account(&mut tx, user).await?;
         let statement = "SELECT no FROM devices WHERE user_id = $1 ORDER BY no";
         let gone: Vec<DeviceNo> = on!(&mut tx, |db| sqlx::query_scalar(statement).bind(user).fetch_all(db))?;
-        devices::forget(&mut tx, &gone).await?;
+        let mail = devices::forget(&mut tx, &gone).await?;
         run!(&mut tx, sqlx::query("DELETE FROM link_sessions WHERE user_id = $1").bind(user))?;
         let replace = "UPDATE users SET identity_key = $2 WHERE id = $1";
         run!(&mut tx, sqlx::query(replace).bind(user).bind(&identity.as_bytes()[..]))?;
         let no = devices::insert(&mut tx, user, device, true).await?;
         sessions::open(&mut tx, no, session).await?;
         tx.commit().await?;
+        self.metrics.left.add(Left::Removed, mail);
         Ok(Reset { no, removed: gone.into_iter().map(|device| Address { user, device }).collect() })
     }
 }

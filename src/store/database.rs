@@ -1,5 +1,6 @@
 //! The two databases, and how one text runs on either.
 
+use std::path::Path;
 use std::time::Duration;
 
 use sqlx::postgres::{PgArguments, PgRow};
@@ -10,6 +11,7 @@ use crate::store::pool::Lent;
 use crate::store::postgres::PostgresStore;
 use crate::store::sqlite::{self, SqliteStore};
 use crate::store::{Result, StoreError};
+use crate::telemetry::metrics::PoolName;
 
 /// Whichever database is open. Cloning gives the same one.
 #[derive(Clone)]
@@ -69,6 +71,37 @@ impl PostgresTx {
         timely(self.limit, sqlx::query(statement).execute(&mut *self.connection)).await?;
         self.connection.set_good(true);
         Ok(())
+    }
+}
+
+/// What the connections and the files of a database are at the moment.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Figures {
+    /// Each pool with how many of its connections are lent, and how many are idle.
+    pub connections: Vec<(PoolName, usize, usize)>,
+    /// SQLite's file and its write-ahead log, in bytes.
+    pub files: Option<(u64, u64)>,
+}
+
+impl Database {
+    /// It asks the file system, and nobody else.
+    pub(super) fn figures(&self) -> Figures {
+        match self {
+            Self::Sqlite(sqlite) => {
+                let (used, idle) = sqlite.read.used_and_idle();
+                let writer = (sqlite.write.size() as usize, sqlite.write.num_idle());
+                let writer = (PoolName::Writer, writer.0.saturating_sub(writer.1), writer.1);
+                let size = |path: &Path| std::fs::metadata(path).map_or(0, |file| file.len());
+                let mut wal = sqlite.file.clone().into_os_string();
+                wal.push("-wal");
+                let files = Some((size(&sqlite.file), size(Path::new(&wal))));
+                Figures { connections: vec![(PoolName::Reader, used, idle), writer], files }
+            }
+            Self::Postgres(postgres) => {
+                let (used, idle) = postgres.pool.used_and_idle();
+                Figures { connections: vec![(PoolName::Shared, used, idle)], files: None }
+            }
+        }
     }
 }
 

@@ -8,6 +8,7 @@ use crate::model::ids::{Address, DeviceId, DeviceNo, UserId};
 use crate::model::keys::{PreKeys, RegistrationId};
 use crate::store::database::{Database, Tx, on, reading, run};
 use crate::store::{Result, Store, json_list, prekeys};
+use crate::telemetry::metrics::Left;
 
 /// A device that is about to be made.
 #[derive(Clone, Debug)]
@@ -133,15 +134,17 @@ impl Store {
         lock_account(&mut tx, user).await?;
         let statement = "SELECT no, is_primary FROM devices WHERE id = $1 AND user_id = $2";
         let found = on!(&mut tx, |db| sqlx::query_as(statement).bind(device).bind(user).fetch_optional(db))?;
+        let mut mail = 0;
         let removed = match found {
             None => Removed::Unknown,
             Some((_, true)) => Removed::Primary,
             Some((no, false)) => {
-                forget(&mut tx, &[no]).await?;
+                mail = forget(&mut tx, &[no]).await?;
                 Removed::Device(no)
             }
         };
         tx.commit().await?;
+        self.metrics.left.add(Left::Removed, mail);
         Ok(removed)
     }
 
@@ -151,6 +154,7 @@ impl Store {
         let mut tx = self.begin().await?;
         let deleted = forget_mail(&mut tx, gone).await?;
         tx.commit().await?;
+        self.metrics.left.add(Left::Removed, deleted);
         Ok(deleted > 0)
     }
 }
@@ -198,8 +202,8 @@ pub(super) async fn insert(tx: &mut Tx, user: UserId, device: &NewDevice, is_pri
 }
 
 /// Forgets devices and everything that was kept for them, but for the rest of very large inboxes. Messages that they
-/// sent stay. The account is locked.
-pub(super) async fn forget(tx: &mut Tx, nos: &[DeviceNo]) -> Result<()> {
+/// sent stay. The account is locked. Answers how many messages were deleted.
+pub(super) async fn forget(tx: &mut Tx, nos: &[DeviceNo]) -> Result<u64> {
     match tx {
         Tx::Sqlite(tx) => {
             for statement in FORGET {
@@ -214,8 +218,7 @@ pub(super) async fn forget(tx: &mut Tx, nos: &[DeviceNo]) -> Result<()> {
             }
         }
     }
-    forget_mail(tx, nos).await?;
-    Ok(())
+    forget_mail(tx, nos).await
 }
 
 /// Deletes the oldest messages of devices that are gone, as many as one transaction should. Answers how many.

@@ -11,6 +11,7 @@ use crate::model::mail::{Envelope, MAX_MESSAGE_BYTES, Sealed};
 use crate::store::database::{Database, on, run};
 use crate::store::postgres::PostgresStore;
 use crate::store::{Result, Store, json_list};
+use crate::telemetry::metrics::Left;
 
 /// Bytes that an envelope takes on the wire beside its sealed ones: ids, time and framing.
 const ENVELOPE_OVERHEAD: i32 = 80;
@@ -145,6 +146,7 @@ impl Store {
         let before = now - self.limits.retention;
         let deleted = run!(&mut tx, sqlx::query(expired).bind(before).bind(i64::from(limit)).bind(STEP_BYTES))?;
         tx.commit().await?;
+        self.metrics.left.add(Left::Expired, deleted);
         Ok(Expired { deleted, more: deleted > 0 })
     }
 

@@ -9,6 +9,7 @@ mod attachments;
 mod database;
 mod devices;
 mod gather;
+mod inventory;
 mod jobs;
 mod links;
 mod messages;
@@ -40,10 +41,13 @@ use crate::store::messages::Look;
 use crate::store::numbering::Numbering;
 use crate::store::postgres::PostgresStore;
 use crate::store::sqlite::{SQLITE_FULL, SqliteStore};
+use crate::telemetry::metrics::Metrics;
 
 pub use accounts::{Credentials, NewAccount, Registered, Reset};
 pub use attachments::{Allowance, AttachmentAge, Reserved, StoredAttachment};
+pub use database::Figures;
 pub use devices::{DeviceRow, NewDevice, Removed, Standing};
+pub use inventory::Inventory;
 pub use links::{Approved, LinkBody, Linked, NewLink};
 pub use messages::{Expired, Page};
 pub use prekeys::{Bundle, HandedOut, PrekeyCounts, Refilled};
@@ -200,6 +204,7 @@ pub struct Store {
     database: Database,
     numbering: Numbering,
     limits: Limits,
+    metrics: Metrics,
     /// Whether the last group had to pass over accounts that somebody else holds.
     held_up: Arc<AtomicBool>,
     /// Questions that every request asks.
@@ -239,19 +244,24 @@ impl Limits {
 impl Store {
     /// Opens the database that the URL names and brings its tables up to date. The file of a `sqlite:` URL is made if it
     /// isn't there.
-    pub async fn open(config: &config::Database, limits: Limits) -> std::result::Result<Self, OpenError> {
+    pub async fn open(
+        config: &config::Database,
+        limits: Limits,
+        metrics: &Metrics,
+    ) -> std::result::Result<Self, OpenError> {
         let (database, numbering) = match config.file() {
             Some(file) => {
-                let sqlite = SqliteStore::open(file, config).await?;
+                let sqlite = SqliteStore::open(file, config, metrics).await?;
                 let unusable = |cause| OpenError::Unusable { path: file.display().to_string(), cause };
                 let numbering = Numbering::load(&sqlite.write).await.map_err(unusable)?;
                 (Database::Sqlite(sqlite), numbering)
             }
-            None => (Database::Postgres(PostgresStore::open(config).await?), Numbering::new()),
+            None => (Database::Postgres(PostgresStore::open(config, metrics).await?), Numbering::new()),
         };
         let standings = Arc::new(Gather::new(STANDING_LANES, GATHERED));
         let looks = Arc::new(Gather::new(LOOK_LANES, GATHERED));
-        Ok(Self { database, numbering, limits, held_up: Arc::default(), standings, looks })
+        let metrics = metrics.clone();
+        Ok(Self { database, numbering, limits, metrics, held_up: Arc::default(), standings, looks })
     }
 
     /// Answers when the database can be read and written.
@@ -302,6 +312,11 @@ impl Store {
             Database::Sqlite(_) => Ok(()),
             Database::Postgres(postgres) => postgres.pool.tend().await,
         }
+    }
+
+    /// What the connections and files are at the moment. It doesn't ask the database.
+    pub fn figures(&self) -> Figures {
+        self.database.figures()
     }
 
     /// True when no other node can use the database.

@@ -14,6 +14,7 @@ use tokio::time::{Instant, timeout};
 
 use crate::store::Result;
 use crate::tasks::jittered;
+use crate::telemetry::metrics::{Metrics, PoolName};
 
 /// One that was idle for longer is asked whether it still lives, before it is lent.
 const FRESH: Duration = Duration::from_secs(1);
@@ -52,6 +53,8 @@ struct Inner<DB: Database> {
     /// Connections that were idle at this moment are asked before they are lent.
     doubted: Mutex<Instant>,
     permits: Arc<Semaphore>,
+    name: PoolName,
+    metrics: Metrics,
 }
 
 struct Idle<DB: Database> {
@@ -68,22 +71,35 @@ impl<DB: Database> Clone for Pool<DB> {
 
 impl<DB: Database> Pool<DB> {
     /// No connection yet.
-    pub(super) fn new(options: Options<DB>, terms: Terms) -> Self {
+    pub(super) fn new(options: Options<DB>, terms: Terms, name: PoolName, metrics: &Metrics) -> Self {
         let permits = Arc::new(Semaphore::new(terms.max as usize));
         let doubted = Mutex::new(Instant::now());
-        Self { inner: Arc::new(Inner { options, terms, idle: Mutex::default(), doubted, permits }) }
+        let metrics = metrics.clone();
+        Self { inner: Arc::new(Inner { options, terms, idle: Mutex::default(), doubted, permits, name, metrics }) }
     }
 
     /// Borrows a connection; makes one if none is idle. A server that can't be reached is tried again for as long as
     /// patience lasts.
     pub(super) async fn get(&self) -> Result<Lent<DB>> {
-        let deadline = Instant::now() + self.inner.terms.patience;
+        let (start, metrics) = (Instant::now(), &self.inner.metrics);
+        let lent = self.lend(start + self.inner.terms.patience).await;
+        match &lent {
+            Ok(_) => metrics.pool_time.time(self.inner.name, start.elapsed()),
+            Err(_) => metrics.pool_failures.one(self.inner.name),
+        }
+        lent
+    }
+
+    async fn lend(&self, deadline: Instant) -> Result<Lent<DB>> {
         let permit = match self.inner.permits.clone().try_acquire_owned() {
             Ok(permit) => permit,
-            Err(_) => tokio::time::timeout_at(deadline, self.inner.permits.clone().acquire_owned())
-                .await
-                .map_err(|_| sqlx::Error::PoolTimedOut)?
-                .map_err(|_| sqlx::Error::PoolClosed)?,
+            Err(_) => {
+                self.inner.metrics.pool_waits.one(self.inner.name);
+                tokio::time::timeout_at(deadline, self.inner.permits.clone().acquire_owned())
+                    .await
+                    .map_err(|_| sqlx::Error::PoolTimedOut)?
+                    .map_err(|_| sqlx::Error::PoolClosed)?
+            }
         };
         let found = tokio::time::timeout_at(deadline, self.inner.take_idle());
         let (connection, born) = match found.await.map_err(|_| sqlx::Error::PoolTimedOut)? {
@@ -102,6 +118,11 @@ impl<DB: Database> Pool<DB> {
             lent.is_good = true;
         }
         Ok(())
+    }
+
+    /// How many are lent, and how many are idle.
+    pub(super) fn used_and_idle(&self) -> (usize, usize) {
+        (self.inner.lent(), lock(&self.inner.idle).len())
     }
 
     /// Waits for those that are lent, and closes all.
@@ -174,8 +195,11 @@ impl<DB: Database> Inner<DB> {
 
     /// Lent and idle connections.
     fn count(&self) -> usize {
-        let lent = (self.terms.max as usize).saturating_sub(self.permits.available_permits());
-        lent + lock(&self.idle).len()
+        self.lent() + lock(&self.idle).len()
+    }
+
+    fn lent(&self) -> usize {
+        (self.terms.max as usize).saturating_sub(self.permits.available_permits())
     }
 }
 
@@ -244,7 +268,7 @@ mod tests {
     };
 
     fn pool(terms: Terms) -> Pool<Sqlite> {
-        Pool::new(SqliteConnectOptions::new().in_memory(true), terms)
+        Pool::new(SqliteConnectOptions::new().in_memory(true), terms, PoolName::Reader, &Metrics::unread())
     }
 
     fn idle(pool: &Pool<Sqlite>) -> usize {

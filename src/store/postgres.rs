@@ -12,6 +12,7 @@ use crate::config;
 use crate::store::database::{PostgresTx, timely};
 use crate::store::pool::{Lent, Pool, Terms};
 use crate::store::{OpenError, Result, StoreError, migration_error};
+use crate::telemetry::metrics::{Metrics, PoolName};
 
 static MIGRATIONS: Migrator = sqlx::migrate!("migrations/postgres");
 
@@ -32,7 +33,7 @@ pub(super) struct PostgresStore {
 
 impl PostgresStore {
     /// Connects and brings the tables up to date. Several nodes may do so at the same time.
-    pub(super) async fn open(config: &config::Database) -> std::result::Result<Self, OpenError> {
+    pub(super) async fn open(config: &config::Database, metrics: &Metrics) -> std::result::Result<Self, OpenError> {
         let options = connect_options(config)?.application_name("obscura-server");
         let (mut connection, address) = connect(&options, config.acquire_timeout).await?;
         migrate(&mut connection, &address).await?;
@@ -56,7 +57,8 @@ impl PostgresStore {
             max_lifetime: Some(config.max_lifetime),
             outlives_its_borrower: false,
         };
-        let store = Self { pool: Pool::new(options, terms), limit: config.statement_timeout + MARGIN };
+        let pool = Pool::new(options, terms, PoolName::Shared, metrics);
+        let store = Self { pool, limit: config.statement_timeout + MARGIN };
         store.check().await.map_err(|StoreError(cause)| OpenError::connecting(address, cause))?;
         Ok(store)
     }

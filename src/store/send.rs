@@ -16,6 +16,7 @@ use crate::model::mail::{Outcome, Outgoing, Replay, Sent};
 use crate::store::database::{Database, Tx, reading};
 use crate::store::outcome::{self, Devices, Queued};
 use crate::store::{Result, Store, StoreError};
+use crate::telemetry::metrics::{Left, Metrics, Repeat};
 
 /// How often a group is tried in all, when it meets another node's.
 const ATTEMPTS: u32 = 5;
@@ -48,6 +49,36 @@ struct Judgement<'a> {
     rows: Vec<(&'a Outgoing, Queued<'a>)>,
     /// The sends that are no repeats.
     judged: Vec<Judged<'a>>,
+}
+
+/// What a group has done to the queue, in rows that were really there.
+#[derive(Clone, Copy, Debug, Default)]
+struct Tally {
+    accepted: u64,
+    accepted_bytes: u64,
+    acked: u64,
+    cut: u64,
+}
+
+impl Tally {
+    /// Only once it is certain: after the commit.
+    fn count(self, sent: &[Option<Sent>], metrics: &Metrics) {
+        metrics.accepted.add((), self.accepted);
+        metrics.accepted_bytes.add((), self.accepted_bytes);
+        metrics.left.add(Left::Acked, self.acked);
+        metrics.left.add(Left::Cut, self.cut);
+        for replay in sent.iter().flatten().filter_map(|sent| sent.replay) {
+            metrics.repeats.one(match replay {
+                Replay::SameBody => Repeat::Same,
+                Replay::OtherBody => Repeat::Other,
+            });
+        }
+    }
+
+    fn add(&mut self, messages: &[NewMessage<'_>], rows: u64) {
+        self.accepted += rows;
+        self.accepted_bytes += messages.iter().map(|message| message.queued.sealed.0.len() as u64).sum::<u64>();
+    }
 }
 
 /// A send that is no repeat.
@@ -100,6 +131,7 @@ impl Store {
                 Ok(None) => tracing::debug!("another node has the same send; once more"),
                 Err(error) => return Err(error),
             }
+            self.metrics.group_retries.one(());
         }
         let settled = self.try_to_settle(sends, acks, now, locking).await?;
         settled.ok_or_else(|| StoreError(sqlx::Error::Protocol("another node keeps sending under the same key".into())))
@@ -125,19 +157,21 @@ impl Store {
             Database::Sqlite(_) => self.begin().await?,
             Database::Postgres(postgres) => Tx::Postgres(postgres.begin_group().await?),
         };
-        let sent = match &mut tx {
+        let settled = match &mut tx {
             Tx::Sqlite(tx) => Some(self.settle_in_sqlite(tx, sends, acks, now).await?),
             Tx::Postgres(tx) => self.settle_in_postgres(tx, sends, acks, now, locking).await?,
         };
-        match (sent, tx) {
+        match (settled, tx) {
+            (Some((sent, tally)), tx) => {
+                tx.commit().await?;
+                tally.count(&sent, &self.metrics);
+                Ok(Some(sent))
+            }
             (None, Tx::Postgres(tx)) => {
                 tx.end("ROLLBACK").await?;
                 Ok(None)
             }
-            (sent, tx) => {
-                tx.commit().await?;
-                Ok(sent)
-            }
+            (None, Tx::Sqlite(_)) => Ok(None),
         }
     }
 }

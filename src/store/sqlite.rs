@@ -2,7 +2,8 @@
 
 use std::fs::OpenOptions;
 use std::os::unix::fs::OpenOptionsExt;
-use std::path::Path;
+use std::path::{Path, PathBuf};
+use std::time::Instant;
 
 use sqlx::migrate::Migrator;
 use sqlx::sqlite::{
@@ -13,6 +14,7 @@ use sqlx::{Connection, Sqlite, SqliteConnection, Transaction};
 use crate::config;
 use crate::store::pool::{Pool, Terms};
 use crate::store::{OpenError, Result, StoreError, migration_error};
+use crate::telemetry::metrics::{Metrics, PoolName};
 
 pub(super) static MIGRATIONS: Migrator = sqlx::migrate!("migrations/sqlite");
 
@@ -32,11 +34,17 @@ const SQLITE_IOERR_DIR_FSYNC: i32 = 1290;
 pub(super) struct SqliteStore {
     pub(super) write: SqlitePool,
     pub(super) read: Pool<Sqlite>,
+    pub(super) file: PathBuf,
+    metrics: Metrics,
 }
 
 impl SqliteStore {
     /// Opens the database in the file `path`, makes it if it isn't there, and brings its tables up to date.
-    pub(super) async fn open(path: &Path, config: &config::Database) -> std::result::Result<Self, OpenError> {
+    pub(super) async fn open(
+        path: &Path,
+        config: &config::Database,
+        metrics: &Metrics,
+    ) -> std::result::Result<Self, OpenError> {
         let shown = path.display().to_string();
         let unusable = |cause| OpenError::Unusable { path: shown.clone(), cause };
         create_private(path).map_err(|error| unusable(sqlx::Error::Io(error)))?;
@@ -74,14 +82,23 @@ impl SqliteStore {
             max_lifetime: None,
             outlives_its_borrower: true,
         };
-        let read = Pool::new(readers, terms);
+        let read = Pool::new(readers, terms, PoolName::Reader, metrics);
         read.tend().await.map_err(|StoreError(cause)| unusable(cause))?;
-        Ok(Self { write, read })
+        Ok(Self { write, read, file: path.to_owned(), metrics: metrics.clone() })
     }
 
     /// Starts a transaction that may write. It waits its turn, so it never meets another writer of this process.
     pub(super) async fn begin(&self) -> Result<Transaction<'static, Sqlite>> {
-        Ok(self.write.begin_with("BEGIN IMMEDIATE").await?)
+        if self.write.num_idle() == 0 {
+            self.metrics.pool_waits.one(PoolName::Writer);
+        }
+        let start = Instant::now();
+        let begun = self.write.begin_with("BEGIN IMMEDIATE").await;
+        match &begun {
+            Ok(_) => self.metrics.pool_time.time(PoolName::Writer, start.elapsed()),
+            Err(_) => self.metrics.pool_failures.one(PoolName::Writer),
+        }
+        Ok(begun?)
     }
 
     /// Answers when the database can be read and written.
@@ -156,7 +173,7 @@ mod tests {
     async fn a_write_that_met_a_full_disk_does_not_stop_the_ones_after_it() {
         let folder = tempfile::tempdir().unwrap();
         let config = Config::embedded(folder.path()).unwrap();
-        let store = SqliteStore::open(&folder.path().join("db"), &config.database).await.unwrap();
+        let store = SqliteStore::open(&folder.path().join("db"), &config.database, &Metrics::unread()).await.unwrap();
         let pages: i64 = sqlx::query_scalar("PRAGMA page_count").fetch_one(&store.write).await.unwrap();
         let limit = format!("PRAGMA max_page_count = {}", pages + 2);
         sqlx::query(sqlx::AssertSqlSafe(limit)).execute(&store.write).await.unwrap();

@@ -14,6 +14,7 @@ use crate::clock::Timestamp;
 use crate::model::ids::AttachmentId;
 use crate::store::{AttachmentAge, StoreError};
 use crate::tasks::Round;
+use crate::telemetry::metrics::BlobOperation;
 
 /// An upload this much older than its time limit is over, however slow the disk is.
 const UPLOAD_MARGIN: Duration = Duration::from_mins(1);
@@ -107,6 +108,8 @@ async fn conclude(
     deleted: Deleted,
     what: &'static str,
 ) -> Result<Round, SweepError> {
+    let failed = deleted.failed.as_ref().map_or(0, |(count, _)| *count as u64);
+    app.metrics.blob_failures.add(BlobOperation::Delete, failed);
     app.store.forget_attachments(&deleted.gone).await?;
     if !deleted.gone.is_empty() {
         info!(count = deleted.gone.len(), "{what}");

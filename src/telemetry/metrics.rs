@@ -1,45 +1,82 @@
-//! The list of all metrics. `docs/METRICS.md` explains each of them.
+//! Counts and durations. What there is stands in one list, in `list`; `docs/METRICS.md` explains each of them.
+//!
+//! Rooms get a handle when they are built, and count where something happens: `metrics.accepted.add((), rows)`.
 
+mod instruments;
+mod labels;
+mod list;
+pub mod process;
+
+use std::collections::HashMap;
+use std::ops::Deref;
 use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::{Context, Result};
-use opentelemetry::metrics::{Meter, MeterProvider as _};
+use opentelemetry::metrics::MeterProvider as _;
 use opentelemetry_otlp::{MetricExporter, WithExportConfig};
-use opentelemetry_sdk::metrics::{PeriodicReader, SdkMeterProvider};
+use opentelemetry_sdk::metrics::{Instrument, MeterProviderBuilder, PeriodicReader, SdkMeterProvider, Stream};
 use prometheus::{Registry, TextEncoder};
 
 use crate::config;
 use crate::telemetry::resource;
 
-/// Every instrument of a server. Cloning is cheap and gives the same ones.
+pub use instruments::{Counter, Gauge, Held, Histogram, Kind, Level, Name, Requests};
+pub use labels::*;
+pub use list::{Definition, Instruments, catalogue};
+
+/// Every instrument of a server, as its fields. Cloning is cheap and gives the same ones.
 #[derive(Clone, Debug)]
-pub struct Metrics(Arc<Instruments>);
+pub struct Metrics(Arc<Inner>);
 
 #[derive(Debug)]
-struct Instruments {
+struct Inner {
     provider: SdkMeterProvider,
     registry: Registry,
+    instruments: Instruments,
+}
+
+impl Deref for Metrics {
+    type Target = Instruments;
+
+    fn deref(&self) -> &Instruments {
+        &self.0.instruments
+    }
 }
 
 impl Metrics {
     /// Makes the instruments. Errors are about the options.
     pub(super) fn open(config: &config::Telemetry) -> Result<Self> {
+        let Some(endpoint) = &config.otlp_endpoint else { return Self::with_page(SdkMeterProvider::builder()) };
+        let exporter =
+            MetricExporter::builder().with_tonic().with_endpoint(endpoint).with_timeout(config.export_timeout);
+        let exporter = exporter.build().context("--otlp-endpoint can't be used for metrics")?;
+        let reader = PeriodicReader::builder(exporter).with_interval(config.metrics_export_interval);
+        Self::with_page(SdkMeterProvider::builder().with_reader(reader.build()))
+    }
+
+    /// Instruments that nobody reads: for a room that is opened without a server around it, as a command does.
+    pub fn unread() -> Self {
+        Self::of(SdkMeterProvider::builder().build(), Registry::new())
+    }
+
+    fn with_page(provider: MeterProviderBuilder) -> Result<Self> {
         let registry = Registry::new();
         let page = opentelemetry_prometheus::exporter().with_registry(registry.clone()).scope_info_enabled(false);
-        let mut provider = SdkMeterProvider::builder()
-            .with_resource(resource())
-            .with_reader(page.build().context("the page of metrics can't be made")?);
-        if let Some(endpoint) = &config.otlp_endpoint {
-            let exporter =
-                MetricExporter::builder().with_tonic().with_endpoint(endpoint).with_timeout(config.export_timeout);
-            let exporter = exporter.build().context("--otlp-endpoint can't be used for metrics")?;
-            let reader = PeriodicReader::builder(exporter).with_interval(config.metrics_export_interval);
-            provider = provider.with_reader(reader.build());
-        }
-        let provider = provider.build();
-        let _meter: Meter = provider.meter("obscura");
-        Ok(Self(Arc::new(Instruments { provider, registry })))
+        let page = page.build().context("the page of metrics can't be made")?;
+        // The SDK sets memory aside for as many series as there may be.
+        let series: HashMap<&str, usize> = catalogue().iter().map(|metric| (metric.name.name, metric.series)).collect();
+        let bounded = move |instrument: &Instrument| {
+            let limit = *series.get(instrument.name())?;
+            Stream::builder().with_cardinality_limit(limit).build().ok()
+        };
+        let provider = provider.with_resource(resource()).with_reader(page).with_view(bounded).build();
+        Ok(Self::of(provider, registry))
+    }
+
+    fn of(provider: SdkMeterProvider, registry: Registry) -> Self {
+        let instruments = Instruments::make(&provider.meter("obscura"));
+        Self(Arc::new(Inner { provider, registry, instruments }))
     }
 
     /// All of them as Prometheus reads them.
@@ -51,3 +88,6 @@ impl Metrics {
         let _ = self.0.provider.shutdown_with_timeout(limit);
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -17,6 +17,7 @@ mod disk;
 mod flood;
 mod gateway;
 mod health;
+mod metrics;
 mod openapi;
 mod options;
 mod postgres;

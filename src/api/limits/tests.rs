@@ -18,7 +18,7 @@ fn ip(text: &str) -> IpAddr {
 
 fn retry_after(result: Result<(), ApiError>) -> u64 {
     match result {
-        Err(ApiError::TooManyRequests { retry_after_secs }) => retry_after_secs,
+        Err(ApiError::TooManyRequests { retry_after_secs, .. }) => retry_after_secs,
         other => panic!("expected a refusal, got {other:?}"),
     }
 }

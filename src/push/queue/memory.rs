@@ -43,6 +43,10 @@ impl MemoryQueue {
         leased
     }
 
+    pub(super) fn length(&self) -> u64 {
+        self.due.len() as u64
+    }
+
     pub(super) fn settle(&mut self, settled: &[(Leased, Fate)]) {
         for (leased, fate) in settled {
             if self.due.get(&leased.job) != Some(&leased.until) {

@@ -43,6 +43,8 @@ const SETTLE: &str = "\
         end \
     end";
 
+const LENGTH: &str = "return redis.call('ZCARD', KEYS[1])";
+
 /// A sorted set in Valkey. Its connection is made when it is needed, and again whenever it is lost.
 pub struct ValkeyQueue {
     seeds: Vec<ConnectionInfo>,
@@ -93,6 +95,10 @@ impl ValkeyQueue {
             self.remove(foreign).await?;
         }
         Ok(leased)
+    }
+
+    pub(super) async fn length(&mut self) -> Result<u64, QueueError> {
+        self.run(LENGTH, Vec::new()).await
     }
 
     pub(super) async fn settle(&mut self, settled: &[(Leased, Fate)]) -> Result<(), QueueError> {

@@ -13,7 +13,7 @@ use crate::model::ids::{DeviceId, DeviceNo, IdempotencyKey, MessageId, Position,
 use crate::model::mail::{Outgoing, Sent};
 use crate::store::database::{PostgresTx, timely};
 use crate::store::outcome::{self, Devices};
-use crate::store::send::{self, Found, Judgement, Known, Locking, NewMessage, Receipt};
+use crate::store::send::{self, Found, Judgement, Known, Locking, NewMessage, Receipt, Tally};
 use crate::store::{Limits, Result, Store};
 
 /// Positions in a block of the sequence, as the migration says.
@@ -49,10 +49,11 @@ impl Store {
         acks: &[(DeviceNo, Position)],
         now: Timestamp,
         locking: Locking,
-    ) -> Result<Option<Vec<Option<Sent>>>> {
+    ) -> Result<Option<(Vec<Option<Sent>>, Tally)>> {
+        let mut tally = Tally::default();
         if sends.is_empty() {
-            tx.delete_acknowledged(acks).await?;
-            return Ok(Some(Vec::new()));
+            tally.acked = tx.delete_acknowledged(acks).await?;
+            return Ok(Some((Vec::new(), tally)));
         }
         let (lifetime, max) = (self.limits.idempotency_lifetime, self.limits.max_inbox_size);
         let locked = tx.lock_accounts(sends, locking).await?;
@@ -70,12 +71,13 @@ impl Store {
         if !tx.insert_receipts(&receipts, received.received_at, lifetime).await? {
             return Ok(None);
         }
-        tx.delete_acknowledged(acks).await?;
-        tx.insert_messages(&send::numbered(&rows, &received.ids, position), received.received_at).await?;
+        tally.acked = tx.delete_acknowledged(acks).await?;
+        let messages = send::numbered(&rows, &received.ids, position);
+        tally.add(&messages, tx.insert_messages(&messages, received.received_at).await?);
         if !cut.is_empty() {
-            tx.hold_inbox_limit(&self.limits, &cut, now).await?;
+            tally.cut = tx.hold_inbox_limit(&self.limits, &cut, now).await?;
         }
-        Ok(Some(sent))
+        Ok(Some((sent, tally)))
     }
 }
 
@@ -202,9 +204,9 @@ impl PostgresTx {
         Ok(self.run(insert).await? == receipts.len() as u64)
     }
 
-    async fn insert_messages(&mut self, messages: &[NewMessage<'_>], received_at: Timestamp) -> Result<()> {
+    async fn insert_messages(&mut self, messages: &[NewMessage<'_>], received_at: Timestamp) -> Result<u64> {
         if messages.is_empty() {
-            return Ok(());
+            return Ok(0);
         }
         let positions: Vec<Position> = messages.iter().map(|message| message.position).collect();
         let devices: Vec<DeviceNo> = messages.iter().map(|message| message.queued.device).collect();
@@ -223,13 +225,13 @@ impl PostgresTx {
             .bind(senders)
             .bind(bodies)
             .bind(received_at);
-        self.run(insert).await?;
-        Ok(())
+        self.run(insert).await
     }
 
-    async fn delete_acknowledged(&mut self, acks: &[(DeviceNo, Position)]) -> Result<()> {
+    /// Answers how many of them were still there.
+    async fn delete_acknowledged(&mut self, acks: &[(DeviceNo, Position)]) -> Result<u64> {
         if acks.is_empty() {
-            return Ok(());
+            return Ok(0);
         }
         // In one order on all nodes, so that two seldom wait for each other. The device is compared too, so that nothing
         // but its own mail can ever be deleted.
@@ -240,8 +242,7 @@ impl PostgresTx {
             DELETE FROM messages m USING unnest($1, $2) AS acked (device_no, position)
             WHERE m.device_no = acked.device_no AND m.position = acked.position";
         let delete = sqlx::query(statement).bind(devices).bind(positions);
-        self.run(delete).await?;
-        Ok(())
+        self.run(delete).await
     }
 
     /// How many messages wait for each device of these accounts.
@@ -262,8 +263,9 @@ impl PostgresTx {
         Ok(())
     }
 
-    /// Counts the inboxes of these accounts, and cuts each that has passed its maximum back to it.
-    async fn hold_inbox_limit(&mut self, limits: &Limits, users: &[UserId], now: Timestamp) -> Result<()> {
+    /// Counts the inboxes of these accounts, and cuts each that has passed its maximum back to it. Answers how many
+    /// messages that cost.
+    async fn hold_inbox_limit(&mut self, limits: &Limits, users: &[UserId], now: Timestamp) -> Result<u64> {
         let max = limits.max_inbox_size;
         let mut at_most: HashMap<UserId, i32> = users.iter().map(|user| (*user, 0)).collect();
         let mut full = Vec::new();
@@ -274,13 +276,12 @@ impl PostgresTx {
             let left = i32::try_from(count.min(i64::from(max))).unwrap_or(i32::MAX);
             at_most.entry(user).and_modify(|most| *most = left.max(*most));
         }
-        if !full.is_empty() {
-            self.cut_inboxes(limits, &full, now).await?;
-        }
-        self.set_at_most(&at_most).await
+        let cut = if full.is_empty() { 0 } else { self.cut_inboxes(limits, &full, now).await? };
+        self.set_at_most(&at_most).await?;
+        Ok(cut)
     }
 
-    async fn cut_inboxes(&mut self, limits: &Limits, full: &[DeviceNo], now: Timestamp) -> Result<()> {
+    async fn cut_inboxes(&mut self, limits: &Limits, full: &[DeviceNo], now: Timestamp) -> Result<u64> {
         let statement = "
             SELECT device_no, position, sender_user, received_at <= $2 FROM messages
             WHERE device_no = ANY($1) ORDER BY device_no, position";
@@ -297,8 +298,8 @@ impl PostgresTx {
         let statement = "
             DELETE FROM messages m USING unnest($1, $2) AS gone (device_no, position)
             WHERE m.device_no = gone.device_no AND m.position = gone.position";
-        self.run(sqlx::query(statement).bind(devices).bind(positions)).await?;
+        let cut = self.run(sqlx::query(statement).bind(devices).bind(positions)).await?;
         tracing::debug!(inboxes = full.len(), "full inboxes; their oldest mail was cut");
-        Ok(())
+        Ok(cut)
     }
 }

@@ -9,7 +9,7 @@ use crate::clock::Timestamp;
 use crate::model::ids::{DeviceId, DeviceNo, Position, UserId};
 use crate::model::mail::{Outgoing, Sent};
 use crate::store::outcome::{self, Devices, Queued};
-use crate::store::send::{self, Found, Judgement, Known, NewMessage, Receipt};
+use crate::store::send::{self, Found, Judgement, Known, NewMessage, Receipt, Tally};
 use crate::store::{Result, Store, json_list};
 
 impl Store {
@@ -19,10 +19,10 @@ impl Store {
         sends: &[Outgoing],
         acks: &[(DeviceNo, Position)],
         now: Timestamp,
-    ) -> Result<Vec<Option<Sent>>> {
-        delete_acknowledged(tx, acks).await?;
+    ) -> Result<(Vec<Option<Sent>>, Tally)> {
+        let mut tally = Tally { acked: delete_acknowledged(tx, acks).await?, ..Tally::default() };
         if sends.is_empty() {
-            return Ok(Vec::new());
+            return Ok((Vec::new(), tally));
         }
         let alive_since = now - self.limits.idempotency_lifetime;
         let known = known_outcomes(tx, sends, alive_since).await?;
@@ -32,26 +32,27 @@ impl Store {
         let first = self.numbering.place(rows.len());
         let position = |n: usize| first + n as i64;
         let messages = send::numbered(&rows, &received.ids, position);
-        insert_messages(tx, &messages, received.received_at).await?;
+        tally.add(&messages, insert_messages(tx, &messages, received.received_at).await?);
         let review_at = now + self.limits.idempotency_lifetime;
         insert_receipts(tx, &send::receipts(&judged, position), now, review_at).await?;
         let queued: Vec<_> = rows.iter().map(|(_, row)| *row).collect();
-        self.hold_inbox_limit(tx, &queued, now).await?;
-        Ok(sent)
+        tally.cut = self.hold_inbox_limit(tx, &queued, now).await?;
+        Ok((sent, tally))
     }
 
-    /// Cuts every inbox that has just passed its maximum back to it.
+    /// Cuts every inbox that has just passed its maximum back to it. Answers how many messages that cost.
     async fn hold_inbox_limit(
         &self,
         tx: &mut Transaction<'_, Sqlite>,
         queued: &[Queued<'_>],
         now: Timestamp,
-    ) -> Result<()> {
+    ) -> Result<u64> {
         let max = self.limits.max_inbox_size;
         let unsure = self.numbering.add(queued, max);
         if unsure.is_empty() {
-            return Ok(());
+            return Ok(0);
         }
+        let mut cut = 0;
         let counts: Vec<(DeviceNo, u32)> = sqlx::query_as(
             "SELECT asked.value, (SELECT COUNT(*) FROM messages m WHERE m.device_no = asked.value)
              FROM json_each($1) asked",
@@ -61,14 +62,14 @@ impl Store {
         .await?;
         for (device, count) in counts {
             if count > max {
-                self.cut_inbox(tx, device, now).await?;
+                cut += self.cut_inbox(tx, device, now).await?;
             }
             self.numbering.set(device, count.min(max));
         }
-        Ok(())
+        Ok(cut)
     }
 
-    async fn cut_inbox(&self, tx: &mut Transaction<'_, Sqlite>, device: DeviceNo, now: Timestamp) -> Result<()> {
+    async fn cut_inbox(&self, tx: &mut Transaction<'_, Sqlite>, device: DeviceNo, now: Timestamp) -> Result<u64> {
         let inbox: Vec<(i64, UserId, bool)> = sqlx::query_as(
             "SELECT position, sender_user, received_at <= $2 FROM messages WHERE device_no = $1 ORDER BY position",
         )
@@ -77,12 +78,12 @@ impl Store {
         .fetch_all(&mut **tx)
         .await?;
         let gone = outcome::cut(&inbox, self.limits.max_inbox_size as usize);
-        sqlx::query("DELETE FROM messages WHERE position IN (SELECT value FROM json_each($1))")
+        let cut = sqlx::query("DELETE FROM messages WHERE position IN (SELECT value FROM json_each($1))")
             .bind(json_list(gone.into_iter()))
             .execute(&mut **tx)
             .await?;
         tracing::debug!("an inbox was full; its oldest mail was cut");
-        Ok(())
+        Ok(cut.rows_affected())
     }
 }
 
@@ -110,9 +111,10 @@ async fn known_outcomes(tx: &mut Transaction<'_, Sqlite>, sends: &[Outgoing], al
     Ok(known)
 }
 
-async fn delete_acknowledged(tx: &mut Transaction<'_, Sqlite>, acks: &[(DeviceNo, Position)]) -> Result<()> {
+/// Answers how many of them were still there.
+async fn delete_acknowledged(tx: &mut Transaction<'_, Sqlite>, acks: &[(DeviceNo, Position)]) -> Result<u64> {
     if acks.is_empty() {
-        return Ok(());
+        return Ok(0);
     }
     // The device is compared too, so that nothing but its own mail can ever be deleted.
     let mut list = String::from("[");
@@ -121,7 +123,7 @@ async fn delete_acknowledged(tx: &mut Transaction<'_, Sqlite>, acks: &[(DeviceNo
     }
     list.pop();
     list.push(']');
-    sqlx::query(
+    let deleted = sqlx::query(
         "DELETE FROM messages WHERE position IN (
              SELECT m.position FROM json_each($1) acked
              CROSS JOIN messages m ON m.position = acked.value ->> 0 WHERE m.device_no = acked.value ->> 1)",
@@ -129,7 +131,7 @@ async fn delete_acknowledged(tx: &mut Transaction<'_, Sqlite>, acks: &[(DeviceNo
     .bind(list)
     .execute(&mut **tx)
     .await?;
-    Ok(())
+    Ok(deleted.rows_affected())
 }
 
 /// All devices of all accounts that are written to.
@@ -156,8 +158,8 @@ async fn insert_messages(
     tx: &mut Transaction<'_, Sqlite>,
     messages: &[NewMessage<'_>],
     received_at: Timestamp,
-) -> Result<()> {
-    let Some(first) = messages.first() else { return Ok(()) };
+) -> Result<u64> {
+    let Some(first) = messages.first() else { return Ok(0) };
     let mut list = String::with_capacity(messages.len() * 24);
     let mut blob = Vec::with_capacity(messages.iter().map(|message| message.queued.sealed.0.len() + 48).sum());
     list.push('[');
@@ -170,7 +172,7 @@ async fn insert_messages(
     }
     list.pop();
     list.push(']');
-    sqlx::query(
+    let inserted = sqlx::query(
         "INSERT INTO messages (position, device_no, id, sender_user, sender_device, received_at, body)
          SELECT $3 + row.key, row.value ->> 0, substr($2, row.value ->> 1, 16), substr($2, (row.value ->> 1) + 16, 16),
                 substr($2, (row.value ->> 1) + 32, 16), $4, substr($2, (row.value ->> 1) + 48, row.value ->> 2)
@@ -182,7 +184,7 @@ async fn insert_messages(
     .bind(received_at)
     .execute(&mut **tx)
     .await?;
-    Ok(())
+    Ok(inserted.rows_affected())
 }
 
 async fn insert_receipts(

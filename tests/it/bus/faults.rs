@@ -3,6 +3,7 @@
 use std::time::{Duration, Instant};
 
 use obscura_server::bus::Signal;
+use obscura_server::telemetry::metrics::SignalWay;
 
 use super::{Inbox, Node, everything, heard, somebody};
 use crate::harness::{Binary, Proxy, Valkey, Way, eventually, within, within_time};
@@ -51,6 +52,28 @@ async fn a_valkey_killed_and_started_empty_loses_nothing_and_needs_no_new_subscr
     one.ready().await;
     one.bus.wake(&[address], Signal::Standing);
     heard(&wakeups, Signal::Standing).await;
+}
+
+#[tokio::test]
+async fn an_outage_a_reconnection_and_signals_from_elsewhere_are_counted() {
+    let mut valkey = Valkey::start().await;
+    let [one, other] = Node::pair(&valkey).await;
+    let metrics = other.metrics.clone();
+    let wakeups = other.listen(somebody()).await;
+    drop(wakeups);
+    assert_eq!((metrics.bus_connected.value(()), metrics.bus_connects.value(())), (Some(1), 1));
+    valkey.kill();
+    eventually("the outage to be seen", async || metrics.bus_connected.value(()) == Some(0)).await;
+    valkey.restart().await;
+    eventually("the connection to be back", async || metrics.bus_connected.value(()) == Some(1)).await;
+    assert!(metrics.bus_connects.value(()) >= 2 && metrics.bus_looks.value(()) >= 1);
+    let address = somebody();
+    let wakeups = other.listen(address).await;
+    one.ready().await;
+    one.bus.wake(&[address], Signal::Standing);
+    heard(&wakeups, Signal::Standing).await;
+    assert_eq!(one.metrics.signals.value(SignalWay::Out), 1);
+    assert!(metrics.signals.value(SignalWay::In) >= 1);
 }
 
 #[tokio::test]

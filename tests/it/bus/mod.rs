@@ -14,12 +14,14 @@ use obscura_server::bus::{Bus, Signal, Signals, Wakeups};
 use obscura_server::config::{Config, Secret};
 use obscura_server::model::ids::{Address, DeviceNo, UserId};
 use obscura_server::tasks::Tasks;
+use obscura_server::telemetry::metrics::Metrics;
 
 use crate::harness::{Valkey, eventually, within};
 
 /// The bus of a node. Dropping it ends its tasks.
 struct Node {
     bus: Bus,
+    metrics: Metrics,
     tasks: Tasks,
 }
 
@@ -43,8 +45,9 @@ impl Node {
         config.pubsub.stable_after = Duration::from_secs(1);
         change(&mut config);
         let tasks = Tasks::new();
-        let bus = Bus::open(&config.pubsub, &config.notifications, 8, &tasks).unwrap();
-        Self { bus, tasks }
+        let metrics = Metrics::unread();
+        let bus = Bus::open(&config.pubsub, &config.notifications, 8, &metrics, &tasks).unwrap();
+        Self { bus, metrics, tasks }
     }
 
     /// Two of them, connected.

@@ -6,6 +6,7 @@ use futures_util::future::join_all;
 use obscura_server::config::Database as Settings;
 use obscura_server::model::ids::DeviceId;
 use obscura_server::store::{Limits, Store};
+use obscura_server::telemetry::metrics::Metrics;
 use tempfile::TempDir;
 
 use crate::harness::{Database, deployment, eventually};
@@ -22,7 +23,7 @@ impl Pooled {
         let folder = tempfile::tempdir().unwrap();
         let mut config = deployment::config_of(&deployment::distributed_options(folder.path()).await);
         change(&mut config.database);
-        let store = Store::open(&config.database, Limits::of(&config)).await.unwrap();
+        let store = Store::open(&config.database, Limits::of(&config), &Metrics::unread()).await.unwrap();
         let database = Database::open(&config.database).await;
         Self { store, database, folder }
     }

@@ -9,6 +9,7 @@ use std::sync::atomic::{AtomicU32, Ordering};
 
 use obscura_server::config::{Config, Database as DatabaseConfig, Secret};
 use obscura_server::store::{Limits, Store};
+use obscura_server::telemetry::metrics::Metrics;
 use sqlx::postgres::{PgConnectOptions, PgConnection};
 use sqlx::{AssertSqlSafe, ConnectOptions};
 use tokio::sync::OnceCell;
@@ -143,7 +144,8 @@ async fn template() -> &'static str {
         create(&name, "").await;
         let mut config = Config::parse_from(["obscura-server"], |_| None).expect("the defaults are allowed").config;
         config.database.url = Secret::new(database_url(&name));
-        let store = Store::open(&config.database, Limits::of(&config)).await.expect("the tables are made");
+        let store =
+            Store::open(&config.database, Limits::of(&config), &Metrics::unread()).await.expect("the tables are made");
         store.close().await;
         name
     };

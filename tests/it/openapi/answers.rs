@@ -16,6 +16,7 @@ use obscura_server::api::links::{self, LinkSession};
 use obscura_server::api::push_token::{self, VapidKeyBody};
 use obscura_server::api::sessions::{self, AuthResponse};
 use obscura_server::api::{ROUTES, accounts};
+use obscura_server::telemetry::metrics::Refusal;
 use serde::Serialize;
 use serde_json::Value;
 
@@ -201,9 +202,9 @@ fn failures() -> [ApiError; 17] {
         ApiError::RangeNotSatisfiable { size: 7 },
         ApiError::Unprocessable("text".into()),
         ApiError::UpgradeRequired,
-        ApiError::TooManyRequests { retry_after_secs: 7 },
+        ApiError::TooManyRequests { retry_after_secs: 7, limit: Refusal::AccountLimit },
         ApiError::Internal,
-        ApiError::Unavailable { retry_after: Duration::ZERO },
+        ApiError::Unavailable { retry_after: Duration::ZERO, lacking: Refusal::Database },
         ApiError::DiskFull,
     ]
 }

@@ -3,6 +3,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
+use obscura_server::telemetry::metrics::{PushOutcome, PushProvider};
 use serde_json::json;
 use tokio::sync::Semaphore;
 
@@ -24,6 +25,9 @@ async fn a_dead_token_is_deleted_within_the_interval_of_the_janitor() {
     alice.send_to(&bob, "x").await;
     project.fcm.pushed("bob", 1).await;
     eventually("the token to go", async || tokens(&server).await == 0).await;
+    let metrics = server.server().app().metrics.clone();
+    assert!(metrics.pushes.value((PushProvider::Fcm, PushOutcome::TokenGone)) >= 1);
+    eventually("the token to be counted", async || metrics.dead_tokens.value(()) == 1).await;
 }
 
 #[tokio::test]
@@ -66,6 +70,11 @@ async fn a_wrong_configuration_deletes_nothing_and_pushes_go_out_once_it_is_righ
         project.fcm.pushed(&token, 2).await;
         assert_eq!(tokens(&server).await, n as i64 + 1);
     }
+    let pushes = server.server().app().metrics.pushes.clone();
+    eventually("the last push to be settled", async || pushes.value((PushProvider::Fcm, PushOutcome::Accepted)) == 4)
+        .await;
+    let refused = [PushOutcome::Refused, PushOutcome::Unavailable].map(|outcome| (PushProvider::Fcm, outcome));
+    assert_eq!(refused.map(|labels| pushes.value(labels)).iter().sum::<u64>(), 4);
 }
 
 #[tokio::test]

@@ -4,6 +4,7 @@ use std::path::Path;
 
 use obscura_server::config::Config;
 use obscura_server::store::{Limits, OpenError, Store};
+use obscura_server::telemetry::metrics::Metrics;
 
 use super::fixture::TestStore;
 use crate::harness::Database;
@@ -11,7 +12,7 @@ use crate::harness::Database;
 /// SQLite's file in this folder, whatever this run is about.
 async fn open(folder: &Path) -> Result<Store, OpenError> {
     let config = Config::embedded(folder).unwrap();
-    Store::open(&config.database, Limits::of(&config)).await
+    Store::open(&config.database, Limits::of(&config), &Metrics::unread()).await
 }
 
 #[tokio::test]

@@ -9,6 +9,7 @@ use obscura_server::model::keys::{KeyId, OneTimePreKey, PreKeys, PublicKey, Regi
 use obscura_server::model::mail::{Outgoing, Sent};
 use obscura_server::model::push::PushTarget;
 use obscura_server::store::{Limits, NewAccount, NewDevice, OpenError, Registered, SessionGrant, Store};
+use obscura_server::telemetry::metrics::Metrics;
 use tempfile::TempDir;
 
 use crate::harness::signer::ec_public_key;
@@ -51,7 +52,7 @@ impl TestStore {
         let config = deployment::config(folder.path()).await;
         let mut limits = Limits::of(&config);
         change(&mut limits);
-        let store = Store::open(&config.database, limits).await.expect("a store");
+        let store = Store::open(&config.database, limits, &Metrics::unread()).await.expect("a store");
         Self { store, limits, folder }
     }
 
@@ -59,7 +60,7 @@ impl TestStore {
     pub async fn reopened(self) -> Self {
         self.store.close().await;
         let config = deployment::database_config(self.folder.path()).await;
-        let store = Store::open(&config, self.limits).await.expect("a store");
+        let store = Store::open(&config, self.limits, &Metrics::unread()).await.expect("a store");
         Self { store, limits: self.limits, folder: self.folder }
     }
 
@@ -76,7 +77,8 @@ impl TestStore {
 
     /// Opens the same database beside this one.
     pub async fn open_again(&self) -> Result<Store, OpenError> {
-        Store::open(&deployment::database_config(self.folder.path()).await, self.limits).await
+        let config = deployment::database_config(self.folder.path()).await;
+        Store::open(&config, self.limits, &Metrics::unread()).await
     }
 
     /// A look at, and a hand in, the database.

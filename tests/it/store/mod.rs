@@ -6,6 +6,7 @@ mod attachments;
 mod database;
 mod devices;
 mod fixture;
+mod inventory;
 mod jobs;
 mod links;
 mod messages;

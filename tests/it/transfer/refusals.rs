@@ -4,6 +4,7 @@ use std::path::Path;
 
 use obscura_server::config::Config;
 use obscura_server::store::{Limits, Store};
+use obscura_server::telemetry::metrics::Metrics;
 
 use sqlx::pool::PoolConnection;
 use sqlx::{AssertSqlSafe, Postgres};
@@ -33,7 +34,7 @@ async fn refusal_of(arguments: &[String]) -> String {
 async fn make_tables(place: &Place) {
     let url = format!("--db-url={}", place.url());
     let config = Config::parse_from(["obscura-server", &url], |_| None).unwrap().config;
-    let store = Store::open(&config.database, Limits::of(&config)).await.unwrap();
+    let store = Store::open(&config.database, Limits::of(&config), &Metrics::unread()).await.unwrap();
     store.close().await;
 }
 
