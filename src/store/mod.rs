@@ -23,6 +23,7 @@ mod restore;
 mod send;
 mod sessions;
 mod sqlite;
+mod standings;
 pub(crate) mod transfer;
 
 use std::fmt::Write;
@@ -33,13 +34,13 @@ use std::time::Duration;
 use sqlx::migrate::{MigrateError, Migrator};
 
 use crate::config;
-use crate::model::ids::DeviceId;
-use crate::store::database::{Database, Tx, reading};
+use crate::store::database::{Database, SqliteTx, Tx, reading};
 use crate::store::gather::Gather;
 use crate::store::messages::Look;
 use crate::store::numbering::Numbering;
 use crate::store::postgres::PostgresStore;
 use crate::store::sqlite::{SQLITE_FULL, SqliteStore};
+use crate::store::standings::Standings;
 
 pub use accounts::{Credentials, NewAccount, Registered, Reset};
 pub use attachments::{Allowance, AttachmentAge, Reserved, StoredAttachment};
@@ -189,8 +190,6 @@ impl OpenError {
 
 /// Questions in one statement.
 const GATHERED: usize = 128;
-/// Statements at the same time that ask for the standing of devices.
-const STANDING_LANES: usize = 2;
 /// Statements at the same time that look into inboxes.
 const LOOK_LANES: usize = 2;
 
@@ -203,7 +202,7 @@ pub struct Store {
     /// Whether the last group had to pass over accounts that somebody else holds.
     held_up: Arc<AtomicBool>,
     /// Questions that every request asks.
-    standings: Arc<Gather<DeviceId, Option<Standing>>>,
+    standings: Standings,
     /// Questions that every message asks.
     looks: Arc<Gather<Look, Page>>,
 }
@@ -249,7 +248,7 @@ impl Store {
             }
             None => (Database::Postgres(PostgresStore::open(config).await?), Numbering::new()),
         };
-        let standings = Arc::new(Gather::new(STANDING_LANES, GATHERED));
+        let standings = Standings::new(matches!(database, Database::Sqlite(_)));
         let looks = Arc::new(Gather::new(LOOK_LANES, GATHERED));
         Ok(Self { database, numbering, limits, held_up: Arc::default(), standings, looks })
     }
@@ -312,7 +311,7 @@ impl Store {
     /// Starts a transaction that may write.
     async fn begin(&self) -> Result<Tx> {
         Ok(match &self.database {
-            Database::Sqlite(sqlite) => Tx::Sqlite(sqlite.begin().await?),
+            Database::Sqlite(sqlite) => Tx::Sqlite(SqliteTx::new(sqlite.begin().await?, self.standings.changes())),
             Database::Postgres(postgres) => Tx::Postgres(postgres.begin().await?),
         })
     }
