@@ -1,15 +1,18 @@
 //! The two databases, and how one text runs on either.
 
+use std::ops::{Deref, DerefMut};
 use std::path::Path;
 use std::time::Duration;
 
 use sqlx::postgres::{PgArguments, PgRow};
 use sqlx::query::{Query, QueryAs};
-use sqlx::{FromRow, Postgres, Sqlite, Transaction};
+use sqlx::{FromRow, Postgres, Sqlite, SqliteConnection, Transaction};
 
+use crate::model::ids::DeviceNo;
 use crate::store::pool::Lent;
 use crate::store::postgres::PostgresStore;
 use crate::store::sqlite::{self, SqliteStore};
+use crate::store::standings::Changes;
 use crate::store::{Result, StoreError};
 use crate::telemetry::metrics::PoolName;
 
@@ -22,8 +25,15 @@ pub(super) enum Database {
 
 /// A transaction that may write. Dropping it rolls it back.
 pub(super) enum Tx {
-    Sqlite(Transaction<'static, Sqlite>),
+    Sqlite(SqliteTx),
     Postgres(PostgresTx),
+}
+
+/// A transaction on SQLite.
+pub(super) struct SqliteTx {
+    transaction: Transaction<'static, Sqlite>,
+    /// What it changes that is remembered outside of the database.
+    changes: Changes,
 }
 
 /// A transaction on PostgreSQL. Its connection goes back to the pool after the commit; without one it is closed, by
@@ -43,12 +53,49 @@ impl Tx {
         }
     }
 
+    /// Says that the transaction changes where these devices stand. Before the statement that does so, and before the
+    /// commit.
+    pub(super) fn changes_standing(&mut self, devices: &[DeviceNo]) {
+        match self {
+            Self::Sqlite(transaction) => transaction.changes.register(devices),
+            // Nothing is remembered of a database that other nodes write to as well.
+            Self::Postgres(_) => {}
+        }
+    }
+
     /// Commits, and returns once the changes are on disk.
     pub(super) async fn commit(self) -> Result<()> {
         match self {
-            Self::Sqlite(transaction) => sqlite::commit(transaction).await,
+            Self::Sqlite(transaction) => transaction.commit().await,
             Self::Postgres(transaction) => transaction.end("COMMIT").await,
         }
+    }
+}
+
+impl SqliteTx {
+    pub(super) fn new(transaction: Transaction<'static, Sqlite>, changes: Changes) -> Self {
+        Self { transaction, changes }
+    }
+
+    async fn commit(mut self) -> Result<()> {
+        self.changes.committing();
+        let committed = sqlite::commit(self.transaction).await;
+        self.changes.ended();
+        committed
+    }
+}
+
+impl Deref for SqliteTx {
+    type Target = SqliteConnection;
+
+    fn deref(&self) -> &SqliteConnection {
+        &self.transaction
+    }
+}
+
+impl DerefMut for SqliteTx {
+    fn deref_mut(&mut self) -> &mut SqliteConnection {
+        &mut self.transaction
     }
 }
 

@@ -69,7 +69,7 @@ pub enum Removed {
 impl Store {
     /// Where the device stands now; `None` when there is no such device (any more).
     pub async fn standing(&self, device: DeviceId) -> Result<Option<Standing>> {
-        self.standings.ask(device, async |devices| self.standings_of(devices).await).await
+        self.standings.of(device, async |devices| self.standings_of(devices).await).await
     }
 
     async fn standings_of(&self, devices: &[DeviceId]) -> Result<Vec<Option<Standing>>> {
@@ -204,6 +204,7 @@ pub(super) async fn insert(tx: &mut Tx, user: UserId, device: &NewDevice, is_pri
 /// Forgets devices and everything that was kept for them, but for the rest of very large inboxes. Messages that they
 /// sent stay. The account is locked. Answers how many messages were deleted.
 pub(super) async fn forget(tx: &mut Tx, nos: &[DeviceNo]) -> Result<u64> {
+    tx.changes_standing(nos);
     match tx {
         Tx::Sqlite(tx) => {
             for statement in FORGET {

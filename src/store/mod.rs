@@ -24,6 +24,7 @@ mod restore;
 mod send;
 mod sessions;
 mod sqlite;
+mod standings;
 pub(crate) mod transfer;
 
 use std::fmt::Write;
@@ -34,13 +35,13 @@ use std::time::Duration;
 use sqlx::migrate::{MigrateError, Migrator};
 
 use crate::config;
-use crate::model::ids::DeviceId;
-use crate::store::database::{Database, Tx, reading};
+use crate::store::database::{Database, SqliteTx, Tx, reading};
 use crate::store::gather::Gather;
 use crate::store::messages::Look;
 use crate::store::numbering::Numbering;
 use crate::store::postgres::PostgresStore;
 use crate::store::sqlite::{SQLITE_FULL, SqliteStore};
+use crate::store::standings::Standings;
 use crate::telemetry::metrics::Metrics;
 
 pub use accounts::{Credentials, NewAccount, Registered, Reset};
@@ -193,8 +194,6 @@ impl OpenError {
 
 /// Questions in one statement.
 const GATHERED: usize = 128;
-/// Statements at the same time that ask for the standing of devices.
-const STANDING_LANES: usize = 2;
 /// Statements at the same time that look into inboxes.
 const LOOK_LANES: usize = 2;
 
@@ -208,7 +207,7 @@ pub struct Store {
     /// Whether the last group had to pass over accounts that somebody else holds.
     held_up: Arc<AtomicBool>,
     /// Questions that every request asks.
-    standings: Arc<Gather<DeviceId, Option<Standing>>>,
+    standings: Standings,
     /// Questions that every message asks.
     looks: Arc<Gather<Look, Page>>,
 }
@@ -258,7 +257,7 @@ impl Store {
             }
             None => (Database::Postgres(PostgresStore::open(config, metrics).await?), Numbering::new()),
         };
-        let standings = Arc::new(Gather::new(STANDING_LANES, GATHERED));
+        let standings = Standings::new(matches!(database, Database::Sqlite(_)));
         let looks = Arc::new(Gather::new(LOOK_LANES, GATHERED));
         let metrics = metrics.clone();
         Ok(Self { database, numbering, limits, metrics, held_up: Arc::default(), standings, looks })
@@ -327,7 +326,7 @@ impl Store {
     /// Starts a transaction that may write.
     async fn begin(&self) -> Result<Tx> {
         Ok(match &self.database {
-            Database::Sqlite(sqlite) => Tx::Sqlite(sqlite.begin().await?),
+            Database::Sqlite(sqlite) => Tx::Sqlite(SqliteTx::new(sqlite.begin().await?, self.standings.changes())),
             Database::Postgres(postgres) => Tx::Postgres(postgres.begin().await?),
         })
     }

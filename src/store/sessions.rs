@@ -271,6 +271,7 @@ async fn remember_use(tx: &mut Tx, no: DeviceNo, wish: &Refresh, now: Timestamp)
 
 /// Ends the device's session, if it has one, and voids its access tokens and tickets in any case.
 async fn end(tx: &mut Tx, no: DeviceNo, void_to: i64) -> Result<()> {
+    tx.changes_standing(&[no]);
     // First, so that whoever is about to keep something for this session waits, and then finds it ended. The number
     // always grows: gateway sockets notice by it that the session they began in has ended.
     let statement = tx.either(

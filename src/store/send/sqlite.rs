@@ -3,11 +3,12 @@
 
 use std::fmt::Write;
 
-use sqlx::{Row, Sqlite, Transaction};
+use sqlx::Row;
 
 use crate::clock::Timestamp;
 use crate::model::ids::{DeviceId, DeviceNo, Position, UserId};
 use crate::model::mail::{Outgoing, Sent};
+use crate::store::database::SqliteTx;
 use crate::store::outcome::{self, Devices, Queued};
 use crate::store::send::{self, Found, Judgement, Known, NewMessage, Receipt, Tally};
 use crate::store::{Result, Store, json_list};
@@ -15,7 +16,7 @@ use crate::store::{Result, Store, json_list};
 impl Store {
     pub(super) async fn settle_in_sqlite(
         &self,
-        tx: &mut Transaction<'_, Sqlite>,
+        tx: &mut SqliteTx,
         sends: &[Outgoing],
         acks: &[(DeviceNo, Position)],
         now: Timestamp,
@@ -41,12 +42,7 @@ impl Store {
     }
 
     /// Cuts every inbox that has just passed its maximum back to it. Answers how many messages that cost.
-    async fn hold_inbox_limit(
-        &self,
-        tx: &mut Transaction<'_, Sqlite>,
-        queued: &[Queued<'_>],
-        now: Timestamp,
-    ) -> Result<u64> {
+    async fn hold_inbox_limit(&self, tx: &mut SqliteTx, queued: &[Queued<'_>], now: Timestamp) -> Result<u64> {
         let max = self.limits.max_inbox_size;
         let unsure = self.numbering.add(queued, max);
         if unsure.is_empty() {
@@ -69,7 +65,7 @@ impl Store {
         Ok(cut)
     }
 
-    async fn cut_inbox(&self, tx: &mut Transaction<'_, Sqlite>, device: DeviceNo, now: Timestamp) -> Result<u64> {
+    async fn cut_inbox(&self, tx: &mut SqliteTx, device: DeviceNo, now: Timestamp) -> Result<u64> {
         let inbox: Vec<(i64, UserId, bool)> = sqlx::query_as(
             "SELECT position, sender_user, received_at <= $2 FROM messages WHERE device_no = $1 ORDER BY position",
         )
@@ -89,7 +85,7 @@ impl Store {
 
 /// The outcomes that are stored for the keys of `sends`. One that is past its age still counts while a message of it
 /// waits, so that no message is ever queued twice.
-async fn known_outcomes(tx: &mut Transaction<'_, Sqlite>, sends: &[Outgoing], alive_since: Timestamp) -> Result<Known> {
+async fn known_outcomes(tx: &mut SqliteTx, sends: &[Outgoing], alive_since: Timestamp) -> Result<Known> {
     let senders = json_list(sends.iter().map(|mail| mail.sender.no.0));
     let keys: Vec<u8> = sends.iter().flat_map(|mail| *mail.key.as_bytes()).collect();
     let rows = sqlx::query(
@@ -112,7 +108,7 @@ async fn known_outcomes(tx: &mut Transaction<'_, Sqlite>, sends: &[Outgoing], al
 }
 
 /// Answers how many of them were still there.
-async fn delete_acknowledged(tx: &mut Transaction<'_, Sqlite>, acks: &[(DeviceNo, Position)]) -> Result<u64> {
+async fn delete_acknowledged(tx: &mut SqliteTx, acks: &[(DeviceNo, Position)]) -> Result<u64> {
     if acks.is_empty() {
         return Ok(0);
     }
@@ -135,7 +131,7 @@ async fn delete_acknowledged(tx: &mut Transaction<'_, Sqlite>, acks: &[(DeviceNo
 }
 
 /// All devices of all accounts that are written to.
-async fn current_devices(tx: &mut Transaction<'_, Sqlite>, sends: &[Outgoing]) -> Result<Devices> {
+async fn current_devices(tx: &mut SqliteTx, sends: &[Outgoing]) -> Result<Devices> {
     let users = send::accounts(sends);
     let offsets = json_list((0..users.len()).map(|n| n * 16 + 1));
     let ids: Vec<u8> = users.iter().flat_map(|user| *user.as_bytes()).collect();
@@ -154,11 +150,7 @@ async fn current_devices(tx: &mut Transaction<'_, Sqlite>, sends: &[Outgoing]) -
     Ok(devices)
 }
 
-async fn insert_messages(
-    tx: &mut Transaction<'_, Sqlite>,
-    messages: &[NewMessage<'_>],
-    received_at: Timestamp,
-) -> Result<u64> {
+async fn insert_messages(tx: &mut SqliteTx, messages: &[NewMessage<'_>], received_at: Timestamp) -> Result<u64> {
     let Some(first) = messages.first() else { return Ok(0) };
     let mut list = String::with_capacity(messages.len() * 24);
     let mut blob = Vec::with_capacity(messages.iter().map(|message| message.queued.sealed.0.len() + 48).sum());
@@ -188,7 +180,7 @@ async fn insert_messages(
 }
 
 async fn insert_receipts(
-    tx: &mut Transaction<'_, Sqlite>,
+    tx: &mut SqliteTx,
     receipts: &[Receipt<'_>],
     sent_at: Timestamp,
     review_at: Timestamp,
