@@ -22,14 +22,14 @@ FROM n;
 INSERT INTO users (id, username, password_hash, identity_key)
 SELECT user_id, 'filled_' || lower(hex(randomblob(8))),
        '$argon2id$v=19$m=19456,t=2,p=1$AAAAAAAAAAAAAAAAAAAAAA$AAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAA',
-       unhex('05') || randomblob(32)
+       unhex('05' || hex(randomblob(32)))
 FROM filled;
 
 INSERT INTO devices (no, id, user_id, registration_id, is_primary, tokens_issued_to)
 SELECT device_no, device_id, user_id, 1, 1, :now / 1000 + 900 FROM filled;
 
 INSERT INTO device_keys (device_no, signed_id, signed_key, signed_signature)
-SELECT device_no, 1, unhex('05') || randomblob(32), randomblob(64) FROM filled;
+SELECT device_no, 1, unhex('05' || hex(randomblob(32))), randomblob(64) FROM filled;
 
 INSERT INTO sessions (device_no, family, secret_hash, expires_at)
 SELECT device_no, randomblob(32), randomblob(32), :now + 30 * 86400000 FROM filled;

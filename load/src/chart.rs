@@ -129,7 +129,8 @@ fn put_panel(svg: &mut String, panel: &Panel) {
     for (value, text) in marks.iter().filter(|(value, _)| (x.low..=x.high).contains(value)) {
         let at = across(*value);
         let _ = write!(svg, "<path class=\"axis\" d=\"M{at:.1} {bottom}v5\"/>");
-        let _ = write!(svg, "<text text-anchor=\"middle\" x=\"{at:.1}\" y=\"{}\">{}</text>", bottom + 19.0, escaped(text));
+        let _ =
+            write!(svg, "<text text-anchor=\"middle\" x=\"{at:.1}\" y=\"{}\">{}</text>", bottom + 19.0, escaped(text));
     }
     let _ = write!(svg, "<path class=\"axis\" d=\"M{LEFT} {TOP}V{bottom}H{right}\"/>");
     let mut below = bottom + 22.0 + LEGEND_LINE;
@@ -179,7 +180,8 @@ mod tests {
 
     #[test]
     fn what_has_no_place_is_left_out() {
-        let svg = document("none", &[panel(Vec::new()), panel(vec![(0.0, f64::NAN), (5.0, 5.0)]), panel(vec![(1.0, 0.0)])]);
+        let svg =
+            document("none", &[panel(Vec::new()), panel(vec![(0.0, f64::NAN), (5.0, 5.0)]), panel(vec![(1.0, 0.0)])]);
         assert!(!svg.contains("NaN") && !svg.contains("inf"), "{svg}");
     }
 

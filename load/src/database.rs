@@ -39,7 +39,8 @@ impl Database {
         let mut connection = PgConnection::connect(url).await.context("no connection to PostgreSQL")?;
         sqlx::query(AssertSqlSafe(format!("CREATE DATABASE {name}"))).execute(&mut connection).await?;
         connection.close().await?;
-        let (before, parameters) = url.split_once('?').map_or((url, String::new()), |(url, more)| (url, format!("?{more}")));
+        let (before, parameters) =
+            url.split_once('?').map_or((url, String::new()), |(url, more)| (url, format!("?{more}")));
         let server = before.rsplit_once('/').context("the URL of PostgreSQL names no database")?.0;
         Ok(Self::Postgres(format!("{server}/{name}{parameters}")))
     }
@@ -84,7 +85,10 @@ impl Rows {
 }
 
 /// Unix milliseconds.
-#[expect(clippy::disallowed_methods, reason = "the server's clock is the server's; this tool has no other use for the time")]
+#[expect(
+    clippy::disallowed_methods,
+    reason = "the server's clock is the server's; this tool has no other use for the time"
+)]
 pub fn now_millis() -> u128 {
     SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default().as_millis()
 }

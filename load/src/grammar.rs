@@ -3,9 +3,8 @@
 use clap::builder::PossibleValuesParser;
 use clap::{Arg, ArgAction, Command, value_parser};
 
-const MODES: &[&str] = &[
-    "register", "send", "relay", "open", "light", "drain", "idle", "attachments", "mixed", "start", "growth",
-];
+const MODES: &[&str] =
+    &["register", "send", "relay", "open", "light", "drain", "idle", "attachments", "mixed", "start", "growth"];
 
 const BEHIND: &str = "\
 Modes:
@@ -53,7 +52,11 @@ fn whom() -> [Arg; 8] {
             .action(ArgAction::Append),
         text("other-pid", "NAME=PID", "A process that works for the server, such as its database; may be repeated")
             .action(ArgAction::Append),
-        text("folder", "DIR", "Where folders of servers are made; the disk under it matters [the one for temporary files]"),
+        text(
+            "folder",
+            "DIR",
+            "Where folders of servers are made; the disk under it matters [the one for temporary files]",
+        ),
         text("postgres", "URL", "Our own servers use this PostgreSQL, each a database of its own")
             .env("OBSCURA_LOAD_POSTGRES")
             .hide_env_values(true),
@@ -67,7 +70,10 @@ fn whom() -> [Arg; 8] {
 fn how_much() -> [Arg; 14] {
     let axes = PossibleValuesParser::new(["users", "waiting", "devices", "group"]);
     [
-        number("connections", "Connections that send, sign up or transfer at the same time [64; register 4; others 16]"),
+        number(
+            "connections",
+            "Connections that send, sign up or transfer at the same time [64; register 4; others 16]",
+        ),
         number("recipients", "send, growth: devices written to; drain: devices with full inboxes [200; drain 50]"),
         number("receivers", "relay, open: devices that are online [50; open 16]"),
         number("seconds", "How long [10; open, idle, mixed 30; growth 5 for each step]"),

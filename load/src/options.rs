@@ -288,7 +288,8 @@ mod tests {
 
     #[test]
     fn several_servers_are_measured_in_one_run() {
-        let options = parsed(&["send", "--target", "http://127.0.0.1:1", "--target", "127.0.0.1:2", "--target-pid", "7"]);
+        let options =
+            parsed(&["send", "--target", "http://127.0.0.1:1", "--target", "127.0.0.1:2", "--target-pid", "7"]);
         let shown: Vec<String> = options.subjects.iter().map(Subject::name).collect();
         assert_eq!(shown, ["127.0.0.1:1", "127.0.0.1:2"]);
         assert!(matches!(options.subjects[0], Subject::Target { process: Some(7), .. }));
@@ -305,7 +306,8 @@ mod tests {
 
     #[test]
     fn secrets_are_not_told() {
-        let options = ["send", "--postgres", "postgres://me:secret@host/db", "--", "--db-url=postgres://me:secret@host/db"];
+        let options =
+            ["send", "--postgres", "postgres://me:secret@host/db", "--", "--db-url=postgres://me:secret@host/db"];
         let told = parsed(&[&options[..], &["--jwt-secret", "secret", "--storage-secret-key=secret"]].concat()).json();
         assert!(!told.to_string().contains("secret@") && !told.to_string().contains("\"secret\""), "{told}");
         assert!(!told.to_string().contains("=secret") && told.to_string().contains("--db-url=postgres…"), "{told}");

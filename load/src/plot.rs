@@ -36,7 +36,8 @@ fn latencies(names: &[&str], runs: &[Vec<Figures>]) -> Panel {
         };
         (0..=POINTS).map(at).collect()
     };
-    let line = |(color, name, curve): (usize, &str, &Curve)| Line { name: name.to_owned(), color, points: points(curve) };
+    let line =
+        |(color, name, curve): (usize, &str, &Curve)| Line { name: name.to_owned(), color, points: points(curve) };
     let with_latencies = curves(names, runs).filter(|(_, _, curve)| !curve.latencies.is_empty());
     Panel {
         title: "Latency, ms, at each percentile".to_owned(),
@@ -52,7 +53,8 @@ fn throughput(names: &[&str], runs: &[Vec<Figures>]) -> Panel {
         let seconds = curve.seconds.iter().enumerate();
         seconds.map(|(n, second)| (n as f64 + 1.0, second.per_second)).collect()
     };
-    let line = |(color, name, curve): (usize, &str, &Curve)| Line { name: name.to_owned(), color, points: points(curve) };
+    let line =
+        |(color, name, curve): (usize, &str, &Curve)| Line { name: name.to_owned(), color, points: points(curve) };
     Panel {
         title: "Done per second, over seconds".to_owned(),
         x: Scale::Linear,

@@ -4,13 +4,14 @@ use std::io::Write;
 use std::net::SocketAddr;
 use std::time::Duration;
 
-use anyhow::{Result, bail, ensure};
+use anyhow::{Result, bail};
+use prost::Message as _;
 use tokio::task::JoinSet;
 use uuid::Uuid;
 
 use crate::http::{Connection, bearer};
 use crate::people::Device;
-use crate::wire::{LABEL, Label, Letter, put_request, request_length};
+use crate::wire::{LABEL, Label, Letter, SendMessageRequest, SendMessageResponse, put_request, request_length};
 
 /// The pause before a refused send is repeated, and how often it is.
 const PAUSE: Duration = Duration::from_millis(200);
@@ -46,13 +47,17 @@ impl Sender {
         let mut key = Uuid::encode_buffer();
         self.request.extend_from_slice(Uuid::from_bytes(rand::random()).hyphenated().encode_lower(&mut key).as_bytes());
         write!(self.request, "\r\ncontent-length: {}\r\n\r\n", request_length(letters, &self.filling))?;
+        let body = self.request.len();
         put_request(&mut self.request, letters, &self.filling);
+        debug_assert!(SendMessageRequest::decode(&self.request[body..]).is_ok());
         for _ in 0..ATTEMPTS {
             let answer = self.connection.call(&self.request, &[]).await?;
             match answer.status {
+                200 if answer.body.is_empty() => return Ok(()),
                 200 => {
-                    ensure!(answer.body.is_empty(), "a send was accepted in part only");
-                    return Ok(());
+                    let said = SendMessageResponse::decode(answer.body)?;
+                    let (unknown, incomplete) = (said.invalid_device_ids.len(), said.device_mismatches.len());
+                    bail!("of a send {unknown} devices are unknown, and {incomplete} accounts have others");
                 }
                 429 | 503 | 507 => {
                     self.refused += 1;

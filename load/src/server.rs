@@ -221,7 +221,9 @@ impl Own {
             .stdin(Stdio::null())
             .stdout(Stdio::piped())
             .spawn()
-            .with_context(|| format!("can't start {}; build it with `cargo build --release`", self.program.display()))?;
+            .with_context(|| {
+                format!("can't start {}; build it with `cargo build --release`", self.program.display())
+            })?;
         let output = child.stdout.take().context("no output")?;
         let child = self.child.insert(child);
         let mut output = BufReader::new(output);

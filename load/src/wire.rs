@@ -8,7 +8,7 @@ mod contract {
 }
 
 pub use contract::web_socket_frame::Payload;
-pub use contract::{AckMessage, WebSocketFrame};
+pub use contract::{AckMessage, SendMessageRequest, SendMessageResponse, WebSocketFrame};
 
 /// Bytes at the start of each message that say what it is. See [`Label`].
 pub const LABEL: usize = 32;
@@ -111,7 +111,6 @@ fn put_id(bytes: &mut Vec<u8>, tag: u8, id: &[u8; 16]) {
 mod tests {
     use prost::Message as _;
 
-    use super::contract::SendMessageRequest;
     use super::contract::send_message_request::{Recipient, Submission};
     use super::*;
 
@@ -130,10 +129,8 @@ mod tests {
             put_request(&mut bytes, &letters, &filling);
             assert_eq!(bytes.len(), request_length(&letters, &filling));
             let message = |number| [&label(number).bytes()[..], &filling].concat();
-            let submission = |device: u8, number| Submission {
-                device_id: vec![device; 16].into(),
-                message: message(number).into(),
-            };
+            let submission =
+                |device: u8, number| Submission { device_id: vec![device; 16].into(), message: message(number).into() };
             let recipients = vec![
                 Recipient { user_id: vec![1; 16].into(), submissions: vec![submission(3, 0), submission(4, 1)] },
                 Recipient { user_id: vec![2; 16].into(), submissions: vec![submission(5, 2)] },

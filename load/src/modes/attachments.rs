@@ -66,7 +66,7 @@ pub async fn measure(job: &Job, server: &Server) -> Result<Figures> {
     figures.add_latencies("upload", &up);
     figures.add_latencies("download", &down);
     // Every one was compared, or the measurement would have ended.
-    figures.add("attachments", count as f64);
+    figures.add("fetched", count as f64);
     for (of, kib) in [("most while uploading", peak_up), ("most while downloading", peak_down)] {
         // What is over within a second was not seen.
         let kib = kib.max(server.resident_kib().unwrap_or_default());
@@ -77,7 +77,13 @@ pub async fn measure(job: &Job, server: &Server) -> Result<Figures> {
     Ok(figures)
 }
 
-async fn upload(job: &Job, server: &Server, devices: &[Device], bytes: &Arc<[u8]>, count: usize) -> Result<Vec<String>> {
+async fn upload(
+    job: &Job,
+    server: &Server,
+    devices: &[Device],
+    bytes: &Arc<[u8]>,
+    count: usize,
+) -> Result<Vec<String>> {
     let next = Arc::new(AtomicUsize::new(0));
     let mut work = JoinSet::new();
     for device in devices {
@@ -102,13 +108,7 @@ pub async fn upload_one(connection: &mut Connection, token: &str, bytes: &[u8]) 
     Ok(answer["id"].as_str().context("no id of an attachment")?.to_owned())
 }
 
-async fn download(
-    job: &Job,
-    server: &Server,
-    devices: &[Device],
-    bytes: &Arc<[u8]>,
-    ids: Arc<[String]>,
-) -> Result<()> {
+async fn download(job: &Job, server: &Server, devices: &[Device], bytes: &Arc<[u8]>, ids: Arc<[String]>) -> Result<()> {
     let next = Arc::new(AtomicUsize::new(0));
     let mut work = JoinSet::new();
     for device in devices {

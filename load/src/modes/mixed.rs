@@ -93,7 +93,7 @@ pub async fn measure(job: &Job, server: &Server) -> Result<Figures> {
     figures.add("redelivered", redelivered(&plan).await? as f64);
     drop(plan);
     let fetched: u64 = fetching.join_all().await.into_iter().sum::<Result<u64>>()?;
-    figures.add("attachments", fetched as f64);
+    figures.add("fetched", fetched as f64);
     server.add_memory(&mut figures, "after");
     figures.curve = Some(curve);
     Ok(figures)
@@ -156,7 +156,8 @@ fn account(figures: &mut Figures, accepted: &[Accepted], read: &[Read]) -> u64 {
         wakes += read.wakes;
         // Of those of whom nothing came at all.
         let unheard = accepted.iter().filter(|accepted| !read.tallies.contains_key(&(accepted.by as u32)));
-        lost += unheard.filter_map(|accepted| accepted.to.get(&(read.by as u32))).map(|sent| u64::from(*sent)).sum::<u64>();
+        lost +=
+            unheard.filter_map(|accepted| accepted.to.get(&(read.by as u32))).map(|sent| u64::from(*sent)).sum::<u64>();
     }
     let sent: u64 = accepted.iter().map(Accepted::messages).sum();
     let seconds = accepted.iter().map(|accepted| accepted.seconds).fold(0.0, f64::max);
