@@ -262,7 +262,7 @@ async fn register(store: &Store, username: &str) -> Result<Sender> {
         user: UserId::random(),
         username: username.to_owned(),
         password_hash: "nobody logs in".to_owned(),
-        identity: key.clone(),
+        identity: key,
         device: NewDevice {
             id: DeviceId::random(),
             name: None,

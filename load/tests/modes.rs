@@ -3,6 +3,8 @@
 //! The server is the one that `cargo build` has made beside the tool. `OBSCURA_TEST_DEPLOYMENT=distributed` puts it on the
 //! servers of `scripts/services`; attachments are in the bucket then.
 
+#![expect(clippy::unwrap_used, reason = "what is missing in a test ends it")]
+
 use std::path::{Path, PathBuf};
 use std::process::Command;
 

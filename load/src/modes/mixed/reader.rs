@@ -30,7 +30,7 @@ pub struct Read {
 /// Comes and goes until the night.
 pub async fn read(plan: &Plan, by: usize) -> Result<Read> {
     let mut read = Read { by, tallies: HashMap::new(), wakes: 0 };
-    let [awake, away] = if by % SLEEPERS == 0 { SLEEPER } else { OTHER };
+    let [awake, away] = if by.is_multiple_of(SLEEPERS) { SLEEPER } else { OTHER };
     loop {
         // A connection for the ticket only: whoever sleeps holds none.
         let mut connection = Connection::open(plan.api).await?;
