@@ -10,6 +10,13 @@ import subprocess
 import sys
 
 MODES = ["send", "relay", "light", "open", "drain", "idle", "attachments", "mixed", "register", "start", "growth"]
+# What stands first in a table; the rest follows by name.
+FIRST = [
+    "signups_per_s", "sends_per_s", "messages_per_s", "drained_per_s", "drained_ms", "opened_per_s", "socket_kib",
+    "socket_anonymous_kib", "upload_mib_per_s", "download_mib_per_s", "copy_mib_per_s", "upload_ratio", "download_ratio",
+    "waiting", "ready_ms", "answering_ms", "p50_ms", "p99_ms", "max_ms", "delivered", "lost", "repeated", "reordered",
+    "redelivered", "left", "all_cpu_us_each", "server_cpu_us_each", "other_cpu_us_each", "tool_cpu_us_each", "server_cores",
+]
 # What the tables leave out; the plots and the JSON have it.
 LEFT_OUT = {"p90_ms", "p999_ms", "sent", "refused", "disk_ms", "queued_per_s", "filled_s"}
 
@@ -28,7 +35,8 @@ def command(*words):
 
 def table(figures):
     lines = ["| What | Median | Lowest to highest |", "|---|---|---|"]
-    for key, cases in figures.items():
+    place = {key: n for n, key in enumerate(FIRST)}
+    for key, cases in sorted(figures.items(), key=lambda figure: (place.get(figure[0], len(place)), figure[0])):
         for case in cases:
             if key not in LEFT_OUT:
                 spread = f"{shown(case['min'])} to {shown(case['max'])}"
