@@ -39,6 +39,7 @@ const ENTRANCES: &[(&str, &[&str])] = &[
 ];
 
 const SOURCE: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/src");
+const LOAD_TOOL: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/load");
 
 struct SourceFile {
     path: PathBuf,
@@ -228,6 +229,23 @@ fn no_file_is_longer_than_four_hundred_lines() {
     }
 }
 
+/// It measures any relay of the protocol, so it knows none, and the server doesn't know it.
+#[test]
+fn the_load_tool_is_by_itself() {
+    let mut files = Vec::new();
+    ["src", "tests"].iter().for_each(|room| collect(&Path::new(LOAD_TOOL).join(room), &mut files));
+    for path in files {
+        let text = std::fs::read_to_string(&path).unwrap();
+        assert!(!text.contains(concat!("obscura_", "server::")), "{} uses the server", path.display());
+        assert!(text.starts_with("//! "), "{} has no first line that says what it is", path.display());
+        let lines = text.lines().count();
+        assert!(lines <= 400, "{} has {lines} lines", path.display());
+    }
+    let manifest = |folder: &str| std::fs::read_to_string(Path::new(folder).join("Cargo.toml")).unwrap();
+    assert!(!manifest(LOAD_TOOL).contains("obscura-server") && manifest(LOAD_TOOL).contains("publish = false"));
+    assert!(manifest(env!("CARGO_MANIFEST_DIR")).contains("default-members = [\".\"]"));
+}
+
 #[test]
 fn every_method_of_the_store_is_named_in_a_contract_test() {
     let folder = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/it/store");
@@ -254,7 +272,7 @@ fn every_file_of_the_source_says_what_it_is() {
 fn no_test_is_skipped() {
     let folder = Path::new(env!("CARGO_MANIFEST_DIR"));
     let mut files = Vec::new();
-    ["src", "tests/it"].iter().for_each(|room| collect(&folder.join(room), &mut files));
+    ["src", "tests/it", "load"].iter().for_each(|room| collect(&folder.join(room), &mut files));
     let scripts = std::fs::read_dir(folder.join("tests/libsignal")).unwrap().map(|entry| entry.unwrap().path());
     files.extend(scripts.filter(|path| path.to_string_lossy().ends_with(".test.mjs")));
     for path in files {

@@ -1,0 +1,288 @@
+//! Durable sends through the mailroom in process, without HTTP, beside a bare loop of gathered inserts into the same
+//! tables: what of the database's speed is left for whoever sends?
+//!
+//! ```text
+//! cargo run --release --example mailroom
+//! OBSCURA_LOAD_POSTGRES=postgres://… cargo run --release --example mailroom
+//! ```
+//!
+//! Each round has a folder (or database) of its own and does first one, then the other, for equally long. The bare loop
+//! inserts as many messages in one statement as the mailroom had in a group on average, each group a transaction.
+
+use std::ffi::OsString;
+use std::path::Path;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, ensure};
+use bytes::Bytes;
+use clap::{Arg, Command, value_parser};
+use obscura_server::clock::Clock;
+use obscura_server::config::Config;
+use obscura_server::mailroom::Mailroom;
+use obscura_server::model::ids::{DeviceId, IdempotencyKey, UserId};
+use obscura_server::model::keys::{KeyId, PreKeys, PublicKey, RegistrationId, Signature, SignedPreKey};
+use obscura_server::model::mail::{Outcome, Outgoing, Recipient, Sealed, Sender};
+use obscura_server::server::Server;
+use obscura_server::store::{NewAccount, NewDevice, Registered, SessionGrant, Store};
+use sqlx::postgres::PgConnectOptions;
+use sqlx::sqlite::{SqliteConnectOptions, SqliteJournalMode, SqliteSynchronous};
+use sqlx::{AssertSqlSafe, ConnectOptions, Connection, PgConnection, SqliteConnection};
+use tokio::task::JoinSet;
+
+/// Devices written to.
+const RECIPIENTS: usize = 200;
+/// What is done before the counting starts.
+const WARM_UP: Duration = Duration::from_secs(1);
+
+struct Options {
+    tasks: usize,
+    size: usize,
+    duration: Duration,
+    rounds: usize,
+    postgres: Option<String>,
+}
+
+/// What one round found, in messages a second.
+struct Round {
+    mailroom: f64,
+    bare: f64,
+    group: usize,
+}
+
+#[tokio::main]
+async fn main() -> Result<()> {
+    let options = options();
+    let mut ratios = Vec::new();
+    println!("{:>8}{:>14}{:>12}{:>14}{:>8}", "round", "mailroom, /s", "in a group", "bare loop, /s", "ratio");
+    for n in 1..=options.rounds {
+        let round = match &options.postgres {
+            None => in_sqlite(&options).await?,
+            Some(url) => in_postgres(&options, url).await?,
+        };
+        let ratio = round.mailroom / round.bare;
+        println!("{n:>8}{:>14.0}{:>12}{:>14.0}{ratio:>8.2}", round.mailroom, round.group, round.bare);
+        ratios.push(ratio);
+    }
+    ratios.sort_by(f64::total_cmp);
+    println!("median ratio {:.2}", ratios[ratios.len() / 2]);
+    Ok(())
+}
+
+fn options() -> Options {
+    let number = |name: &'static str, default: &'static str, help: &'static str| {
+        Arg::new(name).long(name).value_name("N").default_value(default).help(help).value_parser(value_parser!(usize))
+    };
+    let given = Command::new("mailroom")
+        .about("Compares durable sends in process with a bare loop of inserts")
+        .args([
+            number("tasks", "64", "Tasks that send, each the next message as soon as the last one is durable"),
+            number("size", "1024", "Bytes of a message"),
+            number("seconds", "5", "How long each of the two goes on"),
+            number("rounds", "5", "How often"),
+            Arg::new("postgres")
+                .long("postgres")
+                .value_name("URL")
+                .env("OBSCURA_LOAD_POSTGRES")
+                .hide_env_values(true)
+                .help("A PostgreSQL, in which each round makes a database [SQLite in a temporary folder]"),
+        ])
+        .get_matches();
+    let number = |name: &str| given.get_one::<usize>(name).copied().unwrap_or(1).max(1);
+    Options {
+        tasks: number("tasks"),
+        size: number("size"),
+        duration: Duration::from_secs(number("seconds") as u64),
+        rounds: number("rounds"),
+        postgres: given.get_one::<String>("postgres").cloned(),
+    }
+}
+
+async fn in_sqlite(options: &Options) -> Result<Round> {
+    let folder = tempfile::tempdir()?;
+    let mailroom = through_the_mailroom(options, folder.path(), None).await?;
+    let file = folder.path().join("obscura.db");
+    let mut database = SqliteConnectOptions::new()
+        .filename(file)
+        .journal_mode(SqliteJournalMode::Wal)
+        .synchronous(SqliteSynchronous::Full)
+        .pragma("wal_autocheckpoint", "4000")
+        .pragma("cache_size", "-65536")
+        .connect()
+        .await?;
+    // A group commits at one time of receipt, so there are about as many of these.
+    let count = "SELECT COUNT(*), COUNT(DISTINCT received_at) FROM messages";
+    let (messages, groups): (i64, i64) = sqlx::query_as(count).fetch_one(&mut database).await?;
+    let group = group(messages, groups);
+    let mut position: i64 =
+        sqlx::query_scalar("SELECT COALESCE(MAX(position), 0) FROM messages").fetch_one(&mut database).await?;
+    let until = Instant::now() + options.duration;
+    let (began, mut done) = (Instant::now(), 0);
+    let bytes = vec![0xa5; group * (48 + options.size)];
+    while Instant::now() < until {
+        insert_into_sqlite(&mut database, &bytes, group, options.size, position + 1).await?;
+        position += group as i64;
+        done += group;
+    }
+    let bare = done as f64 / began.elapsed().as_secs_f64();
+    database.close().await?;
+    Ok(Round { mailroom, bare, group })
+}
+
+/// The server's own statement: a list of devices and offsets, and one blob of ids and bodies.
+async fn insert_into_sqlite(
+    database: &mut SqliteConnection,
+    bytes: &[u8],
+    group: usize,
+    size: usize,
+    first: i64,
+) -> Result<()> {
+    let row = |n: usize| format!("[{},{},{size}]", n % RECIPIENTS + 1, n * (48 + size) + 1);
+    let list = format!("[{}]", (0..group).map(row).collect::<Vec<_>>().join(","));
+    let mut transaction = database.begin_with("BEGIN IMMEDIATE").await?;
+    sqlx::query(
+        "INSERT INTO messages (position, device_no, id, sender_user, sender_device, received_at, body)
+         SELECT $3 + row.key, row.value ->> 0, substr($2, row.value ->> 1, 16), substr($2, (row.value ->> 1) + 16, 16),
+                substr($2, (row.value ->> 1) + 32, 16), $4, substr($2, (row.value ->> 1) + 48, row.value ->> 2)
+         FROM json_each($1) row",
+    )
+    .bind(list)
+    .bind(bytes)
+    .bind(first)
+    .bind(first)
+    .execute(&mut *transaction)
+    .await?;
+    Ok(transaction.commit().await?)
+}
+
+async fn in_postgres(options: &Options, url: &str) -> Result<Round> {
+    let name = format!("obscura_mailroom_{:x}", rand::random::<u64>());
+    let (server, _) = url.rsplit_once('/').context("the URL of PostgreSQL names no database")?;
+    let own = format!("{server}/{name}");
+    let mut admin = PgConnection::connect(url).await?;
+    sqlx::query(AssertSqlSafe(format!("CREATE DATABASE {name}"))).execute(&mut admin).await?;
+    let round = in_this_postgres(options, &own).await;
+    sqlx::query(AssertSqlSafe(format!("DROP DATABASE {name} WITH (FORCE)"))).execute(&mut admin).await?;
+    round
+}
+
+async fn in_this_postgres(options: &Options, url: &str) -> Result<Round> {
+    let folder = tempfile::tempdir()?;
+    let mailroom = through_the_mailroom(options, folder.path(), Some(url)).await?;
+    let mut database = url.parse::<PgConnectOptions>()?.options([("synchronous_commit", "on")]).connect().await?;
+    let count = "SELECT COUNT(*), COUNT(DISTINCT received_at) FROM messages";
+    let (messages, groups): (i64, i64) = sqlx::query_as(count).fetch_one(&mut database).await?;
+    let group = group(messages, groups);
+    let bytes = vec![0xa5; options.size];
+    let devices: Vec<i64> = (0..group).map(|n| (n % RECIPIENTS) as i64 + 1).collect();
+    let bodies = vec![&bytes[..]; group];
+    let until = Instant::now() + options.duration;
+    let (began, mut done) = (Instant::now(), 0);
+    while Instant::now() < until {
+        // The server's own statement, but for ids that the database makes.
+        let insert = "
+            INSERT INTO messages (position, device_no, id, sender_user, sender_device, body, received_at)
+            SELECT block + n, device, gen_random_uuid(), gen_random_uuid(), gen_random_uuid(), body, 1800000000000
+            FROM nextval('message_blocks') AS block, unnest($1, $2) WITH ORDINALITY AS row (device, body, n)";
+        sqlx::query(insert).bind(&devices).bind(&bodies).execute(&mut database).await?;
+        done += group;
+    }
+    let bare = done as f64 / began.elapsed().as_secs_f64();
+    database.close().await?;
+    Ok(Round { mailroom, bare, group })
+}
+
+fn group(messages: i64, groups: i64) -> usize {
+    usize::try_from(messages / groups.max(1)).unwrap_or(1).max(1)
+}
+
+/// Messages a second that were durable when the mailroom answered.
+async fn through_the_mailroom(options: &Options, folder: &Path, postgres: Option<&str>) -> Result<f64> {
+    let folder = folder.to_str().context("a path that is text")?;
+    let mut arguments = vec!["obscura-server", "--data-dir", folder, "--server-host=127.0.0.1", "--server-port=0"];
+    arguments.extend(["--mgmt-port=0", "--pubsub-url=local:", "--max-inbox-size=1000000"]);
+    // Given as a variable is, so that the list of processes does not show it.
+    let variable = |name: &str| (name == "OBSCURA_DATABASE_URL").then(|| postgres.map(OsString::from)).flatten();
+    let server = Server::start(Config::parse_from(arguments, variable)?.config, Clock::system()).await?;
+    let app = server.app().clone();
+    let mut recipients = Vec::new();
+    for n in 0..RECIPIENTS {
+        recipients.push(register(&app.store, &format!("recipient_{n}")).await?);
+    }
+    let recipients: Arc<[Sender]> = recipients.into();
+    let from = Instant::now() + WARM_UP;
+    let until = from + options.duration;
+    let mut work = JoinSet::new();
+    for n in 0..options.tasks {
+        let sender = register(&app.store, &format!("sender_{n}")).await?;
+        let (mailroom, recipients, size) = (app.mailroom.clone(), recipients.clone(), options.size);
+        work.spawn(
+            async move { keep_sending(&mailroom, sender, &recipients[n % RECIPIENTS..], size, from, until).await },
+        );
+    }
+    let sent: usize = work.join_all().await.into_iter().sum::<Result<usize>>()?;
+    server.stop().await;
+    Ok(sent as f64 / options.duration.as_secs_f64())
+}
+
+/// Answers how many sends ended between `from` and `until`.
+async fn keep_sending(
+    mailroom: &Mailroom,
+    sender: Sender,
+    recipients: &[Sender],
+    size: usize,
+    from: Instant,
+    until: Instant,
+) -> Result<usize> {
+    let body = Sealed(Bytes::from(vec![0xa5; size]));
+    let mut count = 0;
+    for to in recipients.iter().cycle() {
+        let mail = Outgoing {
+            sender,
+            key: IdempotencyKey::random(),
+            digest: [0; 16],
+            recipients: vec![Recipient { user: to.user, submissions: vec![(to.device, body.clone())] }],
+        };
+        let sent = mailroom.send(mail).await?;
+        ensure!(sent.outcome == Outcome::default(), "a send was accepted in part only");
+        let now = Instant::now();
+        if now >= until {
+            break;
+        }
+        count += usize::from(now >= from);
+    }
+    Ok(count)
+}
+
+async fn register(store: &Store, username: &str) -> Result<Sender> {
+    let key = PublicKey::from_bytes(&[5; 33]).context("a public key")?;
+    let signature = Signature::from_bytes(&[7; 64]).context("a signature")?;
+    let now = Clock::system().now();
+    let account = NewAccount {
+        user: UserId::random(),
+        username: username.to_owned(),
+        password_hash: "nobody logs in".to_owned(),
+        identity: key,
+        device: NewDevice {
+            id: DeviceId::random(),
+            name: None,
+            registration_id: RegistrationId(1),
+            prekeys: PreKeys {
+                signed: SignedPreKey { id: KeyId(1), public_key: key, signature },
+                one_time: Vec::new(),
+                pq_last_resort: None,
+                pq_one_time: Vec::new(),
+            },
+        },
+        session: SessionGrant {
+            access_expires_at: now.seconds() + 900,
+            family: rand::random(),
+            secret_hash: rand::random(),
+            expires_at: now + Duration::from_hours(24),
+        },
+    };
+    match store.register(&account).await? {
+        Registered::Account(no) => Ok(Sender { user: account.user, device: account.device.id, no }),
+        Registered::UsernameTaken => anyhow::bail!("the database is not empty"),
+    }
+}
