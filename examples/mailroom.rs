@@ -25,6 +25,7 @@ use obscura_server::model::keys::{KeyId, PreKeys, PublicKey, RegistrationId, Sig
 use obscura_server::model::mail::{Outcome, Outgoing, Recipient, Sealed, Sender};
 use obscura_server::server::Server;
 use obscura_server::store::{NewAccount, NewDevice, Registered, SessionGrant, Store};
+use obscura_server::telemetry::Telemetry;
 use sqlx::postgres::PgConnectOptions;
 use sqlx::sqlite::{SqliteConnectOptions, SqliteJournalMode, SqliteSynchronous};
 use sqlx::{AssertSqlSafe, ConnectOptions, Connection, PgConnection, SqliteConnection};
@@ -203,7 +204,9 @@ async fn through_the_mailroom(options: &Options, folder: &Path, postgres: Option
     arguments.extend(["--mgmt-port=0", "--pubsub-url=local:", "--max-inbox-size=1000000"]);
     // Given as a variable is, so that the list of processes does not show it.
     let variable = |name: &str| (name == "OBSCURA_DATABASE_URL").then(|| postgres.map(OsString::from)).flatten();
-    let server = Server::start(Config::parse_from(arguments, variable)?.config, Clock::system()).await?;
+    let config = Config::parse_from(arguments, variable)?.config;
+    let telemetry = Telemetry::open(&config.telemetry)?;
+    let server = Server::start(config, Clock::system(), telemetry).await?;
     let app = server.app().clone();
     let mut recipients = Vec::new();
     for n in 0..RECIPIENTS {
