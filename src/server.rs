@@ -80,9 +80,16 @@ impl Server {
         // So that a node that says it is ready is ready. One without Valkey serves all the same.
         let _ = tokio::time::timeout(config.health.pubsub_timeout, bus.connected()).await;
         // Nothing can fail from here on, so no task is left behind by a start that was given up.
-        let push = Push::start(push, &config, &store, &clock, &keepers);
+        let push = Push::start(push, &config, &store, &clock, &telemetry.traces, &keepers);
         let app = App {
-            mailroom: Mailroom::open(store.clone(), bus.clone(), push.clone(), clock.clone(), &keepers),
+            mailroom: Mailroom::open(
+                store.clone(),
+                bus.clone(),
+                push.clone(),
+                clock.clone(),
+                telemetry.traces.clone(),
+                &keepers,
+            ),
             store,
             bus,
             push,

@@ -24,6 +24,7 @@ use crate::memory::NoRoom;
 use crate::model::ids::{AttachmentId, UserId};
 use crate::rates::Wait;
 use crate::store::{Allowance, Reserved, StoreError};
+use crate::telemetry::traces::carried;
 
 /// Where a stored attachment is, and until when.
 #[derive(Debug, Serialize)]
@@ -60,7 +61,7 @@ pub async fn upload(
         let _claim = claim;
         uploaded.await
     };
-    app.tasks.finish(uploaded).await?;
+    app.tasks.finish(carried(uploaded)).await?;
     Ok((StatusCode::CREATED, axum::Json(attachment)))
 }
 

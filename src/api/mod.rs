@@ -110,6 +110,7 @@ pub fn router(app: App, limits: &Limits) -> Router {
         .method_not_allowed_fallback(|| async { ApiError::MethodNotAllowed })
         .layer(from_fn_with_state(app.clone(), request::bounded_in_time))
         .layer(from_fn(request::identified))
+        .layer(from_fn_with_state(app.clone(), request::traced))
         .with_state(app)
 }
 

@@ -31,6 +31,7 @@ use crate::push::queue::{Job, Queue, Reason};
 use crate::push::worker::Worker;
 use crate::store::{Store, StoreError};
 use crate::tasks::Tasks;
+use crate::telemetry::traces::Traces;
 
 /// The name under which the key of Web Push is kept.
 const VAPID: &str = "vapid";
@@ -99,11 +100,18 @@ impl Push {
     }
 
     /// Starts the worker, the janitor and the rebuilding. They run until `tasks` are stopped.
-    pub fn start(prepared: Prepared, config: &Arc<Config>, store: &Store, clock: &Clock, tasks: &Tasks) -> Self {
+    pub fn start(
+        prepared: Prepared,
+        config: &Arc<Config>,
+        store: &Store,
+        clock: &Clock,
+        traces: &Traces,
+        tasks: &Tasks,
+    ) -> Self {
         let push =
             Self { outbox: Arc::default(), lanes: Arc::new(prepared.lanes), grace: config.notifications.push_delay };
         let janitor = Janitor::start(&config.notifications, store.clone(), tasks);
-        let worker = Worker::new(prepared.queue, &push, janitor, config, (store, clock));
+        let worker = Worker::new(prepared.queue, &push, janitor, config, (store, clock, traces));
         tasks.spawn("push", worker.run(tasks.clone()));
         rebuild::start(push.outbox.clone(), &config.notifications, store.clone(), clock.clone(), tasks);
         push

@@ -42,6 +42,18 @@ pub enum Pushed {
     },
 }
 
+impl Pushed {
+    /// A word for it.
+    pub fn name(&self) -> &'static str {
+        match self {
+            Self::Accepted => "accepted",
+            Self::TokenGone => "token_gone",
+            Self::Refused { .. } => "refused",
+            Self::Unavailable { .. } => "unavailable",
+        }
+    }
+}
+
 /// Why a provider takes no pushes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Cause {

@@ -20,6 +20,7 @@ use crate::push::providers::Pushed;
 use crate::push::queue::{Fate, Job, Leased, Queue, QueueError, Reason};
 use crate::store::{Sleeper, Store, StoreError};
 use crate::tasks::{Tasks, jittered};
+use crate::telemetry::traces::Traces;
 
 /// Sessions that have ended and are looked at together.
 const ENDED: usize = 500;
@@ -61,6 +62,7 @@ pub(super) struct Worker {
     janitor: Janitor,
     store: Store,
     clock: Clock,
+    traces: Traces,
     config: Arc<Config>,
     /// Failed attempts in a row, since this node started.
     attempts: HashMap<Job, u32>,
@@ -74,7 +76,7 @@ impl Worker {
         push: &Push,
         janitor: Janitor,
         config: &Arc<Config>,
-        (store, clock): (&Store, &Clock),
+        (store, clock, traces): (&Store, &Clock, &Traces),
     ) -> Self {
         Self {
             queue,
@@ -83,6 +85,7 @@ impl Worker {
             janitor,
             store: store.clone(),
             clock: clock.clone(),
+            traces: traces.clone(),
             // Each push under way keeps its slot until its outcome is in here.
             tried: mpsc::channel(config.notifications.worker_concurrency),
             config: config.clone(),
@@ -229,15 +232,19 @@ impl Worker {
         // Over before the lease is, so that nobody else begins with the same push.
         let patience = PATIENCE.min(self.config.notifications.visibility_timeout.mul_f64(0.8));
         let (tried, stopping) = (self.tried.0.clone(), tasks.clone());
+        let span = self.traces.begin_call("push.send");
+        span.set("obscura.push.provider", lane.name);
         tasks.attend(async move {
             let last_words = async {
                 stopping.stopping().await;
                 tokio::time::sleep(LAST_WORDS).await;
             };
             let pushed = tokio::select! {
-                pushed = lane.provider.push(&sleeper.target, patience) => pushed,
+                pushed = span.run(lane.provider.push(&sleeper.target, patience)) => pushed,
                 () = last_words => return,
             };
+            span.set("obscura.push.outcome", pushed.name());
+            drop(span);
             // Fails only when the worker has ended.
             let _ = tried.send(Tried { leased, sleeper, pushed }).await;
             drop(slot);

@@ -4,13 +4,14 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::{Context, Result};
+use opentelemetry::KeyValue;
 use opentelemetry::metrics::{Meter, MeterProvider as _};
-use opentelemetry_otlp::{MetricExporter, WithExportConfig};
+use opentelemetry_sdk::Resource;
 use opentelemetry_sdk::metrics::{PeriodicReader, SdkMeterProvider};
 use prometheus::{Registry, TextEncoder};
 
 use crate::config;
-use crate::telemetry::resource;
+use crate::telemetry::collector;
 
 /// Every instrument of a server. Cloning is cheap and gives the same ones.
 #[derive(Clone, Debug)]
@@ -24,21 +25,23 @@ struct Instruments {
 
 impl Metrics {
     /// Makes the instruments. Errors are about the options.
-    pub(super) fn open(config: &config::Telemetry) -> Result<Self> {
+    pub(super) fn open(config: &config::Telemetry, resource: &Resource) -> Result<Self> {
         let registry = Registry::new();
         let page = opentelemetry_prometheus::exporter().with_registry(registry.clone()).scope_info_enabled(false);
         let mut provider = SdkMeterProvider::builder()
-            .with_resource(resource())
+            .with_resource(resource.clone())
             .with_reader(page.build().context("the page of metrics can't be made")?);
-        if let Some(endpoint) = &config.otlp_endpoint {
-            let exporter =
-                MetricExporter::builder().with_tonic().with_endpoint(endpoint).with_timeout(config.export_timeout);
-            let exporter = exporter.build().context("--otlp-endpoint can't be used for metrics")?;
+        if let Some(exporter) = collector::metrics(config)? {
             let reader = PeriodicReader::builder(exporter).with_interval(config.metrics_export_interval);
             provider = provider.with_reader(reader.build());
         }
         let provider = provider.build();
-        let _meter: Meter = provider.meter("obscura");
+        let meter: Meter = provider.meter("obscura");
+        meter
+            .u64_gauge("obscura.build.info")
+            .with_description("Always 1; its label says which version runs.")
+            .build()
+            .record(1, &[KeyValue::new("version", env!("CARGO_PKG_VERSION"))]);
         Ok(Self(Arc::new(Instruments { provider, registry })))
     }
 

@@ -24,4 +24,5 @@ mod shutdown;
 mod start;
 mod store;
 mod sweeps;
+mod telemetry;
 mod transfer;

@@ -3,6 +3,7 @@
 mod account;
 mod binary;
 mod client;
+mod collector;
 mod database;
 pub mod deployment;
 mod postgres;
@@ -25,6 +26,7 @@ use std::time::{Duration, Instant};
 pub use account::{Device, Keys, PASSWORD, kyber_key, one_time_key, outcome, send_request, signed_key};
 pub use binary::{Binary, Finished};
 pub use client::{Client, Request, Response};
+pub use collector::{Collector, Seen, body};
 pub use database::Database;
 pub use postgres::Postgres;
 pub use proxy::{Proxy, Way};
