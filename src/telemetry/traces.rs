@@ -56,7 +56,8 @@ impl Traces {
         Ok(Self::onto(processor, config.trace_sampling_ratio, resource))
     }
 
-    fn onto(processor: impl SpanProcessor + 'static, ratio: f64, resource: &Resource) -> Self {
+    /// Traces that end at this processor, such as one that a test has.
+    pub fn onto(processor: impl SpanProcessor + 'static, ratio: f64, resource: &Resource) -> Self {
         let provider = SdkTracerProvider::builder()
             .with_resource(resource.clone())
             // The choice is made before: what gets here is kept.

@@ -4,6 +4,7 @@ use opentelemetry_sdk::error::OTelSdkResult;
 use opentelemetry_sdk::trace::SpanData;
 
 use super::*;
+use crate::tasks::Tasks;
 
 /// Keeps what has ended.
 #[derive(Clone, Debug, Default)]
@@ -70,9 +71,8 @@ async fn parts_belong_to_what_they_run_within_also_in_another_task() {
     whole
         .run(async {
             tokio::task::yield_now().await;
-            let part = Span::within("part");
-            let elsewhere = part.run(async { tokio::spawn(carried(async { drop(Span::calling("elsewhere")) })) }).await;
-            elsewhere.await.unwrap();
+            let (part, tasks) = (Span::within("part"), Tasks::new());
+            part.run(tasks.finish(carried(async { drop(Span::calling("elsewhere")) }))).await;
         })
         .await;
     assert!(!Span::within("outside").is_kept());

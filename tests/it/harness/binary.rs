@@ -7,7 +7,7 @@ use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use super::client::Target;
-use super::{Client, PATIENCE, collect, deployment};
+use super::{Client, PATIENCE, collect, deployment, record};
 
 /// What the program takes to listen on free ports of this machine and not to count requests.
 const TEST_OPTIONS: &[&str] = &[
@@ -32,6 +32,8 @@ pub struct Binary {
     management: Target,
     /// The options that say where its state is.
     layout: Vec<String>,
+    /// Whether it logs no more than by default.
+    is_discreet: bool,
 }
 
 /// How a program that ended by itself ended.
@@ -71,7 +73,14 @@ impl Binary {
         let [host, port, management, ..] = TEST_OPTIONS else { unreachable!("they come first") };
         command.args(&layout).args([host, port, management]).args(options);
         let (child, output) = spawn(command);
-        let mut binary = Self { child, output, target: Target::anywhere(), management: Target::anywhere(), layout };
+        let mut binary = Self {
+            child,
+            output,
+            target: Target::anywhere(),
+            management: Target::anywhere(),
+            layout,
+            is_discreet: true,
+        };
         let (api, port) = binary.wait_for_addresses().await;
         binary.target.set(api);
         binary.management.set(port);
@@ -104,7 +113,8 @@ impl Binary {
         };
         command.args(layout.iter().filter(is_usual)).args(TEST_OPTIONS).args(options);
         let (child, output) = spawn(command);
-        let mut binary = Self { child, output, target, management, layout };
+        let is_discreet = is_discreet(variables);
+        let mut binary = Self { child, output, target, management, layout, is_discreet };
         let (api, port) = binary.wait_for_addresses().await;
         binary.target.set(api);
         binary.management = Target::new(port);
@@ -147,7 +157,9 @@ impl Binary {
         let mut command = command(variables);
         command.args(options);
         let (child, output) = spawn(command);
-        Self { child, output, target: Target::anywhere(), management: Target::anywhere(), layout: Vec::new() }
+        let is_discreet = is_discreet(variables);
+        let (target, management) = (Target::anywhere(), Target::anywhere());
+        Self { child, output, target, management, layout: Vec::new(), is_discreet }
     }
 
     /// Somebody who talks to the API port of this process and of those started again from it.
@@ -239,7 +251,14 @@ impl Binary {
 impl Drop for Binary {
     fn drop(&mut self) {
         self.kill();
+        if self.is_discreet {
+            record::output(&self.output());
+        }
     }
+}
+
+fn is_discreet(variables: &[(&str, &str)]) -> bool {
+    variables.iter().all(|(name, value)| *name != "RUST_LOG" || ["info", "warn", "error"].contains(value))
 }
 
 /// The program in an environment in which nothing of ours is set but these variables.

@@ -114,10 +114,6 @@ impl Collector {
         format!("{}://localhost:{}", self.scheme, self.address.port())
     }
 
-    pub fn address(&self) -> SocketAddr {
-        self.address
-    }
-
     /// From now on it takes calls, and answers none.
     pub fn freeze(&self) {
         self.state.is_frozen.store(true, Ordering::Relaxed);

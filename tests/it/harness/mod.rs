@@ -10,6 +10,7 @@ mod postgres;
 pub mod proto;
 mod proxy;
 mod raw;
+mod record;
 mod s3;
 mod s3_proxy;
 pub mod server;

@@ -4,7 +4,7 @@ mod answers;
 mod apns;
 mod fcm;
 mod nodes;
-mod provider;
+pub mod provider;
 mod rebuilt;
 mod timing;
 mod webpush;
