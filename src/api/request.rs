@@ -51,9 +51,6 @@ fn time_limit(app: &App, request: &Request) -> Duration {
 
 /// Keeps a trace of the request, if it is its turn: what was asked by the name of the route, and what came of it.
 pub(super) async fn traced(State(app): State<App>, request: Request, next: Next) -> Response {
-    if !app.traces.are_kept() {
-        return next.run(request).await;
-    }
     let span = begun(&app, &request);
     let response = span.run(next.run(request)).await;
     let status = response.status();

@@ -277,4 +277,4 @@ impl From<Trail> for SpanContext {
 }
 
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;

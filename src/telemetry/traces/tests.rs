@@ -8,7 +8,7 @@ use crate::tasks::Tasks;
 
 /// Keeps what has ended.
 #[derive(Clone, Debug, Default)]
-struct Ended(Arc<Mutex<Vec<SpanData>>>);
+pub(crate) struct Ended(Arc<Mutex<Vec<SpanData>>>);
 
 impl SpanProcessor for Ended {
     fn on_start(&self, _: &mut opentelemetry_sdk::trace::Span, _: &Context) {}
@@ -26,14 +26,18 @@ impl SpanProcessor for Ended {
     }
 }
 
-fn traces(ratio: f64) -> (Traces, Ended) {
+pub(crate) fn traces(ratio: f64) -> (Traces, Ended) {
     let ended = Ended::default();
     (Traces::onto(ended.clone(), ratio, &Resource::builder_empty().build()), ended)
 }
 
 impl Ended {
-    fn named(&self, name: &str) -> SpanData {
+    pub(crate) fn named(&self, name: &str) -> SpanData {
         self.0.lock().unwrap().iter().find(|span| span.name == name).expect("a span").clone()
+    }
+
+    pub(crate) fn names(&self) -> Vec<String> {
+        self.0.lock().unwrap().iter().map(|span| span.name.to_string()).collect()
     }
 
     fn count(&self) -> usize {

@@ -169,7 +169,7 @@ async fn every_answer_has_a_request_id_of_its_own_or_the_one_that_was_sent() {
 }
 
 #[tokio::test]
-async fn the_management_port_has_no_request_ids_and_nothing_but_health() {
+async fn the_management_port_has_no_request_ids_and_nothing_but_health_and_metrics() {
     let server = TestServer::start().await;
     let client = server.management();
     let live = client.get("/livez").send().await.expect(200);
@@ -177,7 +177,8 @@ async fn the_management_port_has_no_request_ids_and_nothing_but_health() {
     assert!(!live.headers.contains_key("x-request-id"));
     let ready = client.get("/readyz").send().await.expect(200);
     assert_eq!(ready.json(), json!({"status": "ok", "database": "ok", "storage": "ok", "pubsub": "ok"}));
-    for path in ["/", "/livez/", "/metrics", "/v1/users", "/openapi.yaml"] {
+    client.get("/metrics").send().await.expect(200);
+    for path in ["/", "/livez/", "/metrics/", "/v1/users", "/openapi.yaml"] {
         client.get(path).send().await.expect(404);
     }
     server.client().get("/livez").send().await.expect(404);

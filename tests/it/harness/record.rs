@@ -4,7 +4,7 @@
 //! `used` has every id, name, token and address, one a line; `logs`, `output`, `spans` and `metrics` are what was said.
 //! All of it in lower case.
 
-use std::collections::HashSet;
+use std::collections::{HashMap, HashSet};
 use std::fs::{File, OpenOptions};
 use std::io::Write;
 use std::path::PathBuf;
@@ -19,8 +19,8 @@ use serde_json::Value;
 use tracing_subscriber::fmt::MakeWriter;
 use uuid::Uuid;
 
-/// Shorter texts are found everywhere.
-const SHORTEST: usize = 6;
+/// Shorter texts are words that are found everywhere.
+const SHORTEST: usize = 8;
 /// Members whose values are words of the contract, or ours.
 const WORDS: &[&str] = &["error", "provider", "status"];
 /// Headers that say who asks.
@@ -29,6 +29,7 @@ const HEADERS: &[&str] = &["authorization", "idempotency-key", "x-request-id", "
 struct Record {
     folder: PathBuf,
     used: Mutex<(HashSet<String>, File)>,
+    said: Mutex<HashMap<&'static str, File>>,
 }
 
 static RECORD: LazyLock<Option<Record>> = LazyLock::new(|| {
@@ -38,7 +39,7 @@ static RECORD: LazyLock<Option<Record>> = LazyLock::new(|| {
     // As servers log by default, each of this process into the same file.
     let logs = tracing_subscriber::fmt().with_ansi(false).with_max_level(tracing::Level::INFO).with_writer(Logs);
     logs.try_init().expect("nobody else listens to the logs");
-    Some(Record { folder, used })
+    Some(Record { folder, used, said: Mutex::default() })
 });
 
 fn open(folder: &std::path::Path, name: &str) -> File {
@@ -47,9 +48,11 @@ fn open(folder: &std::path::Path, name: &str) -> File {
 }
 
 impl Record {
-    fn say(&self, name: &str, text: &str) {
+    fn say(&self, name: &'static str, text: &str) {
         let text = text.to_lowercase() + "\n";
-        open(&self.folder, name).write_all(text.as_bytes()).expect("the record is written");
+        let mut said = self.said.lock().unwrap();
+        let file = said.entry(name).or_insert_with(|| open(&self.folder, name));
+        file.write_all(text.as_bytes()).expect("the record is written");
     }
 
     fn use_text(&self, text: &str) {
