@@ -16,6 +16,7 @@ use opentelemetry::KeyValue;
 use opentelemetry_appender_tracing::layer::OpenTelemetryTracingBridge;
 use opentelemetry_sdk::Resource;
 use opentelemetry_sdk::logs::{BatchConfigBuilder, BatchLogProcessor, SdkLoggerProvider};
+use tracing_subscriber::filter::filter_fn;
 use tracing_subscriber::layer::SubscriberExt;
 use tracing_subscriber::util::SubscriberInitExt;
 use tracing_subscriber::{EnvFilter, Layer};
@@ -28,6 +29,8 @@ use crate::telemetry::traces::Traces;
 
 /// What is logged when `RUST_LOG` doesn't say otherwise.
 const LEVEL: &str = "info";
+/// Whose log lines are not exported: those about an export would be exported in turn, and so on for ever.
+const EXPORTERS: &[&str] = &["h2", "hyper", "tonic", "tower", "opentelemetry"];
 /// Log lines that may wait for the collector. What comes on top is dropped.
 const WAITING_LINES: usize = 4096;
 
@@ -61,8 +64,9 @@ impl Telemetry {
             LogFormat::Text => logs.with_ansi(std::io::stderr().is_terminal()).boxed(),
             LogFormat::Json => logs.json().boxed(),
         };
-        let exported = self.logs.as_ref().map(|logs| OpenTelemetryTracingBridge::new(logs).with_filter(exportable()));
-        tracing_subscriber::registry().with(logs.with_filter(chosen())).with(exported).init();
+        let exportable = filter_fn(|line| !EXPORTERS.iter().any(|exporter| line.target().starts_with(exporter)));
+        let exported = self.logs.as_ref().map(|logs| OpenTelemetryTracingBridge::new(logs).with_filter(exportable));
+        tracing_subscriber::registry().with(chosen()).with(logs).with(exported).init();
     }
 
     /// Sends what has not been sent yet, as long as `limit` allows. Nothing more is sent afterwards. A collector that
@@ -84,11 +88,6 @@ fn chosen() -> EnvFilter {
     let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new(LEVEL));
     // These would write whole frames, that is content, at their finest levels.
     with_directives(filter, &["tungstenite=info", "tokio_tungstenite=info"])
-}
-
-/// What the exporter itself says would be exported in turn, and so on for ever.
-fn exportable() -> EnvFilter {
-    with_directives(chosen(), &["h2=off", "hyper=off", "tonic=off", "tower=off", "opentelemetry=off"])
 }
 
 fn with_directives(filter: EnvFilter, directives: &[&str]) -> EnvFilter {

@@ -238,7 +238,7 @@ impl Drop for Span {
     }
 }
 
-/// Has another task go on with what runs here.
+/// Has another task go on with what runs where this is called.
 pub fn carried<F: Future>(future: F) -> impl Future<Output = F::Output> {
     future.with_current_context()
 }

@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use super::attach;
-use crate::harness::{Collector, Seen, TestServer, deployment};
+use crate::harness::{Collector, Seen, TestServer};
 
 /// All that belongs to the trace of the send, by name.
 fn part<'a>(spans: &'a [Seen], name: &str) -> &'a Seen {
@@ -44,6 +44,8 @@ async fn one_message_over_two_nodes_is_one_trace() {
     let a = TestServer::start_node_with(|config| {
         attach(config, &collector);
         config.gateway.look_interval = Duration::from_hours(24);
+        // Or the picture would show nothing but the time in which acks are gathered.
+        config.gateway.ack_flush_interval = Duration::from_millis(20);
     })
     .await;
     let b = a.start_beside().await;
@@ -140,6 +142,4 @@ async fn attachments_sweeps_and_pushes_are_traced() {
         assert!(collector.await_spans(name, 1).await[0].is_part_of(whole), "{name}");
     }
     collector.await_spans("sweep.expired_messages", 1).await;
-    assert!(!collector.named("sweep.expired_messages")[0].span.trace_id.is_empty());
-    let _ = deployment::is_distributed();
 }
