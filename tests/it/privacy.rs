@@ -119,6 +119,8 @@ async fn talk(server: &Binary, secrets: &mut Secrets, alice: &Device, bob: &Devi
     secrets.add("a ticket", &ticket);
     let mut socket = Socket::open(server.address(), &ticket).await.ok().unwrap();
     assert_eq!(Socket::open(server.address(), &ticket).await.err(), Some(401));
+    // Behind its first look, so that what comes is delivered by its signal, and so within a trace.
+    socket.until_pong().await;
 
     let key = Uuid::new_v4();
     secrets.add_id("an idempotency key", key);
