@@ -24,6 +24,7 @@ use crate::blobs::folder::Folder;
 pub use crate::blobs::read_only::ReadOnlyFolder;
 use crate::config;
 use crate::model::ids::AttachmentId;
+use crate::telemetry::traces::Span;
 
 /// The storage of attachments. Cloning gives the same storage.
 #[derive(Clone, Debug)]
@@ -89,35 +90,47 @@ impl Blobs {
         size: u64,
         body: impl Stream<Item = Result<Bytes, E>>,
     ) -> Result<Staged, UploadError> {
-        Ok(Staged(match &self.0 {
-            Place::Folder(folder) => Arrived::InFolder(folder.stage(id, size, body).await?),
-            Place::Bucket(bucket) => Arrived::InBucket(bucket.stage(id, size, body).await?),
-        }))
+        let stage = async {
+            Ok(Staged(match &self.0 {
+                Place::Folder(folder) => Arrived::InFolder(folder.stage(id, size, body).await?),
+                Place::Bucket(bucket) => Arrived::InBucket(bucket.stage(id, size, body).await?),
+            }))
+        };
+        Span::calling("blobs.stage").attempt(stage).await
     }
 
     /// Reads an attachment, or `range` of it; `None` when there is no such attachment.
     pub async fn read(&self, id: AttachmentId, range: Option<Range<u64>>) -> Result<Option<Blob>, BlobError> {
-        match &self.0 {
-            Place::Folder(folder) => folder.read(id, range).await,
-            Place::Bucket(bucket) => bucket.read(id, range).await,
-        }
+        let read = async {
+            match &self.0 {
+                Place::Folder(folder) => folder.read(id, range).await,
+                Place::Bucket(bucket) => bucket.read(id, range).await,
+            }
+        };
+        Span::calling("blobs.read").attempt(read).await
     }
 
     /// Deletes attachments that were published, for good. One that isn't there counts as deleted.
     pub async fn delete(&self, ids: &[AttachmentId]) -> Deleted {
-        match &self.0 {
-            Place::Folder(folder) => folder.delete(ids).await,
-            Place::Bucket(bucket) => bucket.delete(ids).await,
-        }
+        let delete = async {
+            match &self.0 {
+                Place::Folder(folder) => folder.delete(ids).await,
+                Place::Bucket(bucket) => bucket.delete(ids).await,
+            }
+        };
+        Span::calling("blobs.delete").run(delete).await
     }
 
     /// Removes whatever an upload has left that came to nothing, however far it got, also when the process that began it
     /// is gone. For a bucket that takes some requests for each.
     pub async fn discard(&self, ids: &[AttachmentId]) -> Deleted {
-        match &self.0 {
-            Place::Folder(folder) => folder.delete(ids).await,
-            Place::Bucket(bucket) => bucket.discard(ids).await,
-        }
+        let discard = async {
+            match &self.0 {
+                Place::Folder(folder) => folder.delete(ids).await,
+                Place::Bucket(bucket) => bucket.discard(ids).await,
+            }
+        };
+        Span::calling("blobs.discard").run(discard).await
     }
 
     /// Answers when the storage is there.
@@ -142,10 +155,13 @@ impl Staged {
     ///
     /// This must run to its end: dropped in the middle, it may still happen. If it fails, [`Blobs::discard`] tidies up.
     pub async fn publish(self) -> Result<(), BlobError> {
-        match self.0 {
-            Arrived::InFolder(staged) => staged.publish().await,
-            Arrived::InBucket(staged) => staged.publish().await,
-        }
+        let publish = async {
+            match self.0 {
+                Arrived::InFolder(staged) => staged.publish().await,
+                Arrived::InBucket(staged) => staged.publish().await,
+            }
+        };
+        Span::calling("blobs.publish").attempt(publish).await
     }
 }
 

@@ -19,7 +19,9 @@ use crate::model::mail::{Outgoing, Sent};
 use crate::push::Push;
 use crate::store::Store;
 use crate::tasks::Tasks;
+use crate::telemetry::Telemetry;
 use crate::telemetry::metrics::{Content, GroupFailure, Metrics};
+use crate::telemetry::traces::{Span, Traces};
 
 /// Letters that may wait to be taken into a group.
 const WAITING: usize = 4096;
@@ -52,7 +54,7 @@ type Reply<T> = oneshot::Sender<Result<T, MailroomError>>;
 
 enum Letter {
     Send(Waiting),
-    Ack { device: DeviceNo, positions: Vec<Position>, reply: Reply<()> },
+    Ack { device: DeviceNo, positions: Vec<Position>, reply: Reply<()>, span: Span },
 }
 
 impl Letter {
@@ -72,6 +74,8 @@ struct Waiting {
     reply: Reply<Sent>,
     /// When it was first left for a later group.
     left_since: Option<Instant>,
+    /// Of the wait for the group, and its commit.
+    span: Span,
 }
 
 /// The way into the mailroom. Cloning gives another door to the same room.
@@ -83,10 +87,10 @@ pub struct Mailroom {
 
 impl Mailroom {
     /// Opens the mailroom. Its task runs until `tasks` are stopped and everything handed over has been stored.
-    pub fn open(store: Store, bus: Bus, push: Push, clock: Clock, metrics: &Metrics, tasks: &Tasks) -> Self {
+    pub fn open(store: Store, bus: Bus, push: Push, clock: Clock, telemetry: &Telemetry, tasks: &Tasks) -> Self {
         let (letters, incoming) = mpsc::channel(WAITING);
-        let metrics = metrics.clone();
-        let worker = Worker { store, bus, push, clock, metrics, left: Vec::new(), unsure: HashSet::new() };
+        let (metrics, traces) = (telemetry.metrics.clone(), telemetry.traces.clone());
+        let worker = Worker { store, bus, push, clock, metrics, traces, left: Vec::new(), unsure: HashSet::new() };
         let stopping = tasks.clone();
         tasks.spawn("mailroom", async move { worker.run(incoming, stopping).await });
         Self { letters, room: Arc::new(Semaphore::new(WAITING_KIB)) }
@@ -95,16 +99,17 @@ impl Mailroom {
     /// Queues a send. Durable when it returns, and the receivers are being woken.
     pub async fn send(&self, mail: Outgoing) -> Result<Sent, MailroomError> {
         let kib = u32::try_from(mail.size() / 1024 + 1).unwrap_or(u32::MAX).min(WAITING_KIB as u32);
+        let span = Span::within("mailroom.send");
         let room = self.room.clone().acquire_many_owned(kib).await.map_err(|_| MailroomError::Unavailable)?;
         let (reply, answer) = oneshot::channel();
-        self.hand_over(Letter::Send(Waiting { mail, room, reply, left_since: None })).await?;
+        self.hand_over(Letter::Send(Waiting { mail, room, reply, left_since: None, span })).await?;
         answer.await.unwrap_or(Err(MailroomError::Unavailable))
     }
 
     /// Deletes acknowledged messages for good. Durable when it returns.
     pub async fn acknowledge(&self, device: DeviceNo, positions: Vec<Position>) -> Result<(), MailroomError> {
         let (reply, answer) = oneshot::channel();
-        self.hand_over(Letter::Ack { device, positions, reply }).await?;
+        self.hand_over(Letter::Ack { device, positions, reply, span: Span::within("mailroom.ack") }).await?;
         answer.await.unwrap_or(Err(MailroomError::Unavailable))
     }
 
@@ -119,6 +124,7 @@ struct Worker {
     push: Push,
     clock: Clock,
     metrics: Metrics,
+    traces: Traces,
     /// Sends that come again with the next group.
     left: Vec<Waiting>,
     /// Accounts that may have got mail of which nobody was told, because a commit was not answered.
@@ -128,9 +134,9 @@ struct Worker {
 #[derive(Default)]
 struct Group {
     sends: Vec<Outgoing>,
-    rest: Vec<(OwnedSemaphorePermit, Reply<Sent>, Option<Instant>)>,
+    rest: Vec<(OwnedSemaphorePermit, Reply<Sent>, Option<Instant>, Span)>,
     acks: Vec<(DeviceNo, Position)>,
-    ack_replies: Vec<Reply<()>>,
+    ack_replies: Vec<(Reply<()>, Span)>,
     bytes: usize,
     letters: usize,
 }
@@ -139,16 +145,25 @@ impl Group {
     fn add(&mut self, letter: Letter) {
         self.letters += 1;
         match letter {
-            Letter::Send(Waiting { mail, room, reply, left_since }) => {
+            Letter::Send(Waiting { mail, room, reply, left_since, span }) => {
                 self.bytes += mail.size();
                 self.sends.push(mail);
-                self.rest.push((room, reply, left_since));
+                self.rest.push((room, reply, left_since, span));
             }
-            Letter::Ack { device, positions, reply } => {
+            Letter::Ack { device, positions, reply, span } => {
                 self.acks.extend(positions.into_iter().map(|position| (device, position)));
-                self.ack_replies.push(reply);
+                self.ack_replies.push((reply, span));
             }
         }
+    }
+
+    /// A trace of the group, if one of its letters is traced.
+    fn traced(&mut self, traces: &Traces) -> Span {
+        let sends = self.rest.iter_mut().map(|(.., span)| span);
+        let all = traces.together("store.settle", sends.chain(self.ack_replies.iter_mut().map(|(_, span)| span)));
+        all.set("obscura.group.sends", self.sends.len() as i64);
+        all.set("obscura.group.acks", self.acks.len() as i64);
+        all
     }
 
     fn is_full(&self) -> bool {
@@ -210,25 +225,29 @@ impl Worker {
         }
     }
 
-    async fn store(&mut self, group: Group) -> Result<(), MailroomError> {
+    async fn store(&mut self, mut group: Group) -> Result<(), MailroomError> {
         let (now, start) = (self.clock.now(), Instant::now());
         self.metrics.group_size.number(Content::Sends, group.sends.len());
         self.metrics.group_size.number(Content::Acks, group.acks.len());
-        match self.store.settle(&group.sends, &group.acks, now).await {
+        let span = group.traced(&self.traces);
+        let settled = span.attempt(self.store.settle(&group.sends, &group.acks, now)).await;
+        drop(span);
+        match settled {
             Ok(settled) => {
                 self.metrics.group_time.time((), start.elapsed());
+                self.lay_trails(&settled, &group);
                 let woken: Vec<_> = settled.iter().flatten().flat_map(|sent| sent.woken.iter().copied()).collect();
                 self.bus.wake(&woken, Signal::Mail);
                 self.push.mail(&woken);
                 let letters = group.sends.into_iter().zip(group.rest);
-                for (sent, (mail, (room, reply, left_since))) in settled.into_iter().zip(letters) {
+                for (sent, (mail, (room, reply, left_since, span))) in settled.into_iter().zip(letters) {
                     match sent {
                         // A reply fails only when its request is gone; its mail is stored all the same.
                         Some(sent) => drop(reply.send(Ok(sent))),
-                        None => self.leave(Waiting { mail, room, reply, left_since }),
+                        None => self.leave(Waiting { mail, room, reply, left_since, span }),
                     }
                 }
-                for reply in group.ack_replies {
+                for (reply, _span) in group.ack_replies {
                     let _ = reply.send(Ok(()));
                 }
                 Ok(())
@@ -244,11 +263,27 @@ impl Worker {
                     let users = group.sends.iter().flat_map(|mail| &mail.recipients).map(|recipient| recipient.user);
                     self.unsure.extend(users.take(MOST_UNSURE.saturating_sub(self.unsure.len())));
                 }
-                group.rest.into_iter().for_each(|(_, reply, _)| drop(reply.send(Err(error))));
-                for reply in group.ack_replies {
+                for (_, reply, _, span) in group.rest {
+                    span.has_failed();
+                    let _ = reply.send(Err(error));
+                }
+                for (reply, span) in group.ack_replies {
+                    span.has_failed();
                     let _ = reply.send(Err(error));
                 }
                 Err(error)
+            }
+        }
+    }
+
+    /// Lets deliveries be parts of the traces of their sends. Best effort, as all signals are.
+    fn lay_trails(&self, settled: &[Option<Sent>], group: &Group) {
+        if !self.traces.are_kept() {
+            return;
+        }
+        for (sent, (.., span)) in settled.iter().zip(&group.rest) {
+            if let (Some(sent), Some(trail)) = (sent, span.trail()) {
+                self.bus.lay_trail(&sent.woken, trail);
             }
         }
     }
@@ -260,6 +295,7 @@ impl Worker {
         if left_since.elapsed() >= LONGEST_LEFT {
             Letter::Send(waiting).refuse(MailroomError::Unavailable);
         } else {
+            waiting.span.note("left for a later group");
             self.left.push(Waiting { left_since: Some(left_since), ..waiting });
         }
     }

@@ -188,9 +188,9 @@ async fn open(
     let bus = Bus::open(&config.pubsub, &config.notifications, sockets, metrics, &owners.wires)?;
     // So that a node that says it is ready is ready. One without Valkey serves all the same.
     let _ = tokio::time::timeout(config.health.pubsub_timeout, bus.connected()).await;
-    let push = Push::start(push, &config, &store, &clock, metrics, &owners.keepers);
+    let push = Push::start(push, &config, &store, &clock, &telemetry, &owners.keepers);
     Ok(App {
-        mailroom: Mailroom::open(store.clone(), bus.clone(), push.clone(), clock.clone(), metrics, &owners.keepers),
+        mailroom: Mailroom::open(store.clone(), bus.clone(), push.clone(), clock.clone(), &telemetry, &owners.keepers),
         store,
         bus,
         push,

@@ -77,8 +77,9 @@ where
     E: Display + From<StoreError> + Send,
 {
     let (job, under_way) = (Arc::new(job), Arc::new(AtomicBool::new(false)));
+    let span = format!("sweep.{}", name.text().replace(' ', "_"));
     every(app, name, period, move |app| {
-        let (job, under_way) = (job.clone(), under_way.clone());
+        let (job, under_way, span) = (job.clone(), under_way.clone(), span.clone());
         async move {
             // Shorter than the shortest pause between two rounds, or we would find our own claim in the way.
             let claimed_for = period.mul_f64(0.8);
@@ -87,7 +88,7 @@ where
             if !is_ours {
                 return Ok(Round::Done);
             }
-            let round = job(app.clone()).await;
+            let round = app.traces.begin(span).attempt(job(app.clone())).await;
             if round.is_err() {
                 // Whoever tries next may do it. If this fails too, the claim runs out.
                 let _ = app.store.release_job(name.text(), app.clock.now()).await;

@@ -25,6 +25,7 @@ use crate::model::ids::{AttachmentId, UserId};
 use crate::rates::Wait;
 use crate::store::{Allowance, Reserved, StoreError};
 use crate::telemetry::metrics::{BlobOperation, Direction, Refusal};
+use crate::telemetry::traces::carried;
 
 /// Where a stored attachment is, and until when.
 #[derive(Debug, Serialize)]
@@ -61,7 +62,7 @@ pub async fn upload(
         let _claim = claim;
         uploaded.await
     };
-    app.tasks.finish(uploaded).await?;
+    app.tasks.finish(carried(uploaded)).await?;
     Ok((StatusCode::CREATED, axum::Json(attachment)))
 }
 

@@ -107,13 +107,18 @@ routes! {
 
 /// The API port.
 pub fn router(app: App, limits: &Limits) -> Router {
-    router_of(limits)
+    let router = router_of(limits)
         .fallback(|| async { ApiError::NotFound })
         .method_not_allowed_fallback(|| async { ApiError::MethodNotAllowed })
         .layer(from_fn_with_state(app.clone(), request::bounded_in_time))
         .layer(from_fn(request::identified))
-        .layer(from_fn_with_state(app.clone(), measured::measured))
-        .with_state(app)
+        .layer(from_fn_with_state(app.clone(), measured::measured));
+    // Without a collector there is nothing in the way, not even a look whether there is one.
+    let router = match app.traces.are_kept() {
+        true => router.layer(from_fn_with_state(app.clone(), request::traced)),
+        false => router,
+    };
+    router.with_state(app)
 }
 
 fn guarded(route: MethodRouter<App>, limited: Limited, limits: &Limits) -> MethodRouter<App> {

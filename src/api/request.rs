@@ -1,17 +1,23 @@
-//! What every request goes through: it gets an id, and it gets an end.
+//! What every request goes through: it gets an id, it gets an end, and it is traced.
 
+use std::borrow::Cow;
+use std::net::{IpAddr, SocketAddr};
 use std::time::Duration;
 
-use axum::extract::{MatchedPath, Request, State};
-use axum::http::{HeaderName, HeaderValue, Method};
+use axum::extract::{ConnectInfo, MatchedPath, Request, State};
+use axum::http::{HeaderMap, HeaderName, HeaderValue, Method};
 use axum::middleware::Next;
 use axum::response::{IntoResponse, Response};
 use uuid::Uuid;
 
 use crate::api::error::ApiError;
 use crate::app::App;
+use crate::telemetry::parent::Parent;
+use crate::telemetry::traces::Span;
 
 const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
+const TRACEPARENT: HeaderName = HeaderName::from_static("traceparent");
+const TRACESTATE: HeaderName = HeaderName::from_static("tracestate");
 
 /// Puts the request's own `x-request-id`, unchanged, or a fresh one on the answer. A client's id is never logged.
 pub(super) async fn identified(request: Request, next: Next) -> Response {
@@ -41,4 +47,51 @@ fn time_limit(app: &App, request: &Request) -> Duration {
         matches!(*request.method(), Method::POST | Method::GET | Method::HEAD) && path.starts_with("/v1/attachments");
     let own = if is_upload_or_download { app.config.attachments.timeout } else { app.config.server.request_timeout };
     own.min(app.config.server.global_timeout)
+}
+
+/// Keeps a trace of the request, if it is its turn: what was asked by the name of the route, and what came of it.
+pub(super) async fn traced(State(app): State<App>, request: Request, next: Next) -> Response {
+    let span = begun(&app, &request);
+    let response = span.run(next.run(request)).await;
+    let status = response.status();
+    span.set("http.response.status_code", i64::from(status.as_u16()));
+    if status.is_server_error() {
+        span.set("error.type", status.as_str().to_owned());
+        span.has_failed();
+    }
+    response
+}
+
+fn begun(app: &App, request: &Request) -> Span {
+    let method = known_method(request.method());
+    let route = request.extensions().get::<MatchedPath>().map(|path| path.as_str().to_owned());
+    let name: Cow<'static, str> = match (&route, method) {
+        (Some(route), method) => format!("{} {route}", method.unwrap_or("HTTP")).into(),
+        (None, method) => method.unwrap_or("HTTP").into(),
+    };
+    let peer = request.extensions().get::<ConnectInfo<SocketAddr>>().map(|ConnectInfo(peer)| peer.ip());
+    let span = app.traces.answer(name, parent(app, peer, request.headers()));
+    if span.is_kept() {
+        span.set("http.request.method", method.unwrap_or("_OTHER"));
+        if let Some(route) = route {
+            span.set("http.route", route);
+        }
+    }
+    span
+}
+
+/// Anything may stand for a method, so only those that we know are written down.
+fn known_method(method: &Method) -> Option<&'static str> {
+    ["GET", "HEAD", "POST", "PUT", "DELETE", "OPTIONS", "PATCH", "CONNECT", "TRACE"]
+        .into_iter()
+        .find(|known| method.as_str() == *known)
+}
+
+fn parent(app: &App, peer: Option<IpAddr>, headers: &HeaderMap) -> Option<Parent> {
+    let mut parents = headers.get_all(TRACEPARENT).iter();
+    let (Some(parent), None) = (parents.next(), parents.next()) else { return None };
+    let trusted = &app.config.server.trusted_proxies;
+    let is_trusted = peer.is_some_and(|peer| trusted.iter().any(|network| network.contains(&peer.to_canonical())));
+    let states: Option<Vec<_>> = headers.get_all(TRACESTATE).iter().map(|state| state.to_str().ok()).collect();
+    Parent::read(parent.as_bytes(), states.map(|states| states.join(",")).as_deref(), is_trusted)
 }

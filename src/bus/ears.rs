@@ -30,6 +30,7 @@ impl Ears {
                 self.metrics.signals.add(SignalWay::In, entries.len() as u64);
                 entries.into_iter().for_each(|(device, signals)| self.local.wake(device, signals));
             }
+            Some((_, Message::Trail(device, trail))) => self.local.lay_trail(device, trail),
             Some((_, Message::Everybody)) => self.looks.everything(),
             Some((sender, Message::Hello)) => {
                 if self.peers().hello(sender, Instant::now()) {

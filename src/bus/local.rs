@@ -1,4 +1,5 @@
-//! The sleepers of this process. A sleeper's mailbox is one byte, so nothing can overflow.
+//! The sleepers of this process. A sleeper's mailbox is one byte, so nothing can overflow. While traces are kept there is
+//! a slot for a few of them beside it.
 
 use std::collections::HashMap;
 use std::future::poll_fn;
@@ -10,9 +11,12 @@ use futures_util::task::AtomicWaker;
 
 use crate::bus::{Signal, Signals};
 use crate::model::ids::DeviceNo;
+use crate::telemetry::traces::Trail;
 
 /// The map is cut into this many parts, each with a lock of its own.
 const SHARDS: usize = 16;
+/// Traces that a sleeper hears of between two looks. Further ones end without a delivery.
+const TRAILS: usize = 4;
 
 type Shard = HashMap<DeviceNo, Vec<Arc<Sleeper>>>;
 
@@ -20,6 +24,7 @@ type Shard = HashMap<DeviceNo, Vec<Arc<Sleeper>>>;
 struct Sleeper {
     signals: AtomicU8,
     waker: AtomicWaker,
+    trails: Mutex<Vec<Trail>>,
 }
 
 impl Sleeper {
@@ -58,6 +63,15 @@ impl LocalBus {
         }
     }
 
+    pub(super) fn lay_trail(&self, device: DeviceNo, trail: Trail) {
+        for sleeper in self.shard(device).get(&device).into_iter().flatten() {
+            let mut trails = lock(&sleeper.trails);
+            if trails.len() < TRAILS {
+                trails.push(trail);
+            }
+        }
+    }
+
     /// Every device with a session here.
     pub(super) fn devices(&self) -> Vec<DeviceNo> {
         self.shards.iter().flat_map(|shard| lock(shard).keys().copied().collect::<Vec<_>>()).collect()
@@ -81,9 +95,9 @@ impl LocalBus {
     }
 }
 
-/// No code panics while it holds a shard, and a shard is whole after each statement.
-fn lock(shard: &Mutex<Shard>) -> MutexGuard<'_, Shard> {
-    shard.lock().unwrap_or_else(PoisonError::into_inner)
+/// No code panics while it holds one of these, and each is whole after each statement.
+fn lock<T>(shared: &Mutex<T>) -> MutexGuard<'_, T> {
+    shared.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// The signals to one session of a device. Dropping it ends the subscription.
@@ -103,6 +117,10 @@ impl Sleeping {
             }
         })
         .await
+    }
+
+    pub(super) fn trails(&self) -> Vec<Trail> {
+        std::mem::take(&mut lock(&self.sleeper.trails))
     }
 }
 
@@ -162,6 +180,16 @@ mod tests {
         bus.wake(DEVICE, Signal::Mail.into());
         assert!(sockets[0].next().now_or_never().is_none());
         assert!(sockets[2].next().now_or_never().is_some());
+    }
+
+    #[test]
+    fn a_session_hears_of_a_few_traces_and_of_each_once() {
+        let bus = LocalBus::new(8);
+        let wakeups = bus.subscribe(DEVICE);
+        let trail = |number: u8| Trail::from_bytes(&[number; Trail::BYTES]).unwrap();
+        (1..=10).for_each(|number| bus.lay_trail(DEVICE, trail(number)));
+        assert_eq!(wakeups.trails(), [1, 2, 3, 4].map(trail));
+        assert_eq!(wakeups.trails(), []);
     }
 
     #[tokio::test]

@@ -2,9 +2,13 @@
 //!
 //! One byte of format, 16 of the sending node, then for each device its number (8 bytes, big end first) and a byte of
 //! signals. What is said to all nodes has formats of its own and nothing behind the node.
+//!
+//! While traces are kept, a device's number and the random numbers of a trace may go before its signal, as a message of
+//! their own: whoever doesn't understand it passes over it, and no signal depends on it.
 
 use crate::bus::Signals;
 use crate::model::ids::DeviceNo;
+use crate::telemetry::traces::Trail;
 
 /// "These devices".
 const DEVICES: u8 = 1;
@@ -14,6 +18,8 @@ const EVERYBODY: u8 = 2;
 const HELLO: u8 = 3;
 /// "I have said everything".
 const GOODBYE: u8 = 4;
+/// "The next signal to this device is a part of this trace".
+const TRAIL: u8 = 5;
 const NODE_BYTES: usize = 16;
 const ENTRY_BYTES: usize = 9;
 
@@ -36,6 +42,7 @@ pub(super) enum Message {
     Everybody,
     Hello,
     Goodbye,
+    Trail(DeviceNo, Trail),
 }
 
 impl Message {
@@ -48,6 +55,10 @@ impl Message {
             bytes.push(signals.crossing().0);
         }
         bytes
+    }
+
+    pub(super) fn trail(sender: Node, device: DeviceNo, trail: Trail) -> Vec<u8> {
+        [&[TRAIL][..], &sender.0, &device.0.to_be_bytes(), &trail.to_bytes()].concat()
     }
 
     pub(super) fn everybody(sender: Node) -> Vec<u8> {
@@ -71,6 +82,7 @@ impl Message {
             EVERYBODY if rest.is_empty() => Self::Everybody,
             HELLO if rest.is_empty() => Self::Hello,
             GOODBYE if rest.is_empty() => Self::Goodbye,
+            TRAIL => trail(rest)?,
             _ => return None,
         };
         Some((Node(*sender), message))
@@ -93,6 +105,11 @@ fn entries(bytes: &[u8]) -> Option<Entries> {
     chunks.map(entry).collect()
 }
 
+fn trail(bytes: &[u8]) -> Option<Message> {
+    let (device, trail) = bytes.split_first_chunk::<8>()?;
+    Some(Message::Trail(DeviceNo(i64::from_be_bytes(*device)), Trail::from_bytes(trail.try_into().ok()?)?))
+}
+
 #[cfg(test)]
 mod tests {
     use proptest::prelude::*;
@@ -110,6 +127,18 @@ mod tests {
         assert_eq!(Message::read(&Message::everybody(node)), Some((node, Message::Everybody)));
         assert_eq!(Message::read(&Message::hello(node)), Some((node, Message::Hello)));
         assert_eq!(Message::read(&Message::goodbye(node)), Some((node, Message::Goodbye)));
+    }
+
+    #[test]
+    fn a_trace_goes_in_a_message_of_its_own() {
+        let node = Node::random();
+        let trail = Trail::from_bytes(&[7; Trail::BYTES]).unwrap();
+        let bytes = Message::trail(node, DeviceNo(7), trail);
+        assert_eq!(Message::read(&bytes), Some((node, Message::Trail(DeviceNo(7), trail))));
+        assert_eq!(bytes.len(), 1 + 16 + 8 + 24);
+        assert!((0..bytes.len()).all(|length| Message::read(&bytes[..length]).is_none()));
+        let nothing = [&bytes[..25], &[0; Trail::BYTES]].concat();
+        assert_eq!(Message::read(&nothing), None);
     }
 
     #[test]

@@ -16,6 +16,7 @@ use crate::config;
 use crate::model::ids::Address;
 use crate::tasks::Tasks;
 use crate::telemetry::metrics::{Metrics, SignalWay};
+use crate::telemetry::traces::Trail;
 
 pub use backoff::Backoff;
 pub use seeds::seeds;
@@ -138,6 +139,17 @@ impl Bus {
         }
     }
 
+    /// Leaves word of a trace for the sessions of these devices. It lies there until their next signal, for which the
+    /// caller cares. Few are kept for each session, and none when a wire is away: traces have gaps then.
+    pub fn lay_trail(&self, addresses: &[Address], trail: Trail) {
+        for address in addresses {
+            self.local.lay_trail(address.device, trail);
+        }
+        if let Some(wire) = &self.wire {
+            wire.lay_trail(addresses, trail);
+        }
+    }
+
     /// Ends when there is a connection to other nodes. It waits for ever when there never is; the caller sets the limit.
     pub async fn connected(&self) {
         if let Some(wire) = &self.wire {
@@ -169,5 +181,10 @@ impl Wakeups {
     /// Waits for a signal, and answers everything signalled since the last call. Dropping the future loses nothing.
     pub async fn next(&self) -> Signals {
         self.sleeping.next().await
+    }
+
+    /// The traces that the last signals belong to.
+    pub fn trails(&self) -> Vec<Trail> {
+        self.sleeping.trails()
     }
 }

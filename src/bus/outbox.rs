@@ -9,9 +9,12 @@ use tokio::sync::Notify;
 use crate::bus::Signals;
 use crate::bus::message::Entries;
 use crate::model::ids::{Address, DeviceNo, UserId};
+use crate::telemetry::traces::Trail;
 
 /// Devices for which signals may wait.
 const BOUND: usize = 65_536;
+/// Traces that may wait. Further ones are dropped.
+const TRAILS: usize = 512;
 
 #[derive(Default)]
 pub(super) struct Outbox {
@@ -33,6 +36,8 @@ pub(super) struct Letters {
     /// All nodes should look at everything; it stands for whatever could have been in `accounts`.
     pub(super) everybody: bool,
     devices: usize,
+    /// Go before the signals, and are lost with the connection.
+    pub(super) trails: Vec<(Address, Trail)>,
 }
 
 impl Letters {
@@ -74,6 +79,13 @@ impl Outbox {
         self.filled.notify_one();
     }
 
+    /// Nobody is told by this alone that something waits: a signal follows.
+    pub(super) fn lay_trail(&self, addresses: &[Address], trail: Trail) {
+        let trails = &mut self.state().waiting.trails;
+        let room = TRAILS - trails.len();
+        trails.extend(addresses.iter().take(room).map(|address| (*address, trail)));
+    }
+
     /// Ends when something waits.
     pub(super) async fn filled(&self) {
         loop {
@@ -96,6 +108,7 @@ impl Outbox {
         }
         state.waiting.devices -= letters.devices;
         state.under_way = letters.clone();
+        letters.trails = std::mem::take(&mut state.waiting.trails);
         letters
     }
 
@@ -205,6 +218,19 @@ mod tests {
         outbox.confirm();
         outbox.add(&[one], Signal::Mail.into());
         assert_eq!(outbox.take(10).messages().count(), 1);
+    }
+
+    #[test]
+    fn traces_go_once_and_a_bounded_number_of_them() {
+        let outbox = Outbox::default();
+        let (one, trail) = (address(1), Trail::from_bytes(&[7; Trail::BYTES]).unwrap());
+        (0..2 * TRAILS).for_each(|_| outbox.lay_trail(&[one, one], trail));
+        assert!(outbox.is_empty(), "a trace alone is no reason to send");
+        outbox.add(&[one], Signal::Mail.into());
+        assert_eq!(outbox.take(10).trails.len(), TRAILS);
+        outbox.put_back();
+        let letters = outbox.take(10);
+        assert_eq!((letters.trails.len(), letters.messages().count()), (0, 1));
     }
 
     #[tokio::test]

@@ -28,6 +28,7 @@ use crate::config;
 use crate::model::ids::{Address, UserId};
 use crate::tasks::Tasks;
 use crate::telemetry::metrics::Metrics;
+use crate::telemetry::traces::Trail;
 
 /// Valkey is taken for gone when it answers nothing for so long, and when it is not connected within that time.
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(3);
@@ -90,6 +91,10 @@ impl Wire {
 
     pub(super) fn publish(&self, addresses: &[Address], signals: Signals) {
         self.outbox.add(addresses, signals);
+    }
+
+    pub(super) fn lay_trail(&self, addresses: &[Address], trail: Trail) {
+        self.outbox.lay_trail(addresses, trail);
     }
 
     pub(super) async fn connected(&self) {
@@ -261,6 +266,10 @@ impl Keeper {
         if letters.everybody {
             warn!("too many signals waited for Valkey; all nodes look at everything instead");
             pipeline.publish(self.channel_to_everybody(), Message::everybody(self.ears.node)).ignore();
+        }
+        for (address, trail) in &letters.trails {
+            let message = Message::trail(self.ears.node, address.device, *trail);
+            pipeline.publish(self.channel(address.user), message).ignore();
         }
         for (user, entries) in letters.messages() {
             pipeline.publish(self.channel(user), Message::devices(self.ears.node, entries)).ignore();

@@ -22,9 +22,6 @@ access tokens is made once and kept in `DIR/jwt-secret` (readable by its owner o
 if it is missing. Each of these can still be given by itself. The characters `?`, `%` and `#` are
 not allowed in the folder's path.
 
-**What this version does not do yet:** telemetry by OTLP. Its options are checked, and act once that part is there; a
-start that names them warns.
-
 Without `--data-dir` the server expects PostgreSQL, Valkey and S3-compatible storage, and a secret:
 
 ```

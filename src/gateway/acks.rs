@@ -10,6 +10,7 @@ use tracing::warn;
 use crate::app::App;
 use crate::config;
 use crate::model::ids::{DeviceNo, MessageId, Position};
+use crate::telemetry::traces::Span;
 
 /// The pause after a failed write.
 const RETRY: Duration = Duration::from_millis(500);
@@ -28,6 +29,8 @@ pub(super) struct Acks {
     retry_at: Option<Instant>,
     /// The write under way, and what it writes in case it fails.
     storing: Option<(Vec<Ack>, BoxFuture<'static, Stored>)>,
+    /// Of those that wait and belong to traces.
+    spans: Vec<Span>,
 }
 
 #[derive(Clone, Copy)]
@@ -42,6 +45,14 @@ impl Acks {
     pub(super) fn add(&mut self, id: MessageId, position: Option<Position>, due: Instant) {
         self.waiting.push(Ack { id, position });
         self.due.get_or_insert(due);
+    }
+
+    /// These spans end with the next write.
+    pub(super) fn trace(&mut self, spans: Vec<Span>) {
+        // A second batch of a trace that is delivered before the first one's acks are written is seldom.
+        if self.spans.is_empty() {
+            self.spans = spans;
+        }
     }
 
     /// True when the socket should not be read until some have been written.
@@ -68,7 +79,7 @@ impl Acks {
         if self.waiting.is_empty() {
             (self.waiting, self.due) = (Vec::new(), None);
         }
-        let write = write(app.clone(), device, batch.clone());
+        let write = traced(std::mem::take(&mut self.spans), write(app.clone(), device, batch.clone()));
         self.storing = Some((batch, Box::pin(write)));
     }
 
@@ -110,6 +121,16 @@ impl Acks {
         }
         warn!(acks = self.waiting.len(), "acks could not be written; their messages will be delivered again");
     }
+}
+
+/// A write is a part of one of its traces; the others see how long it took.
+async fn traced(spans: Vec<Span>, write: impl Future<Output = Stored>) -> Stored {
+    let Some(first) = spans.first() else { return write.await };
+    let stored = first.run(write).await;
+    if !stored {
+        spans.iter().for_each(Span::has_failed);
+    }
+    stored
 }
 
 async fn write(app: App, device: DeviceNo, batch: Vec<Ack>) -> Stored {

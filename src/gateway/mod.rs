@@ -4,6 +4,7 @@ mod acks;
 mod inflight;
 mod pipe;
 mod session;
+mod trail;
 
 pub use pipe::{Progress, limited};
 pub use session::run;

@@ -14,6 +14,7 @@ use crate::bus::{Signal, Signals, Wakeups};
 use crate::gateway::acks::Acks;
 use crate::gateway::inflight::Inflight;
 use crate::gateway::pipe::{Event, Pipe, Progress};
+use crate::gateway::trail::Trails;
 use crate::memory::Share;
 use crate::model::ids::{Address, DeviceNo, Position};
 use crate::store::{Result, SessionHolder};
@@ -90,6 +91,7 @@ struct Session {
     pipe: Pipe,
     inflight: Inflight,
     acks: Acks,
+    trails: Trails,
     /// The inbox has been sent up to here.
     sent_to: Position,
     /// The memory of the frame under way, if that is a large one.
@@ -127,6 +129,7 @@ impl Session {
             pipe,
             inflight: Inflight::default(),
             acks: Acks::default(),
+            trails: Trails::default(),
             sent_to: Position::default(),
             share: None,
             mail_wanted: true,
@@ -159,12 +162,15 @@ impl Session {
             tokio::select! {
                 biased;
                 () = tasks.stopping() => return End::Stopping,
-                signals = wakeups.next() => if let Some(end) = self.signalled(signals) { return end },
+                signals = wakeups.next() => if let Some(end) = self.signalled(signals, wakeups) { return end },
                 stored = self.acks.stored() => self.acks.settle(stored),
                 event = self.pipe.next(reading) => match event {
                     Event::Binary(frame) => self.heard(frame),
                     Event::Alive => self.last_heard = Instant::now(),
-                    Event::Written => self.share = None,
+                    Event::Written => {
+                        self.share = None;
+                        self.trails.written();
+                    }
                     Event::Closed => return End::Gone,
                 },
                 () = &mut timer => if let Some(end) = self.tick() { return end },
@@ -245,6 +251,7 @@ impl Session {
             share.shrink_to(if bytes > MODEST_BYTES { bytes } else { 0 });
         }
         self.share = share;
+        self.trails.read(&page.envelopes);
         let Some(last) = page.envelopes.last() else { return Ok(None) };
         self.sent_to = last.position;
         self.app.metrics.deliveries.add((), page.envelopes.len() as u64);
@@ -263,7 +270,10 @@ impl Session {
         self.retry = Some(Retry { since, pause, due: now + jittered(pause) });
     }
 
-    fn signalled(&mut self, signals: Signals) -> Option<End> {
+    fn signalled(&mut self, signals: Signals, wakeups: &Wakeups) -> Option<End> {
+        if self.app.traces.are_kept() {
+            self.trails.signalled(&self.app.traces, wakeups.trails());
+        }
         self.mail_wanted |= signals.has(Signal::Mail);
         self.standing_wanted |= signals.has(Signal::Standing);
         if signals.has(Signal::KeysLow) && self.status_due.is_none() {
@@ -278,7 +288,11 @@ impl Session {
         self.app.metrics.frame_bytes.add(Direction::In, frame.len() as u64);
         let due = self.last_heard + self.app.config.gateway.ack_flush_interval;
         for id in wire::acknowledged(frame) {
-            self.acks.add(id, self.inflight.take(id), due);
+            let position = self.inflight.take(id);
+            if let Some(position) = position {
+                self.acks.trace(self.trails.acknowledged(&self.app.traces, position));
+            }
+            self.acks.add(id, position, due);
         }
     }
 

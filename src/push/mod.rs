@@ -31,7 +31,7 @@ use crate::push::queue::{Job, Queue, Reason};
 use crate::push::worker::Worker;
 use crate::store::{Store, StoreError};
 use crate::tasks::Tasks;
-use crate::telemetry::metrics::Metrics;
+use crate::telemetry::Telemetry;
 
 /// The name under which the key of Web Push is kept.
 const VAPID: &str = "vapid";
@@ -105,13 +105,14 @@ impl Push {
         config: &Arc<Config>,
         store: &Store,
         clock: &Clock,
-        metrics: &Metrics,
+        telemetry: &Telemetry,
         tasks: &Tasks,
     ) -> Self {
         let push =
             Self { outbox: Arc::default(), lanes: Arc::new(prepared.lanes), grace: config.notifications.push_delay };
+        let metrics = &telemetry.metrics;
         let janitor = Janitor::start(&config.notifications, store.clone(), metrics.clone(), tasks);
-        let worker = Worker::new(prepared.queue, &push, janitor, config, (store, clock, metrics));
+        let worker = Worker::new(prepared.queue, &push, janitor, config, (store, clock, telemetry));
         tasks.spawn("push", worker.run(tasks.clone()));
         let seen = (clock.clone(), metrics.clone());
         rebuild::start(push.outbox.clone(), &config.notifications, store.clone(), seen, tasks);

@@ -18,6 +18,7 @@ use crate::push::PushError;
 use crate::push::providers::apns::Apns;
 use crate::push::providers::fcm::Fcm;
 use crate::push::providers::webpush::WebPush;
+use crate::telemetry::metrics::PushOutcome;
 
 pub use vapid::VapidKey;
 
@@ -40,6 +41,30 @@ pub enum Pushed {
         /// How long it asks to wait, if it does.
         retry_after: Option<Duration>,
     },
+}
+
+impl Pushed {
+    /// What it counts as. `is_over` when it is not tried again; only a provider that rings a phone is real.
+    pub fn outcome(&self, is_real: bool, is_over: bool) -> PushOutcome {
+        match self {
+            Self::Accepted if !is_real => PushOutcome::Logged,
+            Self::Accepted => PushOutcome::Accepted,
+            Self::TokenGone => PushOutcome::TokenGone,
+            Self::Refused { .. } if is_over => PushOutcome::GivenUp,
+            Self::Refused { .. } => PushOutcome::Refused,
+            Self::Unavailable { .. } => PushOutcome::Unavailable,
+        }
+    }
+
+    /// A word for it.
+    pub fn name(&self) -> &'static str {
+        match self {
+            Self::Accepted => "accepted",
+            Self::TokenGone => "token_gone",
+            Self::Refused { .. } => "refused",
+            Self::Unavailable { .. } => "unavailable",
+        }
+    }
 }
 
 /// Why a provider takes no pushes.

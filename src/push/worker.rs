@@ -20,7 +20,9 @@ use crate::push::providers::Pushed;
 use crate::push::queue::{Fate, Job, Leased, Queue, QueueError, Reason};
 use crate::store::{Sleeper, Store, StoreError};
 use crate::tasks::{Tasks, jittered};
-use crate::telemetry::metrics::{Metrics, PushOutcome};
+use crate::telemetry::Telemetry;
+use crate::telemetry::metrics::Metrics;
+use crate::telemetry::traces::Traces;
 
 /// Sessions that have ended and are looked at together.
 const ENDED: usize = 500;
@@ -64,6 +66,7 @@ pub(super) struct Worker {
     janitor: Janitor,
     store: Store,
     clock: Clock,
+    traces: Traces,
     config: Arc<Config>,
     metrics: Metrics,
     /// When the length of the queue is looked at next.
@@ -80,7 +83,7 @@ impl Worker {
         push: &Push,
         janitor: Janitor,
         config: &Arc<Config>,
-        (store, clock, metrics): (&Store, &Clock, &Metrics),
+        (store, clock, telemetry): (&Store, &Clock, &Telemetry),
     ) -> Self {
         Self {
             queue,
@@ -89,8 +92,9 @@ impl Worker {
             janitor,
             store: store.clone(),
             clock: clock.clone(),
-            metrics: metrics.clone(),
+            metrics: telemetry.metrics.clone(),
             measure_at: Instant::now(),
+            traces: telemetry.traces.clone(),
             // Each push under way keeps its slot until its outcome is in here.
             tried: mpsc::channel(config.notifications.worker_concurrency),
             config: config.clone(),
@@ -241,6 +245,8 @@ impl Worker {
         // Over before the lease is, so that nobody else begins with the same push.
         let patience = PATIENCE.min(self.config.notifications.visibility_timeout.mul_f64(0.8));
         let (tried, stopping, metrics) = (self.tried.0.clone(), tasks.clone(), self.metrics.clone());
+        let span = self.traces.begin_call("push.send");
+        span.set("obscura.push.provider", lane.name.text());
         tasks.attend(async move {
             let last_words = async {
                 stopping.stopping().await;
@@ -248,10 +254,12 @@ impl Worker {
             };
             let start = Instant::now();
             let pushed = tokio::select! {
-                pushed = lane.provider.push(&sleeper.target, patience) => pushed,
+                pushed = span.run(lane.provider.push(&sleeper.target, patience)) => pushed,
                 () = last_words => return,
             };
             metrics.push_time.time(lane.name, start.elapsed());
+            span.set("obscura.push.outcome", pushed.name());
+            drop(span);
             // Fails only when the worker has ended.
             let _ = tried.send(Tried { leased, sleeper, pushed }).await;
             drop(slot);
@@ -276,7 +284,7 @@ impl Worker {
                 lane.is_well();
             }
             let fate = self.fate(leased.job, &pushed);
-            self.metrics.pushes.one((lane.name, outcome(&pushed, &fate, lane.is_real())));
+            self.metrics.pushes.one((lane.name, pushed.outcome(lane.is_real(), fate == Fate::Done)));
             let fate = match fate {
                 Fate::Done if pushed == Pushed::TokenGone => {
                     match self.janitor.take(sleeper.device, sleeper.target.token()) {
@@ -377,17 +385,5 @@ impl Worker {
                 warn!(%error, "pushes wait until it is back");
             }
         }
-    }
-}
-
-/// What a push counts as.
-fn outcome(pushed: &Pushed, fate: &Fate, is_real: bool) -> PushOutcome {
-    match (pushed, fate) {
-        (Pushed::Accepted, _) if !is_real => PushOutcome::Logged,
-        (Pushed::Accepted, _) => PushOutcome::Accepted,
-        (Pushed::TokenGone, _) => PushOutcome::TokenGone,
-        (Pushed::Refused { .. }, Fate::Done) => PushOutcome::GivenUp,
-        (Pushed::Refused { .. }, Fate::Later(_)) => PushOutcome::Refused,
-        (Pushed::Unavailable { .. }, _) => PushOutcome::Unavailable,
     }
 }

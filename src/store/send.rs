@@ -17,6 +17,7 @@ use crate::store::database::{Database, Tx, reading};
 use crate::store::outcome::{self, Devices, Queued};
 use crate::store::{Result, Store, StoreError};
 use crate::telemetry::metrics::{Left, Metrics, Repeat};
+use crate::telemetry::traces::Span;
 
 /// How often a group is tried in all, when it meets another node's.
 const ATTEMPTS: u32 = 5;
@@ -145,6 +146,13 @@ impl Store {
         Ok(found.is_some())
     }
 
+    async fn begin_group(&self) -> Result<Tx> {
+        match &self.database {
+            Database::Sqlite(_) => self.begin().await,
+            Database::Postgres(postgres) => Ok(Tx::Postgres(postgres.begin_group().await?)),
+        }
+    }
+
     /// `None` when another node has stored one of the sends at this moment.
     async fn try_to_settle(
         &self,
@@ -153,17 +161,17 @@ impl Store {
         now: Timestamp,
         locking: Locking,
     ) -> Result<Option<Vec<Option<Sent>>>> {
-        let mut tx = match &self.database {
-            Database::Sqlite(_) => self.begin().await?,
-            Database::Postgres(postgres) => Tx::Postgres(postgres.begin_group().await?),
+        let mut tx = Span::within("store.begin").attempt(self.begin_group()).await?;
+        let write = async {
+            match &mut tx {
+                Tx::Sqlite(tx) => self.settle_in_sqlite(tx, sends, acks, now).await.map(Some),
+                Tx::Postgres(tx) => self.settle_in_postgres(tx, sends, acks, now, locking).await,
+            }
         };
-        let settled = match &mut tx {
-            Tx::Sqlite(tx) => Some(self.settle_in_sqlite(tx, sends, acks, now).await?),
-            Tx::Postgres(tx) => self.settle_in_postgres(tx, sends, acks, now, locking).await?,
-        };
+        let settled = Span::within("store.write").attempt(write).await?;
         match (settled, tx) {
             (Some((sent, tally)), tx) => {
-                tx.commit().await?;
+                Span::within("store.commit").attempt(tx.commit()).await?;
                 tally.count(&sent, &self.metrics);
                 Ok(Some(sent))
             }

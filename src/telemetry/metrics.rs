@@ -14,12 +14,12 @@ use std::time::Duration;
 
 use anyhow::{Context, Result};
 use opentelemetry::metrics::MeterProvider as _;
-use opentelemetry_otlp::{MetricExporter, WithExportConfig};
+use opentelemetry_sdk::Resource;
 use opentelemetry_sdk::metrics::{Instrument, MeterProviderBuilder, PeriodicReader, SdkMeterProvider, Stream};
 use prometheus::{Registry, TextEncoder};
 
 use crate::config;
-use crate::telemetry::resource;
+use crate::telemetry::collector;
 
 pub use instruments::{Counter, Gauge, Held, Histogram, Kind, Level, Name, Requests};
 pub use labels::*;
@@ -46,13 +46,11 @@ impl Deref for Metrics {
 
 impl Metrics {
     /// Makes the instruments. Errors are about the options.
-    pub(super) fn open(config: &config::Telemetry) -> Result<Self> {
-        let Some(endpoint) = &config.otlp_endpoint else { return Self::with_page(SdkMeterProvider::builder()) };
-        let exporter =
-            MetricExporter::builder().with_tonic().with_endpoint(endpoint).with_timeout(config.export_timeout);
-        let exporter = exporter.build().context("--otlp-endpoint can't be used for metrics")?;
+    pub(super) fn open(config: &config::Telemetry, resource: &Resource) -> Result<Self> {
+        let builder = SdkMeterProvider::builder().with_resource(resource.clone());
+        let Some(exporter) = collector::metrics(config)? else { return Self::with_page(builder) };
         let reader = PeriodicReader::builder(exporter).with_interval(config.metrics_export_interval);
-        Self::with_page(SdkMeterProvider::builder().with_reader(reader.build()))
+        Self::with_page(builder.with_reader(reader.build()))
     }
 
     /// Instruments that nobody reads: for a room that is opened without a server around it, as a command does.
@@ -70,7 +68,7 @@ impl Metrics {
             let limit = *series.get(instrument.name())?;
             Stream::builder().with_cardinality_limit(limit).build().ok()
         };
-        let provider = provider.with_resource(resource()).with_reader(page).with_view(bounded).build();
+        let provider = provider.with_reader(page).with_view(bounded).build();
         Ok(Self::of(provider, registry))
     }
 

@@ -9,14 +9,16 @@ use serde_json::{Value, json};
 use tokio_tungstenite::tungstenite::Message;
 use uuid::Uuid;
 
-use crate::harness::{Binary, Device, Keys, PASSWORD, PATIENCE, Socket, eventually, one_time_key, send_request};
+use crate::harness::{
+    Binary, Collector, Device, Keys, PASSWORD, PATIENCE, Socket, eventually, one_time_key, send_request,
+};
 
 /// A point of P-256, from RFC 8291.
 const POINT: &str = "BCVxsr7N_eNgVRqvHtD0zTZsEc6-VV-JvLexhqUzORcxaOzi6-AYWXvTBHm4bjyPjs7Vd8pZGH6SRpkNtoIAiw4";
 
-/// Everything that must not be seen, by what it is.
+/// Everything that must not be seen, by what it is; ids also as they are in memory.
 #[derive(Default)]
-struct Secrets(BTreeMap<String, String>);
+struct Secrets(BTreeMap<String, String>, Vec<[u8; 16]>);
 
 impl Secrets {
     fn add(&mut self, what: &str, secret: impl ToString) {
@@ -26,6 +28,7 @@ impl Secrets {
     }
 
     fn add_id(&mut self, what: &str, id: Uuid) {
+        self.1.push(id.into_bytes());
         self.add(what, id.hyphenated());
         self.add(what, id.simple());
         self.add(what, format!("{:?}", &id.as_bytes()[..6]).trim_matches(['[', ']']));
@@ -39,6 +42,14 @@ impl Secrets {
         self.add("a part of an access token", device.token.split('.').nth(1).unwrap());
         self.add("a refresh token", &device.refresh_token);
         self.add("an identity key", device.identity.public_key_base64());
+    }
+
+    /// Fails if anything of this is in what a collector got, in whatever form.
+    fn assert_not_collected(&self, collected: &[u8]) {
+        let found = |id: &[u8; 16]| collected.windows(id.len()).any(|window| window == id);
+        assert!(!self.1.iter().any(found), "the bytes of an id were sent to the collector");
+        // Texts are UTF-8 between the numbers of protobuf, which make no text longer than these.
+        self.assert_absent(&String::from_utf8_lossy(collected));
     }
 
     /// Fails if anything of this is in the output.
@@ -108,6 +119,8 @@ async fn talk(server: &Binary, secrets: &mut Secrets, alice: &Device, bob: &Devi
     secrets.add("a ticket", &ticket);
     let mut socket = Socket::open(server.address(), &ticket).await.ok().unwrap();
     assert_eq!(Socket::open(server.address(), &ticket).await.err(), Some(401));
+    // Behind its first look, so that what comes is delivered by its signal, and so within a trace.
+    socket.until_pong().await;
 
     let key = Uuid::new_v4();
     secrets.add_id("an idempotency key", key);
@@ -178,17 +191,44 @@ fn add_strings(secrets: &mut Secrets, what: &str, object: &Value) {
     }
 }
 
-async fn run_with(variables: &[(&str, &str)], options: &[&str]) -> (Secrets, String) {
+/// What was used, and all that was said of it: by the program itself, on the page of metrics, and to a collector.
+struct Said {
+    secrets: Secrets,
+    output: String,
+    metrics: String,
+    collected: Vec<u8>,
+}
+
+impl Said {
+    /// Fails if anything that was used was said.
+    fn assert_discreet(&self) {
+        self.secrets.assert_absent(&without_welcome(&self.output));
+        self.secrets.assert_absent(&self.metrics);
+        self.secrets.assert_not_collected(&self.collected);
+    }
+}
+
+async fn run_with(variables: &[(&str, &str)], options: &[&str]) -> Said {
     let folder = tempfile::tempdir().unwrap();
-    let options = [options, &["--ttl-days=1", "--messaging-cleanup-interval-secs=1", "--push-delay-secs=0"]].concat();
+    let collector = Collector::start().await;
+    let endpoint = format!("--otlp-endpoint={}", collector.url());
+    let telemetry = [&*endpoint, "--metrics-export-interval-secs=1"];
+    let cleaning = ["--ttl-days=1", "--messaging-cleanup-interval-secs=1", "--push-delay-secs=0"];
+    let options = [options, &telemetry, &cleaning].concat();
     let mut server = Binary::start_with(folder.path(), &options, variables).await;
     let mut secrets = Secrets::default();
     live(&server, &mut secrets).await;
     secrets.add("the signing secret", crate::harness::deployment::signing_secret(folder.path()));
+    let metrics = server.management().get("/metrics").send().await.expect(200).body;
     server.terminate();
     assert!(server.exit(PATIENCE + Duration::from_secs(5)).await.success());
     assert!(server.output().contains("the server has stopped"), "nothing is logged at all: {}", server.output());
-    (secrets, server.output())
+    for name in ["POST /v1/messages", "gateway.deliver", "mailroom.ack", "push.send"] {
+        assert!(!collector.named(name).is_empty(), "there are no spans of {name} in which anything could be found");
+    }
+    assert!(collector.has_line("the server has stopped") && !collector.metric_names().is_empty());
+    let (output, metrics) = (server.output(), String::from_utf8_lossy(&metrics).into_owned());
+    Said { secrets, output, metrics, collected: collector.bytes() }
 }
 
 /// The address that the server itself says to listen on is the operator's, and it is told to nobody else.
@@ -197,22 +237,21 @@ fn without_welcome(output: &str) -> String {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn nothing_about_clients_is_logged_by_default() {
-    let (mut secrets, output) = run_with(&[], &[]).await;
-    secrets.add("a client's address", "127.0.0.1");
-    secrets.assert_absent(&without_welcome(&output));
+async fn nothing_about_clients_is_told_by_default() {
+    let mut said = run_with(&[], &[]).await;
+    said.secrets.add("a client's address", "127.0.0.1");
+    said.assert_discreet();
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn nothing_about_clients_is_logged_at_info_in_json() {
-    let (mut secrets, output) = run_with(&[("RUST_LOG", "info")], &["--log-format=json"]).await;
-    secrets.add("a client's address", "127.0.0.1");
-    secrets.assert_absent(&without_welcome(&output));
+async fn nothing_about_clients_is_told_at_info_in_json() {
+    let mut said = run_with(&[("RUST_LOG", "info")], &["--log-format=json"]).await;
+    said.secrets.add("a client's address", "127.0.0.1");
+    said.assert_discreet();
 }
 
 /// More than is promised: even who debugs sees no content and no secrets.
 #[tokio::test(flavor = "multi_thread")]
-async fn no_content_and_no_credentials_are_logged_even_at_trace() {
-    let (secrets, output) = run_with(&[("RUST_LOG", "obscura_server=trace")], &[]).await;
-    secrets.assert_absent(&without_welcome(&output));
+async fn no_content_and_no_credentials_are_told_even_at_trace() {
+    run_with(&[("RUST_LOG", "obscura_server=trace")], &[]).await.assert_discreet();
 }

@@ -45,7 +45,6 @@ const IN_MEMORY: &str = "the queue is in memory; with --pubsub-url it is as in d
 const AT_ONCE: &str = "a folder answers at once, or says why not; with a bucket it is as in distributed mode";
 const MERGED: &str = "accepted for compatibility: signals merge and are passed on at once, so none ever wait";
 const ONE_FRAME: &str = "accepted for compatibility: one frame of a socket is under way at a time, so none ever wait";
-const NO_EXPORT: &str = "nothing is exported; a start that names --otlp-endpoint warns";
 
 #[rustfmt::skip] // One option is one row.
 static EFFECTS: &[Effect] = &[
@@ -199,11 +198,11 @@ static EFFECTS: &[Effect] = &[
     both("webpush-allowed-networks", &["push/webpush.rs:an_endpoint_in_our_own_network_is_not_called", "push/webpush.rs:a_browser_can_read_its_push_and_knows_who_sent_it"]),
     both("push-ca-file", &["push/webpush.rs:a_browser_can_read_its_push_and_knows_who_sent_it"]),
 
-    neither("otlp-endpoint", NO_EXPORT),
+    both("otlp-endpoint", &["telemetry/export.rs:traces_metrics_and_logs_arrive_to_the_last_of_them"]),
     both("log-format", &["options.rs:log_lines_are_objects_when_they_are_for_machines"]),
-    neither("trace-sampling-ratio", NO_EXPORT),
-    neither("metrics-export-interval-secs", NO_EXPORT),
-    neither("export-timeout-secs", NO_EXPORT),
+    both("trace-sampling-ratio", &["telemetry/requests.rs:nobody_can_have_more_traces_kept_than_the_ratio_says", "telemetry/requests.rs:with_a_ratio_of_zero_no_trace_is_kept"]),
+    both("metrics-export-interval-secs", &["telemetry/export.rs:metrics_come_as_often_as_asked_and_once_more_at_the_end"]),
+    both("export-timeout-secs", &["telemetry/export.rs:a_call_to_the_collector_takes_as_long_as_the_timeout_says"]),
 ];
 
 #[test]

@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 use tokio::net::TcpStream;
 
 use super::client::Target;
-use super::{Client, PATIENCE, collect, deployment, eventually, free_port};
+use super::{Client, PATIENCE, collect, deployment, eventually, free_port, record};
 
 /// What the program takes to listen on free ports of this machine and not to count requests.
 const TEST_OPTIONS: &[&str] = &[
@@ -34,6 +34,8 @@ pub struct Binary {
     management: Target,
     /// The options that say where its state is.
     layout: Vec<String>,
+    /// Whether it logs no more than by default.
+    is_discreet: bool,
 }
 
 /// How a program that ended by itself ended.
@@ -70,7 +72,7 @@ impl Binary {
         command.args([format!("--server-port={api}"), format!("--mgmt-port={port}")]);
         let (child, output) = spawn(command);
         let (target, management) = (address(api), address(port));
-        let mut node = Self { child, output, target, management, layout: options.to_vec() };
+        let mut node = Self { child, output, target, management, layout: options.to_vec(), is_discreet: true };
         let is_there = async || {
             let ended = node.child.try_wait().expect("a child");
             assert!(ended.is_none(), "the server ended:\n{}", node.output());
@@ -98,7 +100,14 @@ impl Binary {
         let [host, port, management, ..] = TEST_OPTIONS else { unreachable!("they come first") };
         command.args(&layout).args([host, port, management]).args(options);
         let (child, output) = spawn(command);
-        let mut binary = Self { child, output, target: Target::anywhere(), management: Target::anywhere(), layout };
+        let mut binary = Self {
+            child,
+            output,
+            target: Target::anywhere(),
+            management: Target::anywhere(),
+            layout,
+            is_discreet: true,
+        };
         let (api, port) = binary.wait_for_addresses().await;
         binary.target.set(api);
         binary.management.set(port);
@@ -131,7 +140,8 @@ impl Binary {
         };
         command.args(layout.iter().filter(is_usual)).args(TEST_OPTIONS).args(options);
         let (child, output) = spawn(command);
-        let mut binary = Self { child, output, target, management, layout };
+        let is_discreet = is_discreet(variables);
+        let mut binary = Self { child, output, target, management, layout, is_discreet };
         let (api, port) = binary.wait_for_addresses().await;
         binary.target.set(api);
         binary.management = Target::new(port);
@@ -174,7 +184,9 @@ impl Binary {
         let mut command = command(variables);
         command.args(options);
         let (child, output) = spawn(command);
-        Self { child, output, target: Target::anywhere(), management: Target::anywhere(), layout: Vec::new() }
+        let is_discreet = is_discreet(variables);
+        let (target, management) = (Target::anywhere(), Target::anywhere());
+        Self { child, output, target, management, layout: Vec::new(), is_discreet }
     }
 
     /// Somebody who talks to the API port of this process and of those started again from it.
@@ -266,7 +278,14 @@ impl Binary {
 impl Drop for Binary {
     fn drop(&mut self) {
         self.kill();
+        if self.is_discreet {
+            record::output(&self.output());
+        }
     }
+}
+
+fn is_discreet(variables: &[(&str, &str)]) -> bool {
+    variables.iter().all(|(name, value)| *name != "RUST_LOG" || ["info", "warn", "error"].contains(value))
 }
 
 /// The program in an environment in which nothing of ours is set but these variables.

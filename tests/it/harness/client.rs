@@ -8,7 +8,7 @@ use bytes::Bytes;
 use reqwest::header::{HeaderMap, HeaderName, HeaderValue};
 use serde_json::Value;
 
-use super::within_time;
+use super::{record, within_time};
 use crate::openapi::{Answer, assert_documented};
 
 /// Where a server is. It moves when the server restarts.
@@ -133,6 +133,7 @@ impl Request {
         let url = format!("http://{}{}", self.client.address(), self.path);
         let method = reqwest::Method::from_bytes(self.method.as_bytes()).expect("a method");
         let sent_id = self.headers.get("x-request-id").cloned();
+        record::request(&self.path, &self.headers, self.body.as_ref().and_then(reqwest::Body::as_bytes));
         let mut request = self.client.http.request(method, &url).headers(self.headers);
         if let Some(body) = self.body {
             request = request.body(body);
@@ -144,6 +145,7 @@ impl Request {
             Ok::<_, reqwest::Error>((status, headers, response.bytes().await?))
         };
         let (status, headers, body) = within_time(Duration::from_secs(60), &what, answer).await?;
+        record::answer(&body);
         let response = Response { method: self.method, path: self.path, status, headers, body };
         if self.client.is_api {
             response.check(sent_id.as_ref());

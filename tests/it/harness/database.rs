@@ -11,7 +11,7 @@ use sqlx::pool::PoolConnection;
 use sqlx::postgres::{PgConnectOptions, PgPool, PgPoolOptions};
 use sqlx::sqlite::{SqliteConnectOptions, SqlitePool, SqlitePoolOptions};
 use sqlx::types::Uuid;
-use sqlx::{AssertSqlSafe, Postgres, Sqlite};
+use sqlx::{AssertSqlSafe, ConnectOptions, Postgres, Sqlite};
 
 use super::{Device, deployment};
 
@@ -47,11 +47,14 @@ impl Database {
         match config.file() {
             Some(file) => {
                 let options = SqliteConnectOptions::new().filename(file).busy_timeout(Duration::from_secs(20));
+                // Statements of tests have ids in them, those of servers never.
+                let options = options.disable_statement_logging();
                 let pool = SqlitePoolOptions::new().max_connections(3).connect_with(options).await;
                 Self::Sqlite(pool.expect("the database opens"))
             }
             None => {
-                let options = PgConnectOptions::from_str(config.url.expose()).expect("a URL");
+                let options =
+                    PgConnectOptions::from_str(config.url.expose()).expect("a URL").disable_statement_logging();
                 let pool = PgPoolOptions::new().max_connections(3).connect_with(options).await;
                 Self::Postgres(pool.expect("the database opens"))
             }

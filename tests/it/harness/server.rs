@@ -13,7 +13,7 @@ use obscura_server::telemetry::Telemetry;
 use tempfile::TempDir;
 
 use super::client::Target;
-use super::{Client, Database, Device, deployment, within};
+use super::{Client, Database, Device, deployment, record, within};
 
 /// A running server. Dropping it stops it without ceremony; [`TestServer::stop`] is the graceful way.
 pub struct TestServer {
@@ -105,6 +105,7 @@ impl TestServer {
 
     async fn stop_server(&mut self) {
         let server = self.server.take().expect("a running server");
+        write_metrics_down(&server);
         within("the server to stop", server.stop()).await;
     }
 
@@ -176,11 +177,16 @@ pub fn impatient(config: &mut Config) {
 
 impl Drop for TestServer {
     fn drop(&mut self) {
+        self.server.iter().for_each(write_metrics_down);
         // The last node takes along what they share.
         if Arc::strong_count(&self.folder) == 1 {
             deployment::drop_state(self.folder());
         }
     }
+}
+
+fn write_metrics_down(server: &Server) {
+    record::metrics(&server.app().metrics.page().expect("a page"));
 }
 
 async fn start(config: Config, clock: Clock) -> Server {
@@ -189,6 +195,7 @@ async fn start(config: Config, clock: Clock) -> Server {
 
 /// Starts a server that may well refuse to.
 pub async fn try_to_start(config: Config, clock: Clock) -> anyhow::Result<Server> {
-    let telemetry = Telemetry::open(&config.telemetry)?;
+    let mut telemetry = Telemetry::open(&config.telemetry)?;
+    record::listen_to(&mut telemetry);
     Server::start(config, clock, telemetry).await
 }

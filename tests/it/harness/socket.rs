@@ -14,7 +14,7 @@ use tokio_tungstenite::tungstenite::protocol::{CloseFrame, WebSocketConfig, fram
 use tokio_tungstenite::tungstenite::{Error, Message};
 
 use super::proto::{AckMessage, Envelope, Payload, PreKeyStatus, WebSocketFrame};
-use super::{PATIENCE, within_time};
+use super::{PATIENCE, record, within_time};
 use crate::openapi::{Answer, assert_documented};
 
 /// What a socket has to say.
@@ -99,7 +99,10 @@ impl Socket {
         match self.stream.next().await {
             None => Event::End,
             Some(Ok(Message::Binary(bytes))) => match WebSocketFrame::decode(bytes).expect("a frame").payload {
-                Some(Payload::EnvelopeBatch(batch)) => Event::Mail(batch.envelopes),
+                Some(Payload::EnvelopeBatch(batch)) => {
+                    batch.envelopes.iter().for_each(|envelope| record::message(&envelope.id));
+                    Event::Mail(batch.envelopes)
+                }
                 Some(Payload::PreKeyStatus(status)) => Event::PreKeys(status),
                 other => panic!("the server sent {other:?}"),
             },

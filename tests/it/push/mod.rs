@@ -5,7 +5,7 @@ mod apns;
 mod fcm;
 mod nodes;
 mod options;
-mod provider;
+pub mod provider;
 mod rebuilt;
 mod timing;
 mod webpush;

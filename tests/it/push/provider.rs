@@ -195,7 +195,7 @@ impl Provider {
     }
 }
 
-fn acceptor(authority: &Path, protocol: &str) -> TlsAcceptor {
+pub fn acceptor(authority: &Path, protocol: &str) -> TlsAcceptor {
     let mut params = CertificateParams::new(Vec::new()).unwrap();
     params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
     let issuer = CertifiedIssuer::self_signed(params, KeyPair::generate().unwrap()).unwrap();
