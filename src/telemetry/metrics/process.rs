@@ -47,15 +47,15 @@ fn open_files() -> Option<u64> {
 mod tests {
     use super::*;
 
+    /// Other tests of this process open and close files at the same time, so only what is surely there can be asked for.
     #[test]
-    fn what_a_process_uses_is_told_and_grows_with_use() {
+    fn what_a_process_uses_is_told() {
         let before = Used::now().unwrap();
-        assert!(before.resident_bytes > 1 << 20 && before.open_files >= 3, "{before:?}");
         let (files, memory): (Vec<_>, _) =
-            ((0..50).map(|_| fs::File::open("/proc/self/stat").unwrap()).collect(), vec![7_u8; 64 << 20]);
+            ((0..300).map(|_| fs::File::open("/proc/self/stat").unwrap()).collect(), vec![7_u8; 64 << 20]);
         let after = Used::now().unwrap();
-        assert!(after.open_files >= before.open_files + 40, "{after:?}, before {before:?}");
-        assert!(after.resident_bytes >= before.resident_bytes + (48 << 20), "{after:?}, before {before:?}");
+        assert!(after.open_files >= 300, "{after:?}");
+        assert!(after.resident_bytes >= 64 << 20, "{after:?}");
         assert!(after.user_ticks + after.system_ticks >= before.user_ticks + before.system_ticks);
         drop((files, memory));
     }

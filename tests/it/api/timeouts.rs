@@ -39,7 +39,7 @@ async fn an_upload_that_stalls_gets_408() {
 
 #[tokio::test]
 async fn the_timeout_on_top_of_all_others_holds_for_attachments_too() {
-    let server = TestServer::start_with(|config| config.server.global_timeout = Duration::from_secs(1)).await;
+    let server = TestServer::start_with(|config| config.server.global_timeout = Duration::from_secs(3)).await;
     let alice = server.account().await;
     for path in ["/v1/users", "/v1/attachments"] {
         let mut stream = TcpStream::connect(server.address()).await.unwrap();
