@@ -141,5 +141,7 @@ async fn the_queue_is_found_in_a_cluster_whichever_member_is_asked() {
         let (alice, bob) = (server.account().await, phone(&server, &token).await);
         alice.send_to(&bob, "x").await;
         project.fcm.pushed(&token, 1).await;
+        // The next one has a database of its own and the same queue: no server may find jobs of another deployment.
+        server.stop().await;
     }
 }
