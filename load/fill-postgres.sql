@@ -53,7 +53,7 @@ FROM blocks JOIN filled ON (n - 1) / 65536 = part CROSS JOIN body;
 
 -- The sends that they came with. The sender is any account; what counts is that there is one row for each.
 INSERT INTO sends (sender_no, idempotency_key, digest, outcome, sent_at, review_at, first_position, last_position)
-SELECT m.device_no, gen_random_uuid(), sha256(uuid_send(m.id)), '\x'::bytea, m.received_at, m.received_at + 86400000,
+SELECT m.device_no, gen_random_uuid(), substr(sha256(uuid_send(m.id)), 1, 16), '\x'::bytea, m.received_at, m.received_at + 86400000,
        m.position, m.position
 FROM messages m JOIN filled USING (device_no);
 COMMIT;

@@ -44,7 +44,7 @@ FROM round CROSS JOIN filled;
 
 -- The sends that they came with. The sender is any account; what counts is that there is one row for each.
 INSERT INTO sends (sender_no, idempotency_key, digest, outcome, sent_at, review_at, first_position, last_position)
-SELECT m.device_no, randomblob(16), randomblob(32), x'', m.received_at, m.received_at + 86400000, m.position, m.position
+SELECT m.device_no, randomblob(16), randomblob(16), x'', m.received_at, m.received_at + 86400000, m.position, m.position
 FROM messages m WHERE m.device_no IN (SELECT device_no FROM filled);
 
 DROP TABLE filled;

@@ -7,6 +7,7 @@ pub mod clock;
 pub mod config;
 pub mod model;
 pub mod tasks;
+pub mod telemetry;
 pub mod wire;
 
 // Middle: the rooms that hold something. They don't know each other.
@@ -30,4 +31,3 @@ pub mod sweeps;
 // Outermost: what puts the rooms together.
 pub mod commands;
 pub mod server;
-pub mod telemetry;

@@ -101,7 +101,7 @@ impl Server {
         self.api_address
     }
 
-    /// Where health is told.
+    /// Where health and metrics are told.
     pub fn management_address(&self) -> SocketAddr {
         self.management_address
     }

@@ -1,4 +1,5 @@
-//! Repeated cleaning. Each job works in bounded steps, so that a long clean-up never holds the database for long.
+//! Repeated jobs: cleaning, and figures that have to be looked at. Each works in bounded steps, so that a long clean-up never
+//! holds the database for long.
 
 mod attachments;
 mod figures;
@@ -26,7 +27,6 @@ const SHORT_LIVED: Duration = Duration::from_mins(1);
 const ROOM: Duration = Duration::from_secs(10);
 /// How often idle connections to the database are looked through.
 const CONNECTIONS: Duration = Duration::from_secs(15);
-
 /// Uploads that came to nothing count in their account's quota until they are cleaned up, so that is done often.
 const STALE_UPLOADS: Duration = Duration::from_mins(5);
 

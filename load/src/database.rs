@@ -87,7 +87,7 @@ impl Rows {
 /// Unix milliseconds.
 #[expect(
     clippy::disallowed_methods,
-    reason = "the server's clock is the server's; this tool has no other use for the time"
+    reason = "the server's clock is the server's; this tool needs the time for what it fills in and when a run ended"
 )]
 pub fn now_millis() -> u128 {
     SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default().as_millis()

@@ -6,7 +6,7 @@ use serde_json::{Map, Value, json};
 
 use crate::watch::Curve;
 
-/// Every figure: its name in the JSON, what it is called in the table, and what is good about it.
+/// Every figure: its name in the JSON, and what it is called in the table.
 pub const KNOWN: &[(&str, &str)] = &[
     ("signups_per_s", "sign-ups/s"),
     ("sends_per_s", "sends/s"),

@@ -1,4 +1,5 @@
-//! The management port: is the process alive, and is it ready for work? It answers before anything else is there.
+//! The management port: is the process alive, is it ready for work, and what has it counted? It answers before anything
+//! else is there.
 
 use axum::extract::State;
 use axum::http::{StatusCode, header};
@@ -13,7 +14,7 @@ use crate::telemetry::metrics::Metrics;
 /// The text format of Prometheus.
 const PROMETHEUS: &str = "text/plain; version=0.0.4; charset=utf-8";
 
-/// The management port.
+/// What the management port answers.
 pub fn router(health: Health, metrics: Metrics) -> Router {
     Router::new()
         .route("/livez", get(|| async {}))
@@ -21,7 +22,7 @@ pub fn router(health: Health, metrics: Metrics) -> Router {
         .route("/metrics", get(page).with_state(metrics))
 }
 
-/// `GET /metrics`, in the text format of Prometheus.
+/// `GET /metrics`. A page that can't be made is a defect, and must not look like a server without metrics.
 async fn page(State(metrics): State<Metrics>) -> impl IntoResponse {
     match metrics.page() {
         Ok(page) => ([(header::CONTENT_TYPE, PROMETHEUS)], page).into_response(),

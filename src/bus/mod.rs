@@ -139,8 +139,9 @@ impl Bus {
         }
     }
 
-    /// Leaves word of a trace for the sessions of these devices. It lies there until their next signal, for which the
-    /// caller cares. Few are kept for each session, and none when a wire is away: traces have gaps then.
+    /// Leaves word of a trace for the sessions of these devices. It lies there until their next signal, which the
+    /// caller sends. Few are kept for each session, and those that are under way when the wire breaks are lost: traces have
+    /// gaps then.
     pub fn lay_trail(&self, addresses: &[Address], trail: Trail) {
         for address in addresses {
             self.local.lay_trail(address.device, trail);

@@ -1,8 +1,9 @@
 //! The wire to other nodes, over the pub/sub of Valkey or Redis: one connection that is always being kept, or looked for.
 //!
 //! Each account has a channel, which a node subscribes while the account has a session there, and one small channel says
-//! "everybody, look at everything"; over it nodes also say hello now and then, and goodbye. Whatever may have been lost while a connection was gone is made good by waking every
-//! session of this node once, after all their channels are subscribed again.
+//! "everybody, look at everything"; over it nodes also say hello now and then, and goodbye. Whatever may have been lost
+//! while a connection was gone is made good by waking every session of this node once, after all their channels are
+//! subscribed again.
 
 use std::convert::Infallible;
 use std::sync::Arc;

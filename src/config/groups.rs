@@ -100,7 +100,7 @@ pub struct Server {
     pub host: IpAddr,
     /// API and WebSocket; 0 takes any free port.
     pub port: u16,
-    /// Health; 0 takes any free port.
+    /// Health and metrics; 0 takes any free port.
     pub management_port: u16,
     /// Time for tasks to finish at shutdown; may be zero.
     pub shutdown_timeout: Duration,

@@ -81,7 +81,7 @@ pub static GROUPS: &[Group] = &[
         option("server-port", "OBSCURA_SERVER_PORT", "3000", Port,
             "API and WebSocket; 0 takes any free port"),
         option("mgmt-port", "OBSCURA_SERVER_MGMT_PORT", "9090", Port,
-            "health; 0 takes any free port").or("server-mgmt-port"),
+            "health and metrics; 0 takes any free port").or("server-mgmt-port"),
         option("shutdown-timeout-secs", "OBSCURA_SERVER_SHUTDOWN_TIMEOUT_SECS", "5", Seconds(0, 3600),
             "time for tasks to finish at shutdown").or("server-shutdown-timeout-secs"),
         option("shutdown-drain-delay-secs", "OBSCURA_SERVER_SHUTDOWN_DRAIN_DELAY_SECS", "0", Seconds(0, 3600),

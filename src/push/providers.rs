@@ -56,7 +56,7 @@ impl Pushed {
         }
     }
 
-    /// A word for it.
+    /// What a trace calls it. That nobody was told, or that it was the last attempt, only the metrics tell apart.
     pub fn name(&self) -> &'static str {
         match self {
             Self::Accepted => "accepted",
