@@ -1,5 +1,6 @@
 //! `App`: what every request and session may use.
 
+use std::ops::Deref;
 use std::sync::Arc;
 
 use crate::auth::passwords::Passwords;
@@ -18,9 +19,28 @@ use crate::tasks::Tasks;
 use crate::telemetry::metrics::Metrics;
 use crate::telemetry::traces::Traces;
 
-/// Everything a request, session or job may use. Cloning is cheap.
+/// Everything a request, session or job may use. Cloning counts one reference, whatever it holds: each request does so
+/// several times.
 #[derive(Clone)]
-pub struct App {
+pub struct App(Arc<Parts>);
+
+impl App {
+    /// Puts the parts together.
+    pub fn of(parts: Parts) -> Self {
+        Self(Arc::new(parts))
+    }
+}
+
+impl Deref for App {
+    type Target = Parts;
+
+    fn deref(&self) -> &Parts {
+        &self.0
+    }
+}
+
+/// The parts of a server, as fields of [`App`].
+pub struct Parts {
     /// Takes sends and acks.
     pub mailroom: Mailroom,
     /// What must survive a restart.

@@ -15,7 +15,7 @@ use crate::api::connections::Connections;
 use crate::api::health::Health;
 use crate::api::limits::Limits;
 use crate::api::{self, management};
-use crate::app::App;
+use crate::app::{App, Parts};
 use crate::auth::passwords::Passwords;
 use crate::auth::tokens::Tokens;
 use crate::blobs::Blobs;
@@ -189,7 +189,7 @@ async fn open(
     // So that a node that says it is ready is ready. One without Valkey serves all the same.
     let _ = tokio::time::timeout(config.health.pubsub_timeout, bus.connected()).await;
     let push = Push::start(push, &config, &store, &clock, &telemetry, &owners.keepers);
-    Ok(App {
+    Ok(App::of(Parts {
         mailroom: Mailroom::open(store.clone(), bus.clone(), push.clone(), clock.clone(), &telemetry, &owners.keepers),
         store,
         bus,
@@ -214,7 +214,7 @@ async fn open(
         metrics: metrics.clone(),
         traces: telemetry.traces,
         config,
-    })
+    }))
 }
 
 async fn serve_clients(app: &App, api: TcpSocket) -> Result<()> {

@@ -16,6 +16,7 @@ use crate::api::extract::Caller;
 use crate::app::App;
 use crate::auth::tokens::OpaqueSecret;
 use crate::gateway::{self, Progress};
+use crate::store::NewTicket;
 
 /// `POST /v1/gateway/ticket`
 #[derive(Serialize)]
@@ -28,8 +29,12 @@ pub struct TicketResponse {
 /// `POST /v1/gateway/ticket`: a ticket that opens one socket for the calling device.
 pub async fn ticket(State(app): State<App>, caller: Caller) -> Result<(StatusCode, Json<TicketResponse>), ApiError> {
     let ticket = OpaqueSecret::random();
+    let (device, token_expires_at) = (caller.no, caller.token_expires_at);
     let expires_at = app.clock.now() + app.config.gateway.ticket_lifetime;
-    if !app.store.issue_ticket(caller.no, caller.token_expires_at, &ticket.hash(), expires_at).await? {
+    let new = NewTicket { hash: ticket.hash(), device, token_expires_at, expires_at };
+    // Others may share the transaction, so it doesn't end with this request.
+    let store = app.store.clone();
+    if !app.tasks.finish(async move { store.issue_ticket(new).await }).await? {
         return Err(ApiError::Unauthorized);
     }
     Ok((StatusCode::CREATED, Json(TicketResponse { ticket: ticket.text().to_owned() })))
@@ -51,7 +56,8 @@ pub async fn connect(
 ) -> Result<Response, ApiError> {
     let upgrade = upgrade.map_err(refused)?;
     let Ok(Query(query)) = query else { return Err(ApiError::bad_request("The ticket parameter is missing")) };
-    let redeemed = app.store.redeem_ticket(&OpaqueSecret::hash_of(&query.ticket), app.clock.now()).await;
+    let (store, hash, now) = (app.store.clone(), OpaqueSecret::hash_of(&query.ticket), app.clock.now());
+    let redeemed = app.tasks.finish(async move { store.redeem_ticket(&hash, now).await }).await;
     // The contract knows no other answer to a ticket that can't be looked up: the client asks for another one.
     let redeemed = redeemed.inspect_err(|error| error!(%error, "a ticket could not be redeemed"));
     let holder = redeemed.ok().flatten().ok_or(ApiError::Unauthorized)?;

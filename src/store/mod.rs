@@ -40,6 +40,7 @@ use crate::store::gather::Gather;
 use crate::store::messages::Look;
 use crate::store::numbering::Numbering;
 use crate::store::postgres::PostgresStore;
+use crate::store::sessions::Tickets;
 use crate::store::sqlite::{SQLITE_FULL, SqliteStore};
 use crate::store::standings::Standings;
 use crate::telemetry::metrics::Metrics;
@@ -53,7 +54,7 @@ pub use links::{Approved, LinkBody, Linked, NewLink};
 pub use messages::{Expired, Page};
 pub use prekeys::{Bundle, HandedOut, PrekeyCounts, Refilled};
 pub use pushes::{Overslept, Sleeper};
-pub use sessions::{REPEAT_WINDOW, Refresh, Refreshed, SessionGrant, SessionHolder};
+pub use sessions::{NewTicket, REPEAT_WINDOW, Refresh, Refreshed, SessionGrant, SessionHolder};
 
 /// The database could not do what it was asked: it is away, busy for too long, full, or broken.
 ///
@@ -210,6 +211,8 @@ pub struct Store {
     standings: Standings,
     /// Questions that every message asks.
     looks: Arc<Gather<Look, Page>>,
+    /// What whoever connects needs.
+    tickets: Arc<Tickets>,
 }
 
 /// The limits that the store holds in its transactions.
@@ -259,8 +262,9 @@ impl Store {
         };
         let standings = Standings::new(matches!(database, Database::Sqlite(_)));
         let looks = Arc::new(Gather::new(LOOK_LANES, GATHERED));
+        let tickets = Arc::new(Tickets::new());
         let metrics = metrics.clone();
-        Ok(Self { database, numbering, limits, metrics, held_up: Arc::default(), standings, looks })
+        Ok(Self { database, numbering, limits, metrics, held_up: Arc::default(), standings, looks, tickets })
     }
 
     /// Answers when the database can be read and written.

@@ -3,13 +3,15 @@
 //! A device has at most one session. It ends when the device logs out or when its refresh token turns out to be stolen.
 
 use std::fmt;
+use std::sync::Arc;
 use std::time::Duration;
 
 use sqlx::FromRow;
 
 use crate::clock::Timestamp;
 use crate::model::ids::{Address, DeviceId, DeviceNo, IdempotencyKey, UserId};
-use crate::store::database::{Tx, on, reading, run};
+use crate::store::database::{Database, Tx, on, reading, run};
+use crate::store::gather::Gather;
 use crate::store::{Result, Store, devices};
 
 /// A refresh token that is presented again so soon is a client racing itself, and no sign of theft.
@@ -17,6 +19,9 @@ const RACE_WINDOW: Duration = Duration::from_secs(10);
 
 /// How long an exchange can be repeated under its key. What was used longer ago than this may be forgotten.
 pub const REPEAT_WINDOW: Duration = Duration::from_secs(60);
+
+/// Tickets that share one commit.
+const TICKETS: usize = 64;
 
 /// The session that a device is about to get, as the store knows its refresh token.
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -34,6 +39,34 @@ pub struct SessionGrant {
 impl fmt::Debug for SessionGrant {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str("SessionGrant(…)")
+    }
+}
+
+/// A gateway ticket that is about to be issued.
+#[derive(Clone, Copy)]
+pub struct NewTicket {
+    /// SHA-256 of it.
+    pub hash: [u8; 32],
+    /// Whose it is.
+    pub device: DeviceNo,
+    /// The Unix second in which the access token expires that it was asked for with.
+    pub token_expires_at: i64,
+    /// From when on it is worth nothing.
+    pub expires_at: Timestamp,
+}
+
+/// The hash of a ticket, and when it was presented.
+type Presented = ([u8; 32], Timestamp);
+
+/// Devices that come back all at once. On SQLite, where one writes at a time, their tickets share the wait for the disk.
+pub(super) struct Tickets {
+    issued: Arc<Gather<NewTicket, bool>>,
+    redeemed: Arc<Gather<Presented, Option<SessionHolder>>>,
+}
+
+impl Tickets {
+    pub(super) fn new() -> Self {
+        Self { issued: Arc::new(Gather::new(1, TICKETS)), redeemed: Arc::new(Gather::new(1, TICKETS)) }
     }
 }
 
@@ -135,15 +168,16 @@ impl Store {
         tx.commit().await
     }
 
-    /// Remembers a gateway ticket of a device that called with an access token which expires at `token_expires_at`.
-    /// Answers false when meanwhile the device has been removed or that token has become void.
-    pub async fn issue_ticket(
-        &self,
-        no: DeviceNo,
-        token_expires_at: i64,
-        hash: &[u8; 32],
-        expires_at: Timestamp,
-    ) -> Result<bool> {
+    /// Remembers a gateway ticket. Answers false when meanwhile its device has been removed or the access token it was
+    /// asked for with has become void. To be awaited to the end.
+    pub async fn issue_ticket(&self, ticket: NewTicket) -> Result<bool> {
+        match &self.database {
+            Database::Sqlite(_) => self.tickets.issued.ask(ticket, async |tickets| self.issue(tickets).await).await,
+            Database::Postgres(_) => Ok(self.issue(&[ticket]).await?.contains(&true)),
+        }
+    }
+
+    async fn issue(&self, tickets: &[NewTicket]) -> Result<Vec<bool>> {
         let mut tx = self.begin().await?;
         let statement = tx.either(
             "INSERT INTO gateway_tickets (hash, device_no, expires_at) \
@@ -151,14 +185,20 @@ impl Store {
             "INSERT INTO gateway_tickets (hash, device_no, expires_at) \
              SELECT $1, no, $2 FROM devices WHERE no = $3 AND tokens_void_to < $4 FOR SHARE",
         );
-        let insert =
-            run!(&mut tx, sqlx::query(statement).bind(&hash[..]).bind(expires_at).bind(no).bind(token_expires_at));
-        let issued = insert? == 1;
+        let mut issued = Vec::with_capacity(tickets.len());
+        for NewTicket { hash, device, token_expires_at, expires_at } in tickets {
+            let insert = run!(
+                &mut tx,
+                sqlx::query(statement).bind(&hash[..]).bind(expires_at).bind(device).bind(token_expires_at)
+            );
+            issued.push(insert? == 1);
+        }
         tx.commit().await?;
         Ok(issued)
     }
 
-    /// Uses a gateway ticket up. `None` when it is unknown, used or expired, or its device is gone or logged out.
+    /// Uses a gateway ticket up. `None` when it is unknown, used or expired, or its device is gone or logged out. To be
+    /// awaited to the end.
     pub async fn redeem_ticket(&self, hash: &[u8; 32], now: Timestamp) -> Result<Option<SessionHolder>> {
         let statement = "SELECT device_no FROM gateway_tickets WHERE hash = $1";
         let known: Option<DeviceNo> =
@@ -166,19 +206,30 @@ impl Store {
         if known.is_none() {
             return Ok(None);
         }
+        let presented = (*hash, now);
+        match &self.database {
+            Database::Sqlite(_) => self.tickets.redeemed.ask(presented, async |all| self.redeem(all).await).await,
+            Database::Postgres(_) => Ok(self.redeem(&[presented]).await?.pop().flatten()),
+        }
+    }
+
+    async fn redeem(&self, presented: &[Presented]) -> Result<Vec<Option<SessionHolder>>> {
         let mut tx = self.begin().await?;
-        let statement = "DELETE FROM gateway_tickets WHERE hash = $1 RETURNING device_no, expires_at";
-        let ticket: Option<(DeviceNo, Timestamp)> =
-            on!(&mut tx, |db| sqlx::query_as(statement).bind(&hash[..]).fetch_optional(db))?;
-        let holder = match ticket {
-            Some((no, expires_at)) if expires_at > now => {
-                let statement = "SELECT user_id, id, no, tokens_void_to FROM devices WHERE no = $1";
-                on!(&mut tx, |db| sqlx::query_as(statement).bind(no).fetch_optional(db))?
-            }
-            _ => None,
-        };
+        let mut holders = Vec::with_capacity(presented.len());
+        for (hash, now) in presented {
+            let statement = "DELETE FROM gateway_tickets WHERE hash = $1 RETURNING device_no, expires_at";
+            let ticket: Option<(DeviceNo, Timestamp)> =
+                on!(&mut tx, |db| sqlx::query_as(statement).bind(&hash[..]).fetch_optional(db))?;
+            holders.push(match ticket {
+                Some((no, expires_at)) if expires_at > *now => {
+                    let statement = "SELECT user_id, id, no, tokens_void_to FROM devices WHERE no = $1";
+                    on!(&mut tx, |db| sqlx::query_as(statement).bind(no).fetch_optional(db))?
+                }
+                _ => None,
+            });
+        }
         tx.commit().await?;
-        Ok(holder)
+        Ok(holders)
     }
 
     /// Forgets refresh tokens that have expired, at most `limit`. Answers how many.

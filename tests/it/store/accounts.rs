@@ -6,7 +6,7 @@ use futures_util::future::join_all;
 use obscura_server::model::ids::UserId;
 use obscura_server::store::{LinkBody, Refresh, Refreshed, Registered};
 
-use super::fixture::{NOW, TestStore, fcm, grant, new_account, new_device, public_key};
+use super::fixture::{NOW, TestStore, fcm, grant, new_account, new_device, public_key, ticket};
 
 #[tokio::test]
 async fn registering_makes_an_account_with_a_primary_device_that_is_logged_in() {
@@ -64,10 +64,13 @@ async fn of_many_registrations_of_one_name_one_succeeds() {
 async fn a_reset_forgets_all_devices_and_link_sessions_and_makes_a_new_primary_device() {
     let store = TestStore::open().await;
     let (alice, bob) = (store.account().await, store.account().await);
+    let mut tickets = Vec::new();
     for person in [&alice, &bob] {
         store.open_link(person.user, &link_hash(person.user), NOW + DAY, NOW).await.unwrap();
         assert!(store.set_push_target(person.no, i64::MAX, &fcm("token")).await.unwrap());
-        assert!(store.issue_ticket(person.no, 1, &[person.no.0 as u8; 32], NOW + DAY).await.unwrap());
+        let ticket = ticket(person.no);
+        assert!(store.issue_ticket(ticket).await.unwrap());
+        tickets.push(ticket.hash);
     }
 
     let (identity, device, session) = (public_key(99), new_device(), grant(NOW));
@@ -91,8 +94,8 @@ async fn a_reset_forgets_all_devices_and_link_sessions_and_makes_a_new_primary_d
 
     assert_eq!(store.link_body(&link_hash(alice.user), NOW).await.unwrap(), LinkBody::Unknown);
     assert_eq!(store.link_body(&link_hash(bob.user), NOW).await.unwrap(), LinkBody::Waiting);
-    assert_eq!(store.redeem_ticket(&[alice.no.0 as u8; 32], NOW).await.unwrap(), None);
-    assert!(store.redeem_ticket(&[bob.no.0 as u8; 32], NOW).await.unwrap().is_some());
+    assert_eq!(store.redeem_ticket(&tickets[0], NOW).await.unwrap(), None);
+    assert!(store.redeem_ticket(&tickets[1], NOW).await.unwrap().is_some());
     let database = store.database().await;
     assert_eq!(database.number("SELECT count(*) FROM push_tokens").await, 1);
     assert_eq!(database.number("SELECT count(*) FROM devices").await, 2);

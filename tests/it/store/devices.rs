@@ -1,13 +1,11 @@
 //! Devices in the store, and their push tokens.
 
-use std::time::Duration;
-
 use bytes::Bytes;
 use obscura_server::model::ids::{Address, DeviceId, DeviceNo, IdempotencyKey, UserId};
 use obscura_server::model::mail::{Outgoing, Recipient, Sealed, Sender};
 use obscura_server::store::{Refresh, Refreshed, Removed, Standing, Store};
 
-use super::fixture::{NOW, TestStore, fcm, grant};
+use super::fixture::{NOW, TestStore, fcm, grant, ticket};
 use super::support::{Member, NONE, account, count, linked, linked_with, new_device, number, public_key};
 
 /// A log-out voids tokens up to here: later than any that the fixture issues.
@@ -49,7 +47,7 @@ async fn furnish(store: &Store, device: &Member, sender: &Member, others: &[&Mem
     send(store, device, sender, &[]).await;
     store.refill(device.no, &device.keys(2, 1..=3)).await.unwrap();
     store.set_push_target(device.no, i64::MAX, &fcm("token")).await.unwrap();
-    assert!(store.issue_ticket(device.no, i64::MAX, &rand::random(), NOW + Duration::from_secs(30)).await.unwrap());
+    assert!(store.issue_ticket(ticket(device.no)).await.unwrap());
     let session = grant(NOW);
     store.log_in(device.user, device.device, &session).await.unwrap().unwrap();
     let next = obscura_server::store::SessionGrant { family: session.family, ..grant(NOW) };

@@ -2,13 +2,14 @@
 
 use std::ops::Deref;
 use std::path::Path;
+use std::time::Duration;
 
 use obscura_server::clock::Timestamp;
 use obscura_server::model::ids::{Address, DeviceId, DeviceNo, Position, UserId};
 use obscura_server::model::keys::{KeyId, OneTimePreKey, PreKeys, PublicKey, RegistrationId, Signature, SignedPreKey};
 use obscura_server::model::mail::{Outgoing, Sent};
 use obscura_server::model::push::PushTarget;
-use obscura_server::store::{Limits, NewAccount, NewDevice, OpenError, Registered, SessionGrant, Store};
+use obscura_server::store::{Limits, NewAccount, NewDevice, NewTicket, OpenError, Registered, SessionGrant, Store};
 use obscura_server::telemetry::metrics::Metrics;
 use tempfile::TempDir;
 
@@ -169,4 +170,10 @@ pub fn grant(now: Timestamp) -> SessionGrant {
 /// A phone's push token.
 pub fn fcm(token: &str) -> PushTarget {
     PushTarget::Fcm(token.to_owned())
+}
+
+/// A gateway ticket of this device that is good for a while, whatever the access token.
+pub fn ticket(device: DeviceNo) -> NewTicket {
+    let expires_at = NOW + Duration::from_secs(30);
+    NewTicket { hash: rand::random(), device, token_expires_at: i64::MAX, expires_at }
 }

@@ -5,7 +5,7 @@ use std::time::Duration;
 use futures_util::future::join_all;
 use obscura_server::clock::Timestamp;
 use obscura_server::model::ids::{DeviceId, DeviceNo, IdempotencyKey, UserId};
-use obscura_server::store::{REPEAT_WINDOW, Refresh, Refreshed, SessionGrant};
+use obscura_server::store::{NewTicket, REPEAT_WINDOW, Refresh, Refreshed, SessionGrant};
 
 use super::fixture::{NOW, Person, TestStore, fcm, grant, new_device, public_key};
 
@@ -41,7 +41,9 @@ impl TestStore {
 
     async fn ticket(&self, no: DeviceNo, expires_at: Timestamp) -> [u8; 32] {
         let hash = rand::random();
-        assert!(self.issue_ticket(no, VOID_TO + 1, &hash, expires_at).await.unwrap());
+        assert!(
+            self.issue_ticket(NewTicket { hash, device: no, token_expires_at: VOID_TO + 1, expires_at }).await.unwrap()
+        );
         hash
     }
 }
@@ -219,6 +221,22 @@ async fn every_log_out_begins_a_new_epoch() {
 }
 
 #[tokio::test]
+async fn tickets_that_are_asked_for_and_used_at_once_are_each_good_for_their_device_and_once() {
+    let store = TestStore::open().await;
+    let (alice, bob) = (store.account().await, store.account().await);
+    let owners: Vec<_> = [alice.no, bob.no].into_iter().cycle().take(20).collect();
+    let tickets = join_all(owners.iter().map(|no| store.ticket(*no, NOW + SECOND))).await;
+    // Each is presented twice.
+    let presented = tickets.iter().chain(&tickets).map(|ticket| store.redeem_ticket(ticket, NOW));
+    let answers: Vec<_> = join_all(presented).await.into_iter().map(Result::unwrap).collect();
+    let (first, again) = answers.split_at(tickets.len());
+    for ((one, other), owner) in first.iter().zip(again).zip(owners) {
+        let holders: Vec<_> = one.iter().chain(other).map(|holder| holder.no).collect();
+        assert_eq!(holders, [owner]);
+    }
+}
+
+#[tokio::test]
 async fn a_ticket_is_good_once_and_until_it_expires() {
     let store = TestStore::open().await;
     let alice = store.account().await;
@@ -245,8 +263,10 @@ async fn of_many_handshakes_with_one_ticket_one_succeeds() {
 async fn no_ticket_is_issued_for_a_void_token_or_a_device_that_is_gone() {
     let store = TestStore::open().await;
     let alice = store.account().await;
-    let issue =
-        async |expires_at| store.issue_ticket(alice.no, expires_at, &rand::random(), NOW + SECOND).await.unwrap();
+    let issue = async |token_expires_at| {
+        let (device, expires_at) = (alice.no, NOW + SECOND);
+        store.issue_ticket(NewTicket { hash: rand::random(), device, token_expires_at, expires_at }).await.unwrap()
+    };
     assert!(issue(1).await);
     store.log_out(alice.no, VOID_TO).await.unwrap();
     assert!(!issue(VOID_TO).await, "its call came in just before the log-out");
