@@ -14,6 +14,8 @@ use tracing::{error, info, warn};
 
 /// What telemetry may take at the very end, when the server has stopped.
 const FLUSHING: Duration = Duration::from_secs(2);
+/// What it may take after a second signal, when whoever sent it waits for nothing any more.
+const LAST_WORDS: Duration = Duration::from_millis(200);
 
 /// The ways in which a process is asked to stop.
 type Stop = (Signal, Signal);
@@ -28,12 +30,16 @@ fn main() -> ExitCode {
 
 #[tokio::main]
 async fn serve(loaded: Loaded) -> ExitCode {
-    let (telemetry, stop) = match prepare(&loaded) {
+    let (telemetry, mut stop) = match prepare(&loaded) {
         Ok(prepared) => prepared,
         Err(error) => return complain(&error),
     };
-    let exit = run(loaded, telemetry.clone(), stop).await.unwrap_or_else(|error| complain(&error));
-    telemetry.flush(FLUSHING).await;
+    let ended = run(loaded, telemetry.clone(), &mut stop).await;
+    let (exit, flushing) = ended.unwrap_or_else(|error| (complain(&error), FLUSHING));
+    tokio::select! {
+        () = telemetry.flush(flushing) => {}
+        () = asked(&mut stop) => {}
+    }
     // Ends what is left, such as a connection whose client never reads, without waiting for it.
     std::process::exit(if exit == ExitCode::SUCCESS { 0 } else { 1 })
 }
@@ -50,16 +56,17 @@ fn complain(error: &anyhow::Error) -> ExitCode {
     ExitCode::FAILURE
 }
 
-async fn run(loaded: Loaded, telemetry: Telemetry, mut stop: Stop) -> anyhow::Result<ExitCode> {
+/// Runs the server to its end. Answers the exit code, and how long telemetry may take then.
+async fn run(loaded: Loaded, telemetry: Telemetry, stop: &mut Stop) -> anyhow::Result<(ExitCode, Duration)> {
     let data_dir = loaded.config.data_dir.clone();
     let server = tokio::select! {
         server = Server::start(loaded.config, Clock::system(), telemetry) => server?,
-        () = asked(&mut stop) => return Ok(ExitCode::SUCCESS),
+        () = asked(stop) => return Ok((ExitCode::SUCCESS, FLUSHING)),
     };
     // Whoever closed our standard output doesn't want to know.
     let _ = writeln!(std::io::stdout(), "{}", commands::welcome(&server, data_dir.as_deref()));
     let exit = tokio::select! {
-        () = asked(&mut stop) => ExitCode::SUCCESS,
+        () = asked(stop) => ExitCode::SUCCESS,
         () = server.failed() => ExitCode::FAILURE,
     };
     info!("stopping; a second signal stops at once");
@@ -71,10 +78,12 @@ async fn run(loaded: Loaded, telemetry: Telemetry, mut stop: Stop) -> anyhow::Re
         server.stop().await;
     };
     tokio::select! {
-        () = stopped => {}
-        () = asked(&mut stop) => error!("stopped at once, by a second signal"),
+        () = stopped => Ok((exit, FLUSHING)),
+        () = asked(stop) => {
+            error!("stopped at once, by a second signal");
+            Ok((exit, LAST_WORDS))
+        }
     }
-    Ok(exit)
 }
 
 /// Ends when the process is asked to stop.

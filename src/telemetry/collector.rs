@@ -7,7 +7,7 @@ use std::future::Future;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
-use anyhow::{Context, Result};
+use anyhow::{Result, anyhow};
 use opentelemetry_otlp::tonic_types::transport::ClientTlsConfig;
 use opentelemetry_otlp::{LogExporter, MetricExporter, SpanExporter, WithExportConfig, WithTonicConfig};
 use opentelemetry_sdk::Resource;
@@ -70,8 +70,10 @@ fn open<E, B: std::error::Error + Send + Sync + 'static>(
     build: impl FnOnce(Address<'_>, Duration) -> Result<E, B>,
 ) -> Result<Option<Courier<E>>> {
     let Some(endpoint) = &config.otlp_endpoint else { return Ok(None) };
+    // The library repeats the address, in which a password may be.
+    let hidden = |error: B| format!("{:#}", anyhow::Error::from(error)).replace(endpoint, "***");
     let exporter = build(Address(endpoint), config.export_timeout)
-        .with_context(|| format!("--otlp-endpoint can't be used for {kind}"))?;
+        .map_err(|error| anyhow!("--otlp-endpoint can't be used for {kind}: {}", hidden(error)))?;
     let (limit, runtime) = (config.export_timeout, Handle::current());
     Ok(Some(Courier { exporter, kind, limit, runtime, is_outage_told: AtomicBool::new(false) }))
 }

@@ -11,6 +11,7 @@ use uuid::Uuid;
 
 use crate::harness::{
     Binary, Collector, Device, Keys, PASSWORD, PATIENCE, Socket, eventually, one_time_key, send_request,
+    without_welcome,
 };
 
 /// A point of P-256, from RFC 8291.
@@ -229,11 +230,6 @@ async fn run_with(variables: &[(&str, &str)], options: &[&str]) -> Said {
     assert!(collector.has_line("the server has stopped") && !collector.metric_names().is_empty());
     let (output, metrics) = (server.output(), String::from_utf8_lossy(&metrics).into_owned());
     Said { secrets, output, metrics, collected: collector.bytes() }
-}
-
-/// The address that the server itself says to listen on is the operator's, and it is told to nobody else.
-fn without_welcome(output: &str) -> String {
-    output.lines().filter(|line| !line.contains("http://")).collect::<Vec<_>>().join("\n")
 }
 
 #[tokio::test(flavor = "multi_thread")]

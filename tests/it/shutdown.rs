@@ -6,7 +6,9 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 use uuid::Uuid;
 
-use crate::harness::{Binary, Database, Device, Event, PATIENCE, RawSocket, send_request, within};
+use crate::harness::{
+    Binary, Collector, Database, Device, Event, PATIENCE, RawSocket, eventually, send_request, within,
+};
 
 const SECOND: Duration = Duration::from_secs(1);
 
@@ -134,6 +136,20 @@ async fn a_second_signal_ends_it_at_once() {
         server.signal(signal);
         server.exit(SECOND * 5).await;
     }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_second_signal_does_not_wait_for_a_frozen_collector() {
+    let (folder, collector) = (tempfile::tempdir().unwrap(), Collector::start().await);
+    collector.freeze();
+    let endpoint = format!("--otlp-endpoint={}", collector.url());
+    let mut server = Binary::start(folder.path(), &[&*endpoint, "--shutdown-drain-delay-secs=60"]).await;
+    server.terminate();
+    eventually("the first signal to be heard", async || server.output().contains("not ready any more")).await;
+    let asked = Instant::now();
+    server.terminate();
+    server.exit(SECOND * 5).await;
+    assert!(asked.elapsed() < SECOND * 3 / 2, "{:?}", asked.elapsed());
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -82,6 +82,15 @@ async fn a_wrong_value_is_named_with_what_is_allowed() {
 }
 
 #[tokio::test]
+async fn a_password_in_the_address_of_a_collector_is_not_repeated() {
+    let folder = tempfile::tempdir().unwrap();
+    let options = folder_options(folder.path().to_str().unwrap(), &["--otlp-endpoint=http://user:hunter2@[bad"]);
+    let sentence = refusal(&options, &[]).await;
+    assert!(sentence.contains("--otlp-endpoint can't be used"), "{sentence}");
+    assert!(!sentence.contains("hunter2"), "{sentence}");
+}
+
+#[tokio::test]
 async fn a_published_or_short_secret_is_refused_and_never_repeated() {
     let folder = tempfile::tempdir().unwrap();
     let folder = folder.path().join("data");

@@ -123,7 +123,7 @@ label! {
         Forbidden "forbidden" "403: not allowed to this device",
         NotFound "not_found" "404: no such thing, or no such route",
         MethodNotAllowed "method_not_allowed" "405: no such method here",
-        Timeout "timeout" "408: no answer within `--request-timeout-secs` or the like",
+        Timeout "timeout" "408: no answer within `--server-request-timeout-secs` or the like",
         Conflict "conflict" "409: taken, or in the way of something else",
         LengthRequired "length_required" "411: an upload without a length",
         TooLarge "too_large" "413: too large a body, or an account's quota",

@@ -1,10 +1,10 @@
 //! A send that comes again has no second effect.
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use uuid::Uuid;
 
-use crate::harness::{Device, Response, TestServer, outcome, send_request, within};
+use crate::harness::{Device, PATIENCE, Response, TestServer, outcome, send_request, within};
 
 const DAY: Duration = Duration::from_hours(24);
 
@@ -181,8 +181,9 @@ async fn a_send_that_the_database_could_not_take_leaves_nothing_and_may_be_repea
     let (alice, bob) = people(&server).await;
     let (key, request) = (Uuid::new_v4(), send_request(&[(&bob, b"once")]));
     let database = server.database().await;
-    let held = database.hold_write().await;
+    let (held, asked) = (database.hold_write().await, Instant::now());
     alice.post_messages(key, &request).await.expect(503);
+    assert!(asked.elapsed() < PATIENCE / 2, "refused after {:?}", asked.elapsed());
     held.release().await;
     let again = alice.post_messages(key, &request).await.expect(200);
     assert_eq!(is_replay(&again), (false, false));

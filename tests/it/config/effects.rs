@@ -98,7 +98,7 @@ static EFFECTS: &[Effect] = &[
 
     both("rate-limit-per-second", &["src/api/limits/tests.rs:a_burst_is_there_at_first_and_a_token_comes_back_each_time", "api/limits.rs:the_tiers_do_not_share_their_tokens"]),
     both("rate-limit-burst", &["api/limits.rs:a_request_too_many_is_told_when_to_come_again"]),
-    both("auth-rate-limit-per-second", &["api/limits.rs:waiting_as_long_as_told_suffices"]),
+    both("auth-rate-limit-per-second", &["src/api/limits/tests.rs:a_burst_is_there_at_first_and_a_token_comes_back_each_time", "api/limits.rs:waiting_as_long_as_told_suffices"]),
     both("auth-rate-limit-burst", &["api/limits.rs:the_tiers_do_not_share_their_tokens"]),
     both("account-rate-limit-per-second", &["src/rates.rs:an_account_has_a_burst_at_first_and_waiting_as_long_as_told_suffices"]),
     both("account-rate-limit-burst", &["api/account_limits.rs:an_account_is_limited_whatever_addresses_it_comes_from"]),
@@ -130,7 +130,7 @@ static EFFECTS: &[Effect] = &[
 
     Effect {
         option: "gc-interval-secs",
-        embedded: By(&["push/rebuilt.rs:a_push_that_was_due_when_the_server_stopped_goes_out_after_the_start"]),
+        embedded: By(&["push/rebuilt.rs:the_inboxes_are_looked_through_once_in_an_interval"]),
         distributed: By(&["push/rebuilt.rs:a_valkey_that_was_emptied_costs_time_and_no_push", "bus/crossing.rs:a_node_subscribes_the_channels_of_its_own_accounts_only_and_leaves_them_later"]),
     },
     neither("global-channel-capacity", MERGED),

@@ -32,6 +32,7 @@ pub use database::Database;
 pub use postgres::Postgres;
 pub use proxy::{Proxy, Way};
 pub use raw::{RawSocket, opcode, raw_answer, raw_request};
+pub use record::without_welcome;
 pub use s3::{Bucket, S3, S3Process};
 pub use s3_proxy::{Fate, S3Proxy};
 pub use server::{TestServer, impatient};

@@ -123,11 +123,17 @@ pub fn message(id: &[u8]) {
     }
 }
 
-/// A program has said this on its standard output and standard error. Where it listens is said to its operator.
+/// A program has said this on its standard output and standard error.
 pub fn output(text: &str) {
     let Some(record) = &*RECORD else { return };
-    let lines: Vec<_> = text.lines().filter(|line| !line.contains("http://")).collect();
-    record.say("output", &lines.join("\n"));
+    record.say("output", &without_welcome(text));
+}
+
+/// Where a server listens is the operator's, and is told to nobody else. Those lines are indented, and no line of a log is:
+/// an address that a log tells stays.
+pub fn without_welcome(output: &str) -> String {
+    let is_welcome = |line: &str| line.starts_with("  ") && line.contains("http://");
+    output.lines().filter(|line| !is_welcome(line)).collect::<Vec<_>>().join("\n")
 }
 
 /// A server of this process has this page of metrics at its end.

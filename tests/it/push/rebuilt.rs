@@ -129,6 +129,28 @@ async fn a_push_that_was_due_when_the_server_stopped_goes_out_after_the_start() 
 }
 
 #[tokio::test]
+async fn the_inboxes_are_looked_through_once_in_an_interval() {
+    let project = Project::start().await;
+    let server = TestServer::start_embedded_with(|config| {
+        project.configure(config);
+        config.notifications.push_delay = Duration::ZERO;
+        config.notifications.gc_interval = SOON;
+    })
+    .await;
+    let (alice, bob) = (server.account().await, phone(&server, "bob").await);
+    let database = server.database().await;
+    alice.send_to(&bob, "x").await;
+    // The first look comes soon after the start in any case; the second only when the interval is over.
+    for pushes in 1..=3 {
+        project.fcm.pushed("bob", pushes).await;
+        let settled = "SELECT count(*) FROM push_tokens WHERE pushed_to > 0";
+        eventually("the push to be settled", async || database.number(settled).await == 1).await;
+        // As if nobody had been woken for what waits, and the queue were lost.
+        database.execute("UPDATE push_tokens SET pushed_to = 0").await;
+    }
+}
+
+#[tokio::test]
 async fn the_queue_is_found_in_a_cluster_whichever_member_is_asked() {
     let (project, members) = (Project::start().await, cluster().await);
     for (n, member) in members.iter().enumerate() {
@@ -141,7 +163,7 @@ async fn the_queue_is_found_in_a_cluster_whichever_member_is_asked() {
         let (alice, bob) = (server.account().await, phone(&server, &token).await);
         alice.send_to(&bob, "x").await;
         project.fcm.pushed(&token, 1).await;
-        // The next one has a database of its own and the same queue: no server may find jobs of another deployment.
+        // It would go on beside the next one, take its jobs, and find nobody to wake in a database of its own.
         server.stop().await;
     }
 }
