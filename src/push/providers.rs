@@ -34,6 +34,8 @@ pub enum Pushed {
         /// How long the provider asks to wait, if it does.
         retry_after: Option<Duration>,
     },
+    /// The token can't be one of the provider's, so the provider was not asked.
+    Unfit,
     /// The provider takes no pushes from us at the moment, or doesn't answer.
     Unavailable {
         /// What it said, in words of ours.
@@ -50,9 +52,17 @@ impl Pushed {
             Self::Accepted if !is_real => PushOutcome::Logged,
             Self::Accepted => PushOutcome::Accepted,
             Self::TokenGone => PushOutcome::TokenGone,
-            Self::Refused { .. } if is_over => PushOutcome::GivenUp,
-            Self::Refused { .. } => PushOutcome::Refused,
+            Self::Refused { .. } | Self::Unfit if is_over => PushOutcome::GivenUp,
+            Self::Refused { .. } | Self::Unfit => PushOutcome::Refused,
             Self::Unavailable { .. } => PushOutcome::Unavailable,
+        }
+    }
+
+    /// How long the provider asks to wait.
+    pub fn asked_to_wait(&self) -> Duration {
+        match self {
+            Self::Refused { retry_after } | Self::Unavailable { retry_after, .. } => retry_after.unwrap_or_default(),
+            Self::Accepted | Self::TokenGone | Self::Unfit => Duration::ZERO,
         }
     }
 
@@ -61,7 +71,7 @@ impl Pushed {
         match self {
             Self::Accepted => "accepted",
             Self::TokenGone => "token_gone",
-            Self::Refused { .. } => "refused",
+            Self::Refused { .. } | Self::Unfit => "refused",
             Self::Unavailable { .. } => "unavailable",
         }
     }

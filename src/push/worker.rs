@@ -278,10 +278,13 @@ impl Worker {
         let mut unheard = 0;
         for Tried { leased, sleeper, pushed } in all {
             let lane = self.lanes.of(&sleeper.target).clone();
-            if let Pushed::Unavailable { cause, retry_after } = &pushed {
-                lane.has_failed(*cause, *retry_after, self.config.notifications.visibility_timeout);
-            } else {
-                lane.is_well();
+            match &pushed {
+                Pushed::Unavailable { cause, retry_after } => {
+                    lane.has_failed(*cause, *retry_after, self.config.notifications.visibility_timeout);
+                }
+                // Or a single made-up token would end the pause of a provider that is away.
+                Pushed::Unfit => {}
+                Pushed::Accepted | Pushed::TokenGone | Pushed::Refused { .. } => lane.is_well(),
             }
             let fate = self.fate(leased.job, &pushed);
             self.metrics.pushes.one((lane.name, pushed.outcome(lane.is_real(), fate == Fate::Done)));
@@ -322,10 +325,8 @@ impl Worker {
                 Fate::Done
             }
             // It says nothing about the device, so it isn't counted.
-            Pushed::Unavailable { retry_after, .. } => {
-                Fate::Later(jittered(visibility).max(retry_after.unwrap_or_default()))
-            }
-            Pushed::Refused { retry_after } => {
+            Pushed::Unavailable { .. } => Fate::Later(jittered(visibility).max(pushed.asked_to_wait())),
+            Pushed::Refused { .. } | Pushed::Unfit => {
                 if self.attempts.len() >= COUNTED {
                     self.attempts.clear();
                 }
@@ -338,7 +339,7 @@ impl Worker {
                     return Fate::Done;
                 }
                 let pause = visibility.saturating_mul(1 << (failed - 1).min(16)).min(LONGEST_RETRY);
-                Fate::Later(jittered(pause).max(retry_after.unwrap_or_default()))
+                Fate::Later(jittered(pause).max(pushed.asked_to_wait()))
             }
         }
     }

@@ -66,7 +66,7 @@ impl Apns {
     pub(super) async fn push(&self, token: &str) -> Pushed {
         // It becomes part of a path. Apple's tokens are hexadecimal; another one can't be one of them.
         if !token.bytes().all(|byte| byte.is_ascii_alphanumeric()) {
-            return Pushed::Refused { retry_after: None };
+            return Pushed::Unfit;
         }
         let Some(bearer) = self.bearer() else {
             return Pushed::Unavailable { cause: Cause::Credentials, retry_after: None };
