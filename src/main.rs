@@ -7,7 +7,7 @@ use std::time::Duration;
 use obscura_server::clock::Clock;
 use obscura_server::commands;
 use obscura_server::config::Loaded;
-use obscura_server::server::Server;
+use obscura_server::server::{Drained, Server};
 use obscura_server::telemetry::Telemetry;
 use tokio::signal::unix::{Signal, SignalKind, signal};
 use tracing::{error, info, warn};
@@ -65,20 +65,21 @@ async fn run(loaded: Loaded, telemetry: Telemetry, stop: &mut Stop) -> anyhow::R
     };
     // Whoever closed our standard output doesn't want to know.
     let _ = writeln!(std::io::stdout(), "{}", commands::welcome(&server, data_dir.as_deref()));
-    let exit = tokio::select! {
+    let mut exit = tokio::select! {
         () = asked(stop) => ExitCode::SUCCESS,
         () = server.failed() => ExitCode::FAILURE,
     };
     info!("stopping; a second signal stops at once");
     let stopped = async {
         // A server whose task has died has nothing good to give meanwhile.
-        if exit == ExitCode::SUCCESS {
-            server.drain().await;
+        if exit == ExitCode::SUCCESS && server.drain().await == Drained::Failed {
+            exit = ExitCode::FAILURE;
         }
         server.stop().await;
+        exit
     };
     tokio::select! {
-        () = stopped => Ok((exit, FLUSHING)),
+        exit = stopped => Ok((exit, FLUSHING)),
         () = asked(stop) => {
             error!("stopped at once, by a second signal");
             Ok((exit, LAST_WORDS))

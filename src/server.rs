@@ -58,6 +58,15 @@ pub struct Server {
     _lock: Option<File>,
 }
 
+/// How the time of the drain ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Drained {
+    /// After the delay.
+    InOrder,
+    /// A background task has died.
+    Failed,
+}
+
 /// Who owns the background tasks, in the order in which they are stopped.
 #[derive(Default)]
 struct Owners {
@@ -124,15 +133,15 @@ impl Server {
 
     /// Says that it is not ready, and serves on for the drain delay, so that balancers send nobody here any more when
     /// [`Server::stop`] follows. It ends early when a task dies.
-    pub async fn drain(&self) {
+    pub async fn drain(&self) -> Drained {
         self.health.leaving();
         let delay = self.app.config.server.drain_delay;
         if !delay.is_zero() {
             info!("not ready any more; everything goes on for another {} s", delay.as_secs());
         }
         tokio::select! {
-            () = tokio::time::sleep(delay) => {}
-            () = self.failed() => {}
+            () = tokio::time::sleep(delay) => Drained::InOrder,
+            () = self.failed() => Drained::Failed,
         }
     }
 
