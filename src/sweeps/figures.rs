@@ -50,20 +50,23 @@ async fn figures(app: App, since: Instant) -> Result<Round, StoreError> {
     Ok(Round::Done)
 }
 
-/// Each node would count the same, so one does it. The others say zero, and the largest answer is the right one.
+/// Each node would count the same, so one does it, and the others show nothing: a node doesn't know who counts.
 async fn inventory(app: App) -> Result<Round, StoreError> {
     let (metrics, now) = (&app.metrics, app.clock.now());
     let is_ours = app.store.claim_job(Job::Inventory.text(), INVENTORY.mul_f64(0.8), now).await?;
-    let (held, size) = match is_ours {
-        true => match counted(&app.store).await {
-            Ok(counted) => counted,
-            Err(error) => {
-                // Whoever tries next may do it.
-                let _ = app.store.release_job(Job::Inventory.text(), now).await;
-                return Err(error);
-            }
-        },
-        false => Default::default(),
+    if !is_ours {
+        for gauge in metrics.inventory() {
+            gauge.unset(());
+        }
+        return Ok(Round::Done);
+    }
+    let (held, size) = match counted(&app.store).await {
+        Ok(counted) => counted,
+        Err(error) => {
+            // Whoever tries next may do it.
+            let _ = app.store.release_job(Job::Inventory.text(), now).await;
+            return Err(error);
+        }
     };
     let age = if held.messages > 0 { (now.millis() - held.oldest).max(0) / 1000 } else { 0 };
     metrics.users.set((), held.users);

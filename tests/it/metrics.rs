@@ -104,11 +104,12 @@ async fn what_the_database_holds_is_counted_by_one_node() {
     let second = first.start_beside().await;
     eventually("both to have looked", async || {
         let pages = [Page::of(&first).await, Page::of(&second).await];
-        let shown = pages.each_ref().map(|page| page.types.contains_key("obscura_inventory_devices"));
-        let most = |name: &str| pages.iter().map(|page| page.sum(name, &[])).fold(0.0, f64::max);
-        let sum = pages.iter().map(|page| page.sum("obscura_inventory_devices", &[])).sum::<f64>();
-        shown == [true, true]
-            && [most("obscura_inventory_users"), most("obscura_inventory_messages"), sum] == [2.0, 1.0, 2.0]
+        let looked =
+            pages.each_ref().map(|page| page.sum("obscura_job_runs_total", &[("job_name", "inventory")]) > 0.0);
+        let shown = pages.iter().filter(|page| page.types.contains_key("obscura_inventory_devices")).count();
+        let sum = |name: &str| pages.iter().map(|page| page.sum(name, &[])).sum::<f64>();
+        let held = ["users", "messages", "devices"].map(|what| sum(&format!("obscura_inventory_{what}")));
+        looked == [true, true] && shown == 1 && held == [2.0, 1.0, 2.0]
     })
     .await;
 }

@@ -158,6 +158,11 @@ impl<L: Labels> Gauge<L> {
         self.values[labels.place()].store(value.try_into().unwrap_or(i64::MAX), Ordering::Relaxed);
     }
 
+    /// It isn't shown any more.
+    pub fn unset(&self, labels: L) {
+        self.set(labels, Self::UNKNOWN);
+    }
+
     /// What it is, once it was set.
     pub fn value(&self, labels: L) -> Option<i64> {
         Some(self.values[labels.place()].load(Ordering::Relaxed)).filter(|value| *value != Self::UNKNOWN)

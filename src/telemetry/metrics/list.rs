@@ -231,6 +231,21 @@ impl Instruments {
         }
     }
 
+    /// What is told about the database that all nodes share.
+    pub fn inventory(&self) -> [&Gauge; 9] {
+        [
+            &self.users,
+            &self.devices,
+            &self.queued,
+            &self.queued_bytes,
+            &self.oldest,
+            &self.attachments,
+            &self.attachment_bytes,
+            &self.push_tokens,
+            &self.database_size,
+        ]
+    }
+
     /// What the process is doing now, on a system that tells.
     pub fn process(&self, used: &Used) {
         let ticks = |ticks: u64| Duration::from_millis(ticks.saturating_mul(1000) / used.ticks_per_second.max(1));
