@@ -10,7 +10,7 @@ use std::time::Duration;
 
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, oneshot};
 use tokio::time::Instant;
-use tracing::error;
+use tracing::{debug, error};
 
 use crate::bus::{Bus, Signal};
 use crate::clock::Clock;
@@ -21,6 +21,7 @@ use crate::store::Store;
 use crate::tasks::Tasks;
 use crate::telemetry::Telemetry;
 use crate::telemetry::metrics::{Content, GroupFailure, Metrics};
+use crate::telemetry::throttle::Throttle;
 use crate::telemetry::traces::{Span, Traces};
 
 /// Letters that may wait to be taken into a group.
@@ -253,7 +254,13 @@ impl Worker {
                 Ok(())
             }
             Err(cause) => {
-                error!(%cause, sends = group.sends.len(), acks = group.acks.len(), "a group could not be stored");
+                static TOLD: Throttle = Throttle::new();
+                let (sends, acks) = (group.sends.len(), group.acks.len());
+                if TOLD.lets_through() {
+                    error!(%cause, sends, acks, "a group could not be stored");
+                } else {
+                    debug!(%cause, sends, acks, "another group could not be stored");
+                }
                 let (error, reason) = match cause.is_full() {
                     true => (MailroomError::Full, GroupFailure::Full),
                     false => (MailroomError::Unavailable, GroupFailure::Unavailable),

@@ -6,6 +6,7 @@
 mod collector;
 pub mod metrics;
 pub mod parent;
+pub mod throttle;
 pub mod traces;
 
 use std::io::IsTerminal;

@@ -7,7 +7,7 @@ use axum::Json;
 use axum::http::{HeaderValue, StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use serde::Serialize;
-use tracing::error;
+use tracing::{debug, error};
 
 use crate::auth::passwords::Busy;
 use crate::blobs::BlobError;
@@ -17,6 +17,7 @@ use crate::memory::NoRoom;
 use crate::rates::Wait;
 use crate::store::StoreError;
 use crate::telemetry::metrics::Refusal;
+use crate::telemetry::throttle::Throttle;
 
 /// What a client is told when something went wrong. The body is always `{"error": "<message>"}`.
 #[derive(Debug)]
@@ -208,7 +209,12 @@ impl From<Wait> for ApiError {
 
 impl From<StoreError> for ApiError {
     fn from(error: StoreError) -> Self {
-        error!(%error, "a request failed in the database");
+        static TOLD: Throttle = Throttle::new();
+        if TOLD.lets_through() {
+            error!(%error, "a request failed in the database");
+        } else {
+            debug!(%error, "another request failed in the database");
+        }
         if error.is_full() { Self::DiskFull } else { Self::unavailable(Refusal::Database) }
     }
 }
@@ -236,7 +242,12 @@ impl From<MailroomError> for ApiError {
 
 impl From<BlobError> for ApiError {
     fn from(error: BlobError) -> Self {
-        error!(%error, "a request failed in the attachment storage");
+        static TOLD: Throttle = Throttle::new();
+        if TOLD.lets_through() {
+            error!(%error, "a request failed in the attachment storage");
+        } else {
+            debug!(%error, "another request failed in the attachment storage");
+        }
         if error.is_full() { Self::DiskFull } else { Self::unavailable(Refusal::Storage) }
     }
 }

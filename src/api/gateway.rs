@@ -9,7 +9,6 @@ use axum::http::StatusCode;
 use axum::response::Response;
 use axum::{Extension, Json};
 use serde::{Deserialize, Serialize};
-use tracing::error;
 
 use crate::api::error::ApiError;
 use crate::api::extract::Caller;
@@ -59,8 +58,8 @@ pub async fn connect(
     let (store, hash, now) = (app.store.clone(), OpaqueSecret::hash_of(&query.ticket), app.clock.now());
     let redeemed = app.tasks.finish(async move { store.redeem_ticket(&hash, now).await }).await;
     // The contract knows no other answer to a ticket that can't be looked up: the client asks for another one.
-    let redeemed = redeemed.inspect_err(|error| error!(%error, "a ticket could not be redeemed"));
-    let holder = redeemed.ok().flatten().ok_or(ApiError::Unauthorized)?;
+    // Its error is logged as those of other requests.
+    let holder = redeemed.map_err(ApiError::from).ok().flatten().ok_or(ApiError::Unauthorized)?;
     let attended = app.tasks.attended();
     Ok(gateway::limited(upgrade).on_upgrade(move |socket| async move {
         let _attended = attended;

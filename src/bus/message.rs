@@ -3,7 +3,7 @@
 //! One byte of format, 16 of the sending node, then for each device its number (8 bytes, big end first) and a byte of
 //! signals. What is said to all nodes has formats of its own and nothing behind the node.
 //!
-//! While traces are kept, a device's number and the random numbers of a trace may go before its signal, as a message of
+//! While traces are kept, a device's number and the numbers of a trace may go before its signal, as a message of
 //! their own: whoever doesn't understand it passes over it, and no signal depends on it.
 
 use crate::bus::Signals;

@@ -243,7 +243,8 @@ pub fn carried<F: Future>(future: F) -> impl Future<Output = F::Output> {
     future.with_current_context()
 }
 
-/// Where a trace that is kept has got to: random numbers, and nothing else.
+/// Where a trace that is kept has got to: numbers that are random, unless the sender's client has named the trace, and
+/// nothing else.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Trail {
     trace: TraceId,
