@@ -59,7 +59,7 @@ impl SqliteStore {
             .auto_vacuum(SqliteAutoVacuum::Incremental)
             .pragma("wal_autocheckpoint", CHECKPOINT_PAGES.to_string())
             .pragma("journal_size_limit", (64 << 20).to_string())
-            .pragma("cache_size", "-65536");
+            .pragma("cache_size", "-16384");
         // Without the writer's settings, some of which take the write lock when they are made.
         let readers = options.pragma("query_only", "on").pragma("cache_size", "-8192");
         // A connection to a file doesn't wear out, and its caches are worth keeping.
