@@ -45,7 +45,7 @@ async fn the_janitor_comes_once_in_an_interval() {
         TestServer::start_with(change).await
     };
     project.fcm.set(dead());
-    for (interval, token) in [(Duration::from_millis(50), "soon"), (Duration::from_hours(1), "at the end")] {
+    for (interval, token) in [(Duration::from_millis(50), "soon"), (Duration::from_hours(1), "token-of-the-last")] {
         let server = start(interval).await;
         let (alice, bob) = (server.account().await, phone(&server, token).await);
         alice.send_to(&bob, "x").await;
