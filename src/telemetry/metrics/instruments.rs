@@ -46,10 +46,13 @@ pub struct Name {
 
 /// Something that is in the list of metrics.
 pub(super) trait Instrument {
+    type Labels: Labels;
     const KIND: Kind;
     /// More series than these there can't be.
-    const SERIES: usize;
-    fn labels() -> Vec<Label>;
+    const SERIES: usize = Self::Labels::COUNT;
+    fn labels() -> Vec<Label> {
+        Self::Labels::all()
+    }
     fn make(meter: &Meter, name: Name) -> Self;
 }
 
@@ -78,12 +81,9 @@ impl<L: Labels> Counter<L> {
 }
 
 impl<L: Labels> Instrument for Counter<L> {
-    const KIND: Kind = Kind::Counter;
-    const SERIES: usize = L::COUNT;
+    type Labels = L;
 
-    fn labels() -> Vec<Label> {
-        L::all()
-    }
+    const KIND: Kind = Kind::Counter;
 
     fn make(meter: &Meter, name: Name) -> Self {
         let values: Arc<[AtomicU64]> = (0..L::COUNT).map(|_| AtomicU64::new(0)).collect();
@@ -118,12 +118,9 @@ impl<L: Labels> TimeCounter<L> {
 }
 
 impl<L: Labels> Instrument for TimeCounter<L> {
-    const KIND: Kind = Kind::Counter;
-    const SERIES: usize = L::COUNT;
+    type Labels = L;
 
-    fn labels() -> Vec<Label> {
-        L::all()
-    }
+    const KIND: Kind = Kind::Counter;
 
     fn make(meter: &Meter, name: Name) -> Self {
         let micros: Arc<[AtomicU64]> = (0..L::COUNT).map(|_| AtomicU64::new(0)).collect();
@@ -189,12 +186,9 @@ impl<L: Labels> Gauge<L> {
 }
 
 impl<L: Labels> Instrument for Gauge<L> {
-    const KIND: Kind = Kind::Gauge;
-    const SERIES: usize = L::COUNT;
+    type Labels = L;
 
-    fn labels() -> Vec<Label> {
-        L::all()
-    }
+    const KIND: Kind = Kind::Gauge;
 
     fn make(meter: &Meter, name: Name) -> Self {
         Self::observed(meter, name, Self::UNKNOWN)
@@ -220,12 +214,9 @@ impl<L: Labels> Level<L> {
 }
 
 impl<L: Labels> Instrument for Level<L> {
-    const KIND: Kind = Kind::Gauge;
-    const SERIES: usize = L::COUNT;
+    type Labels = L;
 
-    fn labels() -> Vec<Label> {
-        L::all()
-    }
+    const KIND: Kind = Kind::Gauge;
 
     fn make(meter: &Meter, name: Name) -> Self {
         Self(Gauge::observed(meter, name, 0))
@@ -266,12 +257,9 @@ impl<L: Labels> Histogram<L> {
 }
 
 impl<L: Labels> Instrument for Histogram<L> {
-    const KIND: Kind = Kind::Histogram;
-    const SERIES: usize = L::COUNT;
+    type Labels = L;
 
-    fn labels() -> Vec<Label> {
-        L::all()
-    }
+    const KIND: Kind = Kind::Histogram;
 
     fn make(meter: &Meter, name: Name) -> Self {
         Self { inner: histogram(meter, name), attributes: L::combinations().into(), labels: PhantomData }
@@ -299,6 +287,8 @@ impl Requests {
 }
 
 impl Instrument for Requests {
+    type Labels = ();
+
     const KIND: Kind = Kind::Histogram;
     const SERIES: usize = ROUTES * Method::COUNT * Class::COUNT;
 
@@ -329,6 +319,8 @@ fn histogram(meter: &Meter, name: Name) -> opentelemetry::metrics::Histogram<f64
 pub struct Build;
 
 impl Instrument for Build {
+    type Labels = ();
+
     const KIND: Kind = Kind::Gauge;
     const SERIES: usize = 1;
 
