@@ -2,7 +2,7 @@
 
 mod document;
 mod identity;
-mod page;
+pub mod page;
 mod reasons;
 
 use std::collections::{BTreeMap, BTreeSet};

@@ -7,6 +7,7 @@ use futures_util::future::join_all;
 use crate::harness::{Binary, Database, Device, Fate, Response, S3Proxy, TestServer, eventually};
 
 use super::*;
+use crate::metrics::page::{came_and_went, connections};
 
 const DAY: Duration = Duration::from_hours(24);
 
@@ -79,6 +80,7 @@ async fn whenever_a_client_hangs_up_there_is_a_whole_attachment_or_none() {
     let (server, bucket, _proxy) = server_with(|_| {}).await;
     let device = server.account().await;
     let size = PART + 100;
+    let before = connections(&server).await;
     join_all((0..24u64).map(|attempt| {
         let device = &device;
         async move {
@@ -89,6 +91,7 @@ async fn whenever_a_client_hangs_up_there_is_a_whole_attachment_or_none() {
         }
     }))
     .await;
+    came_and_went(&server, 24, before).await;
     let database = server.database().await;
     let count = async |which: &str| database.number(&format!("SELECT count(*) FROM attachments {which}")).await;
     eventually("nothing to be under way", async || {

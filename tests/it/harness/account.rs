@@ -90,7 +90,7 @@ pub struct Device {
 pub type Message<'a> = (&'a Device, &'a [u8]);
 
 impl Device {
-    /// An upload of `announced` bytes of which only `sent` are sent, on a connection that stays open.
+    /// An upload of `announced` bytes of which only `sent` are sent, on a connection that stays open unless the server closes it.
     pub async fn begin_upload(&self, announced: usize, sent: usize) -> TcpStream {
         let mut stream = TcpStream::connect(self.client.address()).await.expect("a connection");
         let head = format!(
@@ -98,7 +98,8 @@ impl Device {
             self.token
         );
         stream.write_all(head.as_bytes()).await.expect("the head goes out");
-        stream.write_all(&vec![7; sent]).await.expect("the bytes go out");
+        // A server with no room for them answers and closes before they all are out.
+        let _ = stream.write_all(&vec![7; sent]).await;
         stream
     }
 

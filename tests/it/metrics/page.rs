@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 
-use crate::harness::TestServer;
+use crate::harness::{TestServer, eventually};
 
 /// The labels of a series.
 pub type Labels = BTreeMap<String, String>;
@@ -60,4 +60,20 @@ pub async fn sum(nodes: &[&TestServer], name: &str, labels: &[(&str, &str)]) -> 
         sum += Page::of(node).await.sum(name, labels);
     }
     sum as u64
+}
+
+/// Connections of clients: how many this server let in so far, and how many of them are open.
+pub async fn connections(server: &TestServer) -> (u64, u64) {
+    let page = Page::of(server).await;
+    let of_clients = |name| page.sum(name, &[("port", "api")]) as u64;
+    (of_clients("obscura_listener_accepted_total"), of_clients("obscura_listener_connections"))
+}
+
+/// Waits until so many more connections than `before` have come to this server, and no more are open than then.
+pub async fn came_and_went(server: &TestServer, count: u64, before: (u64, u64)) {
+    eventually("the connections to come and go", async || {
+        let (accepted, open) = connections(server).await;
+        accepted == before.0 + count && open <= before.1
+    })
+    .await;
 }

@@ -9,6 +9,7 @@ use tokio::io::AsyncReadExt;
 
 use super::{download, nothing_is_left, put, rows, stored, upload};
 use crate::harness::{Binary, Database, Device, TestServer, deployment, eventually, within};
+use crate::metrics::page::{came_and_went, connections};
 
 /// Waits until so many uploads are pending and so many attachments there, these included.
 async fn under_way(server: &TestServer, pending: i64, all: i64) {
@@ -63,6 +64,7 @@ async fn whenever_a_client_hangs_up_there_is_a_whole_attachment_or_none() {
     let server = TestServer::start().await;
     let device = server.account().await;
     let size = 300_000;
+    let before = connections(&server).await;
     let attempts = (0..60usize).map(|attempt| {
         let device = &device;
         async move {
@@ -77,6 +79,7 @@ async fn whenever_a_client_hangs_up_there_is_a_whole_attachment_or_none() {
         }
     });
     join_all(attempts).await;
+    came_and_went(&server, 60, before).await;
     let database = server.database().await;
     let count =
         async |stored: i64| database.number(&format!("SELECT count(*) FROM attachments WHERE stored = {stored}")).await;
