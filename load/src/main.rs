@@ -14,6 +14,7 @@ mod meter;
 mod modes;
 mod options;
 mod output;
+mod pace;
 mod people;
 mod plot;
 mod proc;

@@ -13,6 +13,7 @@ use crate::audience::Audience;
 use crate::figures::Figures;
 use crate::http::Connection;
 use crate::job::Job;
+use crate::pace;
 use crate::people::{Device, register};
 use crate::sender::Sender;
 use crate::server::Server;
@@ -154,7 +155,7 @@ async fn send_as(plan: &Plan, by: usize) -> Result<Sent> {
         let mut intended = Instant::now();
         if let Some(rate) = plan.job.options.rate {
             intended = plan.began + Duration::from_secs_f64((turn * plan.senders.len() + by) as f64 / rate);
-            tokio::time::sleep_until(intended.into()).await;
+            pace::until(intended).await;
         }
         if intended >= plan.until {
             break;

@@ -12,6 +12,7 @@ use uuid::Uuid;
 use super::{GROUP, Plan};
 use crate::http::Connection;
 use crate::modes::attachments::upload_one;
+use crate::pace;
 use crate::sender::Sender;
 use crate::wire::{Label, Letter};
 
@@ -48,7 +49,7 @@ pub async fn act(plan: &Plan, by: usize) -> Result<Accepted> {
     let pause = plan.job.options.rate.map_or(Duration::ZERO, |rate| Duration::from_secs_f64(people as f64 / rate));
     let mut intended = plan.began + pause.mul_f64(by as f64 / people as f64);
     loop {
-        tokio::time::sleep_until(intended.into()).await;
+        pace::until(intended).await;
         let now = Instant::now();
         if intended.max(now) >= plan.until {
             break;
