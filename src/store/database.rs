@@ -6,12 +6,12 @@ use std::time::Duration;
 
 use sqlx::postgres::{PgArguments, PgRow};
 use sqlx::query::{Query, QueryAs};
-use sqlx::{FromRow, Postgres, Sqlite, SqliteConnection, Transaction};
+use sqlx::{FromRow, Postgres, SqliteConnection};
 
 use crate::model::ids::DeviceNo;
 use crate::store::pool::Lent;
 use crate::store::postgres::PostgresStore;
-use crate::store::sqlite::{self, SqliteStore};
+use crate::store::sqlite::{SqliteStore, Transaction};
 use crate::store::standings::Changes;
 use crate::store::{Result, StoreError};
 use crate::telemetry::metrics::PoolName;
@@ -31,7 +31,7 @@ pub(super) enum Tx {
 
 /// A transaction on SQLite.
 pub(super) struct SqliteTx {
-    transaction: Transaction<'static, Sqlite>,
+    transaction: Transaction,
     /// What it changes that is remembered outside of the database.
     changes: Changes,
 }
@@ -73,13 +73,13 @@ impl Tx {
 }
 
 impl SqliteTx {
-    pub(super) fn new(transaction: Transaction<'static, Sqlite>, changes: Changes) -> Self {
+    pub(super) fn new(transaction: Transaction, changes: Changes) -> Self {
         Self { transaction, changes }
     }
 
     async fn commit(mut self) -> Result<()> {
         self.changes.committing();
-        let committed = sqlite::commit(self.transaction).await;
+        let committed = self.transaction.commit().await;
         self.changes.ended();
         committed
     }
@@ -136,13 +136,15 @@ impl Database {
         match self {
             Self::Sqlite(sqlite) => {
                 let (used, idle) = sqlite.read.used_and_idle();
-                let writer = (sqlite.write.size() as usize, sqlite.write.num_idle());
-                let writer = (PoolName::Writer, writer.0.saturating_sub(writer.1), writer.1);
+                let (writing, waiting) = sqlite.write.used_and_idle();
                 let size = |path: &Path| std::fs::metadata(path).map_or(0, |file| file.len());
                 let mut wal = sqlite.file.clone().into_os_string();
                 wal.push("-wal");
                 let files = Some((size(&sqlite.file), size(Path::new(&wal))));
-                Figures { connections: vec![(PoolName::Reader, used, idle), writer], files }
+                Figures {
+                    connections: vec![(PoolName::Reader, used, idle), (PoolName::Writer, writing, waiting)],
+                    files,
+                }
             }
             Self::Postgres(postgres) => {
                 let (used, idle) = postgres.pool.used_and_idle();

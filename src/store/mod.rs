@@ -255,7 +255,9 @@ impl Store {
             Some(file) => {
                 let sqlite = SqliteStore::open(file, config, metrics).await?;
                 let unusable = |cause| OpenError::Unusable { path: file.display().to_string(), cause };
-                let numbering = Numbering::load(&sqlite.write).await.map_err(unusable)?;
+                let mut writer = sqlite.write.get().await.map_err(|StoreError(cause)| unusable(cause))?;
+                let numbering = Numbering::load(&mut writer).await.map_err(unusable)?;
+                drop(writer);
                 (Database::Sqlite(sqlite), numbering)
             }
             None => (Database::Postgres(PostgresStore::open(config, metrics).await?), Numbering::new()),

@@ -4,7 +4,7 @@ use std::collections::{HashMap, HashSet};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use sqlx::SqlitePool;
+use sqlx::SqliteConnection;
 use uuid::ContextV7;
 
 use crate::clock::Timestamp;
@@ -48,12 +48,13 @@ impl Numbering {
     }
 
     /// For SQLite, whose only writer we are.
-    pub(super) async fn load(pool: &SqlitePool) -> std::result::Result<Self, sqlx::Error> {
-        let last: Option<i64> =
-            sqlx::query_scalar("SELECT seq FROM sqlite_sequence WHERE name = 'messages'").fetch_optional(pool).await?;
+    pub(super) async fn load(db: &mut SqliteConnection) -> std::result::Result<Self, sqlx::Error> {
+        let last: Option<i64> = sqlx::query_scalar("SELECT seq FROM sqlite_sequence WHERE name = 'messages'")
+            .fetch_optional(&mut *db)
+            .await?;
         let newest: Option<Timestamp> =
             sqlx::query_scalar("SELECT received_at FROM messages ORDER BY position DESC LIMIT 1")
-                .fetch_optional(pool)
+                .fetch_optional(db)
                 .await?;
         let state = State {
             last_position: last.unwrap_or_default(),

@@ -1,7 +1,6 @@
 //! Queueing: the one transaction in which sends are judged and stored, and acknowledged messages deleted.
 //!
-//! The judgement and its order are the same on both databases; their statements are in `sqlite` and `postgres`, under
-//! the same names.
+//! The judgement and its order are the same on both databases; their statements are in `sqlite` and `postgres`.
 
 mod postgres;
 mod sqlite;
@@ -13,11 +12,10 @@ use std::sync::atomic::Ordering;
 use crate::clock::Timestamp;
 use crate::model::ids::{Address, DeviceNo, IdempotencyKey, MessageId, Position, UserId};
 use crate::model::mail::{Outcome, Outgoing, Replay, Sent};
-use crate::store::database::{Database, Tx, reading};
+use crate::store::database::{Database, reading};
 use crate::store::outcome::{self, Devices, Queued};
 use crate::store::{Result, Store, StoreError};
 use crate::telemetry::metrics::{Left, Metrics, Repeat};
-use crate::telemetry::traces::Span;
 
 /// How often a group is tried in all, when it meets another node's.
 const ATTEMPTS: u32 = 5;
@@ -146,13 +144,6 @@ impl Store {
         Ok(found.is_some())
     }
 
-    async fn begin_group(&self) -> Result<Tx> {
-        match &self.database {
-            Database::Sqlite(_) => self.begin().await,
-            Database::Postgres(postgres) => Ok(Tx::Postgres(postgres.begin_group().await?)),
-        }
-    }
-
     /// `None` when another node has stored one of the sends at this moment.
     async fn try_to_settle(
         &self,
@@ -161,26 +152,14 @@ impl Store {
         now: Timestamp,
         locking: Locking,
     ) -> Result<Option<Vec<Option<Sent>>>> {
-        let mut tx = Span::within("store.begin").attempt(self.begin_group()).await?;
-        let write = async {
-            match &mut tx {
-                Tx::Sqlite(tx) => self.settle_in_sqlite(tx, sends, acks, now).await.map(Some),
-                Tx::Postgres(tx) => self.settle_in_postgres(tx, sends, acks, now, locking).await,
-            }
+        let settled = match &self.database {
+            Database::Sqlite(sqlite) => Some(self.settle_in_sqlite(sqlite, sends, acks, now).await?),
+            Database::Postgres(postgres) => self.settle_in_postgres(postgres, sends, acks, now, locking).await?,
         };
-        let settled = Span::within("store.write").attempt(write).await?;
-        match (settled, tx) {
-            (Some((sent, tally)), tx) => {
-                Span::within("store.commit").attempt(tx.commit()).await?;
-                tally.count(&sent, &self.metrics);
-                Ok(Some(sent))
-            }
-            (None, Tx::Postgres(tx)) => {
-                tx.end("ROLLBACK").await?;
-                Ok(None)
-            }
-            (None, Tx::Sqlite(_)) => Ok(None),
-        }
+        Ok(settled.map(|(sent, tally)| {
+            tally.count(&sent, &self.metrics);
+            sent
+        }))
     }
 }
 

@@ -1,18 +1,20 @@
 //! SQLite: one file, one connection that writes and several that read.
 
 use std::fs::OpenOptions;
+use std::ops::{Deref, DerefMut};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
-use std::time::Instant;
 
+use futures_util::{FutureExt, TryStreamExt};
 use sqlx::migrate::Migrator;
+use sqlx::query::Query;
 use sqlx::sqlite::{
-    SqliteAutoVacuum, SqliteConnectOptions, SqliteJournalMode, SqlitePool, SqlitePoolOptions, SqliteSynchronous,
+    SqliteArguments, SqliteAutoVacuum, SqliteConnectOptions, SqliteJournalMode, SqliteRow, SqliteSynchronous,
 };
-use sqlx::{Connection, Sqlite, SqliteConnection, Transaction};
+use sqlx::{Either, Executor, Sqlite, SqliteConnection};
 
 use crate::config;
-use crate::store::pool::{Pool, Terms};
+use crate::store::pool::{Lent, Pool, Terms};
 use crate::store::{OpenError, Result, StoreError, migration_error};
 use crate::telemetry::metrics::{Metrics, PoolName};
 
@@ -32,10 +34,9 @@ const SQLITE_IOERR_DIR_FSYNC: i32 = 1290;
 /// that never wait for a writer (write-ahead log).
 #[derive(Clone)]
 pub(super) struct SqliteStore {
-    pub(super) write: SqlitePool,
+    pub(super) write: Pool<Sqlite>,
     pub(super) read: Pool<Sqlite>,
     pub(super) file: PathBuf,
-    metrics: Metrics,
 }
 
 impl SqliteStore {
@@ -63,48 +64,41 @@ impl SqliteStore {
         // Without the writer's settings, some of which take the write lock when they are made.
         let readers = options.pragma("query_only", "on").pragma("cache_size", "-8192");
         // A connection to a file doesn't wear out, and its caches are worth keeping.
-        let write = SqlitePoolOptions::new()
-            .min_connections(1)
-            .max_connections(1)
-            .acquire_timeout(config.acquire_timeout)
-            .test_before_acquire(false)
-            .idle_timeout(None)
-            .max_lifetime(None)
-            .after_release(|connection, _| Box::pin(is_sound(connection)));
-        let write = write.connect_with(writer).await.map_err(unusable)?;
-        let migrated = MIGRATIONS.run(&write).await;
-        migrated.map_err(|cause| migration_error(format!("database {shown}"), &MIGRATIONS, cause))?;
-        let terms = Terms {
-            max: READERS,
-            min: READERS,
+        let terms = |count| Terms {
+            max: count,
+            min: count,
             patience: config.acquire_timeout,
             idle_timeout: None,
             max_lifetime: None,
             outlives_its_borrower: true,
         };
-        let read = Pool::new(readers, terms, PoolName::Reader, metrics);
+        let write = Pool::new(writer, terms(1), PoolName::Writer, metrics);
+        let mut connection = write.get().await.map_err(|StoreError(cause)| unusable(cause))?;
+        let migrated = MIGRATIONS.run(&mut *connection).await;
+        migrated.map_err(|cause| migration_error(format!("database {shown}"), &MIGRATIONS, cause))?;
+        drop(connection);
+        let read = Pool::new(readers, terms(READERS), PoolName::Reader, metrics);
         read.tend().await.map_err(|StoreError(cause)| unusable(cause))?;
-        Ok(Self { write, read, file: path.to_owned(), metrics: metrics.clone() })
+        Ok(Self { write, read, file: path.to_owned() })
     }
 
     /// Starts a transaction that may write. It waits its turn, so it never meets another writer of this process.
-    pub(super) async fn begin(&self) -> Result<Transaction<'static, Sqlite>> {
-        if self.write.num_idle() == 0 {
-            self.metrics.pool_waits.one(PoolName::Writer);
-        }
-        let start = Instant::now();
-        let begun = self.write.begin_with("BEGIN IMMEDIATE").await;
-        match &begun {
-            Ok(_) => self.metrics.pool_time.time(PoolName::Writer, start.elapsed()),
-            Err(_) => self.metrics.pool_failures.one(PoolName::Writer),
-        }
-        Ok(begun?)
+    pub(super) async fn begin(&self) -> Result<Transaction> {
+        let mut transaction = self.unbegun().await?;
+        let begun = sqlx::query("BEGIN IMMEDIATE").execute(&mut *transaction).await;
+        transaction.has_begun(begun)?;
+        Ok(transaction)
+    }
+
+    /// A transaction whose first text has to begin it: see [`Transaction::has_begun`].
+    pub(super) async fn unbegun(&self) -> Result<Transaction> {
+        Ok(Transaction { connection: self.write.get().await?, is_open: true })
     }
 
     /// Answers when the database can be read and written.
     pub(super) async fn check(&self) -> Result<()> {
         sqlx::query("SELECT 1").execute(&mut *self.read.get().await?).await?;
-        self.begin().await?.rollback().await?;
+        self.begin().await?.roll_back().await?;
         Ok(())
     }
 
@@ -123,33 +117,106 @@ impl SqliteStore {
         }
         let statement = format!("PRAGMA incremental_vacuum({pages})");
         sqlx::query(sqlx::AssertSqlSafe(statement)).fetch_all(&mut *tx).await?;
-        commit(tx).await?;
+        tx.commit().await?;
         Ok(free > pages)
     }
 }
 
-/// Whether the connection can go on. On some errors (a full disk is one) SQLite ends a transaction by itself; the
-/// driver then still believes in it and could never begin another one, so the connection has to be replaced.
-async fn is_sound(connection: &mut SqliteConnection) -> std::result::Result<bool, sqlx::Error> {
-    if connection.is_in_transaction() {
-        // The rollback of a transaction that was given up is still under way. This waits for it.
-        connection.ping().await?;
-    }
-    Ok(!connection.is_in_transaction())
+/// A transaction of the one writer. Dropping it rolls it back.
+///
+/// The driver has transactions of its own. It counts them, and is wrong when SQLite ends one by itself, as it does on a full
+/// disk; and each of their steps is a trip to the thread of the connection, where a text may hold several.
+pub(super) struct Transaction {
+    connection: Lent<Sqlite>,
+    is_open: bool,
 }
 
-/// Commits, and returns once the changes are on disk.
-///
-/// A failed fsync ends the process: the kernel may already have dropped the pages it could not write, so nothing that
-/// is read from now on can be trusted. Whoever supervises the process starts it again on what is really there.
-pub(super) async fn commit(transaction: Transaction<'static, Sqlite>) -> Result<()> {
-    let Err(error) = transaction.commit().await else { return Ok(()) };
-    let error = StoreError(error);
-    if matches!(result_code(&error), Some(SQLITE_IOERR_FSYNC | SQLITE_IOERR_DIR_FSYNC)) {
-        tracing::error!(%error, "the disk did not confirm a write; stopping so that nothing unsure is served");
-        std::process::exit(74); // EX_IOERR
+impl Transaction {
+    /// Looks at what came of the text that should have begun it. Whatever went wrong, the connection isn't used again: it
+    /// might still be in the middle of an earlier transaction.
+    pub(super) fn has_begun<T>(&mut self, answer: sqlx::Result<T>) -> Result<T> {
+        self.connection.set_good(answer.is_ok());
+        Ok(answer?)
     }
-    Err(error)
+
+    /// Commits, and returns once the changes are on disk.
+    pub(super) async fn commit(mut self) -> Result<()> {
+        let committed = sqlx::query("COMMIT").execute(&mut *self).await;
+        self.has_committed(committed).map(drop)
+    }
+
+    /// Looks at what came of the text that should have committed it.
+    ///
+    /// A failed fsync ends the process: the kernel may already have dropped the pages it could not write, so nothing that
+    /// is read from now on can be trusted. Whoever supervises the process starts it again on what is really there.
+    pub(super) fn has_committed<T>(mut self, answer: sqlx::Result<T>) -> Result<T> {
+        self.connection.set_good(answer.is_ok());
+        let error = match answer {
+            Ok(answer) => {
+                self.is_open = false;
+                return Ok(answer);
+            }
+            Err(error) => StoreError(error),
+        };
+        if matches!(result_code(&error), Some(SQLITE_IOERR_FSYNC | SQLITE_IOERR_DIR_FSYNC)) {
+            tracing::error!(%error, "the disk did not confirm a write; stopping so that nothing unsure is served");
+            std::process::exit(74); // EX_IOERR
+        }
+        Err(error)
+    }
+
+    async fn roll_back(mut self) -> Result<()> {
+        sqlx::query("ROLLBACK").execute(&mut *self).await?;
+        self.is_open = false;
+        Ok(())
+    }
+
+    /// Runs a text of several statements, which share its arguments, in one trip to the connection's thread. Answers what
+    /// came of each.
+    pub(super) async fn run(&mut self, text: Query<'_, Sqlite, SqliteArguments>) -> sqlx::Result<Vec<Answer>> {
+        let mut steps = (**self).fetch_many(text);
+        let (mut answers, mut rows) = (Vec::new(), Vec::new());
+        while let Some(step) = steps.try_next().await? {
+            match step {
+                Either::Right(row) => rows.push(row),
+                Either::Left(done) => {
+                    answers.push(Answer { rows: std::mem::take(&mut rows), changed: done.rows_affected() });
+                }
+            }
+        }
+        Ok(answers)
+    }
+}
+
+/// What came of one statement.
+pub(super) struct Answer {
+    pub(super) rows: Vec<SqliteRow>,
+    /// How many rows it changed; nothing sensible when it only reads.
+    pub(super) changed: u64,
+}
+
+impl Deref for Transaction {
+    type Target = SqliteConnection;
+
+    fn deref(&self) -> &SqliteConnection {
+        &self.connection
+    }
+}
+
+impl DerefMut for Transaction {
+    fn deref_mut(&mut self) -> &mut SqliteConnection {
+        &mut self.connection
+    }
+}
+
+impl Drop for Transaction {
+    fn drop(&mut self) {
+        if self.is_open {
+            // The connection's thread takes this before anything of the next borrower, though nobody waits for it. That
+            // there is nothing left to roll back is as good.
+            let _ = sqlx::query("ROLLBACK").execute(&mut *self.connection).now_or_never();
+        }
+    }
 }
 
 /// SQLite's extended result code.
@@ -174,9 +241,11 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let config = Config::embedded(folder.path()).unwrap();
         let store = SqliteStore::open(&folder.path().join("db"), &config.database, &Metrics::unread()).await.unwrap();
-        let pages: i64 = sqlx::query_scalar("PRAGMA page_count").fetch_one(&store.write).await.unwrap();
+        let mut writer = store.write.get().await.unwrap();
+        let pages: i64 = sqlx::query_scalar("PRAGMA page_count").fetch_one(&mut *writer).await.unwrap();
         let limit = format!("PRAGMA max_page_count = {}", pages + 2);
-        sqlx::query(sqlx::AssertSqlSafe(limit)).execute(&store.write).await.unwrap();
+        sqlx::query(sqlx::AssertSqlSafe(limit)).execute(&mut *writer).await.unwrap();
+        drop(writer);
 
         let mut tx = store.begin().await.unwrap();
         let large = sqlx::query("INSERT INTO refresh_uses VALUES (zeroblob(100000), 1, NULL, 0)");
@@ -185,6 +254,6 @@ mod tests {
         drop(tx);
 
         store.check().await.unwrap();
-        commit(store.begin().await.unwrap()).await.unwrap();
+        store.begin().await.unwrap().commit().await.unwrap();
     }
 }

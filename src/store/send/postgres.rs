@@ -13,8 +13,10 @@ use crate::model::ids::{DeviceId, DeviceNo, IdempotencyKey, MessageId, Position,
 use crate::model::mail::{Outgoing, Sent};
 use crate::store::database::{PostgresTx, timely};
 use crate::store::outcome::{self, Devices};
+use crate::store::postgres::PostgresStore;
 use crate::store::send::{self, Found, Judgement, Known, Locking, NewMessage, Receipt, Tally};
 use crate::store::{Limits, Result, Store};
+use crate::telemetry::traces::Span;
 
 /// Positions in a block of the sequence, as the migration says.
 const BLOCK: usize = 65_536;
@@ -43,6 +45,24 @@ const LOCK_WHAT_IS_FREE: &str = "
 
 impl Store {
     pub(super) async fn settle_in_postgres(
+        &self,
+        postgres: &PostgresStore,
+        sends: &[Outgoing],
+        acks: &[(DeviceNo, Position)],
+        now: Timestamp,
+        locking: Locking,
+    ) -> Result<Option<(Vec<Option<Sent>>, Tally)>> {
+        let mut tx = Span::within("store.begin").attempt(postgres.begin_group()).await?;
+        let write = self.write_group(&mut tx, sends, acks, now, locking);
+        let settled = Span::within("store.write").attempt(write).await?;
+        match settled {
+            Some(_) => Span::within("store.commit").attempt(tx.end("COMMIT")).await?,
+            None => tx.end("ROLLBACK").await?,
+        }
+        Ok(settled)
+    }
+
+    async fn write_group(
         &self,
         tx: &mut PostgresTx,
         sends: &[Outgoing],
@@ -131,7 +151,7 @@ impl PostgresTx {
         Ok(locked.into_iter().collect())
     }
 
-    /// See the function of the same name in `sqlite`.
+    /// See the text that asks for them in `sqlite`.
     async fn known_outcomes(&mut self, sends: &[Outgoing], alive_since: Timestamp) -> Result<Known> {
         let senders: Vec<DeviceNo> = sends.iter().map(|mail| mail.sender.no).collect();
         let keys: Vec<IdempotencyKey> = sends.iter().map(|mail| mail.key).collect();

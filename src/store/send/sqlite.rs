@@ -1,54 +1,124 @@
 //! Queueing in SQLite. Lists travel as JSON, and ids and bodies in one blob that the statement cuts up by offset: so a
 //! group is a fixed number of statements, however much is in it.
+//!
+//! A trip to the thread of the connection costs as much as a statement, so a group makes two: one text begins, deletes
+//! and asks, the other one writes and commits.
 
 use std::fmt::Write;
 
-use sqlx::Row;
+use sqlx::query::Query;
+use sqlx::sqlite::{SqliteArguments, SqliteRow};
+use sqlx::{FromRow, Row, Sqlite};
 
 use crate::clock::Timestamp;
 use crate::model::ids::{DeviceId, DeviceNo, Position, UserId};
 use crate::model::mail::{Outgoing, Sent};
-use crate::store::database::SqliteTx;
-use crate::store::outcome::{self, Devices, Queued};
+use crate::store::outcome::{self, Devices};
 use crate::store::send::{self, Found, Judgement, Known, NewMessage, Receipt, Tally};
+use crate::store::sqlite::{SqliteStore, Transaction};
 use crate::store::{Result, Store, json_list};
+use crate::telemetry::traces::Span;
+
+/// The device is compared too, so that nothing but its own mail can ever be deleted.
+macro_rules! delete_acknowledged {
+    () => {
+        "DELETE FROM messages WHERE position IN (
+             SELECT m.position FROM json_each($1) acked
+             CROSS JOIN messages m ON m.position = acked.value ->> 0 WHERE m.device_no = acked.value ->> 1);"
+    };
+}
+
+const DELETE: &str = concat!("BEGIN IMMEDIATE;", delete_acknowledged!(), "COMMIT");
+
+/// Deletes, and asks what the sends depend on: the outcomes that are stored for their keys, and all devices of all
+/// accounts that are written to. An outcome that is past its age still counts while a message of it waits, so that no
+/// message is ever queued twice.
+const DELETE_AND_ASK: &str = concat!(
+    "BEGIN IMMEDIATE;",
+    delete_acknowledged!(),
+    "SELECT s.sender_no, s.idempotency_key, s.outcome, s.digest
+     FROM json_each($2) asked
+     CROSS JOIN sends s ON s.sender_no = asked.value AND s.idempotency_key = substr($3, asked.key * 16 + 1, 16)
+     WHERE s.sent_at > $4
+        OR EXISTS (SELECT 1 FROM messages m WHERE m.position BETWEEN s.first_position AND s.last_position);
+
+     SELECT d.user_id, d.id, d.no FROM json_each($5) asked
+     CROSS JOIN devices d ON d.user_id = substr($6, asked.value, 16)"
+);
+
+/// A row of `sends` that is replaced is past its age and has no message waiting: see `DELETE_AND_ASK`.
+macro_rules! insert {
+    () => {
+        "INSERT INTO messages (position, device_no, id, sender_user, sender_device, received_at, body)
+         SELECT $3 + row.key, row.value ->> 0, substr($2, row.value ->> 1, 16), substr($2, (row.value ->> 1) + 16, 16),
+                substr($2, (row.value ->> 1) + 32, 16), $4, substr($2, (row.value ->> 1) + 48, row.value ->> 2)
+         FROM json_each($1) row;
+
+         INSERT OR REPLACE INTO sends
+             (sender_no, idempotency_key, digest, outcome, sent_at, review_at, first_position, last_position)
+         SELECT row.value ->> 0, substr($6, row.value ->> 1, 16), substr($6, (row.value ->> 1) + 16, 16),
+                substr($6, (row.value ->> 1) + 32, row.value ->> 2), $7, $8, row.value ->> 3, row.value ->> 4
+         FROM json_each($5) row;"
+    };
+}
+
+const INSERT: &str = insert!();
+const INSERT_AND_COMMIT: &str = concat!(insert!(), "COMMIT");
 
 impl Store {
     pub(super) async fn settle_in_sqlite(
         &self,
-        tx: &mut SqliteTx,
+        sqlite: &SqliteStore,
         sends: &[Outgoing],
         acks: &[(DeviceNo, Position)],
         now: Timestamp,
     ) -> Result<(Vec<Option<Sent>>, Tally)> {
-        let mut tally = Tally { acked: delete_acknowledged(tx, acks).await?, ..Tally::default() };
+        let mut tx = Span::within("store.begin").attempt(sqlite.unbegun()).await?;
         if sends.is_empty() {
-            return Ok((Vec::new(), tally));
+            let text = sqlx::query(DELETE).bind(acknowledged(acks));
+            let done = Span::within("store.commit").attempt(tx.run(text)).await;
+            let done = tx.has_committed(done)?;
+            return Ok((Vec::new(), Tally { acked: done[1].changed, ..Tally::default() }));
         }
-        let alive_since = now - self.limits.idempotency_lifetime;
-        let known = known_outcomes(tx, sends, alive_since).await?;
-        let found = Found { known, devices: current_devices(tx, sends).await? };
+        let lifetime = self.limits.idempotency_lifetime;
+        let answers = Span::within("store.write").attempt(tx.run(question(sends, acks, now - lifetime))).await;
+        let answers = tx.has_begun(answers)?;
+        let mut tally = Tally { acked: answers[1].changed, ..Tally::default() };
+        let found = Found { known: outcomes(&answers[2].rows)?, devices: devices(&answers[3].rows)? };
         let Judgement { sent, rows, judged } = send::judge(sends, found, |_| false);
+
         let received = self.numbering.receive(rows.len(), now);
         let first = self.numbering.place(rows.len());
         let position = |n: usize| first + n as i64;
         let messages = send::numbered(&rows, &received.ids, position);
-        tally.add(&messages, insert_messages(tx, &messages, received.received_at).await?);
-        let review_at = now + self.limits.idempotency_lifetime;
-        insert_receipts(tx, &send::receipts(&judged, position), now, review_at).await?;
+        let receipts = send::receipts(&judged, position);
         let queued: Vec<_> = rows.iter().map(|(_, row)| *row).collect();
-        tally.cut = self.hold_inbox_limit(tx, &queued, now).await?;
+        let unsure = self.numbering.add(&queued, self.limits.max_inbox_size);
+        let insert = |text| insertion(text, (&messages, first, received.received_at), (&receipts, now, now + lifetime));
+        if unsure.is_empty() {
+            let done = Span::within("store.commit").attempt(tx.run(insert(INSERT_AND_COMMIT))).await;
+            tally.add(&messages, tx.has_committed(done)?[0].changed);
+        } else {
+            let write = self.insert_and_cut(&mut tx, insert(INSERT), &unsure, now);
+            let (inserted, cut) = Span::within("store.write").attempt(write).await?;
+            tally.add(&messages, inserted);
+            tally.cut = cut;
+            Span::within("store.commit").attempt(tx.commit()).await?;
+        }
         Ok((sent, tally))
     }
 
-    /// Cuts every inbox that has just passed its maximum back to it. Answers how many messages that cost.
-    async fn hold_inbox_limit(&self, tx: &mut SqliteTx, queued: &[Queued<'_>], now: Timestamp) -> Result<u64> {
-        let max = self.limits.max_inbox_size;
-        let unsure = self.numbering.add(queued, max);
-        if unsure.is_empty() {
-            return Ok(0);
-        }
-        let mut cut = 0;
+    /// Inserts, then counts the inboxes of these devices and cuts each that has passed its maximum back to it. Answers how
+    /// many messages came and how many went.
+    async fn insert_and_cut(
+        &self,
+        tx: &mut Transaction,
+        insertion: Query<'_, Sqlite, SqliteArguments>,
+        unsure: &[DeviceNo],
+        now: Timestamp,
+    ) -> Result<(u64, u64)> {
+        let inserted = tx.run(insertion).await?[0].changed;
+        let (max, mut cut) = (self.limits.max_inbox_size, 0);
         let counts: Vec<(DeviceNo, u32)> = sqlx::query_as(
             "SELECT asked.value, (SELECT COUNT(*) FROM messages m WHERE m.device_no = asked.value)
              FROM json_each($1) asked",
@@ -62,10 +132,10 @@ impl Store {
             }
             self.numbering.set(device, count.min(max));
         }
-        Ok(cut)
+        Ok((inserted, cut))
     }
 
-    async fn cut_inbox(&self, tx: &mut SqliteTx, device: DeviceNo, now: Timestamp) -> Result<u64> {
+    async fn cut_inbox(&self, tx: &mut Transaction, device: DeviceNo, now: Timestamp) -> Result<u64> {
         let inbox: Vec<(i64, UserId, bool)> = sqlx::query_as(
             "SELECT position, sender_user, received_at <= $2 FROM messages WHERE device_no = $1 ORDER BY position",
         )
@@ -83,23 +153,40 @@ impl Store {
     }
 }
 
-/// The outcomes that are stored for the keys of `sends`. One that is past its age still counts while a message of it
-/// waits, so that no message is ever queued twice.
-async fn known_outcomes(tx: &mut SqliteTx, sends: &[Outgoing], alive_since: Timestamp) -> Result<Known> {
-    let senders = json_list(sends.iter().map(|mail| mail.sender.no.0));
-    let keys: Vec<u8> = sends.iter().flat_map(|mail| *mail.key.as_bytes()).collect();
-    let rows = sqlx::query(
-        "SELECT s.sender_no, s.idempotency_key, s.outcome, s.digest
-         FROM json_each($1) asked
-         CROSS JOIN sends s ON s.sender_no = asked.value AND s.idempotency_key = substr($2, asked.key * 16 + 1, 16)
-         WHERE s.sent_at > $3
-            OR EXISTS (SELECT 1 FROM messages m WHERE m.position BETWEEN s.first_position AND s.last_position)",
-    )
-    .bind(senders)
-    .bind(keys)
-    .bind(alive_since)
-    .fetch_all(&mut **tx)
-    .await?;
+/// The list for `delete_acknowledged!`.
+fn acknowledged(acks: &[(DeviceNo, Position)]) -> String {
+    let mut list = String::with_capacity(acks.len() * 16 + 2);
+    list.push('[');
+    for (device, position) in acks {
+        let _ = write!(list, "[{},{}],", position.0, device.0);
+    }
+    close(list)
+}
+
+fn close(mut list: String) -> String {
+    if list.len() > 1 {
+        list.pop();
+    }
+    list.push(']');
+    list
+}
+
+fn question(
+    sends: &[Outgoing],
+    acks: &[(DeviceNo, Position)],
+    alive_since: Timestamp,
+) -> Query<'static, Sqlite, SqliteArguments> {
+    let users = send::accounts(sends);
+    sqlx::query(DELETE_AND_ASK)
+        .bind(acknowledged(acks))
+        .bind(json_list(sends.iter().map(|mail| mail.sender.no.0)))
+        .bind(sends.iter().flat_map(|mail| *mail.key.as_bytes()).collect::<Vec<u8>>())
+        .bind(alive_since)
+        .bind(json_list((0..users.len()).map(|n| n * 16 + 1)))
+        .bind(users.iter().flat_map(|user| *user.as_bytes()).collect::<Vec<u8>>())
+}
+
+fn outcomes(rows: &[SqliteRow]) -> Result<Known> {
     let mut known = Known::with_capacity(rows.len());
     for row in rows {
         known.insert((row.get(0), row.get(1)), send::decoded(row.get(2), row.get(3))?);
@@ -107,52 +194,23 @@ async fn known_outcomes(tx: &mut SqliteTx, sends: &[Outgoing], alive_since: Time
     Ok(known)
 }
 
-/// Answers how many of them were still there.
-async fn delete_acknowledged(tx: &mut SqliteTx, acks: &[(DeviceNo, Position)]) -> Result<u64> {
-    if acks.is_empty() {
-        return Ok(0);
-    }
-    // The device is compared too, so that nothing but its own mail can ever be deleted.
-    let mut list = String::from("[");
-    for (device, position) in acks {
-        let _ = write!(list, "[{},{}],", position.0, device.0);
-    }
-    list.pop();
-    list.push(']');
-    let deleted = sqlx::query(
-        "DELETE FROM messages WHERE position IN (
-             SELECT m.position FROM json_each($1) acked
-             CROSS JOIN messages m ON m.position = acked.value ->> 0 WHERE m.device_no = acked.value ->> 1)",
-    )
-    .bind(list)
-    .execute(&mut **tx)
-    .await?;
-    Ok(deleted.rows_affected())
-}
-
-/// All devices of all accounts that are written to.
-async fn current_devices(tx: &mut SqliteTx, sends: &[Outgoing]) -> Result<Devices> {
-    let users = send::accounts(sends);
-    let offsets = json_list((0..users.len()).map(|n| n * 16 + 1));
-    let ids: Vec<u8> = users.iter().flat_map(|user| *user.as_bytes()).collect();
-    let rows: Vec<(UserId, DeviceId, DeviceNo)> = sqlx::query_as(
-        "SELECT d.user_id, d.id, d.no FROM json_each($1) asked
-         CROSS JOIN devices d ON d.user_id = substr($2, asked.value, 16)",
-    )
-    .bind(offsets)
-    .bind(ids)
-    .fetch_all(&mut **tx)
-    .await?;
-    let mut devices = Devices::with_capacity(users.len());
-    for (user, id, no) in rows {
+fn devices(rows: &[SqliteRow]) -> Result<Devices> {
+    let mut devices = Devices::with_capacity(rows.len());
+    for row in rows {
+        let (user, id, no) = <(UserId, DeviceId, DeviceNo)>::from_row(row)?;
         devices.entry(user).or_default().push((id, no));
     }
     Ok(devices)
 }
 
-async fn insert_messages(tx: &mut SqliteTx, messages: &[NewMessage<'_>], received_at: Timestamp) -> Result<u64> {
-    let Some(first) = messages.first() else { return Ok(0) };
-    let mut list = String::with_capacity(messages.len() * 24);
+/// The messages with the place of the first one and the time of receipt; the receipts with the times of the send and of
+/// their review.
+fn insertion(
+    text: &'static str,
+    (messages, first, received_at): (&[NewMessage<'_>], i64, Timestamp),
+    (receipts, sent_at, review_at): (&[Receipt<'_>], Timestamp, Timestamp),
+) -> Query<'static, Sqlite, SqliteArguments> {
+    let mut list = String::with_capacity(messages.len() * 24 + 2);
     let mut blob = Vec::with_capacity(messages.iter().map(|message| message.queued.sealed.0.len() + 48).sum());
     list.push('[');
     for NewMessage { mail, queued, id, .. } in messages {
@@ -162,34 +220,10 @@ async fn insert_messages(tx: &mut SqliteTx, messages: &[NewMessage<'_>], receive
         blob.extend_from_slice(mail.sender.device.as_bytes());
         blob.extend_from_slice(&queued.sealed.0);
     }
-    list.pop();
-    list.push(']');
-    let inserted = sqlx::query(
-        "INSERT INTO messages (position, device_no, id, sender_user, sender_device, received_at, body)
-         SELECT $3 + row.key, row.value ->> 0, substr($2, row.value ->> 1, 16), substr($2, (row.value ->> 1) + 16, 16),
-                substr($2, (row.value ->> 1) + 32, 16), $4, substr($2, (row.value ->> 1) + 48, row.value ->> 2)
-         FROM json_each($1) row",
-    )
-    .bind(list)
-    .bind(blob)
-    .bind(first.position)
-    .bind(received_at)
-    .execute(&mut **tx)
-    .await?;
-    Ok(inserted.rows_affected())
-}
+    let messages = sqlx::query(text).bind(close(list)).bind(blob).bind(first).bind(received_at);
 
-async fn insert_receipts(
-    tx: &mut SqliteTx,
-    receipts: &[Receipt<'_>],
-    sent_at: Timestamp,
-    review_at: Timestamp,
-) -> Result<()> {
-    if receipts.is_empty() {
-        return Ok(());
-    }
-    let mut list = String::with_capacity(receipts.len() * 40);
-    let mut blob = Vec::new();
+    let mut list = String::with_capacity(receipts.len() * 40 + 2);
+    let mut blob = Vec::with_capacity(receipts.iter().map(|receipt| receipt.outcome.len() + 32).sum());
     list.push('[');
     for Receipt { mail, outcome, first, last } in receipts {
         let (offset, length) = (blob.len() + 1, outcome.len());
@@ -198,21 +232,5 @@ async fn insert_receipts(
         blob.extend_from_slice(&mail.digest);
         blob.extend_from_slice(outcome);
     }
-    list.pop();
-    list.push(']');
-    // A row that is replaced is past its age and has no message waiting: see `known_outcomes`.
-    sqlx::query(
-        "INSERT OR REPLACE INTO sends
-             (sender_no, idempotency_key, digest, outcome, sent_at, review_at, first_position, last_position)
-         SELECT row.value ->> 0, substr($2, row.value ->> 1, 16), substr($2, (row.value ->> 1) + 16, 16),
-                substr($2, (row.value ->> 1) + 32, row.value ->> 2), $3, $4, row.value ->> 3, row.value ->> 4
-         FROM json_each($1) row",
-    )
-    .bind(list)
-    .bind(blob)
-    .bind(sent_at)
-    .bind(review_at)
-    .execute(&mut **tx)
-    .await?;
-    Ok(())
+    messages.bind(close(list)).bind(blob).bind(sent_at).bind(review_at)
 }

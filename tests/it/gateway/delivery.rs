@@ -179,7 +179,9 @@ async fn a_queue_that_cannot_be_read_for_a_while_is_delivered_without_a_reconnec
                  CASE WHEN json('broken') THEN body END AS body FROM hidden;
              CREATE TRIGGER writing INSTEAD OF INSERT ON messages BEGIN
                  INSERT INTO hidden VALUES (NEW.position, NEW.device_no, NEW.id, NEW.sender_user, NEW.sender_device,
-                     NEW.received_at, NEW.body); END"
+                     NEW.received_at, NEW.body); END;
+             CREATE TRIGGER deleting INSTEAD OF DELETE ON messages BEGIN
+                 DELETE FROM hidden WHERE position = OLD.position; END"
     };
     database.execute(sabotage).await;
     alice.send_to(&bob, "patience").await;
