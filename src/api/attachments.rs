@@ -23,7 +23,7 @@ use crate::config;
 use crate::memory::NoRoom;
 use crate::model::ids::{AttachmentId, UserId};
 use crate::rates::Wait;
-use crate::store::{Allowance, Reserved, StoreError};
+use crate::store::{Allowance, Reservation, Reserved, StoreError};
 use crate::telemetry::metrics::{BlobOperation, Direction, Refusal};
 use crate::telemetry::traces::carried;
 
@@ -141,7 +141,8 @@ impl Upload {
     async fn run(self, app: App, body: Body, abandoned: CancellationToken) -> Result<(), ApiError> {
         let config = &app.config.attachments;
         let allowance = Allowance { quota_bytes: config.quota_bytes, bytes_per_day: config.bytes_per_day };
-        match app.store.reserve_attachment(self.user, self.id, self.size, allowance, self.began).await? {
+        let Self { id, user, size, began: now } = self;
+        match app.store.reserve_attachment(Reservation { user, id, size, now, allowance }).await? {
             Reserved::Yes => {}
             Reserved::QuotaExceeded => {
                 return Err(ApiError::TooLarge("The account has no room left for this attachment".into()));

@@ -7,11 +7,13 @@ use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use bytes::{Bytes, BytesMut};
+use bytes::Bytes;
 use futures_util::stream::{self, BoxStream};
 use futures_util::{Stream, StreamExt, TryStreamExt};
 use object_store::local::LocalFileSystem;
-use object_store::{GetOptions, GetResultPayload, MultipartUpload, ObjectStore, ObjectStoreExt, path::Path as Key};
+use object_store::{
+    GetOptions, GetResultPayload, MultipartUpload, ObjectStore, ObjectStoreExt, PutPayloadMut, path::Path as Key,
+};
 use tokio::io::AsyncReadExt;
 use tokio_util::io::ReaderStream;
 use tracing::{info, warn};
@@ -21,6 +23,8 @@ use crate::model::ids::AttachmentId;
 
 /// An upload is written in pieces of this size, and no more of it is in memory at a time.
 const PART_BYTES: usize = 256 << 10;
+/// What arrives in pieces of this size or more is written from where it is.
+const KEPT_BYTES: usize = 4 << 10;
 /// A download is read in pieces of this size.
 const READ_BYTES: usize = 64 << 10;
 /// Objects that are deleted at the same time.
@@ -60,24 +64,27 @@ impl Folder {
     ) -> Result<Staged, UploadError> {
         let mut upload = self.store.put_multipart(&self.keys.of(id)).await.map_err(BlobError::from)?;
         let mut body = std::pin::pin!(body);
-        // Copied together, because a client that sends single bytes would make a list of them expensive.
-        let (mut received, mut part) = (0, BytesMut::new());
+        let (mut received, mut part) = (0, PutPayloadMut::new());
         while let Some(bytes) = body.next().await {
             let bytes = bytes.map_err(|_| UploadError::Body)?;
             received += bytes.len() as u64;
             if received > size {
                 return Err(UploadError::Body);
             }
-            part.extend_from_slice(&bytes);
-            if part.len() >= PART_BYTES {
-                upload.put_part(part.split().freeze().into()).await.map_err(BlobError::from)?;
+            match bytes.len() {
+                // Copied together, because a client that sends single bytes would make a list of them expensive.
+                ..KEPT_BYTES => part.extend_from_slice(&bytes),
+                _ => part.push(bytes),
+            }
+            if part.content_length() >= PART_BYTES {
+                upload.put_part(std::mem::take(&mut part).freeze()).await.map_err(BlobError::from)?;
             }
         }
         if received < size {
             return Err(UploadError::Body);
         }
         if !part.is_empty() {
-            upload.put_part(part.freeze().into()).await.map_err(BlobError::from)?;
+            upload.put_part(part.freeze()).await.map_err(BlobError::from)?;
         }
         Ok(Staged { id, upload, folder: self.clone() })
     }

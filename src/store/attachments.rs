@@ -2,13 +2,15 @@
 //!
 //! The row comes first, as pending, and goes last. So bytes without a row can't be, whatever happens in between.
 
+use std::sync::Arc;
 use std::time::Duration;
 
 use sqlx::types::Uuid;
 
 use crate::clock::Timestamp;
 use crate::model::ids::{AttachmentId, UserId};
-use crate::store::database::{Tx, on, reading, run};
+use crate::store::database::{Database, Tx, on, reading, run};
+use crate::store::gather::Gather;
 use crate::store::{Result, Store, devices};
 
 /// What an attempt to reserve room for an attachment came to.
@@ -55,6 +57,8 @@ impl AttachmentAge {
     }
 }
 
+/// Uploads that share one commit.
+const UPLOADS: usize = 64;
 const DAY: Duration = Duration::from_hours(24);
 
 /// Values of the column `stored`.
@@ -68,31 +72,51 @@ const ABANDONED: i32 = 2;
 const BLOCK_BYTES: i64 = 4096;
 const MIN_COUNT: i64 = 16;
 
+/// Uploads that begin or end at the same time. On SQLite, where one writes at a time, they share the wait for the disk.
+pub(super) struct Uploads {
+    begun: Arc<Gather<Reservation, Reserved>>,
+    complete: Arc<Gather<AttachmentId, bool>>,
+}
+
+impl Uploads {
+    pub(super) fn new() -> Self {
+        Self { begun: Arc::new(Gather::new(1, UPLOADS)), complete: Arc::new(Gather::new(1, UPLOADS)) }
+    }
+}
+
+/// An upload that asks for room.
+#[derive(Clone, Copy, Debug)]
+pub struct Reservation {
+    /// Whose quota and day it counts against.
+    pub user: UserId,
+    /// What it will be.
+    pub id: AttachmentId,
+    /// Bytes.
+    pub size: u64,
+    /// When it begins.
+    pub now: Timestamp,
+    /// How much the account may upload.
+    pub allowance: Allowance,
+}
+
 impl Store {
-    /// Reserves room for an upload of `size` bytes, unless the account would pass its allowance. Everything that is
-    /// stored or being uploaded counts against the quota; every upload that was begun counts against the day.
-    pub async fn reserve_attachment(
-        &self,
-        user: UserId,
-        id: AttachmentId,
-        size: u64,
-        allowance: Allowance,
-        now: Timestamp,
-    ) -> Result<Reserved> {
-        let mut tx = self.begin().await?;
-        let refused = match is_over_quota(&mut tx, user, size, allowance.quota_bytes).await? {
-            true => Some(Reserved::QuotaExceeded),
-            false => charge(&mut tx, user, size, allowance.bytes_per_day, now).await?.map(Reserved::TooMuchToday),
-        };
-        if let Some(refused) = refused {
-            tx.commit().await?;
-            return Ok(refused);
+    /// Reserves room for an upload, unless the account would pass its allowance. Everything that is stored or being
+    /// uploaded counts against the quota; every upload that was begun counts against the day. To be awaited to the end.
+    pub async fn reserve_attachment(&self, upload: Reservation) -> Result<Reserved> {
+        match &self.database {
+            Database::Sqlite(_) => self.uploads.begun.ask(upload, async |all| self.reserve(all).await).await,
+            Database::Postgres(_) => Ok(self.reserve(&[upload]).await?.remove(0)),
         }
-        let statement = "INSERT INTO attachments (id, user_id, size, stored, created_at) VALUES ($1, $2, $3, $4, $5)";
-        let created_at = Timestamp::from_seconds(now.seconds());
-        run!(&mut tx, sqlx::query(statement).bind(id).bind(user).bind(whole(size)).bind(PENDING).bind(created_at))?;
+    }
+
+    async fn reserve(&self, uploads: &[Reservation]) -> Result<Vec<Reserved>> {
+        let mut tx = self.begin().await?;
+        let mut reserved = Vec::with_capacity(uploads.len());
+        for upload in uploads {
+            reserved.push(reserve(&mut tx, upload).await?);
+        }
         tx.commit().await?;
-        Ok(Reserved::Yes)
+        Ok(reserved)
     }
 
     /// Forgets up to `limit` accounts whose uploads of the last day don't count any more.
@@ -106,13 +130,23 @@ impl Store {
     }
 
     /// Makes a pending attachment downloadable. False when its reservation was given up meanwhile: then its bytes have
-    /// to go.
+    /// to go. To be awaited to the end.
     pub async fn attachment_stored(&self, id: AttachmentId) -> Result<bool> {
+        match &self.database {
+            Database::Sqlite(_) => self.uploads.complete.ask(id, async |all| self.complete(all).await).await,
+            Database::Postgres(_) => Ok(self.complete(&[id]).await?.contains(&true)),
+        }
+    }
+
+    async fn complete(&self, ids: &[AttachmentId]) -> Result<Vec<bool>> {
         let mut tx = self.begin().await?;
         let statement = "UPDATE attachments SET stored = $2 WHERE id = $1 AND stored = $3";
-        let changed = run!(&mut tx, sqlx::query(statement).bind(id).bind(STORED).bind(PENDING))?;
+        let mut complete = Vec::with_capacity(ids.len());
+        for id in ids {
+            complete.push(run!(&mut tx, sqlx::query(statement).bind(id).bind(STORED).bind(PENDING))? == 1);
+        }
         tx.commit().await?;
-        Ok(changed == 1)
+        Ok(complete)
     }
 
     /// The attachment, if it is complete and has not expired at `now`.
@@ -191,6 +225,20 @@ impl Store {
         }
         tx.commit().await
     }
+}
+
+async fn reserve(tx: &mut Tx, upload: &Reservation) -> Result<Reserved> {
+    let Reservation { user, id, size, now, allowance } = *upload;
+    if is_over_quota(tx, user, size, allowance.quota_bytes).await? {
+        return Ok(Reserved::QuotaExceeded);
+    }
+    if let Some(wait) = charge(tx, user, size, allowance.bytes_per_day, now).await? {
+        return Ok(Reserved::TooMuchToday(wait));
+    }
+    let statement = "INSERT INTO attachments (id, user_id, size, stored, created_at) VALUES ($1, $2, $3, $4, $5)";
+    let created_at = Timestamp::from_seconds(now.seconds());
+    run!(tx, sqlx::query(statement).bind(id).bind(user).bind(whole(size)).bind(PENDING).bind(created_at))?;
+    Ok(Reserved::Yes)
 }
 
 async fn is_over_quota(tx: &mut Tx, user: UserId, size: u64, quota: u64) -> Result<bool> {

@@ -35,6 +35,7 @@ use std::time::Duration;
 use sqlx::migrate::{MigrateError, Migrator};
 
 use crate::config;
+use crate::store::attachments::Uploads;
 use crate::store::database::{Database, SqliteTx, Tx, reading};
 use crate::store::gather::Gather;
 use crate::store::messages::Look;
@@ -46,7 +47,7 @@ use crate::store::standings::Standings;
 use crate::telemetry::metrics::Metrics;
 
 pub use accounts::{Credentials, NewAccount, Registered, Reset};
-pub use attachments::{Allowance, AttachmentAge, Reserved, StoredAttachment};
+pub use attachments::{Allowance, AttachmentAge, Reservation, Reserved, StoredAttachment};
 pub use database::Figures;
 pub use devices::{DeviceRow, NewDevice, Removed, Standing};
 pub use inventory::Inventory;
@@ -213,6 +214,7 @@ pub struct Store {
     looks: Arc<Gather<Look, Page>>,
     /// What whoever connects needs.
     tickets: Arc<Tickets>,
+    uploads: Arc<Uploads>,
 }
 
 /// The limits that the store holds in its transactions.
@@ -264,9 +266,9 @@ impl Store {
         };
         let standings = Standings::new(matches!(database, Database::Sqlite(_)));
         let looks = Arc::new(Gather::new(LOOK_LANES, GATHERED));
-        let tickets = Arc::new(Tickets::new());
+        let (tickets, uploads) = (Arc::new(Tickets::new()), Arc::new(Uploads::new()));
         let metrics = metrics.clone();
-        Ok(Self { database, numbering, limits, metrics, held_up: Arc::default(), standings, looks, tickets })
+        Ok(Self { database, numbering, limits, metrics, held_up: Arc::default(), standings, looks, tickets, uploads })
     }
 
     /// Answers when the database can be read and written.

@@ -5,7 +5,7 @@ use std::time::Duration;
 use futures_util::future::join_all;
 use obscura_server::clock::Timestamp;
 use obscura_server::model::ids::{AttachmentId, UserId};
-use obscura_server::store::{Allowance, AttachmentAge, Reserved, Store, StoredAttachment};
+use obscura_server::store::{Allowance, AttachmentAge, Reservation, Reserved, Store, StoredAttachment};
 
 use super::fixture::{NOW, TestStore};
 
@@ -19,7 +19,10 @@ fn quota(quota_bytes: u64) -> Allowance {
 
 async fn pending(store: &Store, at: Timestamp) -> AttachmentId {
     let id = AttachmentId::random();
-    let reserved = store.reserve_attachment(UserId::random(), id, 100, quota(NO_QUOTA), at).await.unwrap();
+    let reserved = store
+        .reserve_attachment(Reservation { user: UserId::random(), id, size: 100, now: at, allowance: quota(NO_QUOTA) })
+        .await
+        .unwrap();
     assert_eq!(reserved, Reserved::Yes);
     id
 }
@@ -32,13 +35,13 @@ async fn stored(store: &Store, at: Timestamp) -> AttachmentId {
 
 async fn reserve(store: &Store, user: UserId, size: u64, bytes: u64) -> (AttachmentId, Reserved) {
     let id = AttachmentId::random();
-    (id, store.reserve_attachment(user, id, size, quota(bytes), NOW).await.unwrap())
+    (id, store.reserve_attachment(Reservation { user, id, size, now: NOW, allowance: quota(bytes) }).await.unwrap())
 }
 
 /// What becomes of an upload of an account that may upload 1000 bytes a day.
 async fn upload(store: &Store, user: UserId, size: u64, at: Timestamp) -> Reserved {
     let allowance = Allowance { quota_bytes: NO_QUOTA, bytes_per_day: 1000 };
-    store.reserve_attachment(user, AttachmentId::random(), size, allowance, at).await.unwrap()
+    store.reserve_attachment(Reservation { user, id: AttachmentId::random(), size, now: at, allowance }).await.unwrap()
 }
 
 fn ids(ages: &[AttachmentAge]) -> Vec<AttachmentId> {
@@ -130,7 +133,10 @@ async fn an_account_may_upload_so_many_bytes_in_a_day() {
 async fn an_upload_that_came_to_nothing_counts_against_the_day() {
     let (store, user, id) = (TestStore::open().await, UserId::random(), AttachmentId::random());
     let allowance = Allowance { quota_bytes: 1000, bytes_per_day: 1000 };
-    assert_eq!(store.reserve_attachment(user, id, 1000, allowance, NOW).await.unwrap(), Reserved::Yes);
+    assert_eq!(
+        store.reserve_attachment(Reservation { user, id, size: 1000, now: NOW, allowance }).await.unwrap(),
+        Reserved::Yes
+    );
     store.forget_attachments(&[id]).await.unwrap();
     assert_eq!(upload(&store, user, 500, NOW).await, Reserved::TooMuchToday(DAY / 2));
 }

@@ -1,7 +1,7 @@
 //! What the database holds: `inventory`.
 
 use obscura_server::model::ids::AttachmentId;
-use obscura_server::store::{Allowance, Inventory};
+use obscura_server::store::{Allowance, Inventory, Reservation};
 
 use super::fixture::{NOW, TestStore, fcm};
 use super::messages::to;
@@ -16,7 +16,10 @@ async fn everything_that_is_kept_is_counted() {
     store.set_push_target(bob.no, i64::MAX, &fcm("token")).await.unwrap();
     for size in [100, 30] {
         let allowance = Allowance { quota_bytes: 0, bytes_per_day: 0 };
-        store.reserve_attachment(alice.user, AttachmentId::random(), size, allowance, NOW).await.unwrap();
+        store
+            .reserve_attachment(Reservation { user: alice.user, id: AttachmentId::random(), size, now: NOW, allowance })
+            .await
+            .unwrap();
     }
     let expected = Inventory {
         users: 2,
