@@ -6,8 +6,10 @@
 //! OBSCURA_LOAD_POSTGRES=postgres://… cargo run --release --example mailroom
 //! ```
 //!
-//! Each round has a folder (or database) of its own and does first one, then the other, for equally long. The bare loop
-//! inserts as many messages in one statement as the mailroom had in a group on average, each group a transaction.
+//! Each round has a folder (or database) of its own and does first one, then the others, for equally long. The bare loops
+//! insert as many messages in one statement as the mailroom had in a group on average, each group a transaction: one
+//! loop nothing but messages, the other one also the rows by which a repeated send is known, as the mailroom has to.
+//! Neither looks anything up.
 
 use std::ffi::OsString;
 use std::path::Path;
@@ -47,26 +49,35 @@ struct Options {
 /// What one round found, in messages a second.
 struct Round {
     mailroom: f64,
-    bare: f64,
+    bare: Bare,
     group: usize,
+}
+
+struct Bare {
+    messages: f64,
+    /// With the outcome of each send.
+    sends: f64,
 }
 
 #[tokio::main]
 async fn main() -> Result<()> {
     let options = options();
-    let mut ratios = Vec::new();
-    println!("{:>8}{:>14}{:>12}{:>14}{:>8}", "round", "mailroom, /s", "in a group", "bare loop, /s", "ratio");
+    let (mut to_messages, mut to_sends) = (Vec::new(), Vec::new());
+    println!("messages a second    in a group    mailroom    bare, messages alone    bare, messages and outcomes");
     for n in 1..=options.rounds {
-        let round = match &options.postgres {
+        let Round { mailroom, bare, group } = match &options.postgres {
             None => in_sqlite(&options).await?,
             Some(url) => in_postgres(&options, url).await?,
         };
-        let ratio = round.mailroom / round.bare;
-        println!("{n:>8}{:>14.0}{:>12}{:>14.0}{ratio:>8.2}", round.mailroom, round.group, round.bare);
-        ratios.push(ratio);
+        println!("round {n:<11}{group:>14}{mailroom:>12.0}{:>24.0}{:>30.0}", bare.messages, bare.sends);
+        to_messages.push(mailroom / bare.messages);
+        to_sends.push(mailroom / bare.sends);
     }
-    ratios.sort_by(f64::total_cmp);
-    println!("median ratio {:.2}", ratios[ratios.len() / 2]);
+    let median = |mut ratios: Vec<f64>| {
+        ratios.sort_by(f64::total_cmp);
+        ratios[ratios.len() / 2]
+    };
+    println!("mailroom to bare, medians{:>42.2}{:>30.2}", median(to_messages), median(to_sends));
     Ok(())
 }
 
@@ -117,26 +128,29 @@ async fn in_sqlite(options: &Options) -> Result<Round> {
     let group = group(messages, groups);
     let mut position: i64 =
         sqlx::query_scalar("SELECT COALESCE(MAX(position), 0) FROM messages").fetch_one(&mut database).await?;
-    let until = Instant::now() + options.duration;
-    let (began, mut done) = (Instant::now(), 0);
     let bytes = vec![0xa5; group * (48 + options.size)];
-    while Instant::now() < until {
-        insert_into_sqlite(&mut database, &bytes, group, options.size, position + 1).await?;
-        position += group as i64;
-        done += group;
+    let mut rates = [0.0; 2];
+    for (rate, with_outcomes) in rates.iter_mut().zip([false, true]) {
+        let (began, mut done) = (Instant::now(), 0);
+        while began.elapsed() < options.duration {
+            insert_into_sqlite(&mut database, &bytes, group, options.size, position + 1, with_outcomes).await?;
+            position += group as i64;
+            done += group;
+        }
+        *rate = done as f64 / began.elapsed().as_secs_f64();
     }
-    let bare = done as f64 / began.elapsed().as_secs_f64();
     database.close().await?;
-    Ok(Round { mailroom, bare, group })
+    Ok(Round { mailroom, bare: Bare { messages: rates[0], sends: rates[1] }, group })
 }
 
-/// The server's own statement: a list of devices and offsets, and one blob of ids and bodies.
+/// The server's own statements: a list of devices and offsets, and one blob of ids and bodies.
 async fn insert_into_sqlite(
     database: &mut SqliteConnection,
     bytes: &[u8],
     group: usize,
     size: usize,
     first: i64,
+    with_outcomes: bool,
 ) -> Result<()> {
     let row = |n: usize| format!("[{},{},{size}]", n % RECIPIENTS + 1, n * (48 + size) + 1);
     let list = format!("[{}]", (0..group).map(row).collect::<Vec<_>>().join(","));
@@ -153,6 +167,20 @@ async fn insert_into_sqlite(
     .bind(first)
     .execute(&mut *transaction)
     .await?;
+    if with_outcomes {
+        let keys: Vec<u8> = (0..group).flat_map(|_| rand::random::<[u8; 16]>()).collect();
+        sqlx::query(
+            "INSERT OR REPLACE INTO sends
+                 (sender_no, idempotency_key, digest, outcome, sent_at, review_at, first_position, last_position)
+             SELECT row.key % 64 + 1, substr($2, row.key * 16 + 1, 16), zeroblob(16), x'', $3, $3, $3 + row.key, $3 + row.key
+             FROM json_each($1) row",
+        )
+        .bind(format!("[{}]", vec!["0"; group].join(",")))
+        .bind(keys)
+        .bind(first)
+        .execute(&mut *transaction)
+        .await?;
+    }
     Ok(transaction.commit().await?)
 }
 
@@ -177,20 +205,30 @@ async fn in_this_postgres(options: &Options, url: &str) -> Result<Round> {
     let bytes = vec![0xa5; options.size];
     let devices: Vec<i64> = (0..group).map(|n| (n % RECIPIENTS) as i64 + 1).collect();
     let bodies = vec![&bytes[..]; group];
-    let until = Instant::now() + options.duration;
-    let (began, mut done) = (Instant::now(), 0);
-    while Instant::now() < until {
-        // The server's own statement, but for ids that the database makes.
-        let insert = "
-            INSERT INTO messages (position, device_no, id, sender_user, sender_device, body, received_at)
-            SELECT block + n, device, gen_random_uuid(), gen_random_uuid(), gen_random_uuid(), body, 1800000000000
-            FROM nextval('message_blocks') AS block, unnest($1, $2) WITH ORDINALITY AS row (device, body, n)";
-        sqlx::query(insert).bind(&devices).bind(&bodies).execute(&mut database).await?;
-        done += group;
+    // The server's own statements in one, but for ids that the database makes.
+    let messages = "
+        INSERT INTO messages (position, device_no, id, sender_user, sender_device, body, received_at)
+        SELECT block + n, device, gen_random_uuid(), gen_random_uuid(), gen_random_uuid(), body, 1800000000000
+        FROM nextval('message_blocks') AS block, unnest($1, $2) WITH ORDINALITY AS row (device, body, n)";
+    let sends = format!(
+        "WITH inserted AS ({messages} RETURNING position)
+         INSERT INTO sends (sender_no, idempotency_key, digest, outcome, sent_at, review_at, first_position, last_position)
+         SELECT position % 64 + 1, gen_random_uuid(), '\\x00000000000000000000000000000000', '', 1800000000000,
+                1800086400000, position, position FROM inserted
+         ON CONFLICT DO NOTHING"
+    );
+    let mut rates = [0.0; 2];
+    for (rate, statement) in rates.iter_mut().zip([messages, &sends]) {
+        let (began, mut done) = (Instant::now(), 0);
+        while began.elapsed() < options.duration {
+            let statement = sqlx::query(AssertSqlSafe(statement)).bind(&devices).bind(&bodies);
+            statement.execute(&mut database).await?;
+            done += group;
+        }
+        *rate = done as f64 / began.elapsed().as_secs_f64();
     }
-    let bare = done as f64 / began.elapsed().as_secs_f64();
     database.close().await?;
-    Ok(Round { mailroom, bare, group })
+    Ok(Round { mailroom, bare: Bare { messages: rates[0], sends: rates[1] }, group })
 }
 
 fn group(messages: i64, groups: i64) -> usize {
