@@ -14,7 +14,8 @@ use tracing::{debug, error};
 
 use crate::bus::{Bus, Signal};
 use crate::clock::Clock;
-use crate::model::ids::{DeviceNo, Position, UserId};
+use crate::config::Grouping;
+use crate::model::ids::{Address, DeviceNo, Position, UserId};
 use crate::model::mail::{Outgoing, Sent};
 use crate::push::Push;
 use crate::store::Store;
@@ -28,8 +29,6 @@ use crate::telemetry::traces::{Span, Traces};
 const WAITING: usize = 4096;
 /// Bytes of sealed messages that may wait or be in a group, in KiB.
 const WAITING_KIB: usize = 64 << 10;
-/// Letters in one group.
-const GROUP: usize = 512;
 /// Bytes of sealed messages in one group. A single larger send is a group of its own.
 const GROUP_BYTES: usize = 4 << 20;
 
@@ -88,10 +87,18 @@ pub struct Mailroom {
 
 impl Mailroom {
     /// Opens the mailroom. Its task runs until `tasks` are stopped and everything handed over has been stored.
-    pub fn open(store: Store, bus: Bus, push: Push, clock: Clock, telemetry: &Telemetry, tasks: &Tasks) -> Self {
+    pub fn open(
+        grouping: Grouping,
+        store: Store,
+        waking: Waking,
+        clock: Clock,
+        telemetry: &Telemetry,
+        tasks: &Tasks,
+    ) -> Self {
         let (letters, incoming) = mpsc::channel(WAITING);
         let (metrics, traces) = (telemetry.metrics.clone(), telemetry.traces.clone());
-        let worker = Worker { store, bus, push, clock, metrics, traces, left: Vec::new(), unsure: HashSet::new() };
+        let worker =
+            Worker { grouping, store, waking, clock, metrics, traces, left: Vec::new(), unsure: HashSet::new() };
         let stopping = tasks.clone();
         tasks.spawn("mailroom", async move { worker.run(incoming, stopping).await });
         Self { letters, room: Arc::new(Semaphore::new(WAITING_KIB)) }
@@ -119,10 +126,25 @@ impl Mailroom {
     }
 }
 
+/// What tells of new mail.
+pub struct Waking {
+    /// For devices with an open socket.
+    pub bus: Bus,
+    /// For those without.
+    pub push: Push,
+}
+
+impl Waking {
+    fn mail(&self, addresses: &[Address]) {
+        self.bus.wake(addresses, Signal::Mail);
+        self.push.mail(addresses);
+    }
+}
+
 struct Worker {
+    grouping: Grouping,
     store: Store,
-    bus: Bus,
-    push: Push,
+    waking: Waking,
     clock: Clock,
     metrics: Metrics,
     traces: Traces,
@@ -167,8 +189,17 @@ impl Group {
         all
     }
 
-    fn is_full(&self) -> bool {
-        self.letters >= GROUP || self.bytes >= GROUP_BYTES
+    fn is_full(&self, most: usize) -> bool {
+        self.letters >= most || self.bytes >= GROUP_BYTES
+    }
+}
+
+/// The next letter, if there is one, or if one comes before `until`.
+async fn next(letters: &mut mpsc::Receiver<Letter>, until: Option<Instant>) -> Option<Letter> {
+    match (letters.try_recv(), until) {
+        (Ok(letter), _) => Some(letter),
+        (Err(_), Some(until)) => tokio::time::timeout_at(until, letters.recv()).await.ok().flatten(),
+        (Err(_), None) => None,
     }
 }
 
@@ -203,12 +234,14 @@ impl Worker {
     /// Stores a group of what was left, of this letter and of whatever waits.
     async fn store_next(&mut self, first: Option<Letter>, letters: &mut mpsc::Receiver<Letter>) {
         let mut group = Group::default();
+        let Grouping { most, linger } = self.grouping;
         // Not so many that there is no room for others.
-        let again = self.left.len().min(GROUP / 4);
+        let again = self.left.len().min(most.div_ceil(4));
         self.left.drain(..again).for_each(|waiting| group.add(Letter::Send(waiting)));
         first.into_iter().for_each(|letter| group.add(letter));
-        while !group.is_full() {
-            let Ok(letter) = letters.try_recv() else { break };
+        let until = linger.map(|linger| Instant::now() + linger);
+        while !group.is_full(most) {
+            let Some(letter) = next(letters, until).await else { break };
             group.add(letter);
         }
         if group.letters == 0 {
@@ -238,8 +271,7 @@ impl Worker {
                 self.metrics.group_time.time((), start.elapsed());
                 self.lay_trails(&settled, &group);
                 let woken: Vec<_> = settled.iter().flatten().flat_map(|sent| sent.woken.iter().copied()).collect();
-                self.bus.wake(&woken, Signal::Mail);
-                self.push.mail(&woken);
+                self.waking.mail(&woken);
                 let letters = group.sends.into_iter().zip(group.rest);
                 for (sent, (mail, (room, reply, left_since, span))) in settled.into_iter().zip(letters) {
                     match sent {
@@ -290,7 +322,7 @@ impl Worker {
         }
         for (sent, (.., span)) in settled.iter().zip(&group.rest) {
             if let (Some(sent), Some(trail)) = (sent, span.trail()) {
-                self.bus.lay_trail(&sent.woken, trail);
+                self.waking.bus.lay_trail(&sent.woken, trail);
             }
         }
     }
@@ -311,8 +343,7 @@ impl Worker {
     async fn tell_the_unsure(&mut self) {
         let users: Vec<UserId> = self.unsure.iter().copied().collect();
         if let Ok(addresses) = self.store.addresses(&users).await {
-            self.bus.wake(&addresses, Signal::Mail);
-            self.push.mail(&addresses);
+            self.waking.mail(&addresses);
             self.unsure.clear();
         }
     }

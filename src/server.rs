@@ -24,7 +24,7 @@ use crate::clock::{Clock, EARLIEST};
 use crate::config::{self, Config};
 use crate::disk::Disk;
 use crate::listener::{self, Patience};
-use crate::mailroom::Mailroom;
+use crate::mailroom::{Mailroom, Waking};
 use crate::memory::Budget;
 use crate::push::Push;
 use crate::rates::Rates;
@@ -199,7 +199,14 @@ async fn open(
     let _ = tokio::time::timeout(config.health.pubsub_timeout, bus.connected()).await;
     let push = Push::start(push, &config, &store, &clock, &telemetry, &owners.keepers);
     Ok(App::of(Parts {
-        mailroom: Mailroom::open(store.clone(), bus.clone(), push.clone(), clock.clone(), &telemetry, &owners.keepers),
+        mailroom: Mailroom::open(
+            config.messaging.grouping,
+            store.clone(),
+            Waking { bus: bus.clone(), push: push.clone() },
+            clock.clone(),
+            &telemetry,
+            &owners.keepers,
+        ),
         store,
         bus,
         push,

@@ -191,6 +191,17 @@ pub struct Messaging {
     pub send_batch_limit: usize,
     /// How long the outcome of a send is kept for a repeat.
     pub idempotency_lifetime: Duration,
+    /// How sends come together. No option, since nothing but the default makes sense; tests try the extremes.
+    pub grouping: Grouping,
+}
+
+/// How sends and acks are stored together.
+#[derive(Clone, Copy, Debug)]
+pub struct Grouping {
+    /// Sends and acks in one group, at least 1.
+    pub most: usize,
+    /// How long a group waits for company. `None`: it is what came while the last one was being stored.
+    pub linger: Option<Duration>,
 }
 
 /// One-time prekeys of a device.

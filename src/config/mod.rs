@@ -13,8 +13,8 @@ mod table;
 
 pub use given::ConfigError;
 pub use groups::{
-    AccountRates, Apns, Attachments, Auth, Config, Database, Fcm, Gateway, Health, LogFormat, Messaging, Notifications,
-    Prekeys, Pubsub, RateLimits, Server, Telemetry, WebPush,
+    AccountRates, Apns, Attachments, Auth, Config, Database, Fcm, Gateway, Grouping, Health, LogFormat, Messaging,
+    Notifications, Prekeys, Pubsub, RateLimits, Server, Telemetry, WebPush,
 };
 pub use option::{Group, Opt, Takes, Value};
 pub use read::{Loaded, environment};

@@ -5,8 +5,8 @@ use std::{ffi::OsString, path::Path, time::Duration};
 use clap::{Arg, ArgAction, ArgMatches, Command};
 
 use crate::config::{
-    AccountRates, Apns, Attachments, Auth, Config, ConfigError, Database, Fcm, Gateway, Health, LogFormat, Messaging,
-    Notifications, Prekeys, Pubsub, RateLimits, Secret, Server, Telemetry, WebPush,
+    AccountRates, Apns, Attachments, Auth, Config, ConfigError, Database, Fcm, Gateway, Grouping, Health, LogFormat,
+    Messaging, Notifications, Prekeys, Pubsub, RateLimits, Secret, Server, Telemetry, WebPush,
     given::Given,
     option::{Opt, Takes},
     table::GROUPS,
@@ -220,6 +220,7 @@ fn messaging(given: &Given) -> Messaging {
         batch_limit: given.number("batch-limit"),
         send_batch_limit: given.number("messaging-send-batch-limit"),
         idempotency_lifetime: given.duration("messaging-idempotency-ttl-secs"),
+        grouping: Grouping { most: 512, linger: None },
     }
 }
 

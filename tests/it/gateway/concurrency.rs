@@ -4,6 +4,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
 use bytes::Bytes;
+use obscura_server::config::Grouping;
 use prost::Message as _;
 use tokio::io::AsyncWriteExt;
 use tokio::net::TcpStream;
@@ -84,7 +85,9 @@ async fn sixteen_senders_and_one_receiver_with_a_transaction_held_open_in_betwee
 #[tokio::test]
 async fn sends_to_one_inbox_that_meet_are_stored_together() {
     const SENDS: usize = 64;
-    let server = TestServer::start().await;
+    // As always, also in a run that has all others stored in another way.
+    let usual = Grouping { most: 512, linger: None };
+    let server = TestServer::start_with(|config| config.messaging.grouping = usual).await;
     let (alice, bob) = (server.account().await, server.account().await);
     let database = server.database().await;
     let held = database.hold_write().await;

@@ -6,8 +6,9 @@
 
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU32, Ordering};
+use std::time::Duration;
 
-use obscura_server::config::{Config, Database as DatabaseConfig, Secret};
+use obscura_server::config::{Config, Database as DatabaseConfig, Grouping, Secret};
 use obscura_server::store::{Limits, Store};
 use obscura_server::telemetry::metrics::Metrics;
 use sqlx::postgres::{PgConnectOptions, PgConnection};
@@ -167,4 +168,15 @@ pub fn database_url(name: &str) -> String {
     let url = service("OBSCURA_TEST_POSTGRES_URL");
     let (server, _) = url.rsplit_once('/').expect("a URL with the name of a database");
     format!("{server}/{name}")
+}
+
+/// How this run has sends stored together: as always; each by itself; or, whenever there is company within a moment,
+/// with all the others.
+pub fn grouping(usual: Grouping) -> Grouping {
+    match std::env::var("OBSCURA_TEST_GROUPS").as_deref() {
+        Err(_) => usual,
+        Ok("single") => Grouping { most: 1, linger: None },
+        Ok("large") => Grouping { linger: Some(Duration::from_millis(20)), ..usual },
+        Ok(other) => panic!("OBSCURA_TEST_GROUPS is single or large, not {other}"),
+    }
 }

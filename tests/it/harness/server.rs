@@ -151,6 +151,7 @@ impl TestServer {
 }
 
 fn make_testable(config: &mut Config) {
+    config.messaging.grouping = deployment::grouping(config.messaging.grouping);
     config.server.host = IpAddr::V4(Ipv4Addr::LOCALHOST);
     config.server.port = 0;
     config.server.management_port = 0;
