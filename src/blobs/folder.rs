@@ -21,10 +21,11 @@ use tracing::{info, warn};
 use crate::blobs::{Blob, BlobError, Deleted, Keys, OpenError, UploadError};
 use crate::model::ids::AttachmentId;
 
-/// An upload is written in pieces of this size, and no more of it is in memory at a time.
+/// An upload is written in parts of this size, and hardly more of it is in memory at a time: a piece that is kept as it
+/// arrived may hold the buffer that it came in.
 const PART_BYTES: usize = 256 << 10;
 /// What arrives in pieces of this size or more is written from where it is.
-const KEPT_BYTES: usize = 4 << 10;
+const KEPT_BYTES: usize = 32 << 10;
 /// A download is read in pieces of this size.
 const READ_BYTES: usize = 64 << 10;
 /// Objects that are deleted at the same time.

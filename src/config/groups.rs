@@ -198,7 +198,7 @@ pub struct Messaging {
 /// How sends and acks are stored together.
 #[derive(Clone, Copy, Debug)]
 pub struct Grouping {
-    /// Sends and acks in one group, at least 1.
+    /// Sends and acks in one group, at least 1; what was left for later may come on top.
     pub most: usize,
     /// How long a group waits for company. `None`: it is what came while the last one was being stored.
     pub linger: Option<Duration>,

@@ -11,6 +11,7 @@ use tracing::debug;
 
 use crate::app::App;
 use crate::bus::{Signal, Signals, Wakeups};
+use crate::clock::Timestamp;
 use crate::gateway::acks::Acks;
 use crate::gateway::inflight::Inflight;
 use crate::gateway::pipe::{Event, Pipe, Progress};
@@ -28,6 +29,9 @@ const FIRST_RETRY: Duration = Duration::from_millis(100);
 const SLOWEST_RETRY: Duration = Duration::from_secs(1);
 /// No single look at the database may hold a session up for longer.
 const LOOK_TIMEOUT: Duration = Duration::from_secs(5);
+
+/// Pings that fall due within so short a time go out together: to wake up for each of them costs more than the ping.
+const PING_SLOT: Duration = Duration::from_millis(250);
 
 /// A frame with up to so many bytes of messages, or with a single larger one, is sent however little memory is left.
 const MODEST_BYTES: usize = 64 << 10;
@@ -121,7 +125,8 @@ impl Session {
     fn new(app: App, holder: &SessionHolder, pipe: Pipe) -> Self {
         let now = Instant::now();
         let config = &app.config.gateway;
-        let (ping_due, look_due) = (now + config.ping_interval, now + jittered(config.look_interval));
+        let (ping_due, look_due) =
+            (next_ping(now, app.clock.now(), config.ping_interval), now + jittered(config.look_interval));
         Self {
             app,
             device: holder.no,
@@ -185,7 +190,7 @@ impl Session {
             self.acks.store(&self.app, self.device);
         }
         if self.ping_due <= now && !self.pipe.is_writing() {
-            self.ping_due = now + self.app.config.gateway.ping_interval;
+            self.ping_due = next_ping(now, self.app.clock.now(), self.app.config.gateway.ping_interval);
             self.app.metrics.pings.one(());
             self.start(Message::Ping(Bytes::new()));
             return Ok(());
@@ -345,6 +350,14 @@ impl Session {
         let due = self.look_due.min(self.silent_at()).min(writing);
         waits.into_iter().flatten().fold(due, Instant::min)
     }
+}
+
+/// When to ping again after `interval`: a little early, at the beginning of a slot that all sessions share. `wall` is the
+/// time of day now.
+fn next_ping(now: Instant, wall: Timestamp, interval: Duration) -> Instant {
+    let slot = PING_SLOT.min(interval / 8).as_millis().max(1);
+    let due = u128::from(wall.millis().unsigned_abs()) + interval.as_millis();
+    now + interval.saturating_sub(Duration::from_millis((due % slot) as u64))
 }
 
 /// Why there is no frame to send.

@@ -132,10 +132,8 @@ impl<Q: Clone, A> Lane<Q, A> {
             Ok(answers) => answers.into_iter(),
             Err(error) => {
                 for reply in replies {
-                    // The kind is told to whoever asked for all; the others only have to know that it failed, and why.
-                    let shared = StoreError(sqlx::Error::Protocol(error.0.to_string()));
                     // Fails when nobody waits any more.
-                    let _ = reply.send(Reply::Answer(Err(shared)));
+                    let _ = reply.send(Reply::Answer(Err(error.repeated())));
                 }
                 return Err(error);
             }

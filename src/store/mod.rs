@@ -28,6 +28,7 @@ mod standings;
 pub(crate) mod transfer;
 
 use std::fmt::Write;
+use std::io::ErrorKind;
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 use std::time::Duration;
@@ -68,7 +69,17 @@ impl StoreError {
     /// True when the disk or a size limit stopped a write.
     pub fn is_full(&self) -> bool {
         // SQLite's code without the extension bits.
-        sqlite::result_code(self).map(|code| code & 0xff) == Some(SQLITE_FULL) || self.sqlstate() == Some("53100")
+        let is_full_sqlite = sqlite::result_code(self).map(|code| code & 0xff) == Some(SQLITE_FULL);
+        let is_full_elsewhere = matches!(&self.0, sqlx::Error::Io(error) if error.kind() == ErrorKind::StorageFull);
+        is_full_sqlite || is_full_elsewhere || self.sqlstate() == Some("53100")
+    }
+
+    /// The same once more, for others who wait for the same answer: in its words, and full if it is.
+    fn repeated(&self) -> Self {
+        Self(match self.is_full() {
+            true => sqlx::Error::Io(std::io::Error::new(ErrorKind::StorageFull, self.0.to_string())),
+            false => sqlx::Error::Protocol(self.0.to_string()),
+        })
     }
 
     /// True when somebody else held a row for too long.

@@ -11,7 +11,7 @@ use sqlx::query::Query;
 use sqlx::sqlite::{
     SqliteArguments, SqliteAutoVacuum, SqliteConnectOptions, SqliteJournalMode, SqliteRow, SqliteSynchronous,
 };
-use sqlx::{Either, Executor, Sqlite, SqliteConnection};
+use sqlx::{ConnectOptions, Connection, Either, Executor, Sqlite, SqliteConnection};
 
 use crate::config;
 use crate::store::pool::{Lent, Pool, Terms};
@@ -57,7 +57,8 @@ impl SqliteStore {
             .pragma("temp_store", "memory");
         let writer = options
             .clone()
-            .auto_vacuum(SqliteAutoVacuum::Incremental)
+            // Room for what transactions that are given up leave for their thread to do: see `Transaction`'s `drop`.
+            .command_buffer_size(4096)
             .pragma("wal_autocheckpoint", CHECKPOINT_PAGES.to_string())
             .pragma("journal_size_limit", (64 << 20).to_string())
             .pragma("cache_size", "-16384");
@@ -72,11 +73,14 @@ impl SqliteStore {
             max_lifetime: None,
             outlives_its_borrower: true,
         };
-        let write = Pool::new(writer, terms(1), PoolName::Writer, metrics);
-        let mut connection = write.get().await.map_err(|StoreError(cause)| unusable(cause))?;
-        let migrated = MIGRATIONS.run(&mut *connection).await;
+        // How a file is laid out is set before its first table is made. To set it again would be one more write each time.
+        let first = writer.clone().auto_vacuum(SqliteAutoVacuum::Incremental);
+        let mut first = first.connect().await.map_err(unusable)?;
+        let migrated = MIGRATIONS.run(&mut first).await;
         migrated.map_err(|cause| migration_error(format!("database {shown}"), &MIGRATIONS, cause))?;
-        drop(connection);
+        first.close().await.map_err(unusable)?;
+        let write = Pool::new(writer, terms(1), PoolName::Writer, metrics);
+        write.tend().await.map_err(|StoreError(cause)| unusable(cause))?;
         let read = Pool::new(readers, terms(READERS), PoolName::Reader, metrics);
         read.tend().await.map_err(|StoreError(cause)| unusable(cause))?;
         Ok(Self { write, read, file: path.to_owned() })
@@ -85,12 +89,11 @@ impl SqliteStore {
     /// Starts a transaction that may write. It waits its turn, so it never meets another writer of this process.
     pub(super) async fn begin(&self) -> Result<Transaction> {
         let mut transaction = self.unbegun().await?;
-        let begun = sqlx::query("BEGIN IMMEDIATE").execute(&mut *transaction).await;
-        transaction.has_begun(begun)?;
+        let [_begun] = transaction.run(sqlx::query("BEGIN IMMEDIATE")).await?;
         Ok(transaction)
     }
 
-    /// A transaction whose first text has to begin it: see [`Transaction::has_begun`].
+    /// A transaction whose first text has to begin it.
     pub(super) async fn unbegun(&self) -> Result<Transaction> {
         Ok(Transaction { connection: self.write.get().await?, is_open: true })
     }
@@ -132,59 +135,62 @@ pub(super) struct Transaction {
 }
 
 impl Transaction {
-    /// Looks at what came of the text that should have begun it. Whatever went wrong, the connection isn't used again: it
-    /// might still be in the middle of an earlier transaction.
-    pub(super) fn has_begun<T>(&mut self, answer: sqlx::Result<T>) -> Result<T> {
-        self.connection.set_good(answer.is_ok());
-        Ok(answer?)
-    }
-
     /// Commits, and returns once the changes are on disk.
-    pub(super) async fn commit(mut self) -> Result<()> {
-        let committed = sqlx::query("COMMIT").execute(&mut *self).await;
-        self.has_committed(committed).map(drop)
+    pub(super) async fn commit(self) -> Result<()> {
+        let [_committed] = self.finish(sqlx::query("COMMIT")).await?;
+        Ok(())
     }
 
-    /// Looks at what came of the text that should have committed it.
-    ///
-    /// A failed fsync ends the process: the kernel may already have dropped the pages it could not write, so nothing that
-    /// is read from now on can be trusted. Whoever supervises the process starts it again on what is really there.
-    pub(super) fn has_committed<T>(mut self, answer: sqlx::Result<T>) -> Result<T> {
-        self.connection.set_good(answer.is_ok());
-        let error = match answer {
-            Ok(answer) => {
-                self.is_open = false;
-                return Ok(answer);
-            }
-            Err(error) => StoreError(error),
-        };
-        if matches!(result_code(&error), Some(SQLITE_IOERR_FSYNC | SQLITE_IOERR_DIR_FSYNC)) {
-            tracing::error!(%error, "the disk did not confirm a write; stopping so that nothing unsure is served");
-            std::process::exit(74); // EX_IOERR
-        }
-        Err(error)
+    /// Runs the last text of the transaction, which ends with its commit.
+    pub(super) async fn finish<const N: usize>(
+        mut self,
+        text: Query<'_, Sqlite, SqliteArguments>,
+    ) -> Result<[Answer; N]> {
+        let answers = self.run(text).await?;
+        self.is_open = false;
+        Ok(answers)
     }
 
     async fn roll_back(mut self) -> Result<()> {
-        sqlx::query("ROLLBACK").execute(&mut *self).await?;
+        let [_rolled_back] = self.run(sqlx::query("ROLLBACK")).await?;
         self.is_open = false;
         Ok(())
     }
 
-    /// Runs a text of several statements, which share its arguments, in one trip to the connection's thread. Answers what
-    /// came of each.
-    pub(super) async fn run(&mut self, text: Query<'_, Sqlite, SqliteArguments>) -> sqlx::Result<Vec<Answer>> {
+    /// Runs a text of so many statements, which share its arguments, in one trip to the connection's thread. Answers what
+    /// came of each. After an error the transaction is to be given up.
+    ///
+    /// A failed fsync ends the process: the kernel may already have dropped the pages it could not write, so nothing that
+    /// is read from now on can be trusted. Whoever supervises the process starts it again on what is really there.
+    pub(super) async fn run<const N: usize>(
+        &mut self,
+        text: Query<'_, Sqlite, SqliteArguments>,
+    ) -> Result<[Answer; N]> {
+        let (mut answers, mut rows) = (Vec::with_capacity(N), Vec::new());
         let mut steps = (**self).fetch_many(text);
-        let (mut answers, mut rows) = (Vec::new(), Vec::new());
-        while let Some(step) = steps.try_next().await? {
-            match step {
-                Either::Right(row) => rows.push(row),
-                Either::Left(done) => {
+        let failure = loop {
+            match steps.try_next().await {
+                Ok(Some(Either::Right(row))) => rows.push(row),
+                Ok(Some(Either::Left(done))) => {
                     answers.push(Answer { rows: std::mem::take(&mut rows), changed: done.rows_affected() });
                 }
+                Ok(None) => break None,
+                Err(error) => break Some(error),
             }
+        };
+        drop(steps);
+        if let Some(error) = failure.map(StoreError) {
+            if matches!(result_code(&error), Some(SQLITE_IOERR_FSYNC | SQLITE_IOERR_DIR_FSYNC)) {
+                tracing::error!(%error, "the disk did not confirm a write; stopping so that nothing unsure is served");
+                std::process::exit(74); // EX_IOERR
+            }
+            return Err(error);
         }
-        Ok(answers)
+        // Answers end early, and without an error, when the thread dies.
+        answers.try_into().map_err(|_| {
+            self.connection.set_good(false);
+            sqlx::Error::WorkerCrashed.into()
+        })
     }
 }
 
@@ -212,8 +218,8 @@ impl DerefMut for Transaction {
 impl Drop for Transaction {
     fn drop(&mut self) {
         if self.is_open {
-            // The connection's thread takes this before anything of the next borrower, though nobody waits for it. That
-            // there is nothing left to roll back is as good.
+            // The connection's thread takes this before anything of the next borrower, though nobody waits for it. Often
+            // there is nothing to roll back any more, which is as good.
             let _ = sqlx::query("ROLLBACK").execute(&mut *self.connection).now_or_never();
         }
     }
@@ -239,8 +245,7 @@ mod tests {
     #[tokio::test]
     async fn a_write_that_met_a_full_disk_does_not_stop_the_ones_after_it() {
         let folder = tempfile::tempdir().unwrap();
-        let config = Config::embedded(folder.path()).unwrap();
-        let store = SqliteStore::open(&folder.path().join("db"), &config.database, &Metrics::unread()).await.unwrap();
+        let store = store_in(folder.path()).await;
         let mut writer = store.write.get().await.unwrap();
         let pages: i64 = sqlx::query_scalar("PRAGMA page_count").fetch_one(&mut *writer).await.unwrap();
         let limit = format!("PRAGMA max_page_count = {}", pages + 2);
@@ -254,6 +259,62 @@ mod tests {
         drop(tx);
 
         store.check().await.unwrap();
+        store.begin().await.unwrap().commit().await.unwrap();
+    }
+
+    async fn store_in(folder: &Path) -> SqliteStore {
+        let config = Config::embedded(folder).unwrap();
+        SqliteStore::open(&folder.join("db"), &config.database, &Metrics::unread()).await.unwrap()
+    }
+
+    async fn uses(store: &SqliteStore) -> i64 {
+        let mut reader = store.read.get().await.unwrap();
+        sqlx::query_scalar("SELECT count(*) FROM refresh_uses").fetch_one(&mut *reader).await.unwrap()
+    }
+
+    const INSERT: &str = "INSERT INTO refresh_uses VALUES (randomblob(32), 1, NULL, 0);";
+
+    #[tokio::test]
+    async fn a_text_that_fails_in_the_middle_leaves_nothing_and_the_next_one_is_committed() {
+        let folder = tempfile::tempdir().unwrap();
+        let store = store_in(folder.path()).await;
+        let broken = format!("BEGIN IMMEDIATE; {INSERT} INSERT INTO refresh_uses VALUES (NULL, 1, NULL, 0); COMMIT");
+        let failed = store.unbegun().await.unwrap().finish::<4>(sqlx::query(sqlx::AssertSqlSafe(broken))).await;
+        assert!(failed.is_err());
+        assert_eq!(uses(&store).await, 0);
+        let whole = format!("BEGIN IMMEDIATE; {INSERT} COMMIT");
+        store.unbegun().await.unwrap().finish::<3>(sqlx::query(sqlx::AssertSqlSafe(whole))).await.unwrap();
+        assert_eq!(uses(&store).await, 1);
+    }
+
+    #[tokio::test]
+    async fn transactions_that_are_given_up_anywhere_are_rolled_back_and_stop_nobody() {
+        let folder = tempfile::tempdir().unwrap();
+        let store = store_in(folder.path()).await;
+        for polls in 0..200 {
+            let work = async {
+                let mut tx = store.begin().await.unwrap();
+                sqlx::query(INSERT).execute(&mut *tx).await.unwrap();
+                std::future::pending::<()>().await;
+            };
+            let mut work = std::pin::pin!(work);
+            for _ in 0..polls % 8 {
+                assert!(work.as_mut().now_or_never().is_none());
+                tokio::task::yield_now().await;
+            }
+        }
+        store.begin().await.unwrap().commit().await.unwrap();
+        assert_eq!(uses(&store).await, 0);
+    }
+
+    #[tokio::test]
+    async fn a_transaction_that_was_left_open_is_rolled_back_by_the_one_that_meets_it() {
+        let folder = tempfile::tempdir().unwrap();
+        let store = store_in(folder.path()).await;
+        let mut connection = store.write.get().await.unwrap();
+        sqlx::query("BEGIN IMMEDIATE").execute(&mut *connection).await.unwrap();
+        drop(connection);
+        assert!(store.begin().await.is_err());
         store.begin().await.unwrap().commit().await.unwrap();
     }
 }

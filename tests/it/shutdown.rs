@@ -31,6 +31,8 @@ async fn sockets_are_told_and_their_acks_are_written() {
     let mut idle = alice.connect().await;
     let envelopes = socket.messages(10).await;
     socket.ack(&envelopes[..7]).await;
+    // By then the acks have been read.
+    assert_eq!(socket.until_pong().await, []);
     idle.until_pong().await;
     server.terminate();
     assert_eq!(socket.until_end().await, [going_away(), Event::End]);

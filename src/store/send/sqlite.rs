@@ -76,15 +76,14 @@ impl Store {
         let mut tx = Span::within("store.begin").attempt(sqlite.unbegun()).await?;
         if sends.is_empty() {
             let text = sqlx::query(DELETE).bind(acknowledged(acks));
-            let done = Span::within("store.commit").attempt(tx.run(text)).await;
-            let done = tx.has_committed(done)?;
-            return Ok((Vec::new(), Tally { acked: done[1].changed, ..Tally::default() }));
+            let [_begun, deleted, _committed] = Span::within("store.commit").attempt(tx.finish(text)).await?;
+            return Ok((Vec::new(), Tally { acked: deleted.changed, ..Tally::default() }));
         }
         let lifetime = self.limits.idempotency_lifetime;
-        let answers = Span::within("store.write").attempt(tx.run(question(sends, acks, now - lifetime))).await;
-        let answers = tx.has_begun(answers)?;
-        let mut tally = Tally { acked: answers[1].changed, ..Tally::default() };
-        let found = Found { known: outcomes(&answers[2].rows)?, devices: devices(&answers[3].rows)? };
+        let question = tx.run(question(sends, acks, now - lifetime));
+        let [_begun, deleted, known, devices] = Span::within("store.write").attempt(question).await?;
+        let mut tally = Tally { acked: deleted.changed, ..Tally::default() };
+        let found = Found { known: outcomes_of(&known.rows)?, devices: devices_of(&devices.rows)? };
         let Judgement { sent, rows, judged } = send::judge(sends, found, |_| false);
 
         let received = self.numbering.receive(rows.len(), now);
@@ -96,8 +95,9 @@ impl Store {
         let unsure = self.numbering.add(&queued, self.limits.max_inbox_size);
         let insert = |text| insertion(text, (&messages, first, received.received_at), (&receipts, now, now + lifetime));
         if unsure.is_empty() {
-            let done = Span::within("store.commit").attempt(tx.run(insert(INSERT_AND_COMMIT))).await;
-            tally.add(&messages, tx.has_committed(done)?[0].changed);
+            let write = tx.finish(insert(INSERT_AND_COMMIT));
+            let [inserted, _receipts, _committed] = Span::within("store.commit").attempt(write).await?;
+            tally.add(&messages, inserted.changed);
         } else {
             let write = self.insert_and_cut(&mut tx, insert(INSERT), &unsure, now);
             let (inserted, cut) = Span::within("store.write").attempt(write).await?;
@@ -117,7 +117,7 @@ impl Store {
         unsure: &[DeviceNo],
         now: Timestamp,
     ) -> Result<(u64, u64)> {
-        let inserted = tx.run(insertion).await?[0].changed;
+        let [inserted, _receipts] = tx.run(insertion).await?;
         let (max, mut cut) = (self.limits.max_inbox_size, 0);
         let counts: Vec<(DeviceNo, u32)> = sqlx::query_as(
             "SELECT asked.value, (SELECT COUNT(*) FROM messages m WHERE m.device_no = asked.value)
@@ -132,7 +132,7 @@ impl Store {
             }
             self.numbering.set(device, count.min(max));
         }
-        Ok((inserted, cut))
+        Ok((inserted.changed, cut))
     }
 
     async fn cut_inbox(&self, tx: &mut Transaction, device: DeviceNo, now: Timestamp) -> Result<u64> {
@@ -186,15 +186,15 @@ fn question(
         .bind(users.iter().flat_map(|user| *user.as_bytes()).collect::<Vec<u8>>())
 }
 
-fn outcomes(rows: &[SqliteRow]) -> Result<Known> {
+fn outcomes_of(rows: &[SqliteRow]) -> Result<Known> {
     let mut known = Known::with_capacity(rows.len());
     for row in rows {
-        known.insert((row.get(0), row.get(1)), send::decoded(row.get(2), row.get(3))?);
+        known.insert((row.try_get(0)?, row.try_get(1)?), send::decoded(row.try_get(2)?, row.try_get(3)?)?);
     }
     Ok(known)
 }
 
-fn devices(rows: &[SqliteRow]) -> Result<Devices> {
+fn devices_of(rows: &[SqliteRow]) -> Result<Devices> {
     let mut devices = Devices::with_capacity(rows.len());
     for row in rows {
         let (user, id, no) = <(UserId, DeviceId, DeviceNo)>::from_row(row)?;

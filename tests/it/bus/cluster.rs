@@ -27,7 +27,10 @@ pub async fn cluster() -> Vec<Valkey> {
         eventually("the cluster to be one", async || {
             let mut connection = member.connection().await;
             let info: String = redis::cmd("CLUSTER").arg("INFO").query_async(&mut connection).await.unwrap();
-            info.contains("cluster_state:ok") && info.contains("cluster_known_nodes:3")
+            let nodes: String = redis::cmd("CLUSTER").arg("NODES").query_async(&mut connection).await.unwrap();
+            // A member that is known but not linked yet is not told what is published.
+            let is_linked = |node: &str| !node.contains("handshake") && node.split(' ').nth(7) == Some("connected");
+            info.contains("cluster_state:ok") && nodes.lines().count() == 3 && nodes.lines().all(is_linked)
         })
         .await;
     }
