@@ -179,18 +179,22 @@ impl Transaction {
             }
         };
         drop(steps);
-        if let Some(error) = failure.map(StoreError) {
-            if matches!(result_code(&error), Some(SQLITE_IOERR_FSYNC | SQLITE_IOERR_DIR_FSYNC)) {
-                tracing::error!(%error, "the disk did not confirm a write; stopping so that nothing unsure is served");
-                std::process::exit(74); // EX_IOERR
-            }
-            return Err(error);
-        }
         // Answers end early, and without an error, when the thread dies.
-        answers.try_into().map_err(|_| {
-            self.connection.set_good(false);
-            sqlx::Error::WorkerCrashed.into()
-        })
+        let answers = match failure {
+            Some(error) => Err(error),
+            None => answers.try_into().map_err(|_| sqlx::Error::WorkerCrashed),
+        };
+        let error = match answers {
+            Ok(answers) => return Ok(answers),
+            Err(error) => StoreError(error),
+        };
+        if matches!(result_code(&error), Some(SQLITE_IOERR_FSYNC | SQLITE_IOERR_DIR_FSYNC)) {
+            tracing::error!(%error, "the disk did not confirm a write; stopping so that nothing unsure is served");
+            std::process::exit(74); // EX_IOERR
+        }
+        // Without its thread a connection is of no use to anybody.
+        self.connection.set_good(!matches!(error.0, sqlx::Error::WorkerCrashed));
+        Err(error)
     }
 }
 
