@@ -152,11 +152,17 @@ impl Session {
 
     async fn serve(&mut self, wakeups: &Wakeups) -> End {
         let tasks = self.app.tasks.clone();
+        // One for the whole session: each would enter a list that all sessions share.
+        let stopping = tasks.stopping();
+        tokio::pin!(stopping);
         let timer = tokio::time::sleep_until(self.last_heard);
         tokio::pin!(timer);
         loop {
+            self.start_what_is_due();
             // Boxed, so that an idle session doesn't keep room for what a busy one needs.
-            if let Err(end) = Box::pin(self.work()).await {
+            if self.has_to_look()
+                && let Err(end) = Box::pin(self.look_and_start()).await
+            {
                 return end;
             }
             let due = self.next_due();
@@ -166,7 +172,7 @@ impl Session {
             let reading = self.is_reading();
             tokio::select! {
                 biased;
-                () = tasks.stopping() => return End::Stopping,
+                () = &mut stopping => return End::Stopping,
                 signals = wakeups.next() => if let Some(end) = self.signalled(signals, wakeups) { return end },
                 stored = self.acks.stored() => self.acks.settle(stored),
                 event = self.pipe.next(reading) => match event {
@@ -183,8 +189,8 @@ impl Session {
         }
     }
 
-    /// Starts what can be started now: the next acks to be written, and the next frame out.
-    async fn work(&mut self) -> std::result::Result<(), End> {
+    /// Starts what takes no look at the database first: the next acks to be written, and a ping.
+    fn start_what_is_due(&mut self) {
         let now = Instant::now();
         if self.acks.are_due(now, &self.app.config.gateway) {
             self.acks.store(&self.app, self.device);
@@ -193,11 +199,19 @@ impl Session {
             self.ping_due = next_ping(now, self.app.clock.now(), self.app.config.gateway.ping_interval);
             self.app.metrics.pings.one(());
             self.start(Message::Ping(Bytes::new()));
-            return Ok(());
         }
-        if self.retry.is_some_and(|retry| retry.due > now) {
-            return Ok(());
+    }
+
+    /// True when something has been asked to be looked at that can be looked at now.
+    fn has_to_look(&self) -> bool {
+        match self.retry {
+            Some(retry) => retry.due <= Instant::now(),
+            None => self.standing_wanted || (!self.pipe.is_writing() && (self.status_wanted || self.mail_wanted)),
         }
+    }
+
+    /// Looks, and starts the frame that comes of it.
+    async fn look_and_start(&mut self) -> std::result::Result<(), End> {
         match self.look().await {
             Ok(Some(frame)) => {
                 self.retry = None;
