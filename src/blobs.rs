@@ -99,6 +99,12 @@ impl Blobs {
         Span::calling("blobs.stage").attempt(stage).await
     }
 
+    /// True when bytes may be staged before the attachment has a row, because what is left of them after a crash is known
+    /// without one.
+    pub fn may_come_before_the_row(&self) -> bool {
+        matches!(self.0, Place::Folder(_))
+    }
+
     /// Reads an attachment, or `range` of it; `None` when there is no such attachment.
     pub async fn read(&self, id: AttachmentId, range: Option<Range<u64>>) -> Result<Option<Blob>, BlobError> {
         let read = async {

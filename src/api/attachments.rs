@@ -17,7 +17,7 @@ use crate::api::attachments::conditions::{Part, entity_tag, is_known, requested_
 use crate::api::error::ApiError;
 use crate::api::extract::{PathId, Unmetered};
 use crate::app::App;
-use crate::blobs::UploadError;
+use crate::blobs::{Staged, UploadError};
 use crate::clock::Timestamp;
 use crate::config;
 use crate::memory::NoRoom;
@@ -139,17 +139,21 @@ struct Upload {
 impl Upload {
     /// Stores the attachment, row and bytes, or leaves nothing. It is durable when this returns.
     async fn run(self, app: App, body: Body, abandoned: CancellationToken) -> Result<(), ApiError> {
-        let config = &app.config.attachments;
-        let allowance = Allowance { quota_bytes: config.quota_bytes, bytes_per_day: config.bytes_per_day };
-        let Self { id, user, size, began: now } = self;
-        match app.store.reserve_attachment(Reservation { user, id, size, now, allowance }).await? {
-            Reserved::Yes => {}
-            Reserved::QuotaExceeded => {
-                return Err(ApiError::TooLarge("The account has no room left for this attachment".into()));
-            }
-            Reserved::TooMuchToday(wait) => return Err(Wait(wait, Refusal::UploadLimit).into()),
+        let over = abandoned.child_token();
+        let staging = self.stage(&app, body, &over);
+        let (reserved, staged) = if app.blobs.may_come_before_the_row() {
+            let reserving = async { self.reserve(&app).await.inspect_err(|_| over.cancel()) };
+            tokio::join!(reserving, staging)
+        } else {
+            self.reserve(&app).await?;
+            (Ok(()), staging.await)
+        };
+        if let Err(refusal) = reserved {
+            drop(staged);
+            self.discard(&app).await;
+            return Err(refusal);
         }
-        let stored = self.store(&app, body, &abandoned).await;
+        let stored = self.store(&app, staged).await;
         if stored.is_err() || abandoned.is_cancelled() {
             let may_still_happen = stored.as_ref().is_err_and(Failure::may_still_happen);
             self.undo(&app, may_still_happen).await;
@@ -157,13 +161,29 @@ impl Upload {
         stored.map_err(Failure::answer)
     }
 
-    async fn store(&self, app: &App, body: Body, abandoned: &CancellationToken) -> Result<(), Failure> {
-        // The body ends early when nobody waits any more. What the storage is busy with is not cut off, since it might
-        // go on with it behind our back.
-        let body = body.into_data_stream().take_until(abandoned.cancelled());
-        let stored =
-            async { app.blobs.stage(self.id, self.size, body).await?.publish().await.map_err(UploadError::Storage) };
-        stored.await.inspect_err(|error| {
+    async fn reserve(&self, app: &App) -> Result<(), ApiError> {
+        let config = &app.config.attachments;
+        let allowance = Allowance { quota_bytes: config.quota_bytes, bytes_per_day: config.bytes_per_day };
+        let &Self { id, user, size, began: now } = self;
+        match app.store.reserve_attachment(Reservation { user, id, size, now, allowance }).await? {
+            Reserved::Yes => Ok(()),
+            Reserved::QuotaExceeded => {
+                Err(ApiError::TooLarge("The account has no room left for this attachment".into()))
+            }
+            Reserved::TooMuchToday(wait) => Err(Wait(wait, Refusal::UploadLimit).into()),
+        }
+    }
+
+    async fn stage(&self, app: &App, body: Body, over: &CancellationToken) -> Result<Staged, UploadError> {
+        // The body ends early when nobody waits for it any more. What the storage is busy with is not cut off, since it
+        // might go on with it behind our back.
+        let body = body.into_data_stream().take_until(over.cancelled());
+        app.blobs.stage(self.id, self.size, body).await
+    }
+
+    async fn store(&self, app: &App, staged: Result<Staged, UploadError>) -> Result<(), Failure> {
+        let published = async { staged?.publish().await.map_err(UploadError::Storage) };
+        published.await.inspect_err(|error| {
             if matches!(error, UploadError::Storage(_)) {
                 app.metrics.blob_failures.one(BlobOperation::Upload);
             }
@@ -181,14 +201,24 @@ impl Upload {
     /// Removes bytes and row, in this order. What can't be removed now is found by a sweep, and so are bytes that may
     /// still arrive: for these the row stays.
     async fn undo(&self, app: &App, may_still_happen: bool) {
-        if let Some((_, error)) = app.blobs.discard(&[self.id]).await.failed {
-            app.metrics.blob_failures.one(BlobOperation::Delete);
-            warn!(%error, "an upload that came to nothing could not be removed; a sweep will try again");
-        } else if may_still_happen {
+        if !self.discard(app).await {
+            return;
+        }
+        if may_still_happen {
             warn!("the storage did not say what came of an upload; a sweep will remove what may be left");
         } else if let Err(error) = app.store.forget_attachments(&[self.id]).await {
             warn!(%error, "an upload that came to nothing could not be forgotten; a sweep will try again");
         }
+    }
+
+    /// Removes what there is of the bytes. True when nothing is left.
+    async fn discard(&self, app: &App) -> bool {
+        let failed = app.blobs.discard(&[self.id]).await.failed;
+        if let Some((_, error)) = &failed {
+            app.metrics.blob_failures.one(BlobOperation::Delete);
+            warn!(%error, "an upload that came to nothing could not be removed; a sweep or the next start will try again");
+        }
+        failed.is_none()
     }
 }
 

@@ -26,6 +26,7 @@ mod sessions;
 mod sqlite;
 mod standings;
 pub(crate) mod transfer;
+mod uploads;
 
 use std::fmt::Write;
 use std::io::ErrorKind;
@@ -36,7 +37,6 @@ use std::time::Duration;
 use sqlx::migrate::{MigrateError, Migrator};
 
 use crate::config;
-use crate::store::attachments::Uploads;
 use crate::store::database::{Database, SqliteTx, Tx, reading};
 use crate::store::gather::Gather;
 use crate::store::messages::Look;
@@ -45,10 +45,11 @@ use crate::store::postgres::PostgresStore;
 use crate::store::sessions::Tickets;
 use crate::store::sqlite::{SQLITE_FULL, SqliteStore};
 use crate::store::standings::Standings;
+use crate::store::uploads::Uploads;
 use crate::telemetry::metrics::Metrics;
 
 pub use accounts::{Credentials, NewAccount, Registered, Reset};
-pub use attachments::{Allowance, AttachmentAge, Reservation, Reserved, StoredAttachment};
+pub use attachments::{AttachmentAge, StoredAttachment};
 pub use database::Figures;
 pub use devices::{DeviceRow, NewDevice, Removed, Standing};
 pub use inventory::Inventory;
@@ -57,6 +58,7 @@ pub use messages::{Expired, Page};
 pub use prekeys::{Bundle, HandedOut, PrekeyCounts, Refilled};
 pub use pushes::{Overslept, Sleeper};
 pub use sessions::{NewTicket, REPEAT_WINDOW, Refresh, Refreshed, SessionGrant, SessionHolder};
+pub use uploads::{Allowance, Reservation, Reserved};
 
 /// The database could not do what it was asked: it is away, busy for too long, full, or broken.
 ///
@@ -277,7 +279,7 @@ impl Store {
         };
         let standings = Standings::new(matches!(database, Database::Sqlite(_)));
         let looks = Arc::new(Gather::new(LOOK_LANES, GATHERED));
-        let (tickets, uploads) = (Arc::new(Tickets::new()), Arc::new(Uploads::new()));
+        let (tickets, uploads) = (Arc::new(Tickets::new()), uploads::none());
         let metrics = metrics.clone();
         Ok(Self { database, numbering, limits, metrics, held_up: Arc::default(), standings, looks, tickets, uploads })
     }

@@ -157,6 +157,28 @@ async fn uploads_at_the_same_time_do_not_pass_the_day_together() {
 }
 
 #[tokio::test]
+async fn uploads_that_begin_and_end_at_the_same_time_hear_each_of_its_own() {
+    let store = TestStore::open().await;
+    let (rich, poor) = (UserId::random(), UserId::random());
+    let begun = join_all((0..20).map(|_| pending(&store, NOW))).await;
+    let given_up = store.stale_reservations(NOW + SECOND, None, 20).await.unwrap();
+    assert_eq!(given_up.len(), 20);
+    let waiting = join_all((0..20).map(|_| pending(&store, NOW))).await;
+    let completed = join_all(begun.iter().chain(&waiting).map(|id| store.attachment_stored(*id)));
+    let of_rich = join_all((0..20).map(|_| reserve(&store, rich, 10, 1 << 20)));
+    let of_poor = join_all((0..20).map(|_| upload(&store, poor, 501, NOW)));
+    let (completed, of_rich, of_poor) = tokio::join!(completed, of_rich, of_poor);
+    let completed: Vec<bool> = completed.into_iter().map(Result::unwrap).collect();
+    assert_eq!(completed, [[false; 20], [true; 20]].concat());
+    assert!(of_rich.iter().all(|(_, reserved)| *reserved == Reserved::Yes));
+    assert_eq!(of_poor.iter().filter(|reserved| **reserved == Reserved::Yes).count(), 1);
+    for (id, _) in of_rich {
+        assert!(store.attachment_stored(id).await.unwrap());
+        assert_eq!(store.attachment(id, NOW).await.unwrap(), Some(StoredAttachment { size: 10 }));
+    }
+}
+
+#[tokio::test]
 async fn what_counts_no_more_is_forgotten_in_steps() {
     let store = TestStore::open().await;
     for _ in 0..3 {

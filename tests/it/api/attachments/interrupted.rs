@@ -60,6 +60,19 @@ async fn a_broken_upload_gives_its_room_in_the_quota_back() {
 }
 
 #[tokio::test]
+async fn an_upload_that_is_refused_while_its_bytes_come_in_leaves_nothing() {
+    let server = TestServer::start_with(|config| config.attachments.quota_bytes = 999_999).await;
+    let device = server.account().await;
+    for sent in [0, 400_000, 1_000_000] {
+        let mut connection = device.begin_upload(1_000_000, sent).await;
+        let mut answer = [0; 12];
+        within("an answer", connection.read_exact(&mut answer)).await.unwrap();
+        assert_eq!(&answer, b"HTTP/1.1 413");
+        nothing_is_left(&server).await;
+    }
+}
+
+#[tokio::test]
 async fn whenever_a_client_hangs_up_there_is_a_whole_attachment_or_none() {
     let server = TestServer::start().await;
     let device = server.account().await;
