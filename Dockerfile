@@ -10,6 +10,7 @@ WORKDIR /build
 # All dependencies, in a layer that stays while they stay. The program around them does nothing.
 # Of the load tool only its manifest is needed, because the lock file is that of both.
 COPY Cargo.toml Cargo.lock build.rs ./
+COPY .cargo .cargo
 COPY load/Cargo.toml load/
 COPY proto proto
 RUN mkdir src \
