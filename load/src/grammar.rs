@@ -3,6 +3,8 @@
 use clap::builder::PossibleValuesParser;
 use clap::{Arg, ArgAction, Command, value_parser};
 
+use crate::options::Axis;
+
 const MODES: &[&str] =
     &["register", "send", "relay", "open", "light", "drain", "idle", "attachments", "mixed", "start", "growth"];
 
@@ -68,7 +70,7 @@ fn whom() -> [Arg; 8] {
 }
 
 fn how_much() -> [Arg; 14] {
-    let axes = PossibleValuesParser::new(["users", "waiting", "devices", "group"]);
+    let axes = PossibleValuesParser::new(Axis::options());
     [
         number(
             "connections",

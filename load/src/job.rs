@@ -26,6 +26,6 @@ impl Job {
 
     /// Counts what this server and its companions use from now on.
     pub fn meter(&self, server: &Server) -> Meter {
-        Meter::start(server.process(), &self.options.others)
+        Meter::start(server.processes(), &self.options.others)
     }
 }

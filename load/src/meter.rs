@@ -7,7 +7,8 @@ use crate::proc::cpu_seconds;
 
 /// Runs from its making on.
 pub struct Meter {
-    server: Option<u32>,
+    /// The processes of all nodes.
+    server: Vec<u32>,
     others: Vec<(String, u32)>,
     began: Instant,
     before: Reading,
@@ -29,15 +30,15 @@ pub struct Cost {
 
 impl Meter {
     /// Starts to count.
-    pub fn start(server: Option<u32>, others: &[(String, u32)]) -> Self {
-        let before = read(server, others);
+    pub fn start(server: Vec<u32>, others: &[(String, u32)]) -> Self {
+        let before = read(&server, others);
         Self { server, others: others.to_vec(), began: Instant::now(), before }
     }
 
     /// What it was from the start to now.
     pub fn read(&self) -> Cost {
         let seconds = self.began.elapsed().as_secs_f64();
-        let now = read(self.server, &self.others);
+        let now = read(&self.server, &self.others);
         let since = |now: Option<f64>, then: Option<f64>| Some(now? - then?);
         let others = self.others.iter().zip(now.others.iter().zip(&self.before.others));
         Cost {
@@ -49,9 +50,10 @@ impl Meter {
     }
 }
 
-fn read(server: Option<u32>, others: &[(String, u32)]) -> Reading {
+fn read(server: &[u32], others: &[(String, u32)]) -> Reading {
+    let all = server.iter().map(|process| cpu_seconds(*process));
     Reading {
-        server: server.and_then(cpu_seconds),
+        server: all.reduce(|sum, more| Some(sum? + more?)).flatten(),
         others: others.iter().map(|(_, process)| cpu_seconds(*process)).collect(),
         own: crate::proc::own_cpu_seconds(std::process::id()).unwrap_or_default(),
     }

@@ -46,6 +46,8 @@ pub enum Axis {
     Devices,
     /// Accounts that one send is for.
     Group,
+    /// Processes on the same database.
+    Nodes,
 }
 
 /// What is measured.
@@ -186,7 +188,7 @@ impl Options {
             volume: number("volume", 512).max(1) << 20,
             devices: number("devices", 200).max(2),
             fill: number("fill", 1_000_000),
-            axes: axes.iter().map(|axis| Axis::of(axis)).collect(),
+            axes: axes.iter().filter_map(|axis| Axis::of(axis)).collect(),
             steps: given.get_many::<usize>("steps").map(|steps| steps.copied().collect()),
             json: text("json").map(PathBuf::from),
             plot: text("plot").map(PathBuf::from),
@@ -220,18 +222,33 @@ impl Options {
             "volume_mib": self.volume >> 20,
             "devices": self.devices,
             "fill": self.fill,
+            "grow": self.axes.iter().map(|axis| axis.option()).collect::<Vec<_>>(),
+            "steps": self.steps,
         })
     }
 }
 
 impl Axis {
-    fn of(name: &str) -> Self {
-        match name {
-            "users" => Self::Users,
-            "waiting" => Self::Waiting,
-            "devices" => Self::Devices,
-            _ => Self::Group,
+    const ALL: [Self; 5] = [Self::Users, Self::Waiting, Self::Devices, Self::Group, Self::Nodes];
+
+    /// What it is called on the command line.
+    pub fn option(self) -> &'static str {
+        match self {
+            Self::Users => "users",
+            Self::Waiting => "waiting",
+            Self::Devices => "devices",
+            Self::Group => "group",
+            Self::Nodes => "nodes",
         }
+    }
+
+    /// Those that may be named.
+    pub fn options() -> [&'static str; 5] {
+        Self::ALL.map(Self::option)
+    }
+
+    fn of(name: &str) -> Option<Self> {
+        Self::ALL.into_iter().find(|axis| axis.option() == name)
     }
 }
 

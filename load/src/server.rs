@@ -43,11 +43,14 @@ pub struct Server {
     pub api: SocketAddr,
     management: Option<SocketAddr>,
     process: Option<u32>,
+    /// Further nodes on the same database, and where each is.
+    more: Vec<SocketAddr>,
     own: Option<Own>,
 }
 
 struct Own {
     child: Option<Child>,
+    more: Vec<Child>,
     program: PathBuf,
     options: Vec<String>,
     variables: Vec<(&'static str, String)>,
@@ -72,13 +75,14 @@ impl Server {
         let program = match subject {
             Subject::Target { api, process } => {
                 Connection::open(*api).await?;
-                return Ok(Self { api: *api, management: None, process: *process, own: None });
+                return Ok(Self { api: *api, management: None, process: *process, more: Vec::new(), own: None });
             }
             Subject::Program(program) => program.clone(),
         };
         let folder = tempfile::Builder::new().prefix("obscura-load-").tempdir_in(&options.parent)?;
         let mut own = Own {
             child: None,
+            more: Vec::new(),
             program,
             options: options.server_options.clone(),
             variables: Vec::new(),
@@ -102,7 +106,7 @@ impl Server {
         }
         let (api, management) = own.spawn()?;
         let process = own.process();
-        let server = Self { api, management: Some(management), process, own: Some(own) };
+        let server = Self { api, management: Some(management), process, more: Vec::new(), own: Some(own) };
         server.wait_until_ready().await?;
         Ok(server)
     }
@@ -110,6 +114,7 @@ impl Server {
     /// Ends our own server and removes what was made for it.
     pub async fn stop(mut self) -> Result<()> {
         let Some(mut own) = self.own.take() else { return Ok(()) };
+        own.more.drain(..).try_for_each(|node| end(node, "TERM"))?;
         own.end("TERM")?;
         if let Some((url, name)) = own.made_in.take() {
             Database::remove(&url, &name).await?;
@@ -120,6 +125,31 @@ impl Server {
     /// The process, if it is known.
     pub fn process(&self) -> Option<u32> {
         self.process
+    }
+
+    /// The processes of all nodes, as far as they are known.
+    pub fn processes(&self) -> Vec<u32> {
+        let more = self.own.iter().flat_map(|own| own.more.iter().map(Child::id));
+        self.process.into_iter().chain(more).collect()
+    }
+
+    /// Where all nodes are.
+    pub fn nodes(&self) -> Vec<SocketAddr> {
+        [&[self.api], &self.more[..]].concat()
+    }
+
+    /// Starts nodes on the same database until there are so many.
+    pub async fn grow_to(&mut self, nodes: usize) -> Result<()> {
+        while 1 + self.more.len() < nodes {
+            let own = self.own()?;
+            ensure!(own.made_in.is_some(), "several nodes need a database that they share: --postgres and --valkey");
+            let folder = own.folder.path().join(format!("node-{}", own.more.len() + 2));
+            let (child, api, management) = own.spawn_in(&folder)?;
+            own.more.push(child);
+            self.more.push(api);
+            Connection::open(management).await?.get("/readyz").await?.expect(200)?;
+        }
+        Ok(())
     }
 
     pub fn is_own(&self) -> bool {
@@ -198,7 +228,7 @@ impl Server {
 
 impl Drop for Own {
     fn drop(&mut self) {
-        if let Some(mut child) = self.child.take() {
+        for mut child in self.child.take().into_iter().chain(self.more.drain(..)) {
             let _ = child.kill();
             let _ = child.wait();
         }
@@ -211,9 +241,15 @@ impl Own {
     }
 
     fn spawn(&mut self) -> Result<(SocketAddr, SocketAddr)> {
+        let (child, api, management) = self.spawn_in(self.folder.path())?;
+        self.child = Some(child);
+        Ok((api, management))
+    }
+
+    fn spawn_in(&self, folder: &Path) -> Result<(Child, SocketAddr, SocketAddr)> {
         let mut child = Command::new(&self.program)
             .arg("--data-dir")
-            .arg(self.folder.path())
+            .arg(folder)
             .args(SERVER_OPTIONS)
             .args(&self.options)
             .envs(self.variables.iter().map(|(name, value)| (name, value)))
@@ -225,12 +261,12 @@ impl Own {
                 format!("can't start {}; build it with `cargo build --release`", self.program.display())
             })?;
         let output = child.stdout.take().context("no output")?;
-        let child = self.child.insert(child);
         let mut output = BufReader::new(output);
         let (mut api, mut management, mut line) = (None, None, String::new());
         loop {
             line.clear();
             if output.read_line(&mut line)? == 0 {
+                let _ = child.wait();
                 bail!("the server did not start");
             }
             let address = line.split_once("http://").and_then(|(_, rest)| rest.trim().parse().ok());
@@ -242,16 +278,19 @@ impl Own {
             if let (Some(api), Some(management)) = (api, management) {
                 // Kept open, so that the rest of the greeting has somewhere to go.
                 child.stdout = Some(output.into_inner());
-                return Ok((api, management));
+                return Ok((child, api, management));
             }
         }
     }
 
     fn end(&mut self, signal: &str) -> Result<()> {
-        let Some(mut child) = self.child.take() else { return Ok(()) };
-        let sent = Command::new("kill").arg(format!("-{signal}")).arg(child.id().to_string()).status()?;
-        ensure!(sent.success(), "the server could not be stopped");
-        child.wait()?;
-        Ok(())
+        self.child.take().map_or(Ok(()), |child| end(child, signal))
     }
+}
+
+fn end(mut child: Child, signal: &str) -> Result<()> {
+    let sent = Command::new("kill").arg(format!("-{signal}")).arg(child.id().to_string()).status()?;
+    ensure!(sent.success(), "the server could not be stopped");
+    child.wait()?;
+    Ok(())
 }

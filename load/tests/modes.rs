@@ -16,16 +16,21 @@ struct Found {
     folder: tempfile::TempDir,
 }
 
-fn run(arguments: &[&str]) -> Found {
+fn command(arguments: &[&str], folder: &Path) -> Command {
     let tool = Path::new(env!("CARGO_BIN_EXE_obscura-load"));
     let server = tool.with_file_name("obscura-server");
     assert!(server.exists(), "build the server first: cargo build");
+    let mut command = Command::new(tool);
+    command.args(arguments).arg("--runs=1").arg("--server").arg(&server).arg("--folder").arg(folder);
+    command.envs(deployment(folder));
+    command
+}
+
+fn run(arguments: &[&str]) -> Found {
     let folder = tempfile::tempdir().unwrap();
     let (json, plot) = (folder.path().join("figures.json"), folder.path().join("plot.svg"));
-    let mut command = Command::new(tool);
-    command.args(arguments).arg("--runs=1").arg("--server").arg(&server).arg("--folder").arg(folder.path());
+    let mut command = command(arguments, folder.path());
     command.arg("--json").arg(&json).arg("--plot").arg(&plot);
-    command.envs(deployment(folder.path()));
     let output = command.output().unwrap();
     assert!(output.status.success(), "{arguments:?}: {}", String::from_utf8_lossy(&output.stderr));
     let line: Value = serde_json::from_str(&std::fs::read_to_string(json).unwrap()).unwrap();
@@ -159,6 +164,20 @@ fn deliveries_to_accounts_with_several_devices_are_exact() {
 #[test]
 fn deliveries_to_groups_are_exact() {
     assert_exact_while_growing("group", "1,3");
+}
+
+#[test]
+fn deliveries_between_nodes_are_exact_and_a_folder_has_one_node() {
+    match std::env::var("OBSCURA_TEST_DEPLOYMENT").as_deref() {
+        Ok("distributed") => assert_exact_while_growing("nodes", "1,3"),
+        _ => {
+            let refused =
+                command(&["growth", "--grow=nodes", "--steps=2"], tempfile::tempdir().unwrap().path()).output();
+            let refused = refused.unwrap();
+            assert!(!refused.status.success());
+            assert!(String::from_utf8_lossy(&refused.stderr).contains("a database that they share"));
+        }
+    }
 }
 
 /// Two at once, in turn; neither ends with the tool.

@@ -27,6 +27,10 @@ use crate::store::{Allowance, Reservation, Reserved, StoreError};
 use crate::telemetry::metrics::{BlobOperation, Direction, Refusal};
 use crate::telemetry::traces::carried;
 
+/// How many bytes of an upload may come in before its room is reserved. They are written before anything limits them but
+/// the rate of requests; a larger upload doesn't notice the wait.
+const EARLY_BYTES: u64 = 1 << 20;
+
 /// Where a stored attachment is, and until when.
 #[derive(Debug, Serialize)]
 #[serde(rename_all = "camelCase")]
@@ -49,7 +53,16 @@ pub async fn upload(
     // In a bucket it takes nothing of our own disk but a row.
     let on_disk = if app.config.attachments.folder().is_some() { size } else { 0 };
     let claim = app.disk.room_for_attachment(on_disk).ok_or(ApiError::DiskFull)?;
-    let upload = Upload { id: AttachmentId::random(), user: caller.user, size, began: app.clock.now() };
+    let upload = Upload {
+        id: AttachmentId::random(),
+        user: caller.user,
+        size,
+        began: app.clock.now(),
+        // A client that expects to be asked for the bytes would be asked for such as are refused then.
+        may_come_early: size <= EARLY_BYTES
+            && app.blobs.may_come_before_the_row()
+            && !headers.contains_key(header::EXPECT),
+    };
     let attachment =
         Attachment { id: upload.id.to_string(), expires_at: (upload.began + app.config.retention).seconds() };
 
@@ -129,11 +142,14 @@ fn check_size(size: u64, limits: &config::Attachments) -> Result<(), ApiError> {
 }
 
 /// An upload that passed the checks.
+#[derive(Clone, Copy)]
 struct Upload {
     id: AttachmentId,
     user: UserId,
     size: u64,
     began: Timestamp,
+    /// The bytes may come in while their room is being reserved.
+    may_come_early: bool,
 }
 
 impl Upload {
@@ -141,18 +157,18 @@ impl Upload {
     async fn run(self, app: App, body: Body, abandoned: CancellationToken) -> Result<(), ApiError> {
         let over = abandoned.child_token();
         let staging = self.stage(&app, body, &over);
-        let (reserved, staged) = if app.blobs.may_come_before_the_row() {
-            let reserving = async { self.reserve(&app).await.inspect_err(|_| over.cancel()) };
-            tokio::join!(reserving, staging)
+        let staged = if self.may_come_early {
+            // A task of its own: others may wait for the same transaction, and the bytes must not hold it up.
+            let reserving = app.tasks.finish(carried(self.reserve(app.clone())));
+            let reserving = async { reserving.await.inspect_err(|_| over.cancel()) };
+            let (reserved, staged) = tokio::join!(reserving, staging);
+            // What has come in of a refused one goes by being dropped.
+            reserved?;
+            staged
         } else {
-            self.reserve(&app).await?;
-            (Ok(()), staging.await)
+            self.reserve(app.clone()).await?;
+            staging.await
         };
-        if let Err(refusal) = reserved {
-            drop(staged);
-            self.discard(&app).await;
-            return Err(refusal);
-        }
         let stored = self.store(&app, staged).await;
         if stored.is_err() || abandoned.is_cancelled() {
             let may_still_happen = stored.as_ref().is_err_and(Failure::may_still_happen);
@@ -161,10 +177,10 @@ impl Upload {
         stored.map_err(Failure::answer)
     }
 
-    async fn reserve(&self, app: &App) -> Result<(), ApiError> {
+    async fn reserve(self, app: App) -> Result<(), ApiError> {
         let config = &app.config.attachments;
         let allowance = Allowance { quota_bytes: config.quota_bytes, bytes_per_day: config.bytes_per_day };
-        let &Self { id, user, size, began: now } = self;
+        let Self { id, user, size, began: now, .. } = self;
         match app.store.reserve_attachment(Reservation { user, id, size, now, allowance }).await? {
             Reserved::Yes => Ok(()),
             Reserved::QuotaExceeded => {
@@ -201,24 +217,14 @@ impl Upload {
     /// Removes bytes and row, in this order. What can't be removed now is found by a sweep, and so are bytes that may
     /// still arrive: for these the row stays.
     async fn undo(&self, app: &App, may_still_happen: bool) {
-        if !self.discard(app).await {
-            return;
-        }
-        if may_still_happen {
+        if let Some((_, error)) = app.blobs.discard(&[self.id]).await.failed {
+            app.metrics.blob_failures.one(BlobOperation::Delete);
+            warn!(%error, "an upload that came to nothing could not be removed; a sweep will try again");
+        } else if may_still_happen {
             warn!("the storage did not say what came of an upload; a sweep will remove what may be left");
         } else if let Err(error) = app.store.forget_attachments(&[self.id]).await {
             warn!(%error, "an upload that came to nothing could not be forgotten; a sweep will try again");
         }
-    }
-
-    /// Removes what there is of the bytes. True when nothing is left.
-    async fn discard(&self, app: &App) -> bool {
-        let failed = app.blobs.discard(&[self.id]).await.failed;
-        if let Some((_, error)) = &failed {
-            app.metrics.blob_failures.one(BlobOperation::Delete);
-            warn!(%error, "an upload that came to nothing could not be removed; a sweep or the next start will try again");
-        }
-        failed.is_none()
     }
 }
 

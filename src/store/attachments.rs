@@ -1,6 +1,7 @@
 //! Which attachments exist. Their bytes are in `blobs`, and how a row comes here in `uploads`.
 //!
-//! The row comes first, as pending, and goes last. So bytes without a row can't be, whatever happens in between.
+//! The row is there, as pending, before the bytes become the attachment, and goes last. So an object without a row can't
+//! be, whatever happens in between.
 
 use sqlx::types::Uuid;
 

@@ -25,6 +25,7 @@ impl Axis {
             Self::Waiting => "waiting messages",
             Self::Devices => "devices of an account",
             Self::Group => "recipients of a send",
+            Self::Nodes => "nodes",
         }
     }
 
@@ -34,6 +35,7 @@ impl Axis {
             Self::Waiting => vec![0, 100_000, 1_000_000, 2_000_000],
             Self::Devices => vec![1, 2, 5, 10],
             Self::Group => vec![1, 10, 50, 100],
+            Self::Nodes => vec![1, 2, 3],
         }
     }
 }
@@ -41,8 +43,13 @@ impl Axis {
 /// Each axis has a server of its own.
 pub async fn measure(job: &Job, subject: &Subject) -> Result<Figures> {
     let mut figures = Figures::default();
-    let axes = if job.options.axes.is_empty() { &ALL[..] } else { &job.options.axes };
-    for axis in axes {
+    let mut axes = job.options.axes.clone();
+    if axes.is_empty() {
+        axes.extend(ALL);
+        // Nodes share a database; a folder is for one.
+        axes.extend(job.options.postgres.is_some().then_some(Axis::Nodes));
+    }
+    for axis in &axes {
         let mut server = Server::start(&job.options, subject).await?;
         let steps = job.options.steps.clone().unwrap_or_else(|| axis.steps());
         let done = along(job, &mut server, *axis, &steps, &mut figures).await;
@@ -77,6 +84,10 @@ async fn along(job: &Job, server: &mut Server, axis: Axis, steps: &[usize], figu
                 let accounts = register_with(server.api, ACCOUNTS, *step).await?;
                 (Audience::by_account(accounts.clone()), Audience::by_account(accounts))
             }
+            Axis::Nodes => {
+                server.grow_to(*step).await?;
+                (Audience::singly(recipients.clone()), Audience::singly(receivers.clone()))
+            }
             Axis::Group => {
                 (Audience::in_groups(recipients.clone(), *step), Audience::in_groups(receivers.clone(), *step))
             }
@@ -95,6 +106,7 @@ async fn along(job: &Job, server: &mut Server, axis: Axis, steps: &[usize], figu
         });
         figures.add_all(&format!("send, {name}"), sends);
         figures.add_all(&format!("relay, {name}"), relayed);
+        server.add_memory(figures, &name);
     }
     Ok(())
 }

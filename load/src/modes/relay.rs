@@ -35,7 +35,8 @@ const SILENCE: Duration = Duration::from_millis(100);
 /// What all tasks of a measurement share.
 struct Plan {
     job: Job,
-    api: SocketAddr,
+    /// Senders and receivers take turns with the nodes.
+    nodes: Vec<SocketAddr>,
     senders: Vec<Device>,
     audience: Audience,
     began: Instant,
@@ -83,12 +84,12 @@ pub async fn load(
     audience: &Audience,
 ) -> Result<()> {
     job.phase("connecting", server);
-    let sockets = open(server.api, &audience.devices).await?;
+    let sockets = open(&server.nodes(), &audience.devices).await?;
     let began = Instant::now();
     let from = began + WARM_UP;
     let plan = Arc::new(Plan {
         job: job.clone(),
-        api: server.api,
+        nodes: server.nodes(),
         senders: senders.to_vec(),
         audience: audience.clone(),
         began,
@@ -127,11 +128,12 @@ pub async fn load(
     Ok(())
 }
 
-async fn open(api: SocketAddr, receivers: &[Device]) -> Result<Vec<Socket>> {
-    let mut connection = Connection::open(api).await?;
+/// The first receiver is connected to the last node, so that it is another one than the first sender's.
+async fn open(nodes: &[SocketAddr], receivers: &[Device]) -> Result<Vec<Socket>> {
     let mut sockets = Vec::with_capacity(receivers.len());
-    for receiver in receivers {
-        sockets.push(Socket::open(&mut connection, api, receiver, LARGE_BUFFER).await?);
+    for (receiver, api) in receivers.iter().zip(nodes.iter().rev().cycle()) {
+        let mut connection = Connection::open(*api).await?;
+        sockets.push(Socket::open(&mut connection, *api, receiver, LARGE_BUFFER).await?);
     }
     Ok(sockets)
 }
@@ -148,7 +150,8 @@ async fn send(plan: &Arc<Plan>) -> Result<Vec<Sent>> {
 }
 
 async fn send_as(plan: &Plan, by: usize) -> Result<Sent> {
-    let mut sender = Sender::open(plan.api, &plan.senders[by], plan.job.options.size).await?;
+    let api = plan.nodes[by % plan.nodes.len()];
+    let mut sender = Sender::open(api, &plan.senders[by], plan.job.options.size).await?;
     let (mut to, mut sends) = (vec![0; plan.audience.devices.len()], 0);
     let (mut letters, number) = (Vec::new(), u32::try_from(by)?);
     for turn in 0.. {
@@ -219,14 +222,14 @@ fn account(figures: &mut Figures, sent: &[Sent], received: &[Received]) {
 
 /// How many messages come again though they were acknowledged.
 async fn redelivered(plan: &Plan) -> Result<usize> {
-    let mut sockets = open(plan.api, &plan.audience.devices).await?;
+    let mut sockets = open(&plan.nodes, &plan.audience.devices).await?;
     unasked(&mut sockets).await
 }
 
 /// Takes and acknowledges all that waits for these devices.
 pub async fn empty(api: SocketAddr, devices: &[Device]) -> Result<()> {
     let mut emptying = JoinSet::new();
-    for mut socket in open(api, devices).await? {
+    for mut socket in open(&[api], devices).await? {
         emptying.spawn(async move {
             while let Ok(mail) = tokio::time::timeout(LULL, socket.mail()).await {
                 socket.ack(mail?).await?;

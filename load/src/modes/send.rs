@@ -41,8 +41,8 @@ pub async fn load(
     let from = Instant::now() + WARM_UP.min(job.options.duration);
     let until = from + job.options.duration;
     let mut work = JoinSet::new();
-    for (n, device) in senders.iter().enumerate() {
-        let sender = Sender::open(server.api, device, job.options.size).await?;
+    for ((n, device), api) in senders.iter().enumerate().zip(server.nodes().into_iter().cycle()) {
+        let sender = Sender::open(api, device, job.options.size).await?;
         let first = n * audience.sets() / senders.len();
         let (audience, job) = (audience.clone(), job.clone());
         work.spawn(async move { keep_sending(sender, &audience, first, &job.watch, from, until).await });

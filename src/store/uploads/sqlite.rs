@@ -2,7 +2,6 @@
 //! when nobody asks for room.
 
 use std::collections::HashMap;
-use std::fmt::Write;
 
 use sqlx::query::Query;
 use sqlx::sqlite::{SqliteArguments, SqliteRow};
@@ -40,7 +39,7 @@ const BEGIN: &str = "
     FROM json_each($2) row;
 
     INSERT INTO upload_debts (user_id, paid_at)
-    SELECT substr($3, row.value ->> 0, 16), row.value ->> 1 FROM json_each($4) row WHERE true
+    SELECT substr($1, row.value ->> 0, 16), row.value ->> 1 FROM json_each($3) row WHERE true
     ON CONFLICT (user_id) DO UPDATE SET paid_at = excluded.paid_at;
 
     COMMIT";
@@ -71,13 +70,13 @@ pub(super) async fn take(sqlite: &SqliteStore, steps: &[Step]) -> Result<Vec<Tak
     let [_begun, completed, used] = tx.run(question).await?;
     let used = used.rows.iter().map(|row| Ok(Used::from_row(row)?)).collect::<Result<Vec<_>>>()?;
     let mut used: HashMap<UserId, Used> = users.into_iter().zip(used).collect();
-    let mut reserved = Vec::with_capacity(begin.len());
-    for upload in &begin {
-        reserved.push(used.entry(upload.user).or_default().admit(upload));
+    let (mut admitted, mut reserved) = (Vec::with_capacity(begin.len()), Vec::with_capacity(begin.len()));
+    for upload in begin {
+        let came = used.entry(upload.user).or_default().admit(upload);
+        admitted.extend((came == Reserved::Yes).then_some(upload));
+        reserved.push(came);
     }
-    let admitted =
-        begin.iter().zip(&reserved).filter(|(_, reserved)| **reserved == Reserved::Yes).map(|(upload, _)| *upload);
-    let [_rows, _debts, _committed] = tx.finish(beginning(admitted, &used)).await?;
+    let [_rows, _debts, _committed] = tx.finish(beginning(&admitted, &used)).await?;
     answers(steps, &completed.rows, reserved)
 }
 
@@ -87,25 +86,21 @@ fn completion(text: &'static str, ids: &[AttachmentId]) -> Query<'static, Sqlite
         .bind(json_list((0..ids.len()).map(|n| n * 16 + 1)))
 }
 
-/// Writes these uploads, and what is now owed by the accounts that owe anything.
-fn beginning<'a>(
-    uploads: impl Iterator<Item = &'a Reservation>,
-    used: &HashMap<UserId, Used>,
-) -> Query<'static, Sqlite, SqliteArguments> {
-    let (mut ids, mut rows) = (Vec::new(), Vec::new());
+/// Writes these uploads, and what their accounts owe by them. When all were refused it writes nothing, and so waits for no
+/// disk.
+fn beginning(uploads: &[&Reservation], used: &HashMap<UserId, Used>) -> Query<'static, Sqlite, SqliteArguments> {
+    let (mut ids, mut rows, mut debts) = (Vec::new(), Vec::new(), HashMap::new());
     for Reservation { user, id, size, now, .. } in uploads {
-        rows.push(format!("[{},{},{}]", ids.len() + 1, whole(*size), began(*now).millis()));
+        let offset = ids.len() + 1;
+        rows.push(format!("[{offset},{},{}]", whole(*size), began(*now).millis()));
         ids.extend_from_slice(id.as_bytes());
         ids.extend_from_slice(user.as_bytes());
+        if let Some(paid_at) = used.get(user).and_then(|used| used.paid_at) {
+            // Where the account stands in the blob, once for each.
+            debts.insert(*user, format!("[{},{}]", offset + 16, paid_at.millis()));
+        }
     }
-    let (mut users, mut debts) = (Vec::new(), String::from("["));
-    for (user, paid_at) in used.iter().filter_map(|(user, used)| Some((user, used.paid_at?))) {
-        let comma = if users.is_empty() { "" } else { "," };
-        let _ = write!(debts, "{comma}[{},{}]", users.len() + 1, paid_at.millis());
-        users.extend_from_slice(user.as_bytes());
-    }
-    debts.push(']');
-    sqlx::query(BEGIN).bind(ids).bind(json_list(rows.into_iter())).bind(users).bind(debts)
+    sqlx::query(BEGIN).bind(ids).bind(json_list(rows.into_iter())).bind(json_list(debts.into_values()))
 }
 
 /// What came of each step, in their order.
