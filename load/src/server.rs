@@ -98,6 +98,8 @@ impl Server {
                 // Variables are not seen in the list of processes, arguments are.
                 own.variables.push(("OBSCURA_DATABASE_URL", url.clone()));
             }
+            // The same for all nodes, each of which would make one of its own.
+            own.variables.push(("OBSCURA_AUTH_JWT_SECRET", format!("{:032x}", rand::random::<u128>())));
         }
         if let Some(url) = &options.valkey {
             own.variables.push(("OBSCURA_PUBSUB_URL", url.clone()));
