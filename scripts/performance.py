@@ -46,12 +46,34 @@ def table(mode, figures):
     return lines
 
 
+def growth_table(figures):
+    """A row for each step: how fast it still is, and what each send and message costs then."""
+    cost = "all_cpu_us_each" if "all_cpu_us_each" in figures else "server_cpu_us_each"
+    columns = [("sends_per_s", "send, "), (cost, "send, "), ("messages_per_s", "relay, "), (cost, "relay, "), ("p99_ms", "relay, ")]
+    lines = [
+        "| With | sends/s | CPU of a send, us | relayed messages/s | CPU of a message, us | p99 to the delivery, ms | resident MiB |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for step in figures["resident_mib"]:
+        def median(key, before):
+            return next(case["median"] for case in figures[key] if case["of"] == before + step["of"])
+        cells = [shown(median(key, before)) for key, before in columns]
+        lines.append(f"| {spaced(step['of'])} | {' | '.join(cells)} | {shown(step['median'])} |")
+    return lines
+
+
+def spaced(step):
+    count, what = step.split(" ", 1)
+    return f"{int(count):,} {what}".replace(",", " ")
+
+
 def section(mode, folder, deployment):
     found = json.loads((folder / f"{mode}.json").read_text().splitlines()[-1])
     arguments = (folder / f"{mode}.command").read_text().strip()
     plot = f"{mode}-{deployment}.svg"
     lines = [f"### {mode}", "", f"`obscura-load {arguments}`, {found['options']['runs']} runs", ""]
-    lines += table(mode, found["subjects"][0]["figures"])
+    figures = found["subjects"][0]["figures"]
+    lines += growth_table(figures) if mode == "growth" else table(mode, figures)
     return found["machine"], lines + ["", f"![{mode}: what it looked like](performance/{plot})", ""]
 
 

@@ -125,6 +125,7 @@ impl Session {
     fn new(app: App, holder: &SessionHolder, pipe: Pipe) -> Self {
         let now = Instant::now();
         let config = &app.config.gateway;
+        let inflight = Inflight::new(app.config.messaging.max_inbox_size);
         let (ping_due, look_due) =
             (next_ping(now, app.clock.now(), config.ping_interval), now + jittered(config.look_interval));
         Self {
@@ -132,7 +133,7 @@ impl Session {
             device: holder.no,
             epoch: holder.tokens_void_to,
             pipe,
-            inflight: Inflight::default(),
+            inflight,
             acks: Acks::default(),
             trails: Trails::default(),
             sent_to: Position::default(),
