@@ -39,10 +39,9 @@ async fn log_lines_are_objects_when_they_are_for_machines() {
     for (format, is_for_machines) in [("--log-format=json", true), ("--log-format=text", false)] {
         let folder = tempfile::tempdir().unwrap();
         let server = Binary::start(folder.path(), &[format]).await;
-        let output = server.output();
-        let mut lines = output.lines().filter(|line| line.contains("the server is ready")).peekable();
-        assert!(lines.peek().is_some(), "{output}");
-        for line in lines {
+        let says = "the server is ready";
+        eventually("the line to be written", async || server.output().contains(says)).await;
+        for line in server.output().lines().filter(|line| line.contains(says)) {
             let object = serde_json::from_str::<serde_json::Value>(line).is_ok_and(|line| line.is_object());
             assert_eq!(object, is_for_machines, "{line}");
         }

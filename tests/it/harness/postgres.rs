@@ -45,7 +45,11 @@ impl Postgres {
         initdb.args(["--locale=C", "--no-sync", "--pgdata=data"]);
         let made = initdb.output().expect("initdb starts");
         assert!(made.status.success(), "initdb: {}", String::from_utf8_lossy(&made.stderr));
-        postgres.start_again().await;
+        // Somebody else may take a port before it does.
+        while let Err(log) = postgres.try_to_start().await {
+            assert!(log.contains("Address already in use"), "{log}");
+            postgres.port = free_port();
+        }
         postgres
     }
 
@@ -61,6 +65,11 @@ impl Postgres {
 
     /// Starts it after it has ended, on the same folder and port.
     pub async fn start_again(&mut self) {
+        self.try_to_start().await.unwrap_or_else(|log| panic!("{log}"));
+    }
+
+    /// Fails with what it said when it ended at once.
+    async fn try_to_start(&mut self) -> Result<(), String> {
         assert!(self.child.is_none(), "PostgreSQL runs already");
         self.log.lock().unwrap().clear();
         let mut command = self.command("postgres");
@@ -76,11 +85,13 @@ impl Postgres {
         while !self.log.lock().unwrap().contains("ready to accept connections") {
             let log = || self.log.lock().unwrap().clone();
             if let Some(status) = child.try_wait().expect("a child") {
-                panic!("PostgreSQL ended with {status}:\n{}", log());
+                self.child = None;
+                return Err(format!("PostgreSQL ended with {status}:\n{}", log()));
             }
             assert!(Instant::now() < deadline, "PostgreSQL does not get ready:\n{}", log());
             tokio::time::sleep(Duration::from_millis(5)).await;
         }
+        Ok(())
     }
 
     /// Ends it in order, without waiting for its clients: what an upgrade of the package does.
