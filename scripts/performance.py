@@ -6,7 +6,6 @@
 import datetime
 import json
 import pathlib
-import subprocess
 import sys
 
 MODES = ["send", "relay", "light", "open", "drain", "idle", "attachments", "mixed", "register", "start", "growth"]
@@ -29,10 +28,6 @@ def shown(value):
     if value == int(value) or abs(value) >= 100:
         return f"{value:,.0f}".replace(",", " ")
     return f"{value:.3g}"
-
-
-def command(*words):
-    return subprocess.run(words, capture_output=True, text=True, check=True).stdout.strip()
 
 
 def table(mode, figures):
@@ -69,9 +64,9 @@ def spaced(step):
 
 def section(mode, folder, deployment):
     found = json.loads((folder / f"{mode}.json").read_text().splitlines()[-1])
-    arguments = (folder / f"{mode}.command").read_text().strip()
+    arguments, commit = (folder / f"{mode}.command").read_text().splitlines()
     plot = f"{mode}-{deployment}.svg"
-    lines = [f"### {mode}", "", f"`obscura-load {arguments}`, {found['options']['runs']} runs", ""]
+    lines = [f"### {mode}", "", f"`obscura-load {arguments}`, commit {commit}", ""]
     figures = found["subjects"][0]["figures"]
     lines += growth_table(figures) if mode == "growth" else table(mode, figures)
     return found["machine"], lines + ["", f"![{mode}: what it looked like](performance/{plot})", ""]
@@ -91,7 +86,7 @@ def figures(deployment, folder):
         sys.exit("nothing was measured")
     today = datetime.datetime.now(datetime.timezone.utc).date()
     head = (
-        f"Commit {command('git', 'rev-parse', '--short=12', 'HEAD')}, {today}; {machine['cores']} cores of {machine['cpu']}, "
+        f"{today}; {machine['cores']} cores of {machine['cpu']}, "
         f"{machine['memory_mib'] / 1024:.0f} GiB, Linux {machine['kernel']}. Made by "
         f"`scripts/performance{' --distributed' if deployment == 'distributed' else ''}`."
     )
