@@ -229,7 +229,8 @@ impl Options {
 }
 
 impl Axis {
-    const ALL: [Self; 5] = [Self::Users, Self::Waiting, Self::Devices, Self::Group, Self::Nodes];
+    /// Those that take little to set up come first.
+    pub const ALL: [Self; 5] = [Self::Group, Self::Devices, Self::Users, Self::Waiting, Self::Nodes];
 
     /// What it is called on the command line.
     pub fn option(self) -> &'static str {

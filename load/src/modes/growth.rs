@@ -16,8 +16,6 @@ const EACH: usize = 500;
 /// Accounts that are written to when each send is for several of their devices.
 const ACCOUNTS: usize = 20;
 
-const ALL: [Axis; 4] = [Axis::Group, Axis::Devices, Axis::Users, Axis::Waiting];
-
 impl Axis {
     fn name(self) -> &'static str {
         match self {
@@ -45,9 +43,9 @@ pub async fn measure(job: &Job, subject: &Subject) -> Result<Figures> {
     let mut figures = Figures::default();
     let mut axes = job.options.axes.clone();
     if axes.is_empty() {
-        axes.extend(ALL);
         // Nodes share a database; a folder is for one.
-        axes.extend(job.options.postgres.is_some().then_some(Axis::Nodes));
+        let is_shared = job.options.postgres.is_some();
+        axes.extend(Axis::ALL.into_iter().filter(|axis| is_shared || *axis != Axis::Nodes));
     }
     for axis in &axes {
         let mut server = Server::start(&job.options, subject).await?;
