@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use tokio::time::sleep;
+use tokio::time::{Instant, sleep};
 use tracing::{info, warn};
 
 use crate::blobs::Keys;
@@ -14,9 +14,10 @@ use crate::tasks::jittered;
 
 /// The pause between two looks at a service that is away, at first and at most.
 const FIRST_PAUSE: Duration = Duration::from_millis(250);
-const LONGEST_PAUSE: Duration = Duration::from_secs(10);
-/// Attempts to make the bucket. One that was just made may not be seen at once, or another node may have been quicker.
-const CREATIONS: usize = 5;
+const LONGEST_PAUSE: Duration = Duration::from_secs(5);
+/// For so long a bucket that was to be made is waited for: one that was just made, here or by another node, is not seen
+/// everywhere at once.
+const SEEN_WITHIN: Duration = Duration::from_secs(60);
 
 /// What an answer means for the start.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -39,20 +40,25 @@ pub(super) async fn until_usable(
     if let Err(cause) = service.check_credentials().await {
         return Err(OpenError::Credentials { endpoint, cause });
     }
-    let (mut pause, mut creations) = (FIRST_PAUSE, 0);
+    let (mut pause, mut made, until) = (FIRST_PAUSE, false, Instant::now() + SEEN_WITHIN);
     loop {
         let Err(mut cause) = look(service, keys).await else { return Ok(()) };
-        if trouble(&cause) == Trouble::NoBucket && config.create_bucket && creations < CREATIONS {
-            creations += 1;
+        let mut trouble = Trouble::of(&cause);
+        if trouble == Trouble::NoBucket && config.create_bucket && Instant::now() < until {
             match service.create_bucket().await {
-                Ok(()) => {
+                Ok(()) if !made => {
                     info!(bucket, "the bucket was made");
+                    made = true;
                     continue;
                 }
-                Err(error) => cause = error,
+                Ok(()) => trouble = Trouble::Passing,
+                Err(error) => {
+                    trouble = Trouble::of(&error);
+                    cause = error;
+                }
             }
         }
-        match trouble(&cause) {
+        match trouble {
             Trouble::Passing => warn!(endpoint, %cause, "the attachment storage is waited for"),
             Trouble::NoBucket => return Err(OpenError::Missing { bucket, endpoint }),
             Trouble::Credentials => return Err(OpenError::Credentials { endpoint, cause }),
@@ -70,20 +76,22 @@ async fn look(service: &Service, keys: &Keys) -> Result<(), BlobError> {
     service.head_bucket().await
 }
 
-fn trouble(cause: &BlobError) -> Trouble {
-    if cause.is_no_answer() {
-        return Trouble::Passing;
-    }
-    match (cause.status(), cause.code()) {
-        (_, "InvalidAccessKeyId" | "SignatureDoesNotMatch" | "InvalidToken" | "ExpiredToken") | (Some(401), _) => {
-            Trouble::Credentials
+impl Trouble {
+    fn of(cause: &BlobError) -> Self {
+        if cause.is_no_answer() {
+            return Self::Passing;
         }
-        (_, "RequestTimeTooSkewed" | "AuthorizationHeaderMalformed" | "PermanentRedirect") => Trouble::Options,
-        (Some(403), _) => Trouble::Denied,
-        (Some(404), _) => Trouble::NoBucket,
-        // 409: another node has made the bucket meanwhile.
-        (Some(409 | 429 | 500 | 502 | 503 | 504), _) => Trouble::Passing,
-        _ => Trouble::Options,
+        match (cause.status(), cause.code()) {
+            (_, "InvalidAccessKeyId" | "SignatureDoesNotMatch" | "InvalidToken" | "ExpiredToken") | (Some(401), _) => {
+                Self::Credentials
+            }
+            (_, "RequestTimeTooSkewed" | "AuthorizationHeaderMalformed" | "PermanentRedirect") => Self::Options,
+            (Some(403), _) => Self::Denied,
+            (Some(404), _) => Self::NoBucket,
+            // 409: another node has made the bucket meanwhile.
+            (Some(409 | 429 | 500 | 502 | 503 | 504), _) => Self::Passing,
+            _ => Self::Options,
+        }
     }
 }
 
@@ -104,9 +112,9 @@ mod tests {
             (501, "NotImplemented", Trouble::Options),
         ] {
             let cause = BlobError::answer(status, &format!("<Code>{code}</Code>"));
-            assert_eq!(trouble(&cause), expected, "{code}");
+            assert_eq!(Trouble::of(&cause), expected, "{code}");
         }
-        assert_eq!(trouble(&BlobError::late()), Trouble::Passing);
-        assert_eq!(trouble(&BlobError::other("not S3")), Trouble::Options);
+        assert_eq!(Trouble::of(&BlobError::late()), Trouble::Passing);
+        assert_eq!(Trouble::of(&BlobError::other("not S3")), Trouble::Options);
     }
 }

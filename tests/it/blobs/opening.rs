@@ -1,6 +1,7 @@
 //! The first look at a bucket, and the readiness check.
 
 use crate::harness::{Fate, S3Process, S3Proxy, eventually, within_time};
+use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
 use std::time::Duration;
 
 use super::*;
@@ -45,8 +46,27 @@ async fn several_nodes_may_make_the_same_bucket_at_once() {
     let mut settings = settings(&bucket);
     settings.create_bucket = true;
     let opening = futures_util::future::join_all((0..8).map(|_| Blobs::open(&settings)));
-    let opened = within("the storages to open", opening).await;
+    let opened = within_time(Duration::from_secs(60), "the storages to open", opening).await;
     assert!(opened.iter().all(Result::is_ok), "{opened:?}");
+}
+
+#[tokio::test]
+async fn a_bucket_that_is_seen_late_after_it_was_made_is_waited_for() {
+    let bucket = S3::shared().await.bucket().await;
+    let proxy = S3Proxy::start(&bucket.service.endpoint).await;
+    let creations = AtomicUsize::new(0);
+    proxy.rule(move |method, _| match method {
+        "PUT" => {
+            creations.fetch_add(1, Relaxed);
+            Fate::Answer(200)
+        }
+        _ if creations.load(Relaxed) < 6 => Fate::Answer(404),
+        _ => Fate::Pass,
+    });
+    let mut settings = settings(&bucket.at(&proxy.endpoint));
+    settings.create_bucket = true;
+    within_time(Duration::from_secs(30), "the storage to open", Blobs::open(&settings)).await.unwrap();
+    assert_eq!(proxy.count("PUT"), 6);
 }
 
 #[tokio::test]
