@@ -9,6 +9,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
 use tokio::net::{TcpListener, TcpSocket};
+use tokio::time::Instant;
 use tracing::{debug, error, info, warn};
 
 use crate::api::connections::Connections;
@@ -40,6 +41,9 @@ const MANAGEMENT_CONNECTIONS: usize = 64;
 const BODIES_KIB: usize = 128 << 10;
 /// Memory for the large frames of all sockets at once.
 const FRAMES_KIB: usize = 64 << 10;
+/// How long a predecessor may take to let go of the file of a database, and how often it is looked whether it has.
+const PREDECESSOR_ENDS_WITHIN: Duration = Duration::from_secs(2);
+const BETWEEN_LOOKS_AT_THE_LOCK: Duration = Duration::from_millis(50);
 /// The first pause before a database that isn't there is tried again; it doubles up to [`LONGEST_WAIT`].
 const FIRST_WAIT: Duration = Duration::from_secs(1);
 /// The longest such pause.
@@ -89,7 +93,10 @@ impl Server {
         }
         config.open_data_dir()?;
         config.check_secret()?;
-        let lock = config.database.file().map(lock_database).transpose()?;
+        let lock = match config.database.file() {
+            Some(file) => Some(lock_database(file).await?),
+            None => None,
+        };
         let api = claim(&config.server, config.server.port)?;
         let management = listen(claim(&config.server, config.server.management_port)?)?;
         let (api_address, management_address) = (api.local_addr()?, management.local_addr()?);
@@ -342,13 +349,19 @@ async fn open_storage(config: &Arc<Config>, health: &Health, tasks: &Tasks) -> R
     Ok(blobs)
 }
 
-/// Makes sure that no other server uses this database: they would not see each other's signals.
-pub(crate) fn lock_database(file: &Path) -> Result<File> {
+/// Makes sure that no other server uses this database: they would not see each other's signals. One that is just ending
+/// is waited for.
+pub(crate) async fn lock_database(file: &Path) -> Result<File> {
     let mut path = file.as_os_str().to_owned();
     path.push(".lock");
     let lock = OpenOptions::new().create(true).append(true).mode(0o600).open(&path);
     let lock = lock.with_context(|| format!("can't write {}; check its folder", path.display()))?;
-    if lock.try_lock().is_err() {
+    let until = Instant::now() + PREDECESSOR_ENDS_WITHIN;
+    while lock.try_lock().is_err() {
+        if Instant::now() < until {
+            tokio::time::sleep(BETWEEN_LOOKS_AT_THE_LOCK).await;
+            continue;
+        }
         bail!("another server is already running on {}; stop it, or name another --data-dir", file.display());
     }
     Ok(lock)

@@ -15,7 +15,8 @@ pub(super) async fn run(config: Config) -> anyhow::Result<String> {
         Some(file) if !file.exists() => {
             bail!("there is no database at {}; restore the backup first", file.display())
         }
-        file => file.map(server::lock_database).transpose()?,
+        Some(file) => Some(server::lock_database(file).await?),
+        None => None,
     };
     let store = Store::open(&config.database, store::Limits::of(&config), &Metrics::unread()).await?;
     let dropped = store.forget_one_time_prekeys().await?;

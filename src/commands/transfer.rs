@@ -77,7 +77,7 @@ impl Request {
         if !file.exists() {
             bail!("--from: there is no database at {}", file.display());
         }
-        let _lock = server::lock_database(&file)?;
+        let _lock = server::lock_database(&file).await?;
         let bytes = if self.attachments { Some(self.storages(&file, &config).await?) } else { None };
         let mut report = Report::new();
         report.begin("Reading the source and preparing the target …", "copied");
