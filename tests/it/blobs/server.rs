@@ -77,7 +77,11 @@ async fn an_upload_cut_anywhere_leaves_no_object_no_parts_and_no_row() {
 
 #[tokio::test]
 async fn whenever_a_client_hangs_up_there_is_a_whole_attachment_or_none() {
-    let (server, bucket, _proxy) = server_with(|_| {}).await;
+    let (server, bucket, _proxy) = server_with(|config| {
+        config.attachments.cleanup_interval = Duration::from_secs(1);
+        config.attachments.timeout = Duration::from_secs(60);
+    })
+    .await;
     let device = server.account().await;
     let size = PART + 100;
     let before = connections(&server).await;
@@ -92,6 +96,8 @@ async fn whenever_a_client_hangs_up_there_is_a_whole_attachment_or_none() {
     }))
     .await;
     came_and_went(&server, 24, before).await;
+    // What a busy service did not answer for waits for the sweep.
+    server.clock.advance(Duration::from_mins(3));
     let database = server.database().await;
     let count = async |which: &str| database.number(&format!("SELECT count(*) FROM attachments {which}")).await;
     eventually("nothing to be under way", async || {
