@@ -20,6 +20,11 @@ static MIGRATIONS: Migrator = sqlx::migrate!("migrations/postgres");
 const OLDEST_VERSION: i32 = 150_000;
 /// A replica, or a server that somebody has set so.
 const TAKES_NO_WRITES: &str = "SELECT pg_is_in_recovery() OR current_setting('transaction_read_only')::bool";
+/// A group waits only a moment for others. And its statements find each row by a key, in one way that is planned once:
+/// what the server would choose by its statistics is worse while these don't know yet how much the queue has grown.
+const BEGIN_GROUP: &str = "
+    BEGIN ISOLATION LEVEL READ COMMITTED; SET LOCAL lock_timeout = 300; SET LOCAL plan_cache_mode = force_generic_plan;
+    SET LOCAL enable_seqscan = off; SET LOCAL enable_hashjoin = off; SET LOCAL enable_mergejoin = off";
 /// How much longer than the server itself we wait for a statement, before we take the server for frozen.
 const MARGIN: Duration = Duration::from_secs(1);
 
@@ -69,9 +74,9 @@ impl PostgresStore {
         self.begin_with("BEGIN ISOLATION LEVEL READ COMMITTED").await
     }
 
-    /// Starts the transaction of a group, for which everybody waits, so that it waits only a moment for others.
+    /// Starts the transaction of a group, for which everybody waits. See `BEGIN_GROUP`.
     pub(super) async fn begin_group(&self) -> Result<PostgresTx> {
-        self.begin_with("BEGIN ISOLATION LEVEL READ COMMITTED; SET LOCAL lock_timeout = 300").await
+        self.begin_with(BEGIN_GROUP).await
     }
 
     async fn begin_with(&self, statements: &'static str) -> Result<PostgresTx> {

@@ -43,6 +43,70 @@ const LOCK_WHAT_IS_FREE: &str = "
     SELECT user_id, 0 FROM unnest($1) AS asked (user_id)
     WHERE NOT EXISTS (SELECT 1 FROM account_locks l WHERE l.user_id = asked.user_id)";
 
+/// The device is compared too, so that nothing but its own mail can ever be deleted.
+macro_rules! delete_acknowledged {
+    ($arrays:literal) => {
+        concat!(
+            "DELETE FROM messages m USING unnest(",
+            $arrays,
+            ") AS acked (device_no, position)
+             WHERE m.device_no = acked.device_no AND m.position = acked.position"
+        )
+    };
+}
+
+/// The outcomes that are stored for the keys $2 of the senders $1 and are younger than $3, or of which a message waits;
+/// all devices of the accounts $4; and $5 blocks of positions.
+const ASK: &str = "
+    SELECT s.sender_no, s.idempotency_key, NULL::uuid, NULL::uuid, s.outcome, s.digest
+    FROM unnest($1, $2) AS asked (sender_no, idempotency_key) JOIN sends s USING (sender_no, idempotency_key)
+    WHERE s.sent_at > $3 OR EXISTS (
+        SELECT 1 FROM messages m
+        WHERE m.received_at = s.sent_at AND m.position BETWEEN s.first_position AND s.last_position)
+    UNION ALL
+    SELECT no, NULL, user_id, id, NULL, NULL FROM devices WHERE user_id = ANY($4)
+    UNION ALL
+    SELECT nextval('message_blocks'), NULL, NULL, NULL, NULL, NULL FROM generate_series(1, $5)";
+
+/// A row of it: a sender with its key, outcome and digest; or a device with its account; or a block.
+type Answer = (i64, Option<IdempotencyKey>, Option<UserId>, Option<DeviceId>, Option<Vec<u8>>, Option<Vec<u8>>);
+
+/// A row of `sends` that is replaced is past its age and has no message waiting: see `ASK`.
+const WRITE: &str = concat!(
+    "WITH receipts AS (
+        INSERT INTO sends
+            (sender_no, idempotency_key, digest, outcome, first_position, last_position, sent_at, review_at)
+        SELECT *, $7, $8 FROM unnest($1, $2, $3, $4, $5, $6)
+        ON CONFLICT (sender_no, idempotency_key) DO UPDATE SET
+            digest = excluded.digest, outcome = excluded.outcome, sent_at = excluded.sent_at,
+            review_at = excluded.review_at, first_position = excluded.first_position,
+            last_position = excluded.last_position
+        WHERE sends.sent_at <= $9 RETURNING 1),
+    queued AS (
+        INSERT INTO messages (position, device_no, id, sender_user, sender_device, body, received_at)
+        SELECT *, $7 FROM unnest($10, $11, $12, $13, $14, $15) RETURNING 1),
+    acked AS (",
+    delete_acknowledged!("$16, $17"),
+    " RETURNING 1)
+    SELECT (SELECT COUNT(*) FROM receipts) AS receipts, (SELECT COUNT(*) FROM queued) AS messages,
+           (SELECT COUNT(*) FROM acked) AS acked"
+);
+
+/// How many rows each part of it touched.
+#[derive(sqlx::FromRow)]
+struct Written {
+    receipts: i64,
+    messages: i64,
+    acked: i64,
+}
+
+/// In one order on all nodes, so that two seldom wait for each other.
+fn in_order(acks: &[(DeviceNo, Position)]) -> (Vec<DeviceNo>, Vec<Position>) {
+    let mut acks = acks.to_vec();
+    acks.sort_unstable();
+    acks.into_iter().unzip()
+}
+
 impl Store {
     pub(super) async fn settle_in_postgres(
         &self,
@@ -80,20 +144,20 @@ impl Store {
         let full = |at_most: i32| i64::from(at_most) > i64::from(max);
         let (later, cut) =
             left_for_later(sends, &locked, |user| locked.get(user).is_some_and(|most| full(*most)), locking);
-        let known = tx.known_outcomes(sends, now - lifetime).await?;
-        let found = Found { known, devices: tx.current_devices(sends).await? };
+        let (found, blocks) = tx.ask(sends, now - lifetime).await?;
         let is_later = |mail: &Outgoing| later.contains(&(mail.sender.no, mail.key));
         let Judgement { sent, rows, judged } = send::judge(sends, found, is_later);
         let received = self.numbering.receive(rows.len(), now);
-        let blocks = tx.blocks(rows.len()).await?;
         let position = |n: usize| blocks[n / BLOCK] + (n % BLOCK) as i64;
         let receipts = send::receipts(&judged, position);
-        if !tx.insert_receipts(&receipts, received.received_at, lifetime).await? {
+        let messages = send::numbered(&rows, &received.ids, position);
+        let written = tx.write(&receipts, &messages, acks, received.received_at, lifetime).await?;
+        // Another node has just written the outcome of one of these sends down.
+        if written.receipts < receipts.len() as i64 {
             return Ok(None);
         }
-        tally.acked = tx.delete_acknowledged(acks).await?;
-        let messages = send::numbered(&rows, &received.ids, position);
-        tally.add(&messages, tx.insert_messages(&messages, received.received_at).await?);
+        tally.acked = written.acked.unsigned_abs();
+        tally.add(&messages, written.messages.unsigned_abs());
         if !cut.is_empty() {
             tally.cut = tx.hold_inbox_limit(&self.limits, &cut, now).await?;
         }
@@ -151,118 +215,76 @@ impl PostgresTx {
         Ok(locked.into_iter().collect())
     }
 
-    /// See the text that asks for them in `sqlite`.
-    async fn known_outcomes(&mut self, sends: &[Outgoing], alive_since: Timestamp) -> Result<Known> {
+    /// What the sends depend on, see the text that asks for it in `sqlite`, and blocks of positions, enough for all of
+    /// their messages.
+    async fn ask(&mut self, sends: &[Outgoing], alive_since: Timestamp) -> Result<(Found, Vec<i64>)> {
         let senders: Vec<DeviceNo> = sends.iter().map(|mail| mail.sender.no).collect();
         let keys: Vec<IdempotencyKey> = sends.iter().map(|mail| mail.key).collect();
-        let statement = "
-            SELECT s.sender_no, s.idempotency_key, s.outcome, s.digest
-            FROM unnest($1, $2) AS asked (sender_no, idempotency_key) JOIN sends s USING (sender_no, idempotency_key)
-            WHERE s.sent_at > $3 OR EXISTS (
-                SELECT 1 FROM messages m
-                WHERE m.received_at = s.sent_at AND m.position BETWEEN s.first_position AND s.last_position)";
-        let find = sqlx::query_as(statement).bind(senders).bind(keys).bind(alive_since);
-        let rows: Vec<(DeviceNo, IdempotencyKey, Vec<u8>, Vec<u8>)> = self.all(find).await?;
-        rows.into_iter()
-            .map(|(sender, key, outcome, digest)| Ok(((sender, key), send::decoded(&outcome, digest)?)))
-            .collect()
-    }
-
-    /// All devices of all accounts that are written to.
-    async fn current_devices(&mut self, sends: &[Outgoing]) -> Result<Devices> {
-        let users = send::accounts(sends);
-        let mut devices = Devices::with_capacity(users.len());
-        let find = sqlx::query_as("SELECT user_id, id, no FROM devices WHERE user_id = ANY($1) ORDER BY no");
-        let rows: Vec<(UserId, DeviceId, DeviceNo)> = self.all(find.bind(users)).await?;
-        for (user, id, no) in rows {
-            devices.entry(user).or_default().push((id, no));
+        let most: usize = sends.iter().flat_map(|mail| &mail.recipients).map(|to| to.submissions.len()).sum();
+        let blocks = i64::try_from(most.div_ceil(BLOCK).max(1)).unwrap_or(i64::MAX);
+        let ask =
+            sqlx::query_as(ASK).bind(senders).bind(keys).bind(alive_since).bind(send::accounts(sends)).bind(blocks);
+        let (mut known, mut devices, mut blocks) = (Known::default(), Devices::default(), Vec::new());
+        for row in self.all::<Answer>(ask).await? {
+            match row {
+                (sender, Some(key), .., Some(outcome), Some(digest)) => {
+                    known.insert((DeviceNo(sender), key), send::decoded(&outcome, digest)?);
+                }
+                (no, _, Some(user), Some(device), ..) => {
+                    devices.entry(user).or_default().push((device, DeviceNo(no)));
+                }
+                (block, ..) => blocks.push(block),
+            }
         }
-        Ok(devices)
+        devices.values_mut().for_each(|devices| devices.sort_unstable_by_key(|(_, no)| *no));
+        Ok((Found { known, devices }, blocks))
     }
 
-    /// Blocks of positions, enough for `count` messages and at least one.
-    async fn blocks(&mut self, count: usize) -> Result<Vec<i64>> {
-        let blocks = i64::try_from(count.div_ceil(BLOCK).max(1)).unwrap_or(i64::MAX);
-        let take = sqlx::query_scalar("SELECT nextval('message_blocks') FROM generate_series(1, $1)");
-        timely(self.limit, take.bind(blocks).fetch_all(&mut *self.connection)).await
-    }
-
-    /// Writes outcomes down. False when another node has just done so for one of them.
-    async fn insert_receipts(
+    /// Writes outcomes and messages down, and deletes what is acknowledged, all in one statement.
+    async fn write(
         &mut self,
         receipts: &[Receipt<'_>],
-        sent_at: Timestamp,
+        messages: &[NewMessage<'_>],
+        acks: &[(DeviceNo, Position)],
+        received_at: Timestamp,
         lifetime: Duration,
-    ) -> Result<bool> {
-        if receipts.is_empty() {
-            return Ok(true);
-        }
+    ) -> Result<Written> {
         let column = |of: fn(&Receipt<'_>) -> i64| receipts.iter().map(of).collect::<Vec<i64>>();
-        // A row that is replaced is past its age and has no message waiting: see `known_outcomes`.
-        let statement = "
-            INSERT INTO sends
-                (sender_no, idempotency_key, digest, outcome, first_position, last_position, sent_at, review_at)
-            SELECT *, $7, $8 FROM unnest($1, $2, $3, $4, $5, $6)
-            ON CONFLICT (sender_no, idempotency_key) DO UPDATE SET
-                digest = excluded.digest, outcome = excluded.outcome, sent_at = excluded.sent_at,
-                review_at = excluded.review_at, first_position = excluded.first_position,
-                last_position = excluded.last_position
-            WHERE sends.sent_at <= $9";
         let keys: Vec<IdempotencyKey> = receipts.iter().map(|receipt| receipt.mail.key).collect();
         let digests: Vec<&[u8]> = receipts.iter().map(|receipt| &receipt.mail.digest[..]).collect();
         let outcomes: Vec<&[u8]> = receipts.iter().map(|receipt| &receipt.outcome[..]).collect();
-        let insert = sqlx::query(statement)
-            .bind(column(|receipt| receipt.mail.sender.no.0))
-            .bind(keys)
-            .bind(digests)
-            .bind(outcomes)
-            .bind(column(|receipt| receipt.first.0))
-            .bind(column(|receipt| receipt.last.0))
-            .bind(sent_at)
-            .bind(sent_at + lifetime)
-            .bind(sent_at - lifetime);
-        Ok(self.run(insert).await? == receipts.len() as u64)
-    }
-
-    async fn insert_messages(&mut self, messages: &[NewMessage<'_>], received_at: Timestamp) -> Result<u64> {
-        if messages.is_empty() {
-            return Ok(0);
-        }
         let positions: Vec<Position> = messages.iter().map(|message| message.position).collect();
         let devices: Vec<DeviceNo> = messages.iter().map(|message| message.queued.device).collect();
         let ids: Vec<MessageId> = messages.iter().map(|message| message.id).collect();
         let users: Vec<UserId> = messages.iter().map(|message| message.mail.sender.user).collect();
         let senders: Vec<DeviceId> = messages.iter().map(|message| message.mail.sender.device).collect();
         let bodies: Vec<&[u8]> = messages.iter().map(|message| &message.queued.sealed.0[..]).collect();
-        let statement = "
-            INSERT INTO messages (position, device_no, id, sender_user, sender_device, body, received_at)
-            SELECT *, $7 FROM unnest($1, $2, $3, $4, $5, $6)";
-        let insert = sqlx::query(statement)
+        let (acked_devices, acked_positions) = in_order(acks);
+        let write = sqlx::query_as(WRITE)
+            .bind(column(|receipt| receipt.mail.sender.no.0))
+            .bind(keys)
+            .bind(digests)
+            .bind(outcomes)
+            .bind(column(|receipt| receipt.first.0))
+            .bind(column(|receipt| receipt.last.0))
+            .bind(received_at)
+            .bind(received_at + lifetime)
+            .bind(received_at - lifetime)
             .bind(positions)
             .bind(devices)
             .bind(ids)
             .bind(users)
             .bind(senders)
             .bind(bodies)
-            .bind(received_at);
-        self.run(insert).await
+            .bind(acked_devices)
+            .bind(acked_positions);
+        timely(self.limit, write.fetch_one(&mut *self.connection)).await
     }
 
     /// Answers how many of them were still there.
     async fn delete_acknowledged(&mut self, acks: &[(DeviceNo, Position)]) -> Result<u64> {
-        if acks.is_empty() {
-            return Ok(0);
-        }
-        // In one order on all nodes, so that two seldom wait for each other. The device is compared too, so that nothing
-        // but its own mail can ever be deleted.
-        let mut acks = acks.to_vec();
-        acks.sort_unstable();
-        let (devices, positions): (Vec<DeviceNo>, Vec<Position>) = acks.into_iter().unzip();
-        let statement = "
-            DELETE FROM messages m USING unnest($1, $2) AS acked (device_no, position)
-            WHERE m.device_no = acked.device_no AND m.position = acked.position";
-        let delete = sqlx::query(statement).bind(devices).bind(positions);
-        self.run(delete).await
+        let (devices, positions) = in_order(acks);
+        self.run(sqlx::query(delete_acknowledged!("$1, $2")).bind(devices).bind(positions)).await
     }
 
     /// How many messages wait for each device of these accounts.

@@ -172,7 +172,12 @@ async fn a_queue_that_cannot_be_read_for_a_while_is_delivered_without_a_reconnec
         "ALTER TABLE messages RENAME TO hidden;
              CREATE VIEW messages AS SELECT position, device_no, id, sender_user, sender_device, received_at,
                  CASE WHEN 1 / (position * 0) = 1 THEN body END AS body FROM hidden;
-             CREATE RULE writing AS ON INSERT TO messages DO INSTEAD INSERT INTO hidden VALUES (NEW.*)"
+             CREATE FUNCTION pass_on() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN
+                 INSERT INTO hidden VALUES (NEW.*); RETURN NEW; END $$;
+             CREATE TRIGGER writing INSTEAD OF INSERT ON messages FOR EACH ROW EXECUTE FUNCTION pass_on();
+             CREATE FUNCTION take_away() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN
+                 DELETE FROM hidden WHERE position = OLD.position; RETURN OLD; END $$;
+             CREATE TRIGGER deleting INSTEAD OF DELETE ON messages FOR EACH ROW EXECUTE FUNCTION take_away()"
     } else {
         "ALTER TABLE messages RENAME TO hidden;
              CREATE VIEW messages AS SELECT position, device_no, id, sender_user, sender_device, received_at,
