@@ -1,24 +1,32 @@
 //! Takes sends and acks from everybody, stores them in groups, then wakes who must know.
 //!
 //! One task owns the writing. While one group is being committed the next one gathers, so the wait for the disk is
-//! shared by everybody who waits, and nobody waits longer for company. Cancelling a request makes no difference: what it
+//! shared by everybody who waits, and nobody waits longer for company. Where the database can take several groups at once,
+//! no two of them write to the same account. Cancelling a request makes no difference: what it
 //! handed over is stored and its readers are woken all the same.
+
+mod group;
+mod turns;
 
 use std::collections::HashSet;
 use std::sync::Arc;
 use std::time::Duration;
 
-use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, oneshot};
+use futures_util::StreamExt;
+use futures_util::stream::FuturesUnordered;
+use tokio::sync::{Semaphore, mpsc, oneshot};
 use tokio::time::Instant;
 use tracing::{debug, error};
 
 use crate::bus::{Bus, Signal};
 use crate::clock::Clock;
 use crate::config::Grouping;
+use crate::mailroom::group::{Acks, Group, Letter, Waiting};
+use crate::mailroom::turns::Turns;
 use crate::model::ids::{Address, DeviceNo, Position, UserId};
 use crate::model::mail::{Outgoing, Sent};
 use crate::push::Push;
-use crate::store::Store;
+use crate::store::{self, Store};
 use crate::tasks::Tasks;
 use crate::telemetry::Telemetry;
 use crate::telemetry::metrics::{Content, GroupFailure, Metrics};
@@ -29,8 +37,10 @@ use crate::telemetry::traces::{Span, Traces};
 const WAITING: usize = 4096;
 /// Bytes of sealed messages that may wait or be in a group, in KiB.
 const WAITING_KIB: usize = 64 << 10;
-/// Bytes of sealed messages in one group. A single larger send is a group of its own.
-const GROUP_BYTES: usize = 4 << 20;
+
+/// Letters with which a group begins beside another one. A smaller one would cost more for each letter, and so waits for the
+/// other one's end.
+const ENOUGH: usize = 24;
 
 /// The pause before what was left for later is tried again, when nothing else comes.
 const TRY_AGAIN: Duration = Duration::from_millis(100);
@@ -48,34 +58,6 @@ pub enum MailroomError {
     /// The database can't be used, or the server is shutting down.
     #[error("the database can't be used")]
     Unavailable,
-}
-
-type Reply<T> = oneshot::Sender<Result<T, MailroomError>>;
-
-enum Letter {
-    Send(Waiting),
-    Ack { device: DeviceNo, positions: Vec<Position>, reply: Reply<()>, span: Span },
-}
-
-impl Letter {
-    fn refuse(self, error: MailroomError) {
-        match self {
-            Self::Send(waiting) => drop(waiting.reply.send(Err(error))),
-            Self::Ack { reply, .. } => drop(reply.send(Err(error))),
-        }
-    }
-}
-
-/// A send that somebody waits for.
-struct Waiting {
-    mail: Outgoing,
-    /// Kept until the send is stored, as a bound on what is in memory.
-    room: OwnedSemaphorePermit,
-    reply: Reply<Sent>,
-    /// When it was first left for a later group.
-    left_since: Option<Instant>,
-    /// Of the wait for the group, and its commit.
-    span: Span,
 }
 
 /// The way into the mailroom. Cloning gives another door to the same room.
@@ -97,8 +79,18 @@ impl Mailroom {
     ) -> Self {
         let (letters, incoming) = mpsc::channel(WAITING);
         let (metrics, traces) = (telemetry.metrics.clone(), telemetry.traces.clone());
-        let worker =
-            Worker { grouping, store, waking, clock, metrics, traces, left: Vec::new(), unsure: HashSet::new() };
+        let worker = Worker {
+            grouping,
+            store,
+            waking,
+            clock,
+            metrics,
+            traces,
+            left: Vec::new(),
+            turns: Turns::default(),
+            gathered: Group::default(),
+            unsure: HashSet::new(),
+        };
         let stopping = tasks.clone();
         tasks.spawn("mailroom", async move { worker.run(incoming, stopping).await });
         Self { letters, room: Arc::new(Semaphore::new(WAITING_KIB)) }
@@ -117,7 +109,7 @@ impl Mailroom {
     /// Deletes acknowledged messages for good. Durable when it returns.
     pub async fn acknowledge(&self, device: DeviceNo, positions: Vec<Position>) -> Result<(), MailroomError> {
         let (reply, answer) = oneshot::channel();
-        self.hand_over(Letter::Ack { device, positions, reply, span: Span::within("mailroom.ack") }).await?;
+        self.hand_over(Letter::Ack(Acks { device, positions, reply, span: Span::within("mailroom.ack") })).await?;
         answer.await.unwrap_or(Err(MailroomError::Unavailable))
     }
 
@@ -150,48 +142,18 @@ struct Worker {
     traces: Traces,
     /// Sends that come again with the next group.
     left: Vec<Waiting>,
+    turns: Turns,
+    /// What goes into the next group.
+    gathered: Group,
     /// Accounts that may have got mail of which nobody was told, because a commit was not answered.
     unsure: HashSet<UserId>,
 }
 
-#[derive(Default)]
-struct Group {
-    sends: Vec<Outgoing>,
-    rest: Vec<(OwnedSemaphorePermit, Reply<Sent>, Option<Instant>, Span)>,
-    acks: Vec<(DeviceNo, Position)>,
-    ack_replies: Vec<(Reply<()>, Span)>,
-    bytes: usize,
-    letters: usize,
-}
-
-impl Group {
-    fn add(&mut self, letter: Letter) {
-        self.letters += 1;
-        match letter {
-            Letter::Send(Waiting { mail, room, reply, left_since, span }) => {
-                self.bytes += mail.size();
-                self.sends.push(mail);
-                self.rest.push((room, reply, left_since, span));
-            }
-            Letter::Ack { device, positions, reply, span } => {
-                self.acks.extend(positions.into_iter().map(|position| (device, position)));
-                self.ack_replies.push((reply, span));
-            }
-        }
-    }
-
-    /// A trace of the group, if one of its letters is traced.
-    fn traced(&mut self, traces: &Traces) -> Span {
-        let sends = self.rest.iter_mut().map(|(.., span)| span);
-        let all = traces.together("store.settle", sends.chain(self.ack_replies.iter_mut().map(|(_, span)| span)));
-        all.set("obscura.group.sends", self.sends.len() as i64);
-        all.set("obscura.group.acks", self.acks.len() as i64);
-        all
-    }
-
-    fn is_full(&self, most: usize) -> bool {
-        self.letters >= most || self.bytes >= GROUP_BYTES
-    }
+/// A group after the attempt.
+struct Stored {
+    group: Group,
+    settled: store::Result<Vec<Option<Sent>>>,
+    time: Duration,
 }
 
 /// The next letter, if there is one, or if one comes before `until`.
@@ -205,51 +167,86 @@ async fn next(letters: &mut mpsc::Receiver<Letter>, until: Option<Instant>) -> O
 
 impl Worker {
     async fn run(mut self, mut letters: mpsc::Receiver<Letter>, tasks: Tasks) {
-        loop {
-            let has_work = !self.left.is_empty() || !self.unsure.is_empty();
-            let first = tokio::select! {
-                biased;
-                letter = letters.recv() => letter,
-                () = tasks.stopping(), if !letters.is_closed() => {
-                    letters.close();
-                    continue;
-                }
-                // What was left tries again by itself, and not in a loop.
-                () = tokio::time::sleep(TRY_AGAIN), if has_work => {
-                    self.tell_the_unsure().await;
-                    self.store_next(None, &mut letters).await;
-                    continue;
-                }
-            };
-            let is_last = first.is_none();
-            self.store_next(first, &mut letters).await;
-            if is_last {
-                // Nothing more comes, and what is left now has had its chance.
-                self.left.drain(..).for_each(|waiting| Letter::Send(waiting).refuse(MailroomError::Unavailable));
-                return;
+        let (at_once, most) = (self.store.groups_at_once(), self.grouping.most);
+        let mut under_way = FuturesUnordered::new();
+        let mut is_last = false;
+        while !is_last || !under_way.is_empty() {
+            let enough = if under_way.is_empty() { 1 } else { ENOUGH.min(most) };
+            if under_way.len() < at_once && self.gathered.letters() >= enough {
+                under_way.extend(self.begin());
             }
+            let has_room = !self.gathered.is_full(most) && self.turns.waiting() < most;
+            let takes_more = has_room && under_way.len() < at_once && !is_last;
+            let has_work = !self.left.is_empty() || !self.unsure.is_empty();
+            tokio::select! {
+                biased;
+                Some(stored) = under_way.next() => self.answer(stored, &mut letters).await,
+                letter = letters.recv(), if takes_more => match letter {
+                    Some(letter) => self.gather(letter, &mut letters).await,
+                    None => {
+                        is_last = true;
+                        under_way.extend(self.begin());
+                    }
+                },
+                () = tasks.stopping(), if !letters.is_closed() => letters.close(),
+                // What was left tries again by itself, and not in a loop.
+                () = tokio::time::sleep(TRY_AGAIN), if has_work && under_way.is_empty() => {
+                    self.tell_the_unsure().await;
+                    under_way.extend(self.begin());
+                }
+            }
+        }
+        // Nothing more comes, and what is left now has had its chance.
+        self.left.drain(..).for_each(|waiting| waiting.refuse(MailroomError::Unavailable));
+    }
+
+    /// Gathers this letter and whatever comes with it.
+    async fn gather(&mut self, letter: Letter, letters: &mut mpsc::Receiver<Letter>) {
+        let Grouping { most, linger } = self.grouping;
+        let until = linger.map(|linger| Instant::now() + linger);
+        let mut next_one = Some(letter);
+        while let Some(letter) = next_one {
+            match letter {
+                Letter::Send(waiting) => self.turns.let_in(waiting, &mut self.gathered),
+                Letter::Ack(acks) => self.gathered.add_acks(acks),
+            }
+            let has_room = !self.gathered.is_full(most) && self.turns.waiting() < most;
+            next_one = if has_room { next(letters, until).await } else { None };
         }
     }
 
-    /// Stores a group of what was left, of this letter and of whatever waits.
-    async fn store_next(&mut self, first: Option<Letter>, letters: &mut mpsc::Receiver<Letter>) {
-        let mut group = Group::default();
-        let Grouping { most, linger } = self.grouping;
+    /// Begins to store what was gathered, and what was left before.
+    fn begin(&mut self) -> Option<impl Future<Output = Stored> + use<>> {
         // Not so many that there is no room for others.
-        let again = self.left.len().min(most.div_ceil(4));
-        self.left.drain(..again).for_each(|waiting| group.add(Letter::Send(waiting)));
-        first.into_iter().for_each(|letter| group.add(letter));
-        let until = linger.map(|linger| Instant::now() + linger);
-        while !group.is_full(most) {
-            let Some(letter) = next(letters, until).await else { break };
-            group.add(letter);
+        let again = self.left.len().min(self.grouping.most.div_ceil(4));
+        self.left.drain(..again).for_each(|waiting| self.turns.let_in(waiting, &mut self.gathered));
+        let group = std::mem::take(&mut self.gathered);
+        self.turns.begin(&group);
+        (!group.is_empty()).then(|| self.store(group))
+    }
+
+    /// Stores a group. It borrows nothing, so that another one can be gathered meanwhile.
+    fn store(&self, mut group: Group) -> impl Future<Output = Stored> + use<> {
+        self.metrics.group_size.number(Content::Sends, group.sends.len());
+        self.metrics.group_size.number(Content::Acks, group.acks.len());
+        let (store, traces, now, start) = (self.store.clone(), self.traces.clone(), self.clock.now(), Instant::now());
+        async move {
+            let span = group.traced(&traces);
+            let settled = span.attempt(store.settle(&group.sends, &group.acks, now)).await;
+            drop(span);
+            Stored { group, settled, time: start.elapsed() }
         }
-        if group.letters == 0 {
-            return;
-        }
-        match self.store(group).await {
+    }
+
+    /// Tells everybody who waits for a group what became of it, and wakes who has mail now.
+    async fn answer(&mut self, stored: Stored, letters: &mut mpsc::Receiver<Letter>) {
+        self.turns.end(&stored.group);
+        self.turns.let_in_who_waited(&mut self.gathered, self.grouping.most);
+        match self.settled(stored) {
             // Whoever waits would wait for the same.
             Err(MailroomError::Unavailable) => {
+                std::mem::take(&mut self.gathered).refuse(MailroomError::Unavailable);
+                self.turns.give_up().for_each(|waiting| waiting.refuse(MailroomError::Unavailable));
                 while let Ok(letter) = letters.try_recv() {
                     letter.refuse(MailroomError::Unavailable);
                 }
@@ -259,16 +256,10 @@ impl Worker {
         }
     }
 
-    async fn store(&mut self, mut group: Group) -> Result<(), MailroomError> {
-        let (now, start) = (self.clock.now(), Instant::now());
-        self.metrics.group_size.number(Content::Sends, group.sends.len());
-        self.metrics.group_size.number(Content::Acks, group.acks.len());
-        let span = group.traced(&self.traces);
-        let settled = span.attempt(self.store.settle(&group.sends, &group.acks, now)).await;
-        drop(span);
+    fn settled(&mut self, Stored { group, settled, time }: Stored) -> Result<(), MailroomError> {
         match settled {
             Ok(settled) => {
-                self.metrics.group_time.time((), start.elapsed());
+                self.metrics.group_time.time((), time);
                 self.lay_trails(&settled, &group);
                 let woken: Vec<_> = settled.iter().flatten().flat_map(|sent| sent.woken.iter().copied()).collect();
                 self.waking.mail(&woken);
@@ -302,14 +293,7 @@ impl Worker {
                     let users = group.sends.iter().flat_map(|mail| &mail.recipients).map(|recipient| recipient.user);
                     self.unsure.extend(users.take(MOST_UNSURE.saturating_sub(self.unsure.len())));
                 }
-                for (_, reply, _, span) in group.rest {
-                    span.has_failed();
-                    let _ = reply.send(Err(error));
-                }
-                for (reply, span) in group.ack_replies {
-                    span.has_failed();
-                    let _ = reply.send(Err(error));
-                }
+                group.refuse(error);
                 Err(error)
             }
         }
@@ -332,7 +316,7 @@ impl Worker {
         self.metrics.sends_left.one(());
         let left_since = waiting.left_since.unwrap_or_else(Instant::now);
         if left_since.elapsed() >= LONGEST_LEFT {
-            Letter::Send(waiting).refuse(MailroomError::Unavailable);
+            waiting.refuse(MailroomError::Unavailable);
         } else {
             waiting.span.note("left for a later group");
             self.left.push(Waiting { left_since: Some(left_since), ..waiting });

@@ -20,6 +20,10 @@ use crate::telemetry::metrics::{Left, Metrics, Repeat};
 /// How often a group is tried in all, when it meets another node's.
 const ATTEMPTS: u32 = 5;
 
+/// Groups that a node has under way in PostgreSQL. The second one uses what the first one leaves idle while it waits for
+/// the disk and the network; further ones made no difference.
+const GROUPS_IN_POSTGRES: usize = 2;
+
 /// The outcomes of former sends, each with the digest of its request.
 type Known = HashMap<(DeviceNo, IdempotencyKey), (Outcome, [u8; 16])>;
 
@@ -104,6 +108,14 @@ struct Found {
 }
 
 impl Store {
+    /// How many groups can be settled at the same time, to some use. SQLite has one writer.
+    pub fn groups_at_once(&self) -> usize {
+        match &self.database {
+            Database::Sqlite(_) => 1,
+            Database::Postgres(_) => GROUPS_IN_POSTGRES,
+        }
+    }
+
     /// Deletes acknowledged messages and queues new ones, all in one transaction, in the order given. Durable when it
     /// returns. Each send is judged by itself; repeats of a send within one group are found as well.
     ///
