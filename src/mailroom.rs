@@ -1,8 +1,8 @@
 //! Takes sends and acks from everybody, stores them in groups, then wakes who must know.
 //!
 //! One task owns the writing. While one group is being committed the next one gathers, so the wait for the disk is
-//! shared by everybody who waits, and nobody waits longer for company. Where the database can take several groups at once,
-//! no two of them write to the same account. Cancelling a request makes no difference: what it
+//! shared by everybody who waits, and nobody waits for company longer than until a group ends. Where the database can take
+//! several groups at once, no two of them queue mail for the same account. Cancelling a request makes no difference: what it
 //! handed over is stored and its readers are woken all the same.
 
 mod group;
@@ -21,7 +21,7 @@ use tracing::{debug, error};
 use crate::bus::{Bus, Signal};
 use crate::clock::Clock;
 use crate::config::Grouping;
-use crate::mailroom::group::{Acks, Group, Letter, Waiting};
+use crate::mailroom::group::{Acks, Group, Letter, Slip, Waiting};
 use crate::mailroom::turns::Turns;
 use crate::model::ids::{Address, DeviceNo, Position, UserId};
 use crate::model::mail::{Outgoing, Sent};
@@ -33,7 +33,7 @@ use crate::telemetry::metrics::{Content, GroupFailure, Metrics};
 use crate::telemetry::throttle::Throttle;
 use crate::telemetry::traces::{Span, Traces};
 
-/// Letters that may wait to be taken into a group.
+/// Letters that may wait in the channel. Those that are gathered, or wait for their turn, come on top.
 const WAITING: usize = 4096;
 /// Bytes of sealed messages that may wait or be in a group, in KiB.
 const WAITING_KIB: usize = 64 << 10;
@@ -49,13 +49,13 @@ const LONGEST_LEFT: Duration = Duration::from_secs(10);
 /// Accounts that are remembered to be told later. The slow look of their sessions finds the mail of the others.
 const MOST_UNSURE: usize = 10_000;
 
-/// Why a letter could not be stored. Nothing of it was.
+/// Why a letter was not stored, or why nobody can tell whether it was.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum MailroomError {
-    /// The disk is full.
+    /// The disk is full. Nothing was stored.
     #[error("the disk is full")]
     Full,
-    /// The database can't be used, or the server is shutting down.
+    /// The database can't be used, or the server is shutting down. It may have been stored, if a commit was not answered.
     #[error("the database can't be used")]
     Unavailable,
 }
@@ -90,6 +90,7 @@ impl Mailroom {
             turns: Turns::default(),
             gathered: Group::default(),
             unsure: HashSet::new(),
+            unsure_since: Instant::now(),
         };
         let stopping = tasks.clone();
         tasks.spawn("mailroom", async move { worker.run(incoming, stopping).await });
@@ -102,7 +103,8 @@ impl Mailroom {
         let span = Span::within("mailroom.send");
         let room = self.room.clone().acquire_many_owned(kib).await.map_err(|_| MailroomError::Unavailable)?;
         let (reply, answer) = oneshot::channel();
-        self.hand_over(Letter::Send(Waiting { mail, room, reply, left_since: None, span })).await?;
+        self.hand_over(Letter::Send(Waiting { mail, slip: Slip { _room: room, reply, left_since: None, span } }))
+            .await?;
         answer.await.unwrap_or(Err(MailroomError::Unavailable))
     }
 
@@ -147,13 +149,22 @@ struct Worker {
     gathered: Group,
     /// Accounts that may have got mail of which nobody was told, because a commit was not answered.
     unsure: HashSet<UserId>,
+    /// When that was last found out.
+    unsure_since: Instant,
 }
 
-/// A group after the attempt.
-struct Stored {
+/// A group after the attempt to store it.
+struct Attempt {
     group: Group,
-    settled: store::Result<Vec<Option<Sent>>>,
+    outcome: store::Result<Vec<Option<Sent>>>,
+    began: Instant,
     time: Duration,
+}
+
+/// Accounts that may have got mail, and the devices that are to be told.
+struct Told {
+    users: Vec<UserId>,
+    addresses: store::Result<Vec<Address>>,
 }
 
 /// The next letter, if there is one, or if one comes before `until`.
@@ -167,108 +178,130 @@ async fn next(letters: &mut mpsc::Receiver<Letter>, until: Option<Instant>) -> O
 
 impl Worker {
     async fn run(mut self, mut letters: mpsc::Receiver<Letter>, tasks: Tasks) {
-        let (at_once, most) = (self.store.groups_at_once(), self.grouping.most);
-        let mut under_way = FuturesUnordered::new();
-        let mut is_last = false;
-        while !is_last || !under_way.is_empty() {
-            let enough = if under_way.is_empty() { 1 } else { ENOUGH.min(most) };
-            if under_way.len() < at_once && self.gathered.letters() >= enough {
+        let at_once = self.store.groups_at_once();
+        let (mut under_way, mut telling) = (FuturesUnordered::new(), FuturesUnordered::new());
+        let mut is_drained = false;
+        // What waited for its turn comes into `gathered` when the group before it ends, also behind the last letter.
+        while !is_drained || !under_way.is_empty() || !self.gathered.is_empty() || !telling.is_empty() {
+            if under_way.len() < at_once && self.is_ready(under_way.is_empty()) {
                 under_way.extend(self.begin());
             }
-            let has_room = !self.gathered.is_full(most) && self.turns.waiting() < most;
-            let takes_more = has_room && under_way.len() < at_once && !is_last;
-            let has_work = !self.left.is_empty() || !self.unsure.is_empty();
+            let takes_more = self.has_room() && under_way.len() < at_once && !is_drained;
+            let is_untold = !self.unsure.is_empty() && telling.is_empty();
             tokio::select! {
                 biased;
-                Some(stored) = under_way.next() => self.answer(stored, &mut letters).await,
+                Some(attempt) = under_way.next() => {
+                    if self.answer(attempt, &mut letters) && is_untold {
+                        telling.push(self.tell());
+                    }
+                }
+                Some(told) = telling.next() => self.told(told),
                 letter = letters.recv(), if takes_more => match letter {
                     Some(letter) => self.gather(letter, &mut letters).await,
                     None => {
-                        is_last = true;
+                        is_drained = true;
                         under_way.extend(self.begin());
                     }
                 },
                 () = tasks.stopping(), if !letters.is_closed() => letters.close(),
                 // What was left tries again by itself, and not in a loop.
-                () = tokio::time::sleep(TRY_AGAIN), if has_work && under_way.is_empty() => {
-                    self.tell_the_unsure().await;
+                () = tokio::time::sleep(TRY_AGAIN), if under_way.is_empty() && (is_untold || !self.left.is_empty()) => {
+                    if is_untold {
+                        telling.push(self.tell());
+                    }
                     under_way.extend(self.begin());
                 }
             }
         }
         // Nothing more comes, and what is left now has had its chance.
-        self.left.drain(..).for_each(|waiting| waiting.refuse(MailroomError::Unavailable));
+        self.left.drain(..).for_each(|waiting| waiting.slip.refuse(MailroomError::Unavailable));
+    }
+
+    fn has_room(&self) -> bool {
+        let most = self.grouping.most;
+        !self.gathered.is_full(most) && self.turns.waiting() < most
+    }
+
+    fn is_ready(&self, is_only_one: bool) -> bool {
+        let most = self.grouping.most;
+        let enough = if is_only_one { 1 } else { ENOUGH.min(most) };
+        self.gathered.letters() >= enough || self.gathered.is_full(most)
     }
 
     /// Gathers this letter and whatever comes with it.
     async fn gather(&mut self, letter: Letter, letters: &mut mpsc::Receiver<Letter>) {
-        let Grouping { most, linger } = self.grouping;
-        let until = linger.map(|linger| Instant::now() + linger);
+        let until = self.grouping.linger.map(|linger| Instant::now() + linger);
         let mut next_one = Some(letter);
         while let Some(letter) = next_one {
             match letter {
                 Letter::Send(waiting) => self.turns.let_in(waiting, &mut self.gathered),
                 Letter::Ack(acks) => self.gathered.add_acks(acks),
             }
-            let has_room = !self.gathered.is_full(most) && self.turns.waiting() < most;
-            next_one = if has_room { next(letters, until).await } else { None };
+            next_one = if self.has_room() { next(letters, until).await } else { None };
         }
     }
 
-    /// Begins to store what was gathered, and what was left before.
-    fn begin(&mut self) -> Option<impl Future<Output = Stored> + use<>> {
-        // Not so many that there is no room for others.
-        let again = self.left.len().min(self.grouping.most.div_ceil(4));
-        self.left.drain(..again).for_each(|waiting| self.turns.let_in(waiting, &mut self.gathered));
-        let group = std::mem::take(&mut self.gathered);
+    /// Begins to store what was left before, and what was gathered.
+    fn begin(&mut self) -> Option<impl Future<Output = Attempt> + use<>> {
+        let most = self.grouping.most;
+        let mut group = Group::default();
+        // First, because the store spares the first ones; and not so many that there is no room for others.
+        let again = most.div_ceil(4).saturating_sub(self.turns.waiting()).min(self.left.len());
+        self.left.drain(..again).for_each(|waiting| self.turns.let_in(waiting, &mut group));
+        group.append(std::mem::take(&mut self.gathered));
         self.turns.begin(&group);
-        (!group.is_empty()).then(|| self.store(group))
+        // Before those who come now.
+        self.turns.let_in_who_waited(&mut self.gathered, most);
+        (!group.is_empty()).then(|| self.attempt(group))
     }
 
     /// Stores a group. It borrows nothing, so that another one can be gathered meanwhile.
-    fn store(&self, mut group: Group) -> impl Future<Output = Stored> + use<> {
+    fn attempt(&self, mut group: Group) -> impl Future<Output = Attempt> + use<> {
         self.metrics.group_size.number(Content::Sends, group.sends.len());
         self.metrics.group_size.number(Content::Acks, group.acks.len());
-        let (store, traces, now, start) = (self.store.clone(), self.traces.clone(), self.clock.now(), Instant::now());
+        let (store, traces, now, began) = (self.store.clone(), self.traces.clone(), self.clock.now(), Instant::now());
         async move {
             let span = group.traced(&traces);
-            let settled = span.attempt(store.settle(&group.sends, &group.acks, now)).await;
+            let outcome = span.attempt(store.settle(&group.sends, &group.acks, now)).await;
             drop(span);
-            Stored { group, settled, time: start.elapsed() }
+            Attempt { group, outcome, began, time: began.elapsed() }
         }
     }
 
-    /// Tells everybody who waits for a group what became of it, and wakes who has mail now.
-    async fn answer(&mut self, stored: Stored, letters: &mut mpsc::Receiver<Letter>) {
-        self.turns.end(&stored.group);
+    /// Tells everybody who waits for a group what became of it, and wakes who has mail now. Answers whether it showed that
+    /// the database can be asked again about those of whom nobody knows.
+    fn answer(&mut self, attempt: Attempt, letters: &mut mpsc::Receiver<Letter>) -> bool {
+        self.turns.end(&attempt.group);
         self.turns.let_in_who_waited(&mut self.gathered, self.grouping.most);
-        match self.settled(stored) {
+        let shows_it = attempt.began >= self.unsure_since;
+        match self.conclude(attempt) {
             // Whoever waits would wait for the same.
             Err(MailroomError::Unavailable) => {
                 std::mem::take(&mut self.gathered).refuse(MailroomError::Unavailable);
-                self.turns.give_up().for_each(|waiting| waiting.refuse(MailroomError::Unavailable));
+                self.turns.give_up().for_each(|waiting| waiting.slip.refuse(MailroomError::Unavailable));
                 while let Ok(letter) = letters.try_recv() {
                     letter.refuse(MailroomError::Unavailable);
                 }
+                false
             }
-            Ok(()) if !self.unsure.is_empty() => self.tell_the_unsure().await,
-            Ok(()) | Err(MailroomError::Full) => {}
+            Err(MailroomError::Full) => false,
+            Ok(()) => shows_it,
         }
     }
 
-    fn settled(&mut self, Stored { group, settled, time }: Stored) -> Result<(), MailroomError> {
-        match settled {
+    fn conclude(&mut self, Attempt { group, outcome, time, .. }: Attempt) -> Result<(), MailroomError> {
+        match outcome {
             Ok(settled) => {
                 self.metrics.group_time.time((), time);
                 self.lay_trails(&settled, &group);
                 let woken: Vec<_> = settled.iter().flatten().flat_map(|sent| sent.woken.iter().copied()).collect();
                 self.waking.mail(&woken);
-                let letters = group.sends.into_iter().zip(group.rest);
-                for (sent, (mail, (room, reply, left_since, span))) in settled.into_iter().zip(letters) {
+                let letters = group.sends.into_iter().zip(group.slips);
+                for (sent, (mail, slip)) in settled.into_iter().zip(letters) {
                     match sent {
                         // A reply fails only when its request is gone; its mail is stored all the same.
-                        Some(sent) => drop(reply.send(Ok(sent))),
-                        None => self.leave(Waiting { mail, room, reply, left_since, span }),
+                        Some(sent) => drop(slip.reply.send(Ok(sent))),
+                        None => self.leave(Waiting { mail, slip }),
                     }
                 }
                 for (reply, _span) in group.ack_replies {
@@ -290,8 +323,9 @@ impl Worker {
                 };
                 self.metrics.group_failures.one(reason);
                 if error == MailroomError::Unavailable {
-                    let users = group.sends.iter().flat_map(|mail| &mail.recipients).map(|recipient| recipient.user);
+                    let users = group.sends.iter().flat_map(Outgoing::accounts);
                     self.unsure.extend(users.take(MOST_UNSURE.saturating_sub(self.unsure.len())));
+                    self.unsure_since = Instant::now();
                 }
                 group.refuse(error);
                 Err(error)
@@ -304,31 +338,38 @@ impl Worker {
         if !self.traces.are_kept() {
             return;
         }
-        for (sent, (.., span)) in settled.iter().zip(&group.rest) {
-            if let (Some(sent), Some(trail)) = (sent, span.trail()) {
+        for (sent, slip) in settled.iter().zip(&group.slips) {
+            if let (Some(sent), Some(trail)) = (sent, slip.span.trail()) {
                 self.waking.bus.lay_trail(&sent.woken, trail);
             }
         }
     }
 
     /// Keeps a send for the next group, unless it has been kept for too long.
-    fn leave(&mut self, waiting: Waiting) {
+    fn leave(&mut self, mut waiting: Waiting) {
         self.metrics.sends_left.one(());
-        let left_since = waiting.left_since.unwrap_or_else(Instant::now);
+        let left_since = *waiting.slip.left_since.get_or_insert_with(Instant::now);
         if left_since.elapsed() >= LONGEST_LEFT {
-            waiting.refuse(MailroomError::Unavailable);
+            waiting.slip.refuse(MailroomError::Unavailable);
         } else {
-            waiting.span.note("left for a later group");
-            self.left.push(Waiting { left_since: Some(left_since), ..waiting });
+            waiting.slip.span.note("left for a later group");
+            self.left.push(waiting);
         }
     }
 
-    /// Wakes the devices of accounts for which a commit was not answered: it may have happened.
-    async fn tell_the_unsure(&mut self) {
-        let users: Vec<UserId> = self.unsure.iter().copied().collect();
-        if let Ok(addresses) = self.store.addresses(&users).await {
+    /// Looks up the devices of accounts for which a commit was not answered: it may have happened.
+    fn tell(&self) -> impl Future<Output = Told> + use<> {
+        let (store, users) = (self.store.clone(), self.unsure.iter().copied().collect::<Vec<UserId>>());
+        async move { Told { addresses: store.addresses(&users).await, users } }
+    }
+
+    /// Wakes them. When they could not be looked up, they are still unsure.
+    fn told(&mut self, Told { users, addresses }: Told) {
+        if let Ok(addresses) = addresses {
             self.waking.mail(&addresses);
-            self.unsure.clear();
+            for user in &users {
+                self.unsure.remove(user);
+            }
         }
     }
 }

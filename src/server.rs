@@ -1,6 +1,6 @@
 //! Builds the parts, opens both ports, starts the tasks, shuts down in order.
 
-use std::fs::{File, OpenOptions};
+use std::fs::{File, OpenOptions, TryLockError};
 use std::net::SocketAddr;
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
@@ -357,12 +357,18 @@ pub(crate) async fn lock_database(file: &Path) -> Result<File> {
     let lock = OpenOptions::new().create(true).append(true).mode(0o600).open(&path);
     let lock = lock.with_context(|| format!("can't write {}; check its folder", path.display()))?;
     let until = Instant::now() + PREDECESSOR_ENDS_WITHIN;
-    while lock.try_lock().is_err() {
-        if Instant::now() < until {
-            tokio::time::sleep(BETWEEN_LOOKS_AT_THE_LOCK).await;
-            continue;
+    loop {
+        match lock.try_lock() {
+            Ok(()) => return Ok(lock),
+            Err(TryLockError::WouldBlock) if Instant::now() < until => {
+                tokio::time::sleep(BETWEEN_LOOKS_AT_THE_LOCK).await;
+            }
+            Err(TryLockError::WouldBlock) => {
+                bail!("another server is already running on {}; stop it, or name another --data-dir", file.display())
+            }
+            Err(TryLockError::Error(cause)) => {
+                return Err(cause).with_context(|| format!("can't lock {}", path.display()));
+            }
         }
-        bail!("another server is already running on {}; stop it, or name another --data-dir", file.display());
     }
-    Ok(lock)
 }

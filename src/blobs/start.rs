@@ -15,14 +15,14 @@ use crate::tasks::jittered;
 /// The pause between two looks at a service that is away, at first and at most.
 const FIRST_PAUSE: Duration = Duration::from_millis(250);
 const LONGEST_PAUSE: Duration = Duration::from_secs(5);
-/// For so long a bucket that was to be made is waited for: one that was just made, here or by another node, is not seen
-/// everywhere at once.
+/// For so long, from when it is first missed, a bucket that the server makes is waited for: one that was just made, here or
+/// by another node, is not seen everywhere at once.
 const SEEN_WITHIN: Duration = Duration::from_secs(60);
 
 /// What an answer means for the start.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Trouble {
-    /// The service will be there again, or the other node's bucket will.
+    /// The service will be there again, or a bucket that was just made will be seen.
     Passing,
     NoBucket,
     Credentials,
@@ -40,17 +40,20 @@ pub(super) async fn until_usable(
     if let Err(cause) = service.check_credentials().await {
         return Err(OpenError::Credentials { endpoint, cause });
     }
-    let (mut pause, mut made, until) = (FIRST_PAUSE, false, Instant::now() + SEEN_WITHIN);
+    let (mut pause, mut made, mut until) = (FIRST_PAUSE, false, None);
     loop {
         let Err(mut cause) = look(service, keys).await else { return Ok(()) };
         let mut trouble = Trouble::of(&cause);
-        if trouble == Trouble::NoBucket && config.create_bucket && Instant::now() < until {
+        let is_missing = trouble == Trouble::NoBucket && config.create_bucket;
+        // The time counts from when the service first says so: it may have been away for long.
+        if is_missing && Instant::now() < *until.get_or_insert_with(|| Instant::now() + SEEN_WITHIN) {
             match service.create_bucket().await {
                 Ok(()) if !made => {
                     info!(bucket, "the bucket was made");
                     made = true;
                     continue;
                 }
+                // Made before, and still not seen.
                 Ok(()) => trouble = Trouble::Passing,
                 Err(error) => {
                     trouble = Trouble::of(&error);

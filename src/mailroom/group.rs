@@ -21,9 +21,8 @@ pub(super) enum Letter {
 impl Letter {
     pub fn refuse(self, error: MailroomError) {
         match self {
-            Self::Send(waiting) => waiting.refuse(error),
-            // A reply fails only when nobody waits for it any more.
-            Self::Ack(acks) => drop(acks.reply.send(Err(error))),
+            Self::Send(waiting) => waiting.slip.refuse(error),
+            Self::Ack(acks) => refuse(acks.reply, &acks.span, error),
         }
     }
 }
@@ -31,8 +30,13 @@ impl Letter {
 /// A send that somebody waits for.
 pub(super) struct Waiting {
     pub mail: Outgoing,
+    pub slip: Slip,
+}
+
+/// What is needed of a send to answer it.
+pub(super) struct Slip {
     /// Kept until the send is stored, as a bound on what is in memory.
-    pub room: OwnedSemaphorePermit,
+    pub _room: OwnedSemaphorePermit,
     pub reply: Reply<Sent>,
     /// When it was first left for a later group.
     pub left_since: Option<Instant>,
@@ -40,10 +44,16 @@ pub(super) struct Waiting {
     pub span: Span,
 }
 
-impl Waiting {
+impl Slip {
     pub fn refuse(self, error: MailroomError) {
-        let _ = self.reply.send(Err(error));
+        refuse(self.reply, &self.span, error);
     }
+}
+
+fn refuse<T>(reply: Reply<T>, span: &Span, error: MailroomError) {
+    span.has_failed();
+    // A reply fails only when nobody waits for it any more.
+    let _ = reply.send(Err(error));
 }
 
 /// Acks of one device that somebody waits for.
@@ -58,7 +68,8 @@ pub(super) struct Acks {
 #[derive(Default)]
 pub(super) struct Group {
     pub sends: Vec<Outgoing>,
-    pub rest: Vec<(OwnedSemaphorePermit, Reply<Sent>, Option<Instant>, Span)>,
+    /// One for each of them, in the same order.
+    pub slips: Vec<Slip>,
     pub acks: Vec<(DeviceNo, Position)>,
     pub ack_replies: Vec<(Reply<()>, Span)>,
     bytes: usize,
@@ -66,11 +77,11 @@ pub(super) struct Group {
 }
 
 impl Group {
-    pub fn add_send(&mut self, Waiting { mail, room, reply, left_since, span }: Waiting) {
+    pub fn add_send(&mut self, Waiting { mail, slip }: Waiting) {
         self.letters += 1;
         self.bytes += mail.size();
         self.sends.push(mail);
-        self.rest.push((room, reply, left_since, span));
+        self.slips.push(slip);
     }
 
     pub fn add_acks(&mut self, Acks { device, positions, reply, span }: Acks) {
@@ -79,21 +90,24 @@ impl Group {
         self.ack_replies.push((reply, span));
     }
 
+    /// Puts what is in another group behind what is in this one.
+    pub fn append(&mut self, mut other: Group) {
+        self.sends.append(&mut other.sends);
+        self.slips.append(&mut other.slips);
+        self.acks.append(&mut other.acks);
+        self.ack_replies.append(&mut other.ack_replies);
+        self.bytes += other.bytes;
+        self.letters += other.letters;
+    }
+
     pub fn letters(&self) -> usize {
         self.letters
     }
 
     /// Tells everybody who waits for it that nothing of it was stored, or that nobody can tell.
     pub fn refuse(self, error: MailroomError) {
-        for (_, reply, _, span) in self.rest {
-            span.has_failed();
-            // A reply fails only when its request is gone.
-            let _ = reply.send(Err(error));
-        }
-        for (reply, span) in self.ack_replies {
-            span.has_failed();
-            let _ = reply.send(Err(error));
-        }
+        self.slips.into_iter().for_each(|slip| slip.refuse(error));
+        self.ack_replies.into_iter().for_each(|(reply, span)| refuse(reply, &span, error));
     }
 
     pub fn is_empty(&self) -> bool {
@@ -102,7 +116,7 @@ impl Group {
 
     /// A trace of the group, if one of its letters is traced.
     pub fn traced(&mut self, traces: &Traces) -> Span {
-        let sends = self.rest.iter_mut().map(|(.., span)| span);
+        let sends = self.slips.iter_mut().map(|slip| &mut slip.span);
         let all = traces.together("store.settle", sends.chain(self.ack_replies.iter_mut().map(|(_, span)| span)));
         all.set("obscura.group.sends", self.sends.len() as i64);
         all.set("obscura.group.acks", self.acks.len() as i64);

@@ -1,42 +1,42 @@
-//! Which accounts are written to by groups under way, and the sends that wait for them: what is stored for one account is
-//! stored in one order, so a second group for it would only wait for the first one, and others with it.
+//! Which accounts get mail from groups under way, and the sends that wait for them: what is stored for one account is stored in
+//! one order, so a second group for it would only wait for the first one, and others with it. The same goes for a send that
+//! is repeated while it is being stored.
 
 use std::collections::{HashSet, VecDeque};
 
 use crate::mailroom::group::{Group, Waiting};
-use crate::model::ids::UserId;
+use crate::model::ids::{DeviceNo, IdempotencyKey, UserId};
 use crate::model::mail::Outgoing;
 
 /// Who may go into the next group.
 #[derive(Default)]
 pub(super) struct Turns {
     busy: HashSet<UserId>,
+    /// The sends themselves that are under way.
+    keys: HashSet<(DeviceNo, IdempotencyKey)>,
     waiting: VecDeque<Waiting>,
     /// The accounts of those who wait. Whoever comes later does not overtake them there, so that each has its turn.
-    behind: HashSet<UserId>,
-}
-
-fn accounts(mail: &Outgoing) -> impl Iterator<Item = UserId> {
-    mail.recipients.iter().map(|recipient| recipient.user)
+    awaited: HashSet<UserId>,
 }
 
 impl Turns {
     /// Puts a send into the group, or has it wait.
     pub fn let_in(&mut self, send: Waiting, group: &mut Group) {
-        if accounts(&send.mail).any(|user| self.busy.contains(&user) || self.behind.contains(&user)) {
-            self.behind.extend(accounts(&send.mail));
+        let is_held = |user| self.busy.contains(&user) || self.awaited.contains(&user);
+        if send.mail.accounts().any(is_held) || self.keys.contains(&(send.mail.sender.no, send.mail.key)) {
+            self.awaited.extend(send.mail.accounts());
             self.waiting.push_back(send);
         } else {
             group.add_send(send);
         }
     }
 
-    /// Puts those into the group that have waited and whose accounts are free, at most until there are `most` in it.
+    /// Puts those into the group that have waited and whose accounts are free, until it is full.
     pub fn let_in_who_waited(&mut self, group: &mut Group, most: usize) {
-        self.behind.clear();
+        self.awaited.clear();
         for send in std::mem::take(&mut self.waiting) {
             if group.is_full(most) {
-                self.behind.extend(accounts(&send.mail));
+                self.awaited.extend(send.mail.accounts());
                 self.waiting.push_back(send);
             } else {
                 self.let_in(send, group);
@@ -46,13 +46,17 @@ impl Turns {
 
     /// Says that this group is under way.
     pub fn begin(&mut self, group: &Group) {
-        self.busy.extend(group.sends.iter().flat_map(accounts));
+        self.busy.extend(group.sends.iter().flat_map(Outgoing::accounts));
+        self.keys.extend(group.sends.iter().map(|mail| (mail.sender.no, mail.key)));
     }
 
     /// Says that it no longer is.
     pub fn end(&mut self, group: &Group) {
-        for user in group.sends.iter().flat_map(accounts) {
+        for user in group.sends.iter().flat_map(Outgoing::accounts) {
             self.busy.remove(&user);
+        }
+        for mail in &group.sends {
+            self.keys.remove(&(mail.sender.no, mail.key));
         }
     }
 
@@ -63,7 +67,7 @@ impl Turns {
 
     /// Takes all that wait.
     pub fn give_up(&mut self) -> impl Iterator<Item = Waiting> {
-        self.behind.clear();
+        self.awaited.clear();
         std::mem::take(&mut self.waiting).into_iter()
     }
 }
@@ -75,7 +79,8 @@ mod tests {
     use tokio::sync::{Semaphore, oneshot};
 
     use super::*;
-    use crate::model::ids::{DeviceId, DeviceNo, IdempotencyKey};
+    use crate::mailroom::group::Slip;
+    use crate::model::ids::DeviceId;
     use crate::model::mail::{Recipient, Sender};
     use crate::telemetry::traces::Span;
 
@@ -85,10 +90,12 @@ mod tests {
         let recipients = users.iter().map(|user| Recipient { user: *user, submissions: Vec::new() }).collect();
         Waiting {
             mail: Outgoing { sender, key: IdempotencyKey::random(), digest: [0; 16], recipients },
-            room: Arc::new(Semaphore::new(1)).try_acquire_owned().unwrap(),
-            reply: oneshot::channel().0,
-            left_since: None,
-            span: Span::within("a test"),
+            slip: Slip {
+                _room: Arc::new(Semaphore::new(1)).try_acquire_owned().unwrap(),
+                reply: oneshot::channel().0,
+                left_since: None,
+                span: Span::within("a test"),
+            },
         }
     }
 
@@ -133,6 +140,18 @@ mod tests {
         assert!(begun(&mut turns, [send(2, &[a, b]), send(3, &[b])]).is_empty());
         turns.end(&first);
         assert_eq!(let_in_who_waited(&mut turns, 10), [2, 3], "in the order in which they came");
+    }
+
+    #[test]
+    fn a_send_that_is_repeated_while_it_is_under_way_waits_also_when_it_names_other_accounts() {
+        let mut turns = Turns::default();
+        let (first, mut again) = (send(1, &[UserId::random()]), send(1, &[UserId::random()]));
+        again.mail.sender = first.mail.sender;
+        again.mail.key = first.mail.key;
+        let first = begun(&mut turns, [first]);
+        assert!(begun(&mut turns, [again]).is_empty());
+        turns.end(&first);
+        assert_eq!(let_in_who_waited(&mut turns, 10), [1]);
     }
 
     #[test]

@@ -45,6 +45,11 @@ pub struct Outgoing {
 }
 
 impl Outgoing {
+    /// The accounts written to, each once.
+    pub fn accounts(&self) -> impl Iterator<Item = UserId> {
+        self.recipients.iter().map(|recipient| recipient.user)
+    }
+
     /// How many bytes of sealed messages this send carries.
     pub fn size(&self) -> usize {
         self.recipients.iter().flat_map(|recipient| &recipient.submissions).map(|(_, sealed)| sealed.0.len()).sum()

@@ -30,11 +30,11 @@ mod uploads;
 
 use std::fmt::Write;
 use std::io::ErrorKind;
-use std::sync::Arc;
-use std::sync::atomic::AtomicBool;
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use sqlx::migrate::{MigrateError, Migrator};
+use tokio::time::Instant;
 
 use crate::config;
 use crate::store::database::{Database, SqliteTx, Tx, reading};
@@ -219,8 +219,8 @@ pub struct Store {
     numbering: Numbering,
     limits: Limits,
     metrics: Metrics,
-    /// Whether the last group had to pass over accounts that somebody else holds.
-    held_up: Arc<AtomicBool>,
+    /// When a group last had to pass over accounts that somebody else holds.
+    held_up: Arc<Mutex<Option<Instant>>>,
     /// Questions that every request asks.
     standings: Standings,
     /// Questions that every message asks.

@@ -7,7 +7,10 @@ mod sqlite;
 
 use std::collections::HashMap;
 use std::ops::Range;
-use std::sync::atomic::Ordering;
+use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use tokio::time::Instant;
 
 use crate::clock::Timestamp;
 use crate::model::ids::{Address, DeviceNo, IdempotencyKey, MessageId, Position, UserId};
@@ -17,12 +20,15 @@ use crate::store::outcome::{self, Devices, Queued};
 use crate::store::{Result, Store, StoreError};
 use crate::telemetry::metrics::{Left, Metrics, Repeat};
 
-/// How often a group is tried in all, when it meets another node's.
+/// How often a group is tried in all, when it meets another one.
 const ATTEMPTS: u32 = 5;
 
 /// Groups that a node has under way in PostgreSQL. The second one uses what the first one leaves idle while it waits for
 /// the disk and the network; further ones made no difference.
 const GROUPS_IN_POSTGRES: usize = 2;
+
+/// So long after a group met accounts that somebody held, the next ones don't wait for any.
+const HELD_UP_FOR: Duration = Duration::from_secs(1);
 
 /// The outcomes of former sends, each with the digest of its request.
 type Known = HashMap<(DeviceNo, IdempotencyKey), (Outcome, [u8; 16])>;
@@ -95,7 +101,7 @@ struct Judged<'a> {
 /// What a group does about an account that somebody else holds.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Locking {
-    /// Waits, in a fair queue and not for long: usually it is another node's group, which is about to be committed.
+    /// Waits, in a fair queue and not for long: usually it is another group, which is about to be committed.
     Wait,
     /// Leaves the sends to this account for later.
     PassOver,
@@ -129,23 +135,30 @@ impl Store {
         now: Timestamp,
     ) -> Result<Vec<Option<Sent>>> {
         // Whoever held the last group up is likely to hold this one up too.
-        let mut locking = if self.held_up.load(Ordering::Relaxed) { Locking::PassOver } else { Locking::Wait };
+        let mut locking = if self.was_held_up() { Locking::PassOver } else { Locking::Wait };
         for _ in 1..ATTEMPTS {
             match self.try_to_settle(sends, acks, now, locking).await {
                 Err(error) if error.is_held_up() => locking = Locking::PassOver,
-                Err(error) if error.is_collision() => tracing::debug!("a group met another node's; once more"),
+                Err(error) if error.is_collision() => tracing::debug!("a group met another one; once more"),
                 Ok(Some(sent)) => {
-                    let is_held_up = locking == Locking::PassOver && sent.iter().any(Option::is_none);
-                    self.held_up.store(is_held_up, Ordering::Relaxed);
+                    if locking == Locking::PassOver && sent.iter().any(Option::is_none) {
+                        *held_up(&self.held_up) = Some(Instant::now());
+                    }
                     return Ok(sent);
                 }
-                Ok(None) => tracing::debug!("another node has the same send; once more"),
+                Ok(None) => tracing::debug!("another group has the same send; once more"),
                 Err(error) => return Err(error),
             }
             self.metrics.group_retries.one(());
         }
         let settled = self.try_to_settle(sends, acks, now, locking).await?;
-        settled.ok_or_else(|| StoreError(sqlx::Error::Protocol("another node keeps sending under the same key".into())))
+        settled
+            .ok_or_else(|| StoreError(sqlx::Error::Protocol("another group keeps sending under the same key".into())))
+    }
+
+    /// Whether a group had to pass over accounts a moment ago.
+    fn was_held_up(&self) -> bool {
+        held_up(&self.held_up).is_some_and(|last| last.elapsed() < HELD_UP_FOR)
     }
 
     /// Whether this device has sent under this key before, so that a repeat would queue nothing new.
@@ -156,7 +169,7 @@ impl Store {
         Ok(found.is_some())
     }
 
-    /// `None` when another node has stored one of the sends at this moment.
+    /// `None` when another group has stored one of the sends at this moment.
     async fn try_to_settle(
         &self,
         sends: &[Outgoing],
@@ -223,6 +236,10 @@ fn receipts<'a>(judged: &[Judged<'a>], position: impl Fn(usize) -> i64) -> Vec<R
     judged.iter().map(receipt).collect()
 }
 
+fn held_up(last: &Mutex<Option<Instant>>) -> MutexGuard<'_, Option<Instant>> {
+    last.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
 fn decoded(outcome: &[u8], digest: Vec<u8>) -> Result<(Outcome, [u8; 16])> {
     let outcome = outcome::decode(outcome).ok_or_else(|| malformed("outcome"))?;
     let digest = digest.try_into().map_err(|_| malformed("digest"))?;
@@ -235,8 +252,7 @@ fn malformed(column: &str) -> sqlx::Error {
 
 /// The accounts written to, each once, in ascending order.
 fn accounts(sends: &[Outgoing]) -> Vec<UserId> {
-    let mut users: Vec<UserId> =
-        sends.iter().flat_map(|mail| &mail.recipients).map(|recipient| recipient.user).collect();
+    let mut users: Vec<UserId> = sends.iter().flat_map(Outgoing::accounts).collect();
     users.sort_unstable();
     users.dedup();
     users

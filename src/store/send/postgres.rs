@@ -2,7 +2,7 @@
 //!
 //! The accounts that are written to are locked first, in ascending order, and stay so until the commit. Everything that
 //! is read afterwards (devices, inboxes) holds until then, and the block of positions that is taken afterwards is
-//! higher than those of all groups that have been visible in these inboxes. Whatever else two nodes could do to each
+//! higher than those of all groups that have been visible in these inboxes. Whatever else two groups could do to each
 //! other (the same send at the same moment, the same messages deleted in another order) makes one of them start over.
 
 use std::collections::{HashMap, HashSet};
@@ -26,37 +26,37 @@ const FULL_AT_ONCE: usize = 16;
 /// $1 are accounts in ascending order, $2 how many more messages a device of each gets.
 const LOCK: &str = "
     WITH locked AS MATERIALIZED (
-        SELECT user_id FROM account_locks WHERE user_id = ANY($1) ORDER BY user_id FOR NO KEY UPDATE)
-    UPDATE account_locks l SET at_most = l.at_most + asked.more
-    FROM unnest($1, $2) AS asked (user_id, more) JOIN locked USING (user_id)
-    WHERE l.user_id = asked.user_id RETURNING l.user_id, l.at_most";
+        SELECT l.user_id, asked.more FROM unnest($1, $2) AS asked (user_id, more) JOIN account_locks l USING (user_id)
+        ORDER BY l.user_id FOR NO KEY UPDATE OF l)
+    UPDATE account_locks l SET at_most = l.at_most + locked.more FROM locked
+    WHERE l.user_id = locked.user_id RETURNING l.user_id, l.at_most";
 
 /// The same without those that somebody else holds. Those that are not there at all are answered with 0.
 const LOCK_WHAT_IS_FREE: &str = "
     WITH locked AS MATERIALIZED (
-        SELECT user_id FROM account_locks WHERE user_id = ANY($1) ORDER BY user_id FOR NO KEY UPDATE SKIP LOCKED),
+        SELECT l.user_id, asked.more FROM unnest($1, $2) AS asked (user_id, more) JOIN account_locks l USING (user_id)
+        ORDER BY l.user_id FOR NO KEY UPDATE OF l SKIP LOCKED),
     counted AS (
-        UPDATE account_locks l SET at_most = l.at_most + asked.more
-        FROM unnest($1, $2) AS asked (user_id, more) JOIN locked USING (user_id)
-        WHERE l.user_id = asked.user_id RETURNING l.user_id, l.at_most)
+        UPDATE account_locks l SET at_most = l.at_most + locked.more FROM locked
+        WHERE l.user_id = locked.user_id RETURNING l.user_id, l.at_most)
     SELECT user_id, at_most FROM counted UNION ALL
     SELECT user_id, 0 FROM unnest($1) AS asked (user_id)
     WHERE NOT EXISTS (SELECT 1 FROM account_locks l WHERE l.user_id = asked.user_id)";
 
 /// The device is compared too, so that nothing but its own mail can ever be deleted.
-macro_rules! delete_acknowledged {
+macro_rules! delete_messages {
     ($arrays:literal) => {
         concat!(
             "DELETE FROM messages m USING unnest(",
             $arrays,
-            ") AS acked (device_no, position)
-             WHERE m.device_no = acked.device_no AND m.position = acked.position"
+            ") AS gone (device_no, position)
+             WHERE m.device_no = gone.device_no AND m.position = gone.position"
         )
     };
 }
 
-/// The outcomes that are stored for the keys $2 of the senders $1 and are younger than $3, or of which a message waits;
-/// all devices of the accounts $4; and $5 blocks of positions.
+/// The outcomes that are stored for the keys $2 of the senders $1; all devices of the accounts $4; and $5 blocks of positions.
+/// An outcome that is older than $3 still counts while a message of it waits, so that no message is ever queued twice.
 const ASK: &str = "
     SELECT s.sender_no, s.idempotency_key, NULL::uuid, NULL::uuid, s.outcome, s.digest
     FROM unnest($1, $2) AS asked (sender_no, idempotency_key) JOIN sends s USING (sender_no, idempotency_key)
@@ -68,7 +68,7 @@ const ASK: &str = "
     UNION ALL
     SELECT nextval('message_blocks'), NULL, NULL, NULL, NULL, NULL FROM generate_series(1, $5)";
 
-/// A row of it: a sender with its key, outcome and digest; or a device with its account; or a block.
+/// A row of the answer to `ASK`: a sender with its key, outcome and digest; or a device with its account; or a block.
 type Answer = (i64, Option<IdempotencyKey>, Option<UserId>, Option<DeviceId>, Option<Vec<u8>>, Option<Vec<u8>>);
 
 /// A row of `sends` that is replaced is past its age and has no message waiting: see `ASK`.
@@ -86,13 +86,13 @@ const WRITE: &str = concat!(
         INSERT INTO messages (position, device_no, id, sender_user, sender_device, body, received_at)
         SELECT *, $7 FROM unnest($10, $11, $12, $13, $14, $15) RETURNING 1),
     acked AS (",
-    delete_acknowledged!("$16, $17"),
+    delete_messages!("$16, $17"),
     " RETURNING 1)
     SELECT (SELECT COUNT(*) FROM receipts) AS receipts, (SELECT COUNT(*) FROM queued) AS messages,
            (SELECT COUNT(*) FROM acked) AS acked"
 );
 
-/// How many rows each part of it touched.
+/// How many rows each part of `WRITE` touched.
 #[derive(sqlx::FromRow)]
 struct Written {
     receipts: i64,
@@ -100,11 +100,11 @@ struct Written {
     acked: i64,
 }
 
-/// In one order on all nodes, so that two seldom wait for each other.
-fn in_order(acks: &[(DeviceNo, Position)]) -> (Vec<DeviceNo>, Vec<Position>) {
-    let mut acks = acks.to_vec();
-    acks.sort_unstable();
-    acks.into_iter().unzip()
+/// In one order everywhere, so that two groups seldom wait for each other.
+fn in_order(messages: &[(DeviceNo, Position)]) -> (Vec<DeviceNo>, Vec<Position>) {
+    let mut messages = messages.to_vec();
+    messages.sort_unstable();
+    messages.into_iter().unzip()
 }
 
 impl Store {
@@ -136,7 +136,7 @@ impl Store {
     ) -> Result<Option<(Vec<Option<Sent>>, Tally)>> {
         let mut tally = Tally::default();
         if sends.is_empty() {
-            tally.acked = tx.delete_acknowledged(acks).await?;
+            tally.acked = tx.delete_messages(acks).await?;
             return Ok(Some((Vec::new(), tally)));
         }
         let (lifetime, max) = (self.limits.idempotency_lifetime, self.limits.max_inbox_size);
@@ -152,7 +152,7 @@ impl Store {
         let receipts = send::receipts(&judged, position);
         let messages = send::numbered(&rows, &received.ids, position);
         let written = tx.write(&receipts, &messages, acks, received.received_at, lifetime).await?;
-        // Another node has just written the outcome of one of these sends down.
+        // Another group has just written the outcome of one of these sends down.
         if written.receipts < receipts.len() as i64 {
             return Ok(None);
         }
@@ -176,7 +176,7 @@ fn left_for_later(
 ) -> (HashSet<(DeviceNo, IdempotencyKey)>, Vec<UserId>) {
     let (mut later, mut cut) = (HashSet::new(), HashSet::new());
     for mail in sends {
-        let users = || mail.recipients.iter().map(|recipient| recipient.user);
+        let users = || mail.accounts();
         // Accounts that never were have no lock, and nobody holds it.
         let is_held = locking == Locking::PassOver && users().any(|user| !locked.contains_key(&user));
         let full: Vec<UserId> = users().filter(&is_full).filter(|user| !cut.contains(user)).collect();
@@ -215,8 +215,7 @@ impl PostgresTx {
         Ok(locked.into_iter().collect())
     }
 
-    /// What the sends depend on, see the text that asks for it in `sqlite`, and blocks of positions, enough for all of
-    /// their messages.
+    /// What the sends depend on, and blocks of positions, enough for all of their messages. See `ASK`.
     async fn ask(&mut self, sends: &[Outgoing], alive_since: Timestamp) -> Result<(Found, Vec<i64>)> {
         let senders: Vec<DeviceNo> = sends.iter().map(|mail| mail.sender.no).collect();
         let keys: Vec<IdempotencyKey> = sends.iter().map(|mail| mail.key).collect();
@@ -233,7 +232,8 @@ impl PostgresTx {
                 (no, _, Some(user), Some(device), ..) => {
                     devices.entry(user).or_default().push((device, DeviceNo(no)));
                 }
-                (block, ..) => blocks.push(block),
+                (block, None, None, None, None, None) => blocks.push(block),
+                _ => return Err(send::malformed("answer").into()),
             }
         }
         devices.values_mut().for_each(|devices| devices.sort_unstable_by_key(|(_, no)| *no));
@@ -282,9 +282,9 @@ impl PostgresTx {
     }
 
     /// Answers how many of them were still there.
-    async fn delete_acknowledged(&mut self, acks: &[(DeviceNo, Position)]) -> Result<u64> {
-        let (devices, positions) = in_order(acks);
-        self.run(sqlx::query(delete_acknowledged!("$1, $2")).bind(devices).bind(positions)).await
+    async fn delete_messages(&mut self, messages: &[(DeviceNo, Position)]) -> Result<u64> {
+        let (devices, positions) = in_order(messages);
+        self.run(sqlx::query(delete_messages!("$1, $2")).bind(devices).bind(positions)).await
     }
 
     /// How many messages wait for each device of these accounts.
@@ -329,18 +329,14 @@ impl PostgresTx {
             WHERE device_no = ANY($1) ORDER BY device_no, position";
         let inboxes = sqlx::query_as(statement).bind(full).bind(now - limits.retention);
         let messages: Vec<(DeviceNo, i64, UserId, bool)> = self.all(inboxes).await?;
-        let (mut devices, mut positions) = (Vec::new(), Vec::new());
+        let mut gone = Vec::new();
         for inbox in messages.chunk_by(|one, next| one.0 == next.0) {
             let of_senders: Vec<_> =
                 inbox.iter().map(|(_, position, sender, expired)| (*position, *sender, *expired)).collect();
-            let gone = outcome::cut(&of_senders, limits.max_inbox_size as usize);
-            devices.extend(gone.iter().map(|_| inbox[0].0));
-            positions.extend(gone);
+            let cut = outcome::cut(&of_senders, limits.max_inbox_size as usize);
+            gone.extend(cut.into_iter().map(|position| (inbox[0].0, Position(position))));
         }
-        let statement = "
-            DELETE FROM messages m USING unnest($1, $2) AS gone (device_no, position)
-            WHERE m.device_no = gone.device_no AND m.position = gone.position";
-        let cut = self.run(sqlx::query(statement).bind(devices).bind(positions)).await?;
+        let cut = self.delete_messages(&gone).await?;
         tracing::debug!(inboxes = full.len(), "full inboxes; their oldest mail was cut");
         Ok(cut)
     }

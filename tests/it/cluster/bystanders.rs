@@ -5,11 +5,15 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
+use bytes::Bytes;
+use futures_util::FutureExt;
 use futures_util::future::join_all;
+use obscura_server::model::ids::{DeviceId, DeviceNo, IdempotencyKey, UserId};
+use obscura_server::model::mail::{Outgoing, Recipient, Sealed, Sender};
 use sqlx::{ConnectOptions as _, Connection};
 use uuid::Uuid;
 
-use crate::harness::{Binary, Device, Event, Keys, Postgres, TestServer, send_request, within};
+use crate::harness::{Binary, Device, Event, Keys, Postgres, TestServer, eventually, send_request, within};
 
 fn node_options(url: &str, folder: &std::path::Path) -> Vec<String> {
     vec![
@@ -63,6 +67,33 @@ async fn an_account_that_somebody_holds_stops_nobody_else() {
     held.release().await;
     to_the_locked.await.unwrap();
     assert!(!statuses.contains_key(&503) && longest < Duration::from_secs(1), "{statuses:?} {longest:?}");
+}
+
+/// Two clients hang up: the group of the first one waits for a lock, the other one for that group, and the server stops.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_send_that_waits_for_its_turn_when_the_server_stops_is_stored() {
+    let node = TestServer::start_node_with(|_| {}).await;
+    let _other = node.start_beside().await; // keeps the database
+    let (alice, bob) = (node.account().await, node.account().await);
+    let database = node.database().await;
+    let no = database.number(&format!("SELECT no FROM devices WHERE id = '{}'", alice.id)).await;
+    let mailroom = node.server().app().mailroom.clone();
+    let held = database.hold_account(bob.user).await;
+    let send_and_hang_up = || {
+        let user = |id: Uuid| UserId::from_bytes(id.as_bytes()).unwrap();
+        let device = |id: Uuid| DeviceId::from_bytes(id.as_bytes()).unwrap();
+        let sealed = Sealed(Bytes::from_static(b"x"));
+        let sender = Sender { user: user(alice.user), device: device(alice.id), no: DeviceNo(no) };
+        let recipients = vec![Recipient { user: user(bob.user), submissions: vec![(device(bob.id), sealed)] }];
+        let mail = Outgoing { sender, key: IdempotencyKey::random(), digest: [0; 16], recipients };
+        assert!(mailroom.send(mail).now_or_never().is_none(), "it can't be stored yet");
+    };
+    send_and_hang_up();
+    let waits = "SELECT count(*) FROM pg_stat_activity WHERE wait_event_type = 'Lock' AND datname = current_database()";
+    eventually("the first group to wait", async || database.number(waits).await == 1).await;
+    send_and_hang_up();
+    tokio::join!(node.stop(), held.release());
+    assert_eq!(database.number("SELECT count(*) FROM messages").await, 2);
 }
 
 /// A crowd asks while PostgreSQL is away.

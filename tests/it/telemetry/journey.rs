@@ -5,32 +5,36 @@ use std::time::Duration;
 use super::attach;
 use crate::harness::{Collector, Device, Seen, Socket, TestServer, eventually};
 
-/// All that belongs to the trace of the send, by name.
+/// The one span of this name. Fails if there are none or several.
 fn part<'a>(spans: &'a [Seen], name: &str) -> &'a Seen {
     let found: Vec<_> = spans.iter().filter(|seen| seen.span.name == name).collect();
     assert_eq!(found.len(), 1, "{name} among {:?}", spans.iter().map(|seen| &seen.span.name).collect::<Vec<_>>());
     found[0]
 }
 
+/// How long a trace may take to the collector, and how many messages may go by without one.
+const TO_THE_COLLECTOR: Duration = Duration::from_secs(2);
+const WITHOUT_TRACE: usize = 10;
+
 /// Sends until a delivery belongs to the trace of its send. A look that comes by itself, such as the one when the account's
-/// channel is confirmed, may find a message before the word of its trace is there.
+/// channel is confirmed, may find a message before the word of its trace is there; then another one is sent.
 async fn send_traced(collector: &Collector, alice: &Device, bob: &Device, socket: &mut Socket) {
-    for n in 0.. {
+    for n in 0..WITHOUT_TRACE {
         let text = format!("hello {n}");
         alice.send_to(bob, &text).await;
         let envelope = socket.expect_message(&text).await;
         socket.ack(&[envelope]).await;
-        if tokio::time::timeout(Duration::from_secs(2), collector.await_spans("gateway.ack", 1)).await.is_ok() {
+        if tokio::time::timeout(TO_THE_COLLECTOR, collector.await_spans("gateway.ack", 1)).await.is_ok() {
             return;
         }
-        assert!(n < 10, "no delivery belongs to a trace");
     }
+    panic!("no delivery belongs to a trace");
 }
 
 /// Checks the trace of the one send whose delivery was traced, and answers it and its group.
 async fn journey(collector: &Collector) -> (Vec<Seen>, Seen) {
-    let stored = collector.await_spans("mailroom.ack", 1).await.remove(0);
-    let of_trace = |seen: &Seen| seen.span.trace_id == stored.span.trace_id;
+    let last = collector.await_spans("mailroom.ack", 1).await.remove(0);
+    let of_trace = |seen: &Seen| seen.span.trace_id == last.span.trace_id;
     let request = || collector.named("POST /v1/messages").into_iter().find(of_trace);
     eventually("the send of what was delivered", async || request().is_some()).await;
     let request = request().unwrap();
