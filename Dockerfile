@@ -7,8 +7,15 @@
 FROM rust:1.95-slim-bookworm AS build
 WORKDIR /build
 
+# The memory allocator is built with make.
+# hadolint ignore=DL3008
+RUN apt-get update \
+    && apt-get install --yes --no-install-recommends make \
+    && rm -rf /var/lib/apt/lists/*
+
 # All dependencies, in a layer that stays while they stay. The program around them does nothing.
-# Of the load tool only its manifest is needed, because the lock file is that of both.
+# Of the load tool only its manifest is needed, because the lock file is that of both. The allocator takes the page size of the
+# machine that it is built on for the largest there is; on ARM there are machines with 16 and 64 KiB.
 COPY Cargo.toml Cargo.lock build.rs ./
 COPY .cargo .cargo
 COPY load/Cargo.toml load/
@@ -16,6 +23,7 @@ COPY proto proto
 RUN mkdir src \
     && echo 'fn main() {}' > src/main.rs \
     && touch src/lib.rs \
+    && if [ "$(uname -m)" = aarch64 ]; then export JEMALLOC_SYS_WITH_LG_PAGE=16; fi \
     && cargo build --release --locked \
     && rm -r src
 
@@ -24,6 +32,7 @@ COPY openapi.yaml ./
 COPY src src
 # Cargo looks at the time of a file, and what was copied may be older than what was built above.
 RUN touch src/main.rs src/lib.rs \
+    && if [ "$(uname -m)" = aarch64 ]; then export JEMALLOC_SYS_WITH_LG_PAGE=16; fi \
     && cargo build --release --locked \
     && mkdir /data
 

@@ -12,6 +12,9 @@ use obscura_server::telemetry::Telemetry;
 use tokio::signal::unix::{Signal, SignalKind, signal};
 use tracing::{error, info, warn};
 
+#[global_allocator]
+static ALLOCATOR: tikv_jemallocator::Jemalloc = tikv_jemallocator::Jemalloc;
+
 /// What telemetry may take at the very end, when the server has stopped.
 const FLUSHING: Duration = Duration::from_secs(2);
 /// What it may take after a second signal, when whoever sent it waits for nothing any more.
