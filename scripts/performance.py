@@ -72,16 +72,31 @@ def section(mode, folder, deployment):
     return found["machine"], lines + ["", f"![{mode}: what it looked like](performance/{plot})", ""]
 
 
-def figures(deployment, folder):
-    """The text between the marks."""
+def former_sections(text):
+    """The sections that are between the marks now, each with a line that tells when and where it was measured."""
+    head, *sections = text.split("\n### ")
+    former = {}
+    for lines in (section.rstrip().split("\n") for section in sections):
+        if not lines[2].startswith("Earlier: "):
+            lines[2:2] = ["Earlier: " + head.splitlines()[0].partition(" Made by")[0], ""]
+        former[lines[0]] = ["### " + lines[0], *lines[1:], ""]
+    return former
+
+
+def figures(deployment, folder, former):
+    """The text between the marks. What has not been measured now stays as it is."""
     machine, sections = None, []
     for mode in MODES:
         if (folder / f"{mode}.json").exists():
             machine, lines = section(mode, folder, deployment)
             sections += lines
+        else:
+            sections += former.get(mode, [])
     if (folder / "mailroom.txt").exists():
         sections += ["### mailroom", "", "Durable sends in process beside a bare loop of gathered inserts, messages a second:", ""]
         sections += ["```text", (folder / "mailroom.txt").read_text().rstrip(), "```", ""]
+    else:
+        sections += former.get("mailroom", [])
     if machine is None:
         sys.exit("nothing was measured")
     today = datetime.datetime.now(datetime.timezone.utc).date()
@@ -98,10 +113,10 @@ def main(deployment, folder, document):
     text = document.read_text(encoding="utf-8")
     begin, end = f"<!-- figures, {deployment}: begin -->\n", f"<!-- figures, {deployment}: end -->\n"
     before, found_begin, rest = text.partition(begin)
-    _, found_end, after = rest.partition(end)
+    former, found_end, after = rest.partition(end)
     if not (found_begin and found_end):
         sys.exit(f"{document} has no marks {begin.strip()} and {end.strip()}")
-    document.write_text(before + begin + figures(deployment, pathlib.Path(folder)) + end + after, encoding="utf-8")
+    document.write_text(before + begin + figures(deployment, pathlib.Path(folder), former_sections(former)) + end + after, encoding="utf-8")
 
 
 if __name__ == "__main__":

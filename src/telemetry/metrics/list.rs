@@ -123,7 +123,7 @@ metrics! {
         sends_left: Counter = "obscura.store.group.left" "{send}"
             "Sends left for a later group, because another node holds one of their accounts, or too many inboxes were full.",
         group_retries: Counter = "obscura.store.group.retries" "{attempt}"
-            "Groups begun anew, because they met another node's.",
+            "Groups begun anew, because they met another one.",
         group_failures: Counter<GroupFailure> = "obscura.store.group.failures" "{group}"
             "Groups that could not be stored; nothing of them was, as far as the server knows.",
         pool: Gauge<(PoolName, Use)> = "obscura.database.connections" "{connection}"
