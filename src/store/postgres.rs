@@ -24,7 +24,8 @@ const TAKES_NO_WRITES: &str = "SELECT pg_is_in_recovery() OR current_setting('tr
 /// what the server would choose by its statistics is worse while these don't know yet how much the queue has grown.
 const BEGIN_GROUP: &str = "
     BEGIN ISOLATION LEVEL READ COMMITTED; SET LOCAL lock_timeout = '300ms'; SET LOCAL plan_cache_mode = force_generic_plan;
-    SET LOCAL enable_seqscan = off; SET LOCAL enable_hashjoin = off; SET LOCAL enable_mergejoin = off";
+    SET LOCAL enable_seqscan = off; SET LOCAL enable_hashjoin = off; SET LOCAL enable_mergejoin = off;
+    SET LOCAL jit = off";
 /// How much longer than the server itself we wait for a statement, before we take the server for frozen.
 const MARGIN: Duration = Duration::from_secs(1);
 

@@ -43,14 +43,17 @@ const LOCK_WHAT_IS_FREE: &str = "
     SELECT user_id, 0 FROM unnest($1) AS asked (user_id)
     WHERE NOT EXISTS (SELECT 1 FROM account_locks l WHERE l.user_id = asked.user_id)";
 
-/// The device is compared too, so that nothing but its own mail can ever be deleted.
+/// The device is compared too, so that nothing but its own mail can ever be deleted. Each message is looked up by its key:
+/// `OFFSET 0` keeps the planner from going through all messages instead, which is cheaper only while there are none.
 macro_rules! delete_messages {
     ($arrays:literal) => {
         concat!(
-            "DELETE FROM messages m USING unnest(",
+            "DELETE FROM messages WHERE ctid = ANY (ARRAY (
+                 SELECT found.place FROM unnest(",
             $arrays,
-            ") AS gone (device_no, position)
-             WHERE m.device_no = gone.device_no AND m.position = gone.position"
+            ") AS gone (device_no, position) CROSS JOIN LATERAL (
+                     SELECT m.ctid AS place FROM messages m
+                     WHERE m.device_no = gone.device_no AND m.position = gone.position OFFSET 0) found))"
         )
     };
 }
@@ -59,7 +62,9 @@ macro_rules! delete_messages {
 /// An outcome that is older than $3 still counts while a message of it waits, so that no message is ever queued twice.
 const ASK: &str = "
     SELECT s.sender_no, s.idempotency_key, NULL::uuid, NULL::uuid, s.outcome, s.digest
-    FROM unnest($1, $2) AS asked (sender_no, idempotency_key) JOIN sends s USING (sender_no, idempotency_key)
+    FROM unnest($1, $2) AS asked (sender_no, idempotency_key) CROSS JOIN LATERAL (
+        SELECT * FROM sends known
+        WHERE known.sender_no = asked.sender_no AND known.idempotency_key = asked.idempotency_key OFFSET 0) s
     WHERE s.sent_at > $3 OR EXISTS (
         SELECT 1 FROM messages m
         WHERE m.received_at = s.sent_at AND m.position BETWEEN s.first_position AND s.last_position)
