@@ -30,6 +30,7 @@ mod wire;
 mod signer;
 
 use anyhow::{Context, Result, bail};
+use tokio::signal::unix::{SignalKind, signal};
 
 use figures::Figures;
 use job::Job;
@@ -58,10 +59,14 @@ async fn main() -> Result<()> {
     output::give(&job.options, &runs)
 }
 
-/// One run on one subject. Our own server ends with it, also on Ctrl-C.
+/// One run on one subject. Our own server ends with it, also on Ctrl-C and when the tool is told to end.
 async fn measure(job: &Job, subject: &Subject) -> Result<Figures> {
+    let mut told_to_end = signal(SignalKind::terminate())?;
     let interrupted = async {
-        tokio::signal::ctrl_c().await?;
+        tokio::select! {
+            pressed = tokio::signal::ctrl_c() => pressed?,
+            _ = told_to_end.recv() => {}
+        }
         bail!("interrupted")
     };
     if job.options.mode == Mode::Growth {

@@ -5,8 +5,9 @@
 
 #![expect(clippy::unwrap_used, reason = "what is missing in a test ends it")]
 
+use std::io::{BufRead, BufReader};
 use std::path::{Path, PathBuf};
-use std::process::Command;
+use std::process::{Command, Stdio};
 
 use serde_json::Value;
 
@@ -80,6 +81,26 @@ impl Found {
     fn plot(&self) -> String {
         std::fs::read_to_string(self.folder.path().join("plot.svg")).unwrap()
     }
+}
+
+#[test]
+fn a_tool_that_is_told_to_end_takes_its_server_along() {
+    let folder = tempfile::tempdir().unwrap();
+    let idle = ["idle", "--sockets=8", "--seconds=60"];
+    let mut tool = command(&idle, folder.path()).stdout(Stdio::null()).stderr(Stdio::piped()).spawn().unwrap();
+    let mut lines = BufReader::new(tool.stderr.take().unwrap()).lines().map_while(Result::ok);
+    assert!(lines.any(|line| line.contains("holding")), "the sockets are open at last");
+    let id = tool.id();
+    let children = std::fs::read_to_string(format!("/proc/{id}/task/{id}/children")).unwrap();
+    let server = PathBuf::from(format!("/proc/{}", children.split_whitespace().next().unwrap()));
+    assert!(server.exists());
+    assert!(Command::new("kill").arg(id.to_string()).status().unwrap().success());
+    assert!(!tool.wait().unwrap().success());
+    let is_left = server.exists();
+    if is_left {
+        Command::new("kill").arg(server.file_name().unwrap()).status().unwrap();
+    }
+    assert!(!is_left, "its server goes on");
 }
 
 #[test]

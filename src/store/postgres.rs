@@ -20,8 +20,9 @@ static MIGRATIONS: Migrator = sqlx::migrate!("migrations/postgres");
 const OLDEST_VERSION: i32 = 150_000;
 /// A replica, or a server that somebody has set so.
 const TAKES_NO_WRITES: &str = "SELECT pg_is_in_recovery() OR current_setting('transaction_read_only')::bool";
-/// A group waits only a moment for others. And its statements find each row by a key, in one way that is planned once:
-/// what the server would choose by its statistics is worse while these don't know yet how much the queue has grown.
+/// A group waits only a moment for others. And its statements find each row by a key, in one way that is planned once and is
+/// not worth compiling: what the server would choose by its statistics is worse while these don't know yet how much the
+/// queue has grown.
 const BEGIN_GROUP: &str = "
     BEGIN ISOLATION LEVEL READ COMMITTED; SET LOCAL lock_timeout = '300ms'; SET LOCAL plan_cache_mode = force_generic_plan;
     SET LOCAL enable_seqscan = off; SET LOCAL enable_hashjoin = off; SET LOCAL enable_mergejoin = off;

@@ -105,7 +105,8 @@ struct Written {
     acked: i64,
 }
 
-/// In one order everywhere, so that two groups seldom wait for each other.
+/// In the order of the index that they are looked up in. Rows are deleted, and locked, in the order of their places in the
+/// table, so two groups don't wait for each other in a circle.
 fn in_order(messages: &[(DeviceNo, Position)]) -> (Vec<DeviceNo>, Vec<Position>) {
     let mut messages = messages.to_vec();
     messages.sort_unstable();
