@@ -20,13 +20,18 @@ static MIGRATIONS: Migrator = sqlx::migrate!("migrations/postgres");
 const OLDEST_VERSION: i32 = 150_000;
 /// A replica, or a server that somebody has set so.
 const TAKES_NO_WRITES: &str = "SELECT pg_is_in_recovery() OR current_setting('transaction_read_only')::bool";
-/// A group waits only a moment for others. And its statements find each row by a key, in one way that is planned once and is
-/// not worth compiling: what the server would choose by its statistics is worse while these don't know yet how much the
-/// queue has grown.
-const BEGIN_GROUP: &str = "
-    BEGIN ISOLATION LEVEL READ COMMITTED; SET LOCAL lock_timeout = '300ms'; SET LOCAL plan_cache_mode = force_generic_plan;
-    SET LOCAL enable_seqscan = off; SET LOCAL enable_hashjoin = off; SET LOCAL enable_mergejoin = off;
-    SET LOCAL jit = off";
+/// A group, for which everybody waits, waits only a moment for others.
+const BEGIN_GROUP: &str = "BEGIN ISOLATION LEVEL READ COMMITTED; SET LOCAL lock_timeout = '300ms'";
+/// Each statement finds its rows by a key, in one way that is planned once for a connection, and is not worth compiling.
+/// What the server would choose by its statistics is worse while these don't know yet how much a table has grown: an empty
+/// queue that was analyzed is read as a whole, and goes on to be when a million messages are in it.
+const ALWAYS_BY_KEY: [(&str, &str); 5] = [
+    ("plan_cache_mode", "force_generic_plan"),
+    ("enable_seqscan", "off"),
+    ("enable_hashjoin", "off"),
+    ("enable_mergejoin", "off"),
+    ("jit", "off"),
+];
 /// How much longer than the server itself we wait for a statement, before we take the server for frozen.
 const MARGIN: Duration = Duration::from_secs(1);
 
@@ -56,6 +61,7 @@ impl PostgresStore {
             // A node that has stopped in the middle of a transaction must not hold its locks for longer than others wait.
             ("idle_in_transaction_session_timeout", millis(config.lock_timeout)),
         ]);
+        let options = options.options(ALWAYS_BY_KEY);
         let terms = Terms {
             max: config.max_connections,
             min: config.min_connections,
@@ -76,7 +82,7 @@ impl PostgresStore {
         self.begin_with("BEGIN ISOLATION LEVEL READ COMMITTED").await
     }
 
-    /// Starts the transaction of a group, for which everybody waits. See `BEGIN_GROUP`.
+    /// Starts the transaction of a group. See `BEGIN_GROUP`.
     pub(super) async fn begin_group(&self) -> Result<PostgresTx> {
         self.begin_with(BEGIN_GROUP).await
     }

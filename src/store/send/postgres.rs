@@ -43,8 +43,9 @@ const LOCK_WHAT_IS_FREE: &str = "
     SELECT user_id, 0 FROM unnest($1) AS asked (user_id)
     WHERE NOT EXISTS (SELECT 1 FROM account_locks l WHERE l.user_id = asked.user_id)";
 
-/// The device is compared too, so that nothing but its own mail can ever be deleted. Each message is looked up by its key:
-/// `OFFSET 0` keeps the planner from going through all messages instead, which is cheaper only while there are none.
+/// The device is compared too, so that nothing but its own mail can ever be deleted. Each message is looked up by its
+/// primary key: `OFFSET 0` keeps the planner from going through all messages instead, which is cheaper only while there
+/// are none, and the rows that are compared from going through all of `messages_by_age`, which has positions too.
 macro_rules! delete_messages {
     ($arrays:literal) => {
         concat!(
@@ -53,7 +54,8 @@ macro_rules! delete_messages {
             $arrays,
             ") AS gone (device_no, position) CROSS JOIN LATERAL (
                      SELECT m.ctid AS place FROM messages m
-                     WHERE m.device_no = gone.device_no AND m.position = gone.position OFFSET 0) found))"
+                     WHERE (m.device_no, m.position) >= (gone.device_no, gone.position)
+                       AND (m.device_no, m.position) <= (gone.device_no, gone.position) OFFSET 0) found))"
         )
     };
 }

@@ -5,6 +5,7 @@ use std::path::Path;
 use std::time::Duration;
 
 use obscura_server::clock::Timestamp;
+use obscura_server::config::Config;
 use obscura_server::model::ids::{Address, DeviceId, DeviceNo, Position, UserId};
 use obscura_server::model::keys::{KeyId, OneTimePreKey, PreKeys, PublicKey, RegistrationId, Signature, SignedPreKey};
 use obscura_server::model::mail::{Outgoing, Sent};
@@ -51,7 +52,18 @@ impl TestStore {
     pub async fn open_with(change: impl FnOnce(&mut Limits)) -> Self {
         let folder = StateFolder(tempfile::tempdir().expect("a folder for the store"));
         let config = deployment::config(folder.path()).await;
-        let mut limits = Limits::of(&config);
+        Self::open_configured(folder, &config, change).await
+    }
+
+    /// In PostgreSQL, whatever this run is about.
+    pub async fn open_in_postgres() -> Self {
+        let folder = StateFolder(tempfile::tempdir().expect("a folder for the store"));
+        let config = deployment::config_of(&deployment::distributed_options(folder.path()).await);
+        Self::open_configured(folder, &config, |_| {}).await
+    }
+
+    async fn open_configured(folder: StateFolder, config: &Config, change: impl FnOnce(&mut Limits)) -> Self {
+        let mut limits = Limits::of(config);
         change(&mut limits);
         let store = Store::open(&config.database, limits, &Metrics::unread()).await.expect("a store");
         Self { store, limits, folder }
@@ -85,6 +97,12 @@ impl TestStore {
     /// A look at, and a hand in, the database.
     pub async fn database(&self) -> Database {
         Database::of(self.folder.path()).await
+    }
+
+    /// The database of a store of [`Self::open_in_postgres`].
+    pub async fn postgres(&self) -> Database {
+        let config = deployment::config_of(&deployment::distributed_options(self.folder.path()).await);
+        Database::open(&config.database).await
     }
 
     /// A new account with its primary device.

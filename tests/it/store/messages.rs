@@ -9,6 +9,7 @@ use obscura_server::model::mail::{Envelope, Outcome, Outgoing, Recipient, Replay
 use obscura_server::store::{Page, Store};
 
 use super::fixture::{NOW, Person, TestStore};
+use crate::harness::eventually;
 
 const DAY: Duration = Duration::from_hours(24);
 const RETENTION: Duration = Duration::from_hours(24 * 30);
@@ -309,4 +310,33 @@ async fn a_key_has_an_outcome_for_the_device_that_used_it_and_for_no_other() {
     store.settle(std::slice::from_ref(&sent), &[], NOW).await.unwrap();
     assert!(store.has_outcome(alice.no, sent.key).await.unwrap());
     assert!(!store.has_outcome(bob.no, sent.key).await.unwrap());
+}
+
+/// A plan is made once for each connection, and then it is used whatever the tables have become.
+#[tokio::test]
+async fn postgres_looks_up_by_key_whatever_a_group_needs_also_when_it_planned_while_the_tables_were_empty() {
+    let store = TestStore::open_in_postgres().await;
+    let (alice, bob) = (store.account().await, store.account().await);
+    let database = store.postgres().await;
+    database.execute("ANALYZE; SELECT pg_stat_reset()").await;
+    for _ in 0..10 {
+        let letters: Vec<Outgoing> = (0..10).map(|_| to(&alice, &bob, "hello")).collect();
+        store.settle(&letters, &[], NOW).await.unwrap();
+        let waiting = inbox(&store, &bob, NOW).await;
+        let acks: Vec<(DeviceNo, Position)> = waiting.iter().map(|envelope| (bob.no, envelope.position)).collect();
+        let (some, others) = acks.split_at(5);
+        store.settle(&[to(&bob, &alice, "thanks")], some, NOW).await.unwrap();
+        store.settle(&[], others, NOW).await.unwrap();
+    }
+    let used = "SELECT count(*) FROM pg_stat_activity
+                WHERE datname = current_database() AND application_name = 'obscura-server'";
+    store.close().await;
+    eventually("each connection has told what it did", async || database.number(used).await == 0).await;
+    let rows_of = "SELECT coalesce(sum(seq_tup_read), 0) FROM pg_stat_user_tables
+                   WHERE relname IN ('messages', 'sends', 'devices', 'account_locks')";
+    let by_age =
+        "SELECT sum(idx_scan) FROM pg_stat_user_indexes WHERE indexrelname IN ('messages_by_age', 'sends_to_review')";
+    let by_key = "SELECT min(idx_scan) FROM pg_stat_user_indexes WHERE indexrelname IN ('messages_pkey', 'sends_pkey')";
+    assert_eq!((database.number(rows_of).await, database.number(by_age).await), (0, 0));
+    assert!(database.number(by_key).await > 100);
 }
