@@ -1,7 +1,11 @@
 //! What every mode is given.
 
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 
+use anyhow::Result;
+use tempfile::TempDir;
+
+use crate::leftovers::Leftovers;
 use crate::meter::Meter;
 use crate::options::Options;
 use crate::server::Server;
@@ -12,16 +16,23 @@ use crate::watch::Watch;
 pub struct Job {
     pub options: Arc<Options>,
     pub watch: Arc<Watch>,
+    leftovers: Arc<Mutex<Leftovers>>,
 }
 
 impl Job {
     pub fn new(options: Options) -> Self {
-        Self { options: Arc::new(options), watch: Arc::new(Watch::new()) }
+        Self { options: Arc::new(options), watch: Arc::new(Watch::new()), leftovers: Arc::default() }
     }
 
     /// Says what is being done now to this server.
     pub fn phase(&self, what: &str, server: &Server) {
         self.watch.phase(what, server.process());
+    }
+
+    /// Takes folders that nobody needs any more. See [`Leftovers`].
+    pub fn put_away(&self, folder: impl IntoIterator<Item = TempDir>) -> Result<()> {
+        let mut leftovers = self.leftovers.lock().unwrap_or_else(PoisonError::into_inner);
+        Ok(folder.into_iter().try_for_each(|folder| leftovers.keep(folder))?)
     }
 
     /// Counts what this server and its companions use from now on.

@@ -10,6 +10,7 @@ mod figures;
 mod grammar;
 mod http;
 mod job;
+mod leftovers;
 mod meter;
 mod modes;
 mod options;
@@ -82,7 +83,7 @@ async fn measure(job: &Job, subject: &Subject) -> Result<Figures> {
         () = job.watch.tell() => bail!("the clock has stopped"),
         interrupted = interrupted => interrupted,
     };
-    server.stop().await?;
+    job.put_away(server.stop().await?)?;
     figures
 }
 

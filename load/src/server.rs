@@ -46,6 +46,8 @@ pub struct Server {
     /// Further nodes on the same database, and where each is.
     more: Vec<SocketAddr>,
     own: Option<Own>,
+    /// Of our own server.
+    folder: Option<TempDir>,
 }
 
 struct Own {
@@ -54,7 +56,7 @@ struct Own {
     program: PathBuf,
     options: Vec<String>,
     variables: Vec<(&'static str, String)>,
-    folder: TempDir,
+    folder: PathBuf,
     database: Database,
     /// The PostgreSQL that the database was made in, and its name there.
     made_in: Option<(String, String)>,
@@ -75,7 +77,14 @@ impl Server {
         let program = match subject {
             Subject::Target { api, process } => {
                 Connection::open(*api).await?;
-                return Ok(Self { api: *api, management: None, process: *process, more: Vec::new(), own: None });
+                return Ok(Self {
+                    api: *api,
+                    management: None,
+                    process: *process,
+                    more: Vec::new(),
+                    own: None,
+                    folder: None,
+                });
             }
             Subject::Program(program) => program.clone(),
         };
@@ -87,7 +96,7 @@ impl Server {
             options: options.server_options.clone(),
             variables: Vec::new(),
             database: Database::in_folder(folder.path()),
-            folder,
+            folder: folder.path().to_owned(),
             made_in: None,
         };
         let name = format!("obscura_load_{:x}", rand::random::<u64>());
@@ -108,20 +117,21 @@ impl Server {
         }
         let (api, management) = own.spawn()?;
         let process = own.process();
-        let server = Self { api, management: Some(management), process, more: Vec::new(), own: Some(own) };
+        let server =
+            Self { api, management: Some(management), process, more: Vec::new(), own: Some(own), folder: Some(folder) };
         server.wait_until_ready().await?;
         Ok(server)
     }
 
-    /// Ends our own server and removes what was made for it.
-    pub async fn stop(mut self) -> Result<()> {
-        let Some(mut own) = self.own.take() else { return Ok(()) };
+    /// Ends our own server and removes what was made for it, but for its folder, which is answered.
+    pub async fn stop(mut self) -> Result<Option<TempDir>> {
+        let Some(mut own) = self.own.take() else { return Ok(None) };
         own.more.drain(..).try_for_each(|node| end(node, "TERM"))?;
         own.end("TERM")?;
         if let Some((url, name)) = own.made_in.take() {
             Database::remove(&url, &name).await?;
         }
-        Ok(())
+        Ok(self.folder.take())
     }
 
     /// The process, if it is known.
@@ -145,7 +155,7 @@ impl Server {
         while 1 + self.more.len() < nodes {
             let own = self.own()?;
             ensure!(own.made_in.is_some(), "several nodes need a database that they share: --postgres and --valkey");
-            let folder = own.folder.path().join(format!("node-{}", own.more.len() + 2));
+            let folder = own.folder.join(format!("node-{}", own.more.len() + 2));
             let (child, api, management) = own.spawn_in(&folder)?;
             own.more.push(child);
             self.more.push(api);
@@ -208,7 +218,7 @@ impl Server {
 
     /// The folder of our own server.
     pub fn folder(&self) -> Option<&Path> {
-        Some(self.own.as_ref()?.folder.path())
+        Some(self.folder.as_ref()?.path())
     }
 
     /// Adds how long the disk takes to confirm a small write, which bounds every durable send from below.
@@ -243,7 +253,7 @@ impl Own {
     }
 
     fn spawn(&mut self) -> Result<(SocketAddr, SocketAddr)> {
-        let (child, api, management) = self.spawn_in(self.folder.path())?;
+        let (child, api, management) = self.spawn_in(&self.folder)?;
         self.child = Some(child);
         Ok((api, management))
     }

@@ -2,6 +2,7 @@
 
 use std::fs::File;
 use std::io::{Read, Write};
+use std::ops::Range;
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -33,7 +34,8 @@ pub async fn measure(job: &Job, server: &Server) -> Result<Figures> {
     // Half of the copies before, half behind, so that a disk that changes its mind does not favour one side.
     job.phase("copying", server);
     let folder = tempfile::Builder::new().prefix("obscura-load-copies-").tempdir_in(&options.parent)?;
-    let mut copying = copy(folder.path(), &bytes, count.div_ceil(2), at_once).await?;
+    let half = count.div_ceil(2);
+    let mut copying = copy(folder.path(), &bytes, 0..half, at_once).await?;
 
     job.phase("uploading", server);
     job.watch.begin();
@@ -56,7 +58,8 @@ pub async fn measure(job: &Job, server: &Server) -> Result<Figures> {
     let peak_down = job.watch.peak_kib();
 
     job.phase("copying", server);
-    copying += copy(folder.path(), &bytes, count / 2, at_once).await?;
+    copying += copy(folder.path(), &bytes, half..count, at_once).await?;
+    job.put_away([folder])?;
     let copies = volume / copying;
     figures.add("upload_mib_per_s", uploads);
     figures.add("download_mib_per_s", downloads);
@@ -126,11 +129,12 @@ async fn download(job: &Job, server: &Server, devices: &[Device], bytes: &Arc<[u
     work.join_all().await.into_iter().collect()
 }
 
-/// Copies a file so many times, several at once, each copy confirmed by the disk. Answers how many seconds it took.
-async fn copy(folder: &Path, bytes: &[u8], count: usize, at_once: usize) -> Result<f64> {
+/// Makes copies of a file with these numbers, several at once, each confirmed by the disk. Answers how many seconds it
+/// took.
+async fn copy(folder: &Path, bytes: &[u8], copies: Range<usize>, at_once: usize) -> Result<f64> {
     let source = folder.join("source");
     std::fs::write(&source, bytes)?;
-    let next = Arc::new(AtomicUsize::new(0));
+    let next = Arc::new(AtomicUsize::new(copies.start));
     let mut work = JoinSet::new();
     let began = Instant::now();
     for _ in 0..at_once {
@@ -139,7 +143,7 @@ async fn copy(folder: &Path, bytes: &[u8], count: usize, at_once: usize) -> Resu
             let mut buffer = vec![0; 256 << 10];
             loop {
                 let n = next.fetch_add(1, Ordering::Relaxed);
-                if n >= count {
+                if n >= copies.end {
                     return anyhow::Ok(());
                 }
                 // Not by the system's own call for copies, which may let both files share their blocks.
