@@ -4,6 +4,7 @@
 //! one can be copied to the other as it stands.
 
 mod bucket;
+mod draft;
 mod error;
 mod folder;
 mod read_only;

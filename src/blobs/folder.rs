@@ -11,18 +11,17 @@ use bytes::Bytes;
 use futures_util::stream::{self, BoxStream};
 use futures_util::{Stream, StreamExt, TryStreamExt};
 use object_store::local::LocalFileSystem;
-use object_store::{
-    GetOptions, GetResultPayload, MultipartUpload, ObjectStore, ObjectStoreExt, PutPayloadMut, path::Path as Key,
-};
+use object_store::{GetOptions, GetResultPayload, ObjectStore, ObjectStoreExt, PutPayloadMut, path::Path as Key};
 use tokio::io::AsyncReadExt;
 use tokio_util::io::ReaderStream;
-use tracing::{info, warn};
+use tracing::info;
 
+use crate::blobs::draft::Draft;
 use crate::blobs::{Blob, BlobError, Deleted, Keys, OpenError, UploadError};
 use crate::model::ids::AttachmentId;
 
-/// An upload is written in parts of this size, and hardly more of it is in memory at a time: a piece that is kept as it
-/// arrived may hold the buffer that it came in.
+/// An upload is written in parts of exactly this size, but for the last, so that the system finds no half pages.
+/// Hardly more of it is in memory at a time: a piece that is kept as it arrived may hold the buffer that it came in.
 const PART_BYTES: usize = 256 << 10;
 /// What arrives in pieces of this size or more is written from where it is.
 const KEPT_BYTES: usize = 32 << 10;
@@ -54,7 +53,8 @@ impl Folder {
         Ok(blobs)
     }
 
-    /// Takes in the bytes of an attachment, without making them the attachment yet: that is [`Staged::publish`].
+    /// Takes in the bytes of an attachment and has them on disk, without making them the attachment yet: that is
+    /// [`Staged::publish`].
     ///
     /// They wait under another name. If this or the answer is dropped, they are removed.
     pub async fn stage<E>(
@@ -63,31 +63,28 @@ impl Folder {
         size: u64,
         body: impl Stream<Item = Result<Bytes, E>>,
     ) -> Result<Staged, UploadError> {
-        let mut upload = self.store.put_multipart(&self.keys.of(id)).await.map_err(BlobError::from)?;
+        let mut draft = Draft::new(self.staging_path(id)?);
         let mut body = std::pin::pin!(body);
         let (mut received, mut part) = (0, PutPayloadMut::new());
         while let Some(bytes) = body.next().await {
-            let bytes = bytes.map_err(|_| UploadError::Body)?;
+            let mut bytes = bytes.map_err(|_| UploadError::Body)?;
             received += bytes.len() as u64;
             if received > size {
                 return Err(UploadError::Body);
             }
-            match bytes.len() {
-                // Copied together, because a client that sends single bytes would make a list of them expensive.
-                ..KEPT_BYTES => part.extend_from_slice(&bytes),
-                _ => part.push(bytes),
+            while part.content_length() + bytes.len() > PART_BYTES {
+                let behind = bytes.split_off(PART_BYTES - part.content_length());
+                add(&mut part, bytes);
+                draft = draft.append(std::mem::take(&mut part).freeze()).await.map_err(BlobError::from)?;
+                bytes = behind;
             }
-            if part.content_length() >= PART_BYTES {
-                upload.put_part(std::mem::take(&mut part).freeze()).await.map_err(BlobError::from)?;
-            }
+            add(&mut part, bytes);
         }
         if received < size {
             return Err(UploadError::Body);
         }
-        if !part.is_empty() {
-            upload.put_part(part.freeze()).await.map_err(BlobError::from)?;
-        }
-        Ok(Staged { id, upload, folder: self.clone() })
+        let draft = draft.finish(part.freeze()).await.map_err(BlobError::from)?;
+        Ok(Staged { draft, name: self.path(&self.keys.of(id)).map_err(BlobError::from)? })
     }
 
     /// Reads an attachment, or `range` of it; `None` when there is no such attachment.
@@ -130,7 +127,7 @@ impl Folder {
     async fn delete_one(self, id: AttachmentId) -> (AttachmentId, Result<(), BlobError>) {
         let deleted = async {
             let key = self.keys.of(id);
-            match tokio::fs::remove_file(staging_path(&self.path(&key)?)).await {
+            match tokio::fs::remove_file(self.staging_path(id)?).await {
                 Err(error) if error.kind() != ErrorKind::NotFound => return Err(error.into()),
                 _ => {}
             }
@@ -153,28 +150,38 @@ impl Folder {
         }
     }
 
+    /// Where the bytes of an attachment wait that isn't one yet.
+    fn staging_path(&self, id: AttachmentId) -> Result<PathBuf, BlobError> {
+        let mut path = self.path(&self.keys.of(id))?.into_os_string();
+        path.push("#1");
+        Ok(path.into())
+    }
+
     fn path(&self, key: &Key) -> Result<PathBuf, object_store::Error> {
         self.store.path_to_filesystem(key)
     }
 }
 
-/// Bytes that have arrived in full and wait to become an attachment. Dropping them removes them.
+/// Bytes that are on disk in full and wait to become an attachment. Dropping them removes them.
 pub(super) struct Staged {
-    id: AttachmentId,
-    upload: Box<dyn MultipartUpload>,
-    folder: Folder,
+    draft: Draft,
+    name: PathBuf,
 }
 
 impl Staged {
-    /// Makes them the attachment; they are on disk when this returns. If it fails, nothing is left.
+    /// Makes them the attachment, for good when this returns. If it fails, nothing is left.
     ///
     /// This must run to its end: dropped in the middle, it may still happen.
-    pub async fn publish(mut self) -> Result<(), BlobError> {
-        let Err(error) = self.upload.complete().await else { return Ok(()) };
-        if let Some((_, error)) = self.folder.delete(&[self.id]).await.failed {
-            warn!(%error, "the remains of a failed upload could not be removed; a later sweep will try again");
-        }
-        Err(error.into())
+    pub async fn publish(self) -> Result<(), BlobError> {
+        Ok(self.draft.publish(self.name).await?)
+    }
+}
+
+fn add(part: &mut PutPayloadMut, bytes: Bytes) {
+    match bytes.len() {
+        // Copied together, because a client that sends single bytes would make a list of them expensive.
+        ..KEPT_BYTES => part.extend_from_slice(&bytes),
+        _ => part.push(bytes),
     }
 }
 
@@ -195,14 +202,8 @@ fn make_folder(folder: &Path) -> io::Result<()> {
     Ok(())
 }
 
-/// Where `object_store` writes before it renames.
-fn staging_path(object: &Path) -> PathBuf {
-    let mut path = object.as_os_str().to_owned();
-    path.push("#1");
-    path.into()
-}
-
-/// Removes files whose upload was under way when the server stopped: they are called `<id>#<number>`.
+/// Removes files whose upload was under way when the server stopped: they are called `<id>#<number>`, of which we use but
+/// the number 1.
 fn remove_leftovers(folder: &Path) -> io::Result<()> {
     let mut removed = 0;
     for entry in fs::read_dir(folder)? {

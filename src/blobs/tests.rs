@@ -70,8 +70,10 @@ async fn bytes_come_back_whole_and_in_part() {
 async fn many_parts_and_none_at_all_are_put_together() {
     let folder = tempfile::tempdir().unwrap();
     let blobs = open(&folder).await;
-    let chunk = Bytes::from((0..100_000u32).flat_map(u32::to_le_bytes).collect::<Vec<_>>());
-    for chunks in [0, 1, 7] {
+    let bytes = Bytes::from((0..1_000_000u32).flat_map(u32::to_le_bytes).collect::<Vec<_>>());
+    let sizes = [(400_000, 0), (400_000, 1), (400_000, 7), (1_000_000, 2), (262_144, 2), (262_143, 2), (30_000, 50)];
+    for (size, chunks) in sizes {
+        let chunk = bytes.slice(..size);
         let id = AttachmentId::random();
         let body = stream::iter(vec![Ok::<_, Infallible>(chunk.clone()); chunks]);
         blobs.stage(id, (chunk.len() * chunks) as u64, body).await.unwrap().publish().await.unwrap();
@@ -103,10 +105,16 @@ async fn a_body_that_breaks_off_leaves_nothing() {
 async fn an_upload_dropped_in_the_middle_or_before_it_is_published_leaves_nothing() {
     let folder = tempfile::tempdir().unwrap();
     let blobs = open(&folder).await;
-    let endless = stream::iter([Ok::<_, Infallible>(Bytes::from_static(b"ab"))]).chain(stream::pending());
-    let mut staging = blobs.stage(AttachmentId::random(), 4, endless).boxed();
-    assert!(poll!(&mut staging).is_pending());
-    assert_eq!(files(&folder).len(), 1);
+    let first = Bytes::from(vec![0; 1 << 20]);
+    let endless = stream::iter([Ok::<_, Infallible>(first)]).chain(stream::pending());
+    let mut staging = blobs.stage(AttachmentId::random(), 2 << 20, endless).boxed();
+    let begun = async {
+        while files(&folder).is_empty() {
+            assert!(poll!(&mut staging).is_pending());
+            tokio::task::yield_now().await;
+        }
+    };
+    tokio::time::timeout(Duration::from_secs(10), begun).await.expect("nothing is written");
     drop(staging);
     until_empty(&folder).await;
 
