@@ -102,7 +102,7 @@ def figures(deployment, folder, former):
     today = datetime.datetime.now(datetime.timezone.utc).date()
     head = (
         f"{today}; {machine['cores']} cores of {machine['cpu']}, "
-        f"{machine['memory_mib'] / 1024:.0f} GiB, Linux {machine['kernel']}. Made by "
+        f"{machine['memory_mib'] / 1024:.0f} GiB, Linux {machine['kernel']}, {machine['file_system']}. Made by "
         f"`scripts/performance{' --distributed' if deployment == 'distributed' else ''}`."
     )
     return "\n".join([head, "", *sections])

@@ -29,10 +29,13 @@ impl Job {
         self.watch.phase(what, server.process());
     }
 
-    /// Takes folders that nobody needs any more. See [`Leftovers`].
-    pub fn put_away(&self, folder: impl IntoIterator<Item = TempDir>) -> Result<()> {
+    /// Keeps folders that nobody needs any more, emptied, until all runs are over. See [`Leftovers`].
+    pub fn put_away(&self, folders: impl IntoIterator<Item = TempDir>) -> Result<()> {
         let mut leftovers = self.leftovers.lock().unwrap_or_else(PoisonError::into_inner);
-        Ok(folder.into_iter().try_for_each(|folder| leftovers.keep(folder))?)
+        for folder in folders {
+            leftovers.keep(folder)?;
+        }
+        Ok(())
     }
 
     /// Counts what this server and its companions use from now on.

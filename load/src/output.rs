@@ -42,7 +42,7 @@ fn line(options: &Options, subjects: &[(String, Vec<Summary>)]) -> Value {
     json!({
         "tool": concat!("obscura-load ", env!("CARGO_PKG_VERSION")),
         "ended_at": now_millis() as u64 / 1000,
-        "machine": proc::machine(),
+        "machine": proc::machine(&options.parent),
         "options": options.json(),
         "subjects": subjects.iter().map(subject).collect::<Vec<_>>(),
     })

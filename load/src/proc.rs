@@ -2,6 +2,7 @@
 
 use std::collections::HashMap;
 use std::fs;
+use std::path::Path;
 
 use serde_json::{Value, json};
 
@@ -51,12 +52,23 @@ fn stat(process: u32) -> Option<Stat> {
 
 /// KiB of memory in use: all, and without the parts that are files.
 pub fn resident_kib(process: u32) -> Option<(f64, f64)> {
+    Some((status(process, "VmRSS:")?, status(process, "RssAnon:")?))
+}
+
+/// The most KiB of memory that were in use at any moment since [`forget_peak`].
+pub fn peak_kib(process: u32) -> Option<f64> {
+    status(process, "VmHWM:")
+}
+
+/// False when it may not be, because the process is somebody else's.
+pub fn forget_peak(process: u32) -> bool {
+    fs::write(format!("/proc/{process}/clear_refs"), "5").is_ok()
+}
+
+fn status(process: u32, name: &str) -> Option<f64> {
     let status = fs::read_to_string(format!("/proc/{process}/status")).ok()?;
-    let line = |name: &str| {
-        let line = status.lines().find(|line| line.starts_with(name))?;
-        line.split_whitespace().nth(1)?.parse::<f64>().ok()
-    };
-    Some((line("VmRSS:")?, line("RssAnon:")?))
+    let line = status.lines().find(|line| line.starts_with(name))?;
+    line.split_whitespace().nth(1)?.parse().ok()
 }
 
 /// How many files this process may have open.
@@ -72,8 +84,19 @@ pub fn load_average() -> f64 {
     text.split_whitespace().next().and_then(|load| load.parse().ok()).unwrap_or(f64::NAN)
 }
 
-/// What the figures were found on.
-pub fn machine() -> Value {
+/// The kind of file system that this folder is on.
+fn file_system(folder: &Path) -> Option<String> {
+    let folder = folder.canonicalize().ok()?;
+    // Where it is mounted is the second word, the kind is the third.
+    let mounts = fs::read_to_string("/proc/self/mounts").ok()?;
+    let mounts = mounts.lines().map(|line| line.split_whitespace().collect::<Vec<_>>());
+    let around = mounts.filter(|words| words.get(1).is_some_and(|place| folder.starts_with(place)));
+    let nearest = around.max_by_key(|words| words[1].len())?;
+    Some((*nearest.get(2)?).to_owned())
+}
+
+/// What the figures were found on; the servers' folders are in this one.
+pub fn machine(folder: &Path) -> Value {
     let value = |file: &str, name: &str| {
         let text = fs::read_to_string(file).unwrap_or_default();
         let line = text.lines().find_map(|line| line.split_once(':').filter(|(key, _)| key.trim() == name));
@@ -86,6 +109,7 @@ pub fn machine() -> Value {
         "cpu": value("/proc/cpuinfo", "model name"),
         "kernel": fs::read_to_string("/proc/sys/kernel/osrelease").unwrap_or_default().trim(),
         "memory_mib": memory / 1024,
+        "file_system": file_system(folder),
         "load_average": load_average(),
     })
 }
@@ -93,6 +117,16 @@ pub fn machine() -> Value {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_peak_is_seen_until_it_is_forgotten() {
+        let myself = std::process::id();
+        drop(std::hint::black_box(vec![1_u8; 64 << 20]));
+        let peak = peak_kib(myself).unwrap();
+        assert!(peak > 65_536.0, "{peak}");
+        assert!(forget_peak(myself));
+        assert!(peak_kib(myself).unwrap() < peak);
+    }
 
     #[test]
     fn a_child_that_has_ended_still_counts() {

@@ -14,7 +14,7 @@ use crate::database::{Database, Rows};
 use crate::figures::Figures;
 use crate::http::Connection;
 use crate::options::{Options, Subject};
-use crate::proc::resident_kib;
+use crate::proc::{forget_peak, peak_kib, resident_kib};
 
 /// Ports that are free, and limits that are not what is measured.
 const SERVER_OPTIONS: &[&str] = &[
@@ -46,7 +46,7 @@ pub struct Server {
     /// Further nodes on the same database, and where each is.
     more: Vec<SocketAddr>,
     own: Option<Own>,
-    /// Of our own server.
+    /// Where our own server keeps what it has. Fields are dropped in this order: the process goes before its folder.
     folder: Option<TempDir>,
 }
 
@@ -212,6 +212,18 @@ impl Server {
     /// Adds what the process has in memory now.
     pub fn add_memory(&self, figures: &mut Figures, when: &str) {
         if let Some(kib) = self.resident_kib() {
+            figures.add_of("resident_mib", when, kib / 1024.0);
+        }
+    }
+
+    /// From now on the most memory that the process has is kept in mind. False when nobody may ask for that.
+    pub fn forget_peak(&self) -> bool {
+        self.process.is_some_and(forget_peak)
+    }
+
+    /// Adds the most that the process has had in memory since [`Self::forget_peak`].
+    pub fn add_peak(&self, figures: &mut Figures, when: &str) {
+        if let Some(kib) = self.process.and_then(peak_kib) {
             figures.add_of("resident_mib", when, kib / 1024.0);
         }
     }

@@ -39,7 +39,6 @@ struct State {
     what: String,
     process: Option<u32>,
     cpu: Option<f64>,
-    peak_kib: f64,
     is_counting: bool,
     curve: Curve,
     second: Latencies,
@@ -58,7 +57,6 @@ impl Watch {
             what: "starting".to_owned(),
             process: None,
             cpu: None,
-            peak_kib: 0.0,
             is_counting: false,
             curve,
             second: empty(),
@@ -86,7 +84,7 @@ impl Watch {
         let mut state = self.state();
         state.curve = Curve { latencies: empty(), seconds: Vec::new() };
         state.second.reset();
-        (state.count, state.since, state.is_counting, state.peak_kib) = (0, Instant::now(), true, 0.0);
+        (state.count, state.since, state.is_counting) = (0, Instant::now(), true);
     }
 
     /// One more has happened, and took so long.
@@ -111,11 +109,6 @@ impl Watch {
         state.turn(false);
         let nothing = Curve { latencies: empty(), seconds: Vec::new() };
         std::mem::replace(&mut state.curve, nothing)
-    }
-
-    /// The most memory that the server was seen with since it began, in KiB.
-    pub fn peak_kib(&self) -> f64 {
-        self.state().peak_kib
     }
 
     /// Tells a line each second, for as long as it is polled.
@@ -167,7 +160,6 @@ impl State {
             }
             self.cpu = cpu;
             if let Some((kib, _)) = resident_kib(process) {
-                self.peak_kib = self.peak_kib.max(kib);
                 line += &format!(", {} MiB", shown(kib / 1024.0));
             }
         }

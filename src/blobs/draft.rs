@@ -104,9 +104,9 @@ impl Drop for Draft {
 
 fn remove(path: &Path) {
     match fs::remove_file(path) {
-        // The system's error doesn't name the file.
+        // The system's error doesn't have the file's name, which is an attachment's id.
         Err(error) if error.kind() != ErrorKind::NotFound => {
-            warn!(%error, "the remains of a failed upload could not be removed; the next start tries again");
+            warn!(%error, "what is left of a failed upload could not be removed; a later sweep will try again");
         }
         _ => {}
     }

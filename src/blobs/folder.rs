@@ -20,9 +20,10 @@ use crate::blobs::draft::Draft;
 use crate::blobs::{Blob, BlobError, Deleted, Keys, OpenError, UploadError};
 use crate::model::ids::AttachmentId;
 
-/// An upload is written in parts of exactly this size, but for the last, so that the system finds no half pages.
-/// Hardly more of it is in memory at a time: a piece that is kept as it arrived may hold the buffer that it came in.
-const PART_BYTES: usize = 256 << 10;
+/// An upload is written in parts of exactly this size, but for the last, so that every
+/// write but the last begins and ends with a page of memory. Hardly more of it is in memory at a time: a piece that is
+/// kept as it arrived may hold the buffer that it came in.
+pub(super) const PART_BYTES: usize = 256 << 10;
 /// What arrives in pieces of this size or more is written from where it is.
 const KEPT_BYTES: usize = 32 << 10;
 /// A download is read in pieces of this size.
@@ -33,6 +34,7 @@ const DELETES_AT_ONCE: usize = 8;
 /// The folder. Cloning gives the same folder.
 #[derive(Clone, Debug)]
 pub(super) struct Folder {
+    /// Reads, deletes, and knows where an object lies. What is written goes through [`Draft`].
     store: Arc<LocalFileSystem>,
     keys: Keys,
 }
@@ -43,7 +45,7 @@ impl Folder {
         let unusable = |cause| OpenError::Unusable { path: folder.display().to_string(), cause };
         make_folder(folder).map_err(unusable)?;
         let store = LocalFileSystem::new_with_prefix(folder).map_err(|error| unusable(io::Error::other(error)))?;
-        let blobs = Self { store: Arc::new(store.with_fsync(true)), keys };
+        let blobs = Self { store: Arc::new(store), keys };
         let objects =
             blobs.path(&blobs.keys.of(AttachmentId::random())).map_err(|error| unusable(io::Error::other(error)))?;
         let objects = objects.parent().unwrap_or(folder);
@@ -202,8 +204,8 @@ fn make_folder(folder: &Path) -> io::Result<()> {
     Ok(())
 }
 
-/// Removes files whose upload was under way when the server stopped: they are called `<id>#<number>`, of which we use but
-/// the number 1.
+/// Removes what a stop in the middle has left: of uploads `<id>#1`, of the probe in [`check_writable`] `<id>#0`. Other
+/// numbers count too, since the folder may have been written by a program that used them.
 fn remove_leftovers(folder: &Path) -> io::Result<()> {
     let mut removed = 0;
     for entry in fs::read_dir(folder)? {

@@ -7,6 +7,7 @@ use std::time::Duration;
 use futures_util::{FutureExt, StreamExt, TryStreamExt, poll, stream};
 use tempfile::TempDir;
 
+use crate::blobs::folder::PART_BYTES;
 use crate::config::Config;
 
 use super::*;
@@ -71,7 +72,8 @@ async fn many_parts_and_none_at_all_are_put_together() {
     let folder = tempfile::tempdir().unwrap();
     let blobs = open(&folder).await;
     let bytes = Bytes::from((0..1_000_000u32).flat_map(u32::to_le_bytes).collect::<Vec<_>>());
-    let sizes = [(400_000, 0), (400_000, 1), (400_000, 7), (1_000_000, 2), (262_144, 2), (262_143, 2), (30_000, 50)];
+    let sizes =
+        [(400_000, 0), (400_000, 1), (400_000, 7), (1_000_000, 2), (PART_BYTES, 2), (PART_BYTES - 1, 2), (30_000, 50)];
     for (size, chunks) in sizes {
         let chunk = bytes.slice(..size);
         let id = AttachmentId::random();
@@ -85,8 +87,12 @@ async fn many_parts_and_none_at_all_are_put_together() {
 async fn a_body_of_another_length_than_announced_leaves_nothing() {
     let folder = tempfile::tempdir().unwrap();
     let blobs = open(&folder).await;
-    for size in [0, 3, 5, u64::MAX] {
-        let staged = blobs.stage(AttachmentId::random(), size, body(&["ab", "cd"])).await;
+    // So long that there is a file with a part of it.
+    let half = Bytes::from(vec![0; PART_BYTES + 1]);
+    let whole = 2 * half.len() as u64;
+    for size in [0, 3, whole - 1, whole + 1, u64::MAX] {
+        let body = stream::iter([Ok::<_, Infallible>(half.clone()), Ok(half.clone())]);
+        let staged = blobs.stage(AttachmentId::random(), size, body).await;
         assert!(matches!(staged.err(), Some(UploadError::Body)), "{size}");
     }
     until_empty(&folder).await;
@@ -95,8 +101,10 @@ async fn a_body_of_another_length_than_announced_leaves_nothing() {
 #[tokio::test]
 async fn a_body_that_breaks_off_leaves_nothing() {
     let folder = tempfile::tempdir().unwrap();
-    let body = stream::iter([Ok(Bytes::from_static(b"ab")), Err("gone")]);
-    let staged = open(&folder).await.stage(AttachmentId::random(), 4, body).await;
+    let first = Bytes::from(vec![0; PART_BYTES + 1]);
+    let size = 2 * first.len() as u64;
+    let body = stream::iter([Ok(first), Err("gone")]);
+    let staged = open(&folder).await.stage(AttachmentId::random(), size, body).await;
     assert!(matches!(staged.err(), Some(UploadError::Body)));
     until_empty(&folder).await;
 }

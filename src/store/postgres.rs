@@ -22,10 +22,10 @@ const OLDEST_VERSION: i32 = 150_000;
 const TAKES_NO_WRITES: &str = "SELECT pg_is_in_recovery() OR current_setting('transaction_read_only')::bool";
 /// A group, for which everybody waits, waits only a moment for others.
 const BEGIN_GROUP: &str = "BEGIN ISOLATION LEVEL READ COMMITTED; SET LOCAL lock_timeout = '300ms'";
-/// Each statement finds its rows by a key, in one way that is planned once for a connection, and is not worth compiling.
-/// What the server would choose by its statistics is worse while these don't know yet how much a table has grown: an empty
-/// queue that was analyzed is read as a whole, and goes on to be when a million messages are in it.
-const ALWAYS_BY_KEY: [(&str, &str); 5] = [
+/// No statement is planned by statistics, or reads a whole table where an index will do. Each is planned once for a
+/// connection, and is not worth compiling. Statistics are of the past: an empty queue that was analyzed is read as a whole,
+/// and goes on to be when a million messages are in it.
+const PLANS_WITHOUT_STATISTICS: [(&str, &str); 5] = [
     ("plan_cache_mode", "force_generic_plan"),
     ("enable_seqscan", "off"),
     ("enable_hashjoin", "off"),
@@ -61,7 +61,7 @@ impl PostgresStore {
             // A node that has stopped in the middle of a transaction must not hold its locks for longer than others wait.
             ("idle_in_transaction_session_timeout", millis(config.lock_timeout)),
         ]);
-        let options = options.options(ALWAYS_BY_KEY);
+        let options = options.options(PLANS_WITHOUT_STATISTICS);
         let terms = Terms {
             max: config.max_connections,
             min: config.min_connections,

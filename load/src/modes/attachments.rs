@@ -38,6 +38,7 @@ pub async fn measure(job: &Job, server: &Server) -> Result<Figures> {
     let mut copying = copy(folder.path(), &bytes, 0..half, at_once).await?;
 
     job.phase("uploading", server);
+    let is_peak_known = server.forget_peak();
     job.watch.begin();
     let meter = job.meter(server);
     let began = Instant::now();
@@ -45,9 +46,12 @@ pub async fn measure(job: &Job, server: &Server) -> Result<Figures> {
     let uploads = volume / began.elapsed().as_secs_f64();
     meter.read().add_to(&mut figures, "upload", count as u64);
     let up = job.watch.end();
-    let peak_up = job.watch.peak_kib();
+    if is_peak_known {
+        server.add_peak(&mut figures, "most while uploading");
+    }
 
     job.phase("downloading", server);
+    let is_peak_known = server.forget_peak();
     job.watch.begin();
     let meter = job.meter(server);
     let began = Instant::now();
@@ -55,7 +59,9 @@ pub async fn measure(job: &Job, server: &Server) -> Result<Figures> {
     let downloads = volume / began.elapsed().as_secs_f64();
     meter.read().add_to(&mut figures, "download", count as u64);
     let down = job.watch.end();
-    let peak_down = job.watch.peak_kib();
+    if is_peak_known {
+        server.add_peak(&mut figures, "most while downloading");
+    }
 
     job.phase("copying", server);
     copying += copy(folder.path(), &bytes, half..count, at_once).await?;
@@ -70,11 +76,6 @@ pub async fn measure(job: &Job, server: &Server) -> Result<Figures> {
     figures.add_latencies("download", &down);
     // Every one was compared, or the measurement would have ended.
     figures.add("fetched", count as f64);
-    for (of, kib) in [("most while uploading", peak_up), ("most while downloading", peak_down)] {
-        // What is over within a second was not seen.
-        let kib = kib.max(server.resident_kib().unwrap_or_default());
-        figures.add_of("resident_mib", of, kib / 1024.0);
-    }
     server.add_memory(&mut figures, "after");
     figures.curve = Some(up);
     Ok(figures)

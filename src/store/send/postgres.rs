@@ -43,9 +43,10 @@ const LOCK_WHAT_IS_FREE: &str = "
     SELECT user_id, 0 FROM unnest($1) AS asked (user_id)
     WHERE NOT EXISTS (SELECT 1 FROM account_locks l WHERE l.user_id = asked.user_id)";
 
-/// The device is compared too, so that nothing but its own mail can ever be deleted. Each message is looked up by its
-/// primary key: `OFFSET 0` keeps the planner from going through all messages instead, which is cheaper only while there
-/// are none, and the rows that are compared from going through all of `messages_by_age`, which has positions too.
+/// The device is compared too, so that nothing but its own mail can ever be deleted. Two
+/// things keep each look-up on the primary key, also when it is planned while there are no messages: `OFFSET 0`, without
+/// which all messages may be read and looked for among the acks; and the comparison of whole rows, which
+/// `messages_by_age`, having positions too, can't serve.
 macro_rules! delete_messages {
     ($arrays:literal) => {
         concat!(

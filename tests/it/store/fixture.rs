@@ -55,11 +55,12 @@ impl TestStore {
         Self::open_configured(folder, &config, change).await
     }
 
-    /// In PostgreSQL, whatever this run is about.
-    pub async fn open_in_postgres() -> Self {
+    /// In PostgreSQL, whatever this run is about; and a look at, and a hand in, the database.
+    pub async fn open_in_postgres() -> (Self, Database) {
         let folder = StateFolder(tempfile::tempdir().expect("a folder for the store"));
         let config = deployment::config_of(&deployment::distributed_options(folder.path()).await);
-        Self::open_configured(folder, &config, |_| {}).await
+        let store = Self::open_configured(folder, &config, |_| {}).await;
+        (store, Database::open(&config.database).await)
     }
 
     async fn open_configured(folder: StateFolder, config: &Config, change: impl FnOnce(&mut Limits)) -> Self {
@@ -97,12 +98,6 @@ impl TestStore {
     /// A look at, and a hand in, the database.
     pub async fn database(&self) -> Database {
         Database::of(self.folder.path()).await
-    }
-
-    /// The database of a store of [`Self::open_in_postgres`].
-    pub async fn postgres(&self) -> Database {
-        let config = deployment::config_of(&deployment::distributed_options(self.folder.path()).await);
-        Database::open(&config.database).await
     }
 
     /// A new account with its primary device.

@@ -11,14 +11,14 @@ use super::{download, nothing_is_left, put, rows, stored, upload};
 use crate::harness::{Binary, Database, Device, TestServer, deployment, eventually, within};
 use crate::metrics::page::{came_and_went, connections};
 
-/// Waits until so many uploads are pending and so many attachments there, these included.
-async fn under_way(server: &TestServer, pending: i64, all: i64) {
+/// Waits until so many uploads are pending and so many files there. An upload has none before a part of it has come in.
+async fn under_way(server: &TestServer, pending: i64, files: i64) {
     let database = server.database().await;
     eventually("the uploads to be under way", async || {
         let now = database.number("SELECT count(*) FROM attachments WHERE stored = 0").await;
         // A bucket has nothing to show yet.
         let is_in_bucket = server.config().attachments.folder().is_none();
-        now == pending && (is_in_bucket || stored(server).await.len() as i64 == all)
+        now == pending && (is_in_bucket || stored(server).await.len() as i64 == files)
     })
     .await;
 }
@@ -27,9 +27,9 @@ async fn under_way(server: &TestServer, pending: i64, all: i64) {
 async fn an_upload_cut_in_the_middle_leaves_nothing() {
     let server = TestServer::start().await;
     let device = server.account().await;
-    for sent in [0, 1, 400_000, 999_999] {
+    for (sent, files) in [(0, 0), (1, 0), (400_000, 1), (999_999, 1)] {
         let connection = device.begin_upload(1_000_000, sent).await;
-        under_way(&server, 1, 1).await;
+        under_way(&server, 1, files).await;
         drop(connection);
         nothing_is_left(&server).await;
     }
@@ -52,7 +52,7 @@ async fn a_broken_upload_gives_its_room_in_the_quota_back() {
     let server = TestServer::start_with(|config| config.attachments.quota_bytes = 1_000_000).await;
     let device = server.account().await;
     let connection = device.begin_upload(1_000_000, 10).await;
-    under_way(&server, 1, 1).await;
+    under_way(&server, 1, 0).await;
     upload(&device, "abc").send().await.expect(413);
     drop(connection);
     nothing_is_left(&server).await;
@@ -113,7 +113,7 @@ async fn what_a_killed_server_left_is_removed_when_it_starts_again() {
     let mut server = Binary::start_embedded(folder.path(), &[]).await;
     let device = Device::register(&server.client()).await;
     let kept = put(&device, b"abc").await;
-    let _connections = [device.begin_upload(1_000_000, 400_000).await, device.begin_upload(1_000_000, 0).await];
+    let _connections = [device.begin_upload(1_000_000, 400_000).await, device.begin_upload(1_000_000, 300_000).await];
     eventually("the uploads to be under way", async || names().len() == 3).await;
     server.kill();
     assert_eq!(names().len(), 3);
