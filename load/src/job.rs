@@ -2,7 +2,6 @@
 
 use std::sync::{Arc, Mutex, PoisonError};
 
-use anyhow::Result;
 use tempfile::TempDir;
 
 use crate::leftovers::Leftovers;
@@ -30,12 +29,13 @@ impl Job {
     }
 
     /// Keeps folders that nobody needs any more, emptied, until all runs are over. See [`Leftovers`].
-    pub fn put_away(&self, folders: impl IntoIterator<Item = TempDir>) -> Result<()> {
+    pub fn put_away(&self, folders: impl IntoIterator<Item = TempDir>) {
         let mut leftovers = self.leftovers.lock().unwrap_or_else(PoisonError::into_inner);
         for folder in folders {
-            leftovers.keep(folder)?;
+            if let Err(error) = leftovers.keep(folder) {
+                eprintln!("a folder could not be emptied and was removed: {error}");
+            }
         }
-        Ok(())
     }
 
     /// Counts what this server and its companions use from now on.

@@ -30,8 +30,8 @@ mod wire;
 #[expect(dead_code, reason = "the tests use all of it, this tool only a part")]
 mod signer;
 
-use anyhow::{Context, Result, bail};
-use tokio::signal::unix::{SignalKind, signal};
+use anyhow::{Context, Result, anyhow, bail};
+use tokio::signal::unix::{Signal, SignalKind, signal};
 
 use figures::Figures;
 use job::Job;
@@ -42,6 +42,7 @@ use server::Server;
 #[tokio::main(flavor = "current_thread")]
 async fn main() -> Result<()> {
     let job = Job::new(Options::parse());
+    let mut told_to_end = ToldToEnd::listen()?;
     let subjects = &job.options.subjects;
     let mut runs: Vec<Vec<Figures>> = subjects.iter().map(|_| Vec::new()).collect();
     for run in 1..=job.options.runs {
@@ -53,7 +54,8 @@ async fn main() -> Result<()> {
         for subject in order {
             let name = subjects[subject].name();
             eprintln!("run {run} of {}, {name}, load average {:.2}", job.options.runs, proc::load_average());
-            let figures = measure(&job, &subjects[subject]).await.with_context(|| format!("while measuring {name}"))?;
+            let measured = measure(&job, &subjects[subject], &mut told_to_end).await;
+            let figures = measured.with_context(|| format!("while measuring {name}"))?;
             runs[subject].push(figures);
         }
     }
@@ -61,30 +63,41 @@ async fn main() -> Result<()> {
 }
 
 /// One run on one subject. Our own server ends with it, also on Ctrl-C and when the tool is told to end.
-async fn measure(job: &Job, subject: &Subject) -> Result<Figures> {
-    let mut told_to_end = signal(SignalKind::terminate())?;
-    let interrupted = async {
-        tokio::select! {
-            pressed = tokio::signal::ctrl_c() => pressed?,
-            _ = told_to_end.recv() => {}
-        }
-        bail!("interrupted")
-    };
+async fn measure(job: &Job, subject: &Subject, told_to_end: &mut ToldToEnd) -> Result<Figures> {
     if job.options.mode == Mode::Growth {
         return tokio::select! {
             figures = modes::growth::measure(job, subject) => figures,
             () = job.watch.tell() => bail!("the clock has stopped"),
-            interrupted = interrupted => interrupted,
+            () = told_to_end.wait() => bail!("interrupted"),
         };
     }
     let mut server = Server::start(&job.options, subject).await?;
     let figures = tokio::select! {
         figures = once(job, &mut server) => figures,
-        () = job.watch.tell() => bail!("the clock has stopped"),
-        interrupted = interrupted => interrupted,
+        () = job.watch.tell() => Err(anyhow!("the clock has stopped")),
+        () = told_to_end.wait() => Err(anyhow!("interrupted")),
     };
-    job.put_away(server.stop().await?)?;
+    job.put_away(server.stop().await?);
     figures
+}
+
+/// Ctrl-C, and the word of whoever manages processes. What is said between two runs is heard at the next.
+struct ToldToEnd {
+    interrupt: Signal,
+    terminate: Signal,
+}
+
+impl ToldToEnd {
+    fn listen() -> Result<Self> {
+        Ok(Self { interrupt: signal(SignalKind::interrupt())?, terminate: signal(SignalKind::terminate())? })
+    }
+
+    async fn wait(&mut self) {
+        tokio::select! {
+            _ = self.interrupt.recv() => {}
+            _ = self.terminate.recv() => {}
+        }
+    }
 }
 
 async fn once(job: &Job, server: &mut Server) -> Result<Figures> {

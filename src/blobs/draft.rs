@@ -30,33 +30,30 @@ impl Draft {
         self.step(|draft| draft.write(pieces)).await
     }
 
-    /// Appends the last pieces; all of them are on disk when this returns, though not under a name that lasts.
-    pub async fn finish(self, pieces: impl IntoIterator<Item = Bytes> + Send + 'static) -> io::Result<Self> {
-        self.step(|draft| {
-            draft.write(pieces)?;
-            draft.file()?.sync_all()
-        })
-        .await
-    }
-
-    /// Gives the finished file its name, for good when this returns. If it fails, nothing is left.
+    /// Has the file on disk and gives it its name, for good when this returns. If it fails, nothing is left.
     ///
     /// This must run to its end: dropped in the middle, it may still happen.
     pub async fn publish(self, name: PathBuf) -> io::Result<()> {
         self.step(|draft| {
-            let published = fs::rename(&draft.path, &name).and_then(|()| {
-                draft.path = name;
-                sync_folder_of(&draft.path)
-            });
+            draft.file()?.sync_all()?;
+            fs::rename(&draft.path, &name)?;
+            draft.path = name;
+            sync_folder_of(&draft.path)?;
             draft.file = None;
-            published.inspect_err(|_| remove(&draft.path))
+            Ok(())
         })
         .await?;
         Ok(())
     }
 
     async fn step(mut self, work: impl FnOnce(&mut Self) -> io::Result<()> + Send + 'static) -> io::Result<Self> {
-        let done = spawn_blocking(move || work(&mut self).map(|()| self));
+        let done = spawn_blocking(move || match work(&mut self) {
+            Ok(()) => Ok(self),
+            Err(error) => {
+                self.remove();
+                Err(error)
+            }
+        });
         done.await.unwrap_or_else(|error| match error.try_into_panic() {
             Ok(panic) => std::panic::resume_unwind(panic),
             Err(_) => Err(io::Error::other("the server is stopping")),
@@ -86,29 +83,30 @@ impl Draft {
         }
         Ok(())
     }
-}
 
-impl Drop for Draft {
-    fn drop(&mut self) {
-        if self.file.take().is_none() {
-            return;
-        }
-        let path = std::mem::take(&mut self.path);
-        // Whoever drops it may not wait for the disk.
-        match Handle::try_current() {
-            Ok(runtime) => drop(runtime.spawn_blocking(move || remove(&path))),
-            Err(_) => remove(&path),
+    fn remove(&mut self) {
+        let removed = self.file.take().map_or(Ok(()), |_| fs::remove_file(&self.path));
+        match removed {
+            // The system's error doesn't have the file's name, which is an attachment's id.
+            Err(error) if error.kind() != ErrorKind::NotFound => {
+                warn!(%error, "what is left of a failed upload could not be removed; a later sweep will try again");
+            }
+            _ => {}
         }
     }
 }
 
-fn remove(path: &Path) {
-    match fs::remove_file(path) {
-        // The system's error doesn't have the file's name, which is an attachment's id.
-        Err(error) if error.kind() != ErrorKind::NotFound => {
-            warn!(%error, "what is left of a failed upload could not be removed; a later sweep will try again");
+impl Drop for Draft {
+    fn drop(&mut self) {
+        if self.file.is_none() {
+            return;
         }
-        _ => {}
+        let mut left = Self { path: std::mem::take(&mut self.path), file: self.file.take() };
+        // Whoever drops it may not wait for the disk.
+        match Handle::try_current() {
+            Ok(runtime) => drop(runtime.spawn_blocking(move || left.remove())),
+            Err(_) => left.remove(),
+        }
     }
 }
 

@@ -55,8 +55,7 @@ impl Folder {
         Ok(blobs)
     }
 
-    /// Takes in the bytes of an attachment and has them on disk, without making them the attachment yet: that is
-    /// [`Staged::publish`].
+    /// Takes in the bytes of an attachment, without making them the attachment yet: that is [`Staged::publish`].
     ///
     /// They wait under another name. If this or the answer is dropped, they are removed.
     pub async fn stage<E>(
@@ -85,7 +84,7 @@ impl Folder {
         if received < size {
             return Err(UploadError::Body);
         }
-        let draft = draft.finish(part.freeze()).await.map_err(BlobError::from)?;
+        let draft = draft.append(part.freeze()).await.map_err(BlobError::from)?;
         Ok(Staged { draft, name: self.path(&self.keys.of(id)).map_err(BlobError::from)? })
     }
 
@@ -164,14 +163,14 @@ impl Folder {
     }
 }
 
-/// Bytes that are on disk in full and wait to become an attachment. Dropping them removes them.
+/// Bytes that have arrived in full and wait to become an attachment. Dropping them removes them.
 pub(super) struct Staged {
     draft: Draft,
     name: PathBuf,
 }
 
 impl Staged {
-    /// Makes them the attachment, for good when this returns. If it fails, nothing is left.
+    /// Makes them the attachment; they are on disk when this returns. If it fails, nothing is left.
     ///
     /// This must run to its end: dropped in the middle, it may still happen.
     pub async fn publish(self) -> Result<(), BlobError> {

@@ -2,7 +2,7 @@
 
 use sqlx::FromRow;
 
-use crate::store::database::reading;
+use crate::store::database::Database;
 use crate::store::{Result, Store};
 
 /// How many there are of what is kept.
@@ -27,10 +27,18 @@ pub struct Inventory {
 }
 
 impl Store {
-    /// Counts everything once. Numbers come from indexes alone, so two million messages take a moment, on a connection
+    /// Counts everything once. Numbers come from indexes where that is best, so two million messages take a moment, on a connection
     /// that nobody else waits for; the bytes of messages, which no index has, are known from a thousand of them.
     pub async fn inventory(&self) -> Result<Inventory> {
-        reading!(self, |db| sqlx::query_as(COUNT).fetch_one(db))
+        match &self.database {
+            Database::Sqlite(sqlite) => Ok(sqlx::query_as(COUNT).fetch_one(&mut *sqlite.read.get().await?).await?),
+            Database::Postgres(postgres) => {
+                let mut tx = postgres.begin_count().await?;
+                let counted = tx.all(sqlx::query_as(COUNT)).await?.pop();
+                tx.end("COMMIT").await?;
+                counted.ok_or_else(|| sqlx::Error::RowNotFound.into())
+            }
+        }
     }
 }
 

@@ -51,7 +51,7 @@ pub async fn measure(job: &Job, subject: &Subject) -> Result<Figures> {
         let mut server = Server::start(&job.options, subject).await?;
         let steps = job.options.steps.clone().unwrap_or_else(|| axis.steps());
         let done = along(job, &mut server, *axis, &steps, &mut figures).await;
-        job.put_away(server.stop().await?)?;
+        job.put_away(server.stop().await?);
         done?;
     }
     Ok(figures)

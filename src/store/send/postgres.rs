@@ -108,11 +108,12 @@ struct Written {
     acked: i64,
 }
 
-/// In the order of the index that they are looked up in. Rows are deleted, and locked, in the order of their places in the
+/// Each once, in the order of the index that they are looked up in. Rows are deleted, and locked, in the order of their places in the
 /// table, so two groups don't wait for each other in a circle.
 fn in_order(messages: &[(DeviceNo, Position)]) -> (Vec<DeviceNo>, Vec<Position>) {
     let mut messages = messages.to_vec();
     messages.sort_unstable();
+    messages.dedup();
     messages.into_iter().unzip()
 }
 
@@ -166,6 +167,9 @@ impl Store {
             return Ok(None);
         }
         tally.acked = written.acked.unsigned_abs();
+        if tally.acked < acks.len() as u64 {
+            tally.acked += tx.delete_messages(acks).await?;
+        }
         tally.add(&messages, written.messages.unsigned_abs());
         if !cut.is_empty() {
             tally.cut = tx.hold_inbox_limit(&self.limits, &cut, now).await?;
@@ -291,9 +295,20 @@ impl PostgresTx {
     }
 
     /// Answers how many of them were still there.
+    ///
+    /// A row that was being moved while it was waited for, as the correction of a clock does ([`Store::expire_messages`]), is passed over, since it is not
+    /// in its place any more. So what was not found is looked for once more.
     async fn delete_messages(&mut self, messages: &[(DeviceNo, Position)]) -> Result<u64> {
         let (devices, positions) = in_order(messages);
-        self.run(sqlx::query(delete_messages!("$1, $2")).bind(devices).bind(positions)).await
+        let mut deleted = 0;
+        for _ in 0..2 {
+            let delete = sqlx::query(delete_messages!("$1, $2")).bind(&devices).bind(&positions);
+            deleted += self.run(delete).await?;
+            if deleted == positions.len() as u64 {
+                break;
+            }
+        }
+        Ok(deleted)
     }
 
     /// How many messages wait for each device of these accounts.

@@ -159,10 +159,15 @@ impl Database {
 
     /// Locks an account in PostgreSQL, as a group of another node does that writes to it.
     pub async fn hold_account(&self, user: Uuid) -> HeldWrite {
-        let Self::Postgres(pool) = self else { panic!("SQLite has no locks of accounts") };
+        self.hold(&format!("SELECT 1 FROM account_locks WHERE user_id = '{user}' FOR UPDATE")).await
+    }
+
+    /// Runs a statement in PostgreSQL whose transaction stays open until it is released.
+    pub async fn hold(&self, statement: &str) -> HeldWrite {
+        let Self::Postgres(pool) = self else { panic!("only PostgreSQL has locks of rows") };
         let mut connection = pool.acquire().await.expect("a connection");
-        let lock = format!("BEGIN; SELECT 1 FROM account_locks WHERE user_id = '{user}' FOR UPDATE");
-        sqlx::raw_sql(AssertSqlSafe(lock)).execute(&mut *connection).await.expect("the lock");
+        let statement = AssertSqlSafe(format!("BEGIN; {statement}"));
+        sqlx::raw_sql(statement).execute(&mut *connection).await.expect("the statement runs");
         HeldWrite::Postgres(connection)
     }
 

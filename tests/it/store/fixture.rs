@@ -5,7 +5,7 @@ use std::path::Path;
 use std::time::Duration;
 
 use obscura_server::clock::Timestamp;
-use obscura_server::config::Config;
+use obscura_server::config::{Config, Database as DatabaseConfig};
 use obscura_server::model::ids::{Address, DeviceId, DeviceNo, Position, UserId};
 use obscura_server::model::keys::{KeyId, OneTimePreKey, PreKeys, PublicKey, RegistrationId, Signature, SignedPreKey};
 use obscura_server::model::mail::{Outgoing, Sent};
@@ -24,7 +24,8 @@ pub const NOW: Timestamp = Timestamp::from_seconds(1_800_000_000);
 pub struct TestStore {
     store: Store,
     limits: Limits,
-    folder: StateFolder,
+    config: DatabaseConfig,
+    _folder: StateFolder,
 }
 
 /// A folder that takes what belongs to it along when it is dropped.
@@ -52,30 +53,29 @@ impl TestStore {
     pub async fn open_with(change: impl FnOnce(&mut Limits)) -> Self {
         let folder = StateFolder(tempfile::tempdir().expect("a folder for the store"));
         let config = deployment::config(folder.path()).await;
-        Self::open_configured(folder, &config, change).await
+        Self::open_configured(folder, config, change).await
     }
 
-    /// In PostgreSQL, whatever this run is about; and a look at, and a hand in, the database.
-    pub async fn open_in_postgres() -> (Self, Database) {
+    /// In PostgreSQL, whatever this run is about.
+    pub async fn open_in_postgres() -> Self {
         let folder = StateFolder(tempfile::tempdir().expect("a folder for the store"));
         let config = deployment::config_of(&deployment::distributed_options(folder.path()).await);
-        let store = Self::open_configured(folder, &config, |_| {}).await;
-        (store, Database::open(&config.database).await)
+        Self::open_configured(folder, config, |_| {}).await
     }
 
-    async fn open_configured(folder: StateFolder, config: &Config, change: impl FnOnce(&mut Limits)) -> Self {
-        let mut limits = Limits::of(config);
+    async fn open_configured(folder: StateFolder, config: Config, change: impl FnOnce(&mut Limits)) -> Self {
+        let mut limits = Limits::of(&config);
         change(&mut limits);
-        let store = Store::open(&config.database, limits, &Metrics::unread()).await.expect("a store");
-        Self { store, limits, folder }
+        let config = config.database;
+        let store = Store::open(&config, limits, &Metrics::unread()).await.expect("a store");
+        Self { store, limits, config, _folder: folder }
     }
 
     /// The same database after closing it and opening it again, as a restart does.
     pub async fn reopened(self) -> Self {
         self.store.close().await;
-        let config = deployment::database_config(self.folder.path()).await;
-        let store = Store::open(&config, self.limits, &Metrics::unread()).await.expect("a store");
-        Self { store, limits: self.limits, folder: self.folder }
+        let store = self.open_again().await.expect("a store");
+        Self { store, ..self }
     }
 
     /// Settles a group of which nothing is left for later.
@@ -91,13 +91,12 @@ impl TestStore {
 
     /// Opens the same database beside this one.
     pub async fn open_again(&self) -> Result<Store, OpenError> {
-        let config = deployment::database_config(self.folder.path()).await;
-        Store::open(&config, self.limits, &Metrics::unread()).await
+        Store::open(&self.config, self.limits, &Metrics::unread()).await
     }
 
     /// A look at, and a hand in, the database.
     pub async fn database(&self) -> Database {
-        Database::of(self.folder.path()).await
+        Database::open(&self.config).await
     }
 
     /// A new account with its primary device.
