@@ -71,14 +71,20 @@ async fn measure(job: &Job, subject: &Subject, told_to_end: &mut ToldToEnd) -> R
             () = told_to_end.wait() => bail!("interrupted"),
         };
     }
-    let mut server = Server::start(&job.options, subject).await?;
+    let mut server = tokio::select! {
+        server = Server::start(&job.options, subject) => server?,
+        () = told_to_end.wait() => bail!("interrupted"),
+    };
     let figures = tokio::select! {
         figures = once(job, &mut server) => figures,
         () = job.watch.tell() => Err(anyhow!("the clock has stopped")),
         () = told_to_end.wait() => Err(anyhow!("interrupted")),
     };
-    job.put_away(server.stop().await?);
-    figures
+    let stopped = server.stop().await;
+    // Why it failed says more than what failed because of that.
+    let figures = figures?;
+    job.put_away(stopped?);
+    Ok(figures)
 }
 
 /// Ctrl-C, and the word of whoever manages processes. What is said between two runs is heard at the next.

@@ -50,7 +50,7 @@ impl Draft {
         let done = spawn_blocking(move || match work(&mut self) {
             Ok(()) => Ok(self),
             Err(error) => {
-                self.remove();
+                drop(self.leftover());
                 Err(error)
             }
         });
@@ -84,28 +84,34 @@ impl Draft {
         Ok(())
     }
 
-    fn remove(&mut self) {
-        let removed = self.file.take().map_or(Ok(()), |_| fs::remove_file(&self.path));
-        match removed {
-            // The system's error doesn't have the file's name, which is an attachment's id.
-            Err(error) if error.kind() != ErrorKind::NotFound => {
-                warn!(%error, "what is left of a failed upload could not be removed; a later sweep will try again");
-            }
-            _ => {}
-        }
+    /// What there is to remove, if anything.
+    fn leftover(&mut self) -> Option<Leftover> {
+        self.file.take().map(|_| Leftover(std::mem::take(&mut self.path)))
     }
 }
 
 impl Drop for Draft {
     fn drop(&mut self) {
-        if self.file.is_none() {
-            return;
-        }
-        let mut left = Self { path: std::mem::take(&mut self.path), file: self.file.take() };
-        // Whoever drops it may not wait for the disk.
+        let Some(leftover) = self.leftover() else { return };
+        // Whoever drops it may not wait for the disk. A runtime that is ending drops what it does not run any more.
         match Handle::try_current() {
-            Ok(runtime) => drop(runtime.spawn_blocking(move || left.remove())),
-            Err(_) => left.remove(),
+            Ok(runtime) => drop(runtime.spawn_blocking(move || drop(leftover))),
+            Err(_) => drop(leftover),
+        }
+    }
+}
+
+/// A file that has to go. It is removed when this is dropped.
+struct Leftover(PathBuf);
+
+impl Drop for Leftover {
+    fn drop(&mut self) {
+        match fs::remove_file(&self.0) {
+            // The system's error doesn't have the file's name, which is an attachment's id.
+            Err(error) if error.kind() != ErrorKind::NotFound => {
+                warn!(%error, "what is left of a failed upload could not be removed; a sweep or the next start tries again");
+            }
+            _ => {}
         }
     }
 }

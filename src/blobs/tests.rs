@@ -132,6 +132,36 @@ async fn an_upload_dropped_in_the_middle_or_before_it_is_published_leaves_nothin
     until_empty(&folder).await;
 }
 
+#[test]
+fn a_runtime_that_ends_in_the_middle_of_an_upload_removes_it() {
+    use tokio::runtime::Builder;
+
+    for mut runtime in [Builder::new_current_thread(), Builder::new_multi_thread()] {
+        let runtime = runtime.enable_all().worker_threads(1).build().unwrap();
+        let folder = tempfile::tempdir().unwrap();
+        let blobs = runtime.block_on(open(&folder));
+        let part = Bytes::from(vec![0; PART_BYTES]);
+        let staging = async move {
+            // One part after the other, so that some are being written at the end.
+            let body = stream::iter(std::iter::repeat_n(part, 1000)).map(Ok::<_, Infallible>);
+            let _ = blobs.stage(AttachmentId::random(), u64::MAX, body).await;
+        };
+        runtime.block_on(async {
+            let staging = staging.boxed();
+            let begun = async {
+                while files(&folder).is_empty() {
+                    tokio::task::yield_now().await;
+                }
+            };
+            let work = tokio_util::task::TaskTracker::new();
+            work.spawn(staging);
+            tokio::time::timeout(Duration::from_secs(10), begun).await.expect("nothing is written");
+        });
+        drop(runtime);
+        assert!(files(&folder).is_empty());
+    }
+}
+
 #[tokio::test]
 async fn a_publication_that_fails_leaves_nothing() {
     let folder = tempfile::tempdir().unwrap();

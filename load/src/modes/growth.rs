@@ -51,8 +51,9 @@ pub async fn measure(job: &Job, subject: &Subject) -> Result<Figures> {
         let mut server = Server::start(&job.options, subject).await?;
         let steps = job.options.steps.clone().unwrap_or_else(|| axis.steps());
         let done = along(job, &mut server, *axis, &steps, &mut figures).await;
-        job.put_away(server.stop().await?);
+        let stopped = server.stop().await;
         done?;
+        job.put_away(stopped?);
     }
     Ok(figures)
 }

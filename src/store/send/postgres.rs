@@ -108,9 +108,12 @@ struct Written {
     acked: i64,
 }
 
-/// Each once, in the order of the index that they are looked up in. Rows are deleted, and locked, in the order of their places in the
-/// table, so two groups don't wait for each other in a circle.
-fn in_order(messages: &[(DeviceNo, Position)]) -> (Vec<DeviceNo>, Vec<Position>) {
+/// Messages that are deleted, each once, in the order of the index that they are looked up in: their devices, and their
+/// positions. Rows are deleted, and locked, in the order of their places in the table, so two groups don't wait for each
+/// other in a circle.
+type InOrder = (Vec<DeviceNo>, Vec<Position>);
+
+fn in_order(messages: &[(DeviceNo, Position)]) -> InOrder {
     let mut messages = messages.to_vec();
     messages.sort_unstable();
     messages.dedup();
@@ -145,6 +148,7 @@ impl Store {
         locking: Locking,
     ) -> Result<Option<(Vec<Option<Sent>>, Tally)>> {
         let mut tally = Tally::default();
+        let acks = &in_order(acks);
         if sends.is_empty() {
             tally.acked = tx.delete_messages(acks).await?;
             return Ok(Some((Vec::new(), tally)));
@@ -167,8 +171,8 @@ impl Store {
             return Ok(None);
         }
         tally.acked = written.acked.unsigned_abs();
-        if tally.acked < acks.len() as u64 {
-            tally.acked += tx.delete_messages(acks).await?;
+        if tally.acked < acks.1.len() as u64 {
+            tally.acked += tx.delete_once(acks).await?;
         }
         tally.add(&messages, written.messages.unsigned_abs());
         if !cut.is_empty() {
@@ -258,7 +262,7 @@ impl PostgresTx {
         &mut self,
         receipts: &[Receipt<'_>],
         messages: &[NewMessage<'_>],
-        acks: &[(DeviceNo, Position)],
+        (acked_devices, acked_positions): &InOrder,
         received_at: Timestamp,
         lifetime: Duration,
     ) -> Result<Written> {
@@ -272,7 +276,6 @@ impl PostgresTx {
         let users: Vec<UserId> = messages.iter().map(|message| message.mail.sender.user).collect();
         let senders: Vec<DeviceId> = messages.iter().map(|message| message.mail.sender.device).collect();
         let bodies: Vec<&[u8]> = messages.iter().map(|message| &message.queued.sealed.0[..]).collect();
-        let (acked_devices, acked_positions) = in_order(acks);
         let write = sqlx::query_as(WRITE)
             .bind(column(|receipt| receipt.mail.sender.no.0))
             .bind(keys)
@@ -295,20 +298,18 @@ impl PostgresTx {
     }
 
     /// Answers how many of them were still there.
-    ///
-    /// A row that was being moved while it was waited for, as the correction of a clock does ([`Store::expire_messages`]), is passed over, since it is not
-    /// in its place any more. So what was not found is looked for once more.
-    async fn delete_messages(&mut self, messages: &[(DeviceNo, Position)]) -> Result<u64> {
-        let (devices, positions) = in_order(messages);
-        let mut deleted = 0;
-        for _ in 0..2 {
-            let delete = sqlx::query(delete_messages!("$1, $2")).bind(&devices).bind(&positions);
-            deleted += self.run(delete).await?;
-            if deleted == positions.len() as u64 {
-                break;
-            }
+    async fn delete_messages(&mut self, messages: &InOrder) -> Result<u64> {
+        let deleted = self.delete_once(messages).await?;
+        if deleted == messages.1.len() as u64 {
+            return Ok(deleted);
         }
-        Ok(deleted)
+        Ok(deleted + self.delete_once(messages).await?)
+    }
+
+    /// Deletes what it finds. A row that was moved while it was waited for, as the correction of a clock does
+    /// ([`Store::expire_messages`]), is passed over, since it is not in its place any more; the next try finds it.
+    async fn delete_once(&mut self, (devices, positions): &InOrder) -> Result<u64> {
+        self.run(sqlx::query(delete_messages!("$1, $2")).bind(devices).bind(positions)).await
     }
 
     /// How many messages wait for each device of these accounts.
@@ -360,7 +361,7 @@ impl PostgresTx {
             let cut = outcome::cut(&of_senders, limits.max_inbox_size as usize);
             gone.extend(cut.into_iter().map(|position| (inbox[0].0, Position(position))));
         }
-        let cut = self.delete_messages(&gone).await?;
+        let cut = self.delete_messages(&in_order(&gone)).await?;
         tracing::debug!(inboxes = full.len(), "full inboxes; their oldest mail was cut");
         Ok(cut)
     }
