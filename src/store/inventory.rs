@@ -27,8 +27,8 @@ pub struct Inventory {
 }
 
 impl Store {
-    /// Counts everything once. Numbers come from indexes where that is best, so two million messages take a moment, on a connection
-    /// that nobody else waits for; the bytes of messages, which no index has, are known from a thousand of them.
+    /// Counts everything once, on a connection that nobody else waits for. Numbers come from indexes where that is best; the
+    /// bytes of messages, which no index has, are known from a thousand of them.
     pub async fn inventory(&self) -> Result<Inventory> {
         match &self.database {
             Database::Sqlite(sqlite) => Ok(sqlx::query_as(COUNT).fetch_one(&mut *sqlite.read.get().await?).await?),
