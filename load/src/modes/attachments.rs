@@ -130,8 +130,7 @@ async fn download(job: &Job, server: &Server, devices: &[Device], bytes: &Arc<[u
     work.join_all().await.into_iter().collect()
 }
 
-/// Makes copies of a file with these numbers, several at once, each confirmed by the disk. Answers how many seconds it
-/// took.
+/// Makes a copy of a file for each number, several at once, each confirmed by the disk. Answers how many seconds it took.
 async fn copy(folder: &Path, bytes: &[u8], copies: Range<usize>, at_once: usize) -> Result<f64> {
     let source = folder.join("source");
     std::fs::write(&source, bytes)?;

@@ -43,9 +43,10 @@ const LOCK_WHAT_IS_FREE: &str = "
     SELECT user_id, 0 FROM unnest($1) AS asked (user_id)
     WHERE NOT EXISTS (SELECT 1 FROM account_locks l WHERE l.user_id = asked.user_id)";
 
-/// The device is compared too, so that nothing but its own mail can ever be deleted. Two
-/// things keep each look-up on the primary key, also when it is planned while there are no messages: `OFFSET 0`, without
-/// which all messages may be read and looked for among the acks; and the comparison of whole rows, which
+/// The device is compared too, so that nothing but its own mail can ever be deleted.
+///
+/// Two things keep each look-up on the primary key, also when it is planned while there are no messages: `OFFSET 0`,
+/// without which all messages may be read and looked for among the acks; and the comparison of whole rows, which
 /// `messages_by_age`, having positions too, can't serve.
 macro_rules! delete_messages {
     ($arrays:literal) => {
