@@ -221,6 +221,7 @@ async fn open(
         passwords: Passwords::new(metrics),
         tokens: Tokens::new(
             &config.auth.jwt_secret,
+            config.auth.jwt_secret_previous.as_ref(),
             config.auth.access_token_lifetime,
             config.auth.refresh_token_lifetime,
         ),

@@ -11,8 +11,8 @@ use crate::app::App;
 use crate::auth::tokens::{RefreshToken, Tokens};
 use crate::bus::Signal;
 use crate::clock::Timestamp;
-use crate::model::ids::{DeviceId, UserId};
-use crate::store::{Refresh, Refreshed, SessionGrant, StoreError};
+use crate::model::ids::{Address, DeviceId, UserId};
+use crate::store::{Refresh, Refreshed, SessionGrant, SessionHolder, StoreError};
 
 /// Longer passwords can't be set, so they need not be tried.
 pub const MAX_PASSWORD_BYTES: usize = 1024;
@@ -54,7 +54,7 @@ pub struct AuthResponse {
     pub device_id: String,
 }
 
-/// Logs in a device that the account already has.
+/// Logs in a device that the account already has. The session it had before ends, its sockets included.
 pub async fn log_in(
     State(app): State<App>,
     Json(request): Json<LogInRequest>,
@@ -62,7 +62,8 @@ pub async fn log_in(
     let user = authenticate(&app, &request.username, request.password).await?;
     let now = app.clock.now();
     let session = NewSession::begin(&app.tokens, now);
-    let Some(device) = app.store.log_in(user, request.device_id, &session.grant).await? else {
+    let begun = app.tasks.finish(begin(app.clone(), user, request.device_id, session.grant)).await?;
+    let Some(device) = begun else {
         return Err(ApiError::Conflict("Device does not belong to this account".into()));
     };
     let expires_at = app.tokens.access_expiry(now, device.tokens_void_to);
@@ -80,9 +81,14 @@ pub async fn refresh(
     let next = NewSession::with(app.tokens.successor(&used, key), &app.tokens, now);
     let void_to = app.tokens.latest_access_expiry(now);
     let wish = Refresh { secret_hash: used.secret_hash(), key, next: next.grant, void_to };
-    let (device, exchanged_at) = match app.tasks.finish(exchange(app.clone(), wish, now)).await? {
-        Refreshed::Rotated(device) => (device, now),
-        Refreshed::Repeated { holder, used_at } => (holder, used_at),
+    let (next, device, exchanged_at) = match app.tasks.finish(exchange(app.clone(), wish, now)).await? {
+        Refreshed::Rotated(device) => (next, device, now),
+        Refreshed::Repeated { holder, used_at, secret_hash } => {
+            // The answer may have been made under another signing secret. A token that the store doesn't know would end
+            // the session when it is used, so it is not given away.
+            let token = app.tokens.successor_known_by(&used, key, &secret_hash).ok_or(ApiError::Unauthorized)?;
+            (NewSession::with(token, &app.tokens, now), holder, used_at)
+        }
         Refreshed::Refused | Refreshed::Stolen(_) => return Err(ApiError::Unauthorized),
     };
     let expires_at = app.tokens.access_expiry(exchanged_at, device.tokens_void_to);
@@ -151,6 +157,21 @@ impl NewSession {
             device_id: device.to_string(),
         }
     }
+}
+
+/// Logs a device in and tells the sockets of its session before, on every node, that it has ended.
+async fn begin(
+    app: App,
+    user: UserId,
+    device: DeviceId,
+    grant: SessionGrant,
+) -> Result<Option<SessionHolder>, StoreError> {
+    let standing = app.store.standing(device).await?.filter(|standing| standing.user == user);
+    let addresses: Vec<_> = standing.iter().map(|found| Address { user, device: found.no }).collect();
+    let begun = app.store.log_in(user, device, &grant).await;
+    // Also when it failed: it may have happened all the same.
+    app.bus.wake(&addresses, Signal::Standing);
+    begun
 }
 
 async fn exchange(app: App, wish: Refresh, now: Timestamp) -> Result<Refreshed, StoreError> {

@@ -25,12 +25,18 @@ pub struct Tokens {
 
 struct Inner {
     signing: EncodingKey,
-    checking: DecodingKey,
+    /// What is accepted. The first one belongs to the secret that signs; a second one to a previous secret.
+    accepted: Vec<Accepted>,
     validation: Validation,
-    /// For refresh tokens whose successor can be made again.
-    succession: Hmac<Sha256>,
     access_lifetime: Duration,
     refresh_lifetime: Duration,
+}
+
+/// What a secret is good for, beside signing.
+struct Accepted {
+    checking: DecodingKey,
+    /// For refresh tokens whose successor can be made again.
+    succession: Hmac<Sha256>,
 }
 
 /// What an access token says.
@@ -120,29 +126,33 @@ impl RefreshToken {
 }
 
 impl Tokens {
-    /// Signs with `jwt_secret`; tokens live for the given times.
-    pub fn new(jwt_secret: &Secret, access_lifetime: Duration, refresh_lifetime: Duration) -> Self {
-        let secret = jwt_secret.expose().as_bytes();
+    /// Signs with `jwt_secret`; tokens live for the given times. What was signed with `previous` is accepted too.
+    pub fn new(
+        jwt_secret: &Secret,
+        previous: Option<&Secret>,
+        access_lifetime: Duration,
+        refresh_lifetime: Duration,
+    ) -> Self {
         let mut validation = Validation::new(Algorithm::HS256);
         // The library would read the system's clock. `exp` is a member of `Payload`, and checked against ours.
         validation.validate_exp = false;
         validation.required_spec_claims.clear();
-        let derived = hmac(secret).chain_update(b"obscura: successors of refresh tokens").finalize().into_bytes();
+        let secrets = [jwt_secret].into_iter().chain(previous);
         Self {
             inner: Arc::new(Inner {
-                signing: EncodingKey::from_secret(secret),
-                checking: DecodingKey::from_secret(secret),
+                signing: EncodingKey::from_secret(jwt_secret.expose().as_bytes()),
+                accepted: secrets.map(|secret| Accepted::of(secret.expose().as_bytes())).collect(),
                 validation,
-                succession: hmac(&derived),
                 access_lifetime,
                 refresh_lifetime,
             }),
         }
     }
 
-    /// What the token says, if we signed it and it has not expired.
+    /// What the token says, if it was signed with an accepted secret and has not expired.
     pub fn verify_access_token(&self, token: &str, now: Timestamp) -> Option<Claims> {
-        let payload: Payload = jsonwebtoken::decode(token, &self.inner.checking, &self.inner.validation).ok()?.claims;
+        let read = |key: &Accepted| jsonwebtoken::decode(token, &key.checking, &self.inner.validation).ok();
+        let payload: Payload = self.inner.accepted.iter().find_map(read)?.claims;
         let claims = Claims {
             user: UserId::parse(&payload.sub)?,
             device: DeviceId::parse(&payload.device_id)?,
@@ -176,7 +186,32 @@ impl Tokens {
     /// The token that takes the place of `used`. With a key it is the same one each time.
     pub fn successor(&self, used: &RefreshToken, key: Option<IdempotencyKey>) -> RefreshToken {
         let Some(key) = key else { return RefreshToken { family: used.family, secret: rand::random() } };
-        let mac = self.inner.succession.clone();
+        let [current, ..] = &self.inner.accepted[..] else { unreachable!("there is a secret that signs") };
+        current.successor(used, key)
+    }
+
+    /// The token that took the place of `used` under this key, if the store knows it by `secret_hash`: it may have been
+    /// derived from either accepted secret.
+    pub fn successor_known_by(
+        &self,
+        used: &RefreshToken,
+        key: Option<IdempotencyKey>,
+        secret_hash: &[u8; 32],
+    ) -> Option<RefreshToken> {
+        let key = key?;
+        let mut successors = self.inner.accepted.iter().map(|accepted| accepted.successor(used, key));
+        successors.find(|token| token.secret_hash() == *secret_hash)
+    }
+}
+
+impl Accepted {
+    fn of(secret: &[u8]) -> Self {
+        let derived = hmac(secret).chain_update(b"obscura: successors of refresh tokens").finalize().into_bytes();
+        Self { checking: DecodingKey::from_secret(secret), succession: hmac(&derived) }
+    }
+
+    fn successor(&self, used: &RefreshToken, key: IdempotencyKey) -> RefreshToken {
+        let mac = self.succession.clone();
         let derived = mac.chain_update(used.family).chain_update(used.secret).chain_update(key.as_bytes()).finalize();
         let derived: [u8; 32] = derived.into_bytes().into();
         let (secret, _) = derived.split_first_chunk().expect("32 bytes begin with 16");
@@ -200,7 +235,37 @@ mod tests {
 
     fn tokens() -> Tokens {
         let secret = Secret::new(std::str::from_utf8(KEY).unwrap());
-        Tokens::new(&secret, LIFETIME, Duration::from_hours(24))
+        Tokens::new(&secret, None, LIFETIME, Duration::from_hours(24))
+    }
+
+    /// Signs with another secret than `tokens()`, and accepts that one if `is_known`.
+    fn later_tokens(is_known: bool) -> Tokens {
+        let previous = Secret::new(std::str::from_utf8(KEY).unwrap());
+        let previous = is_known.then_some(&previous);
+        Tokens::new(&Secret::new("the next secret of this server"), previous, LIFETIME, LIFETIME)
+    }
+
+    #[test]
+    fn a_previous_secret_is_accepted_and_no_longer_signs() {
+        let (user, device, expires_at) = (UserId::random(), DeviceId::random(), NOW.seconds() + 900);
+        let [before, after] = [tokens(), later_tokens(true)].map(|by| by.issue_access_token(user, device, expires_at));
+        assert!(later_tokens(true).verify_access_token(&before, NOW).is_some());
+        assert!(later_tokens(true).verify_access_token(&after, NOW).is_some());
+        assert!(later_tokens(false).verify_access_token(&before, NOW).is_none());
+        assert!(tokens().verify_access_token(&after, NOW).is_none(), "signed with the new one");
+    }
+
+    #[test]
+    fn a_successor_is_found_under_the_secret_that_it_was_derived_from_or_not_at_all() {
+        let (used, key) = (RefreshToken::random(), Some(IdempotencyKey::random()));
+        for by in [tokens(), later_tokens(false)] {
+            let next = by.successor(&used, key);
+            assert!(later_tokens(true).successor_known_by(&used, key, &next.secret_hash()) == Some(next));
+        }
+        let (next, other) = (tokens().successor(&used, key), Some(IdempotencyKey::random()));
+        assert!(later_tokens(false).successor_known_by(&used, key, &next.secret_hash()).is_none());
+        assert!(later_tokens(true).successor_known_by(&used, other, &next.secret_hash()).is_none());
+        assert!(later_tokens(true).successor_known_by(&used, None, &next.secret_hash()).is_none());
     }
 
     fn encoded(value: &Value) -> String {
@@ -323,7 +388,7 @@ mod tests {
         assert!(next == tokens().successor(&used, Some(key)));
         assert!(next != tokens().successor(&used, Some(IdempotencyKey::random())));
         assert!(next != tokens().successor(&next, Some(key)));
-        let other = Tokens::new(&Secret::new("the secret of another server"), LIFETIME, LIFETIME);
+        let other = Tokens::new(&Secret::new("the secret of another server"), None, LIFETIME, LIFETIME);
         assert!(next != other.successor(&used, Some(key)));
         assert!(tokens().successor(&used, None) != tokens().successor(&used, None));
     }

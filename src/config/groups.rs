@@ -125,6 +125,8 @@ pub struct Server {
 pub struct Auth {
     /// Signs access tokens. Empty in embedded mode until `Config::open_data_dir` has filled it in.
     pub jwt_secret: Secret,
+    /// Signs nothing any more, or not yet; what it has signed is accepted.
+    pub jwt_secret_previous: Option<Secret>,
     /// Lifetime of an access token; zero means dead on arrival, but for the leeway.
     pub access_token_lifetime: Duration,
     /// Lifetime of a refresh token; zero means dead on arrival.

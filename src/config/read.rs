@@ -176,6 +176,7 @@ fn server(given: &Given) -> Server {
 fn auth(given: &Given) -> Auth {
     Auth {
         jwt_secret: given.secret("jwt-secret"),
+        jwt_secret_previous: given.optional("jwt-secret-previous").map(Secret::new),
         access_token_lifetime: given.duration("access-token-ttl-secs"),
         refresh_token_lifetime: given.duration("refresh-token-ttl-days"),
         refresh_token_cleanup_interval: given.duration("auth-refresh-token-cleanup-interval-secs"),

@@ -67,7 +67,8 @@ const AFTER_SECRETS: &str = "
 The secret is the file's content without the line break at its end; an empty file is refused. The variable and its `_FILE` form
 together are an error; a flag wins over both. Secrets never appear in logs or in error messages.
 
-`--jwt-secret` takes at least 16 bytes. The published default is refused, and so is an empty secret.
+`--jwt-secret` takes at least 16 bytes. The published default is refused, and so is an empty secret. How to change it without ending
+sessions: [OPERATIONS.md](OPERATIONS.md#changing-the-signing-secret).
 
 ";
 

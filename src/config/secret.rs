@@ -21,6 +21,8 @@ const MIN_KEPT_BYTES: usize = 32;
 /// No secret is this long; a file beyond it was named by mistake.
 const MAX_FILE_BYTES: u64 = 65_536;
 const KEPT_IN: &str = "jwt-secret";
+/// Where an operator moves the kept secret to have a new one made.
+const PREVIOUS_IN: &str = "jwt-secret-previous";
 
 /// A text that prints as `***`.
 #[derive(Clone, Default)]
@@ -59,24 +61,37 @@ impl Config {
         if self.auth.jwt_secret.expose().is_empty() {
             self.auth.jwt_secret = kept_secret(folder)?;
         }
+        if self.auth.jwt_secret_previous.is_none() {
+            self.auth.jwt_secret_previous = previous_secret(folder)?;
+        }
         Ok(())
     }
 
-    /// Refuses to sign tokens with a secret that anybody could know or guess.
+    /// Refuses to sign or accept tokens with a secret that anybody could know or guess.
     pub fn check_secret(&self) -> Result<(), ConfigError> {
-        let secret = self.auth.jwt_secret.expose();
-        let problem = match secret.len() {
-            _ if secret == SAMPLE => "is still the published default",
-            0 => "is empty",
-            length if length < MIN_BYTES => "is too short",
-            _ => return Ok(()),
-        };
+        if let Some(problem) = self.auth.jwt_secret_previous.as_ref().and_then(problem_of) {
+            return Err(ConfigError::Wrong(format!(
+                "--jwt-secret-previous: the secret that signed access tokens before {problem}, so anybody could make \
+                 tokens with it; leave it out (devices then refresh their tokens once)"
+            )));
+        }
+        let Some(problem) = problem_of(&self.auth.jwt_secret) else { return Ok(()) };
         Err(ConfigError::Wrong(format!(
             "--jwt-secret: the secret that signs access tokens {problem}; it takes at least {MIN_BYTES} bytes that \
              nobody else knows, such as `openssl rand -base64 32` gives, in OBSCURA_AUTH_JWT_SECRET or in a file named by \
              OBSCURA_AUTH_JWT_SECRET_FILE (to try the server on this machine alone, start it with `--data-dir DIR`: it \
              then makes a secret of its own)"
         )))
+    }
+}
+
+/// What is wrong with a signing secret.
+fn problem_of(secret: &Secret) -> Option<&'static str> {
+    match secret.expose().len() {
+        _ if secret.expose() == SAMPLE => Some("is still the published default"),
+        0 => Some("is empty"),
+        length if length < MIN_BYTES => Some("is too short"),
+        _ => None,
     }
 }
 
@@ -121,6 +136,22 @@ fn kept_secret(folder: &Path) -> Result<Secret, ConfigError> {
         )));
     }
     Ok(Secret::new(kept))
+}
+
+/// The secret that the operator has moved aside, if there is one.
+fn previous_secret(folder: &Path) -> Result<Option<Secret>, ConfigError> {
+    let path = folder.join(PREVIOUS_IN);
+    match read_file(&path) {
+        Ok(secret) => Ok(Some(Secret::new(secret))),
+        Err(error) if error.kind() == ErrorKind::NotFound => Ok(None),
+        Err(error) => {
+            let path = path.display();
+            Err(ConfigError::Wrong(format!(
+                "--data-dir: the previous secret, in \"{path}\", cannot be read ({error}); let the server read it, or \
+                 delete it (devices then refresh their tokens once)"
+            )))
+        }
+    }
 }
 
 /// Whole or not at all: written under another name, forced to the disk, then given its name. Of two servers that start
@@ -236,5 +267,21 @@ mod tests {
         }
         config.auth.jwt_secret = Secret::new("sixteen bytes...");
         config.check_secret().unwrap();
+        for secret in ["", SAMPLE, "fifteen bytes.."] {
+            config.auth.jwt_secret_previous = Some(Secret::new(secret));
+            let sentence = config.check_secret().unwrap_err().to_string();
+            assert!(sentence.starts_with("--jwt-secret-previous: "), "{sentence}");
+        }
+    }
+
+    #[test]
+    fn a_kept_secret_that_is_moved_aside_is_the_previous_one_and_a_new_one_is_made() {
+        let home = tempfile::tempdir().unwrap();
+        let first = opened(home.path()).unwrap().auth;
+        assert!(first.jwt_secret_previous.is_none());
+        fs::rename(home.path().join(KEPT_IN), home.path().join(PREVIOUS_IN)).unwrap();
+        let second = opened(home.path()).unwrap().auth;
+        assert_eq!(second.jwt_secret_previous.unwrap().expose(), first.jwt_secret.expose());
+        assert_ne!(second.jwt_secret.expose(), first.jwt_secret.expose());
     }
 }

@@ -103,6 +103,9 @@ pub static GROUPS: &[Group] = &[
         option("jwt-secret", "OBSCURA_AUTH_JWT_SECRET", "change_me_in_production", AnyText,
             "signs access tokens, at least 16 bytes; the server does not start with the default; without it, embedded mode makes a secret and keeps it in `DIR/jwt-secret`")
             .secret().embedded("").or("auth-jwt-secret"),
+        optional("jwt-secret-previous", "OBSCURA_AUTH_JWT_SECRET_PREVIOUS", Text,
+            "tokens signed with this secret are accepted too, for a change of `--jwt-secret`; without it, embedded mode takes the one in `DIR/jwt-secret-previous`, if there is one")
+            .secret().ours(),
         option("access-token-ttl-secs", "OBSCURA_AUTH_TOKEN_TTL_SECS", "900", Seconds(0, MAX_SECONDS),
             "lifetime of an access token").or("auth-token-ttl-secs"),
         option("refresh-token-ttl-days", "OBSCURA_AUTH_REFRESH_TOKEN_TTL_DAYS", "30", Days(0, 36_500),

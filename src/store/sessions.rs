@@ -1,6 +1,7 @@
 //! Sessions of devices: refresh tokens and gateway tickets.
 //!
-//! A device has at most one session. It ends when the device logs out or when its refresh token turns out to be stolen.
+//! A device has at most one session. It ends when the device logs in again or out, or when its refresh token turns out to
+//! be stolen.
 
 use std::fmt;
 use std::sync::Arc;
@@ -109,6 +110,8 @@ pub enum Refreshed {
         holder: SessionHolder,
         /// When it was exchanged.
         used_at: Timestamp,
+        /// SHA-256 of the changing half of the device's refresh token now. The same answer has this one.
+        secret_hash: [u8; 32],
     },
     /// No such session, or it has expired, or the token was used just now.
     Refused,
@@ -125,8 +128,9 @@ struct Session {
 }
 
 impl Store {
-    /// Gives a device of the account a new session in place of the one it may have. `None` when the account has no such
-    /// device.
+    /// Gives a device of the account a new session, and ends the one it may have: that one's refresh token and tickets
+    /// are forgotten, and its access tokens are void. The push token stays, since the device does. `None`, and nothing
+    /// has changed, when the account has no such device.
     pub async fn log_in(&self, user: UserId, device: DeviceId, grant: &SessionGrant) -> Result<Option<SessionHolder>> {
         let mut tx = self.begin().await?;
         // Held, so that it can't be removed before it has its session.
@@ -136,11 +140,11 @@ impl Store {
         );
         let holder: Option<SessionHolder> =
             on!(&mut tx, |db| sqlx::query_as(statement).bind(device).bind(user).fetch_optional(db))?;
-        if let Some(holder) = &holder {
-            open(&mut tx, holder.no, grant).await?;
-        }
+        let Some(holder) = holder else { return Ok(None) };
+        let void_to = end_tokens(&mut tx, holder.no, grant.access_expires_at).await?;
+        open(&mut tx, holder.no, grant).await?;
         tx.commit().await?;
-        Ok(holder)
+        Ok(Some(SessionHolder { tokens_void_to: void_to.unwrap_or(holder.tokens_void_to), ..holder }))
     }
 
     /// Exchanges a refresh token.
@@ -303,7 +307,9 @@ async fn exchange(tx: &mut Tx, session: &Session, wish: &Refresh, now: Timestamp
     if let Some((key, used_at)) = used {
         let is_same_wish = wish.key.is_some() && wish.key == key;
         if is_same_wish && used_at > now - REPEAT_WINDOW {
-            return Ok(Refreshed::Repeated { holder, used_at });
+            // A hash of another length is in no token, so nothing fits it.
+            let secret_hash = session.secret_hash[..].try_into().unwrap_or_default();
+            return Ok(Refreshed::Repeated { holder, used_at, secret_hash });
         }
         if used_at > now - RACE_WINDOW {
             return Ok(Refreshed::Refused);
@@ -320,23 +326,32 @@ async fn remember_use(tx: &mut Tx, no: DeviceNo, wish: &Refresh, now: Timestamp)
     Ok(())
 }
 
-/// Ends the device's session, if it has one, and voids its access tokens and tickets in any case.
+/// Ends the device's session, if it has one, and voids its access tokens and tickets in any case. Its push token goes too.
 async fn end(tx: &mut Tx, no: DeviceNo, void_to: i64) -> Result<()> {
+    end_tokens(tx, no, void_to).await?;
+    run!(tx, sqlx::query("DELETE FROM push_tokens WHERE device_no = $1").bind(no))?;
+    Ok(())
+}
+
+/// Ends the device's session, if it has one, and voids its access tokens and tickets in any case. Answers up to which
+/// second access tokens are void now; `None` when the device is gone.
+async fn end_tokens(tx: &mut Tx, no: DeviceNo, void_to: i64) -> Result<Option<i64>> {
     tx.changes_standing(&[no]);
-    // First, so that whoever is about to keep something for this session waits, and then finds it ended. The number
-    // always grows: gateway sockets notice by it that the session they began in has ended.
+    // First, so that whatever is about to be kept for this session waits, and then finds it ended. The number always
+    // grows: gateway sockets notice by it that the session they began in has ended.
     let statement = tx.either(
-        "UPDATE devices SET tokens_void_to = MAX(tokens_void_to + 1, tokens_issued_to, $2) WHERE no = $1",
-        "UPDATE devices SET tokens_void_to = GREATEST(tokens_void_to + 1, tokens_issued_to, $2) WHERE no = $1",
+        "UPDATE devices SET tokens_void_to = MAX(tokens_void_to + 1, tokens_issued_to, $2) WHERE no = $1 \
+         RETURNING tokens_void_to",
+        "UPDATE devices SET tokens_void_to = GREATEST(tokens_void_to + 1, tokens_issued_to, $2) WHERE no = $1 \
+         RETURNING tokens_void_to",
     );
-    run!(tx, sqlx::query(statement).bind(no).bind(void_to))?;
+    let void_to = on!(tx, |db| sqlx::query_scalar(statement).bind(no).bind(void_to).fetch_optional(db))?;
     for statement in [
         "DELETE FROM sessions WHERE device_no = $1",
         "DELETE FROM refresh_uses WHERE device_no = $1",
         "DELETE FROM gateway_tickets WHERE device_no = $1",
-        "DELETE FROM push_tokens WHERE device_no = $1",
     ] {
         run!(tx, sqlx::query(statement).bind(no))?;
     }
-    Ok(())
+    Ok(void_to)
 }

@@ -310,6 +310,7 @@ fn exactly_the_secrets_have_a_file_form() {
         variables,
         [
             "OBSCURA_AUTH_JWT_SECRET_FILE",
+            "OBSCURA_AUTH_JWT_SECRET_PREVIOUS_FILE",
             "OBSCURA_DATABASE_URL_FILE",
             "OBSCURA_PUBSUB_URL_FILE",
             "OBSCURA_STORAGE_ACCESS_KEY_FILE",

@@ -3,6 +3,7 @@
 use std::time::Duration;
 
 use futures_util::future::join_all;
+use obscura_server::config::{Config, Secret};
 use serde_json::{Value, json};
 use uuid::Uuid;
 
@@ -269,4 +270,41 @@ async fn the_devices_of_an_account_have_sessions_of_their_own() {
     refresh(&alice.client, &next.refresh_token).send().await.expect(401);
     rotate(&alice).await;
     alice.request("GET", "/v1/devices").send().await.expect(200);
+}
+
+/// Signs with a new secret from the next start on.
+fn change_secret(config: &mut Config, previous: Option<Secret>) {
+    config.auth.jwt_secret = Secret::new("the secret that signs from now on");
+    config.auth.jwt_secret_previous = previous;
+}
+
+#[tokio::test]
+async fn a_refresh_that_is_repeated_across_a_change_of_the_signing_secret_gets_its_answer() {
+    let mut server = TestServer::start().await;
+    let (alice, key) = (server.account().await, Uuid::new_v4());
+    let previous = server.server().app().config.auth.jwt_secret.clone();
+    let first = refresh_with_key(&alice.client, &alice.refresh_token, key).send().await.expect(200).json();
+    server.restart_with(|config| change_secret(config, Some(previous))).await;
+    let again = refresh_with_key(&alice.client, &alice.refresh_token, key).send().await.expect(200).json();
+    assert_eq!(again["refreshToken"], first["refreshToken"]);
+    for answer in [&first, &again] {
+        renewed(&alice, answer).request("GET", "/v1/devices").send().await.expect(200);
+    }
+    rotate(&renewed(&alice, &again)).await;
+}
+
+#[tokio::test]
+async fn without_the_previous_secret_the_repeat_is_unauthorized_and_the_session_goes_on() {
+    let mut server = TestServer::start().await;
+    let (alice, key) = (server.account().await, Uuid::new_v4());
+    let first = refresh_with_key(&alice.client, &alice.refresh_token, key).send().await.expect(200).json();
+    server.restart_with(|config| change_secret(config, None)).await;
+    let next = renewed(&alice, &first);
+    next.request("GET", "/v1/devices").send().await.expect(401);
+    for _ in 0..2 {
+        refresh_with_key(&alice.client, &alice.refresh_token, key).send().await.expect(401);
+        server.clock.advance(20 * SECOND);
+    }
+    let after = rotate(&next).await;
+    after.request("GET", "/v1/devices").send().await.expect(200);
 }

@@ -35,7 +35,6 @@ async fn is_known(device: &Device) -> bool {
 async fn a_log_in_gives_the_device_a_new_session() {
     let server = TestServer::start().await;
     let alice = server.account().await;
-    let mut socket = alice.connect().await;
     let response = log_in(&alice.client, &alice.username, PASSWORD, alice.id).await.expect(200);
     let answer = response.json();
     let members: Vec<&String> = answer.as_object().unwrap().keys().collect();
@@ -44,10 +43,52 @@ async fn a_log_in_gives_the_device_a_new_session() {
     assert_eq!((again.user, again.id), (alice.user, alice.id));
 
     refresh(&alice).await.expect(401);
-    assert!(is_known(&alice).await, "earlier access tokens live on");
     assert!(is_known(&again).await);
-    assert_eq!(socket.until_pong().await, [], "sockets stay open");
     refresh(&again).await.expect(200);
+}
+
+#[tokio::test]
+async fn a_log_in_ends_what_was_opened_with_the_tokens_before_it() {
+    let server = TestServer::start().await;
+    let (alice, bob) = (server.account().await, server.account().await);
+    let tablet = alice.link().await;
+    alice.request("PUT", "/v1/push-token").json(&json!({"token": "alice's phone"})).send().await.expect(204);
+    // A thief with the access token has a socket, a ticket and an upload.
+    let ticket = alice.ticket().await;
+    let (mut stolen, mut second) = (alice.connect().await, alice.connect().await);
+    let (mut of_tablet, mut of_bob) = (tablet.connect().await, bob.connect().await);
+
+    let again = alice.log_in().await;
+    for socket in [&mut stolen, &mut second] {
+        assert_eq!(socket.until_end().await, [Event::Close(None), Event::End]);
+    }
+    assert!(!is_known(&alice).await);
+    refresh(&alice).await.expect(401);
+    assert_eq!(Socket::open(server.address(), &ticket).await.err(), Some(401));
+    alice.request("POST", "/v1/gateway/ticket").send().await.expect(401);
+
+    assert!(is_known(&again).await);
+    bob.send(&[(&again, b"mail"), (&tablet, b"mail")]).await;
+    assert_eq!(again.connect().await.messages(1).await.len(), 1, "the mail is still there");
+    let pushes = server.database().await.number("SELECT count(*) FROM push_tokens").await;
+    assert_eq!(pushes, 1, "the device stays registered for pushes");
+    assert!(is_known(&tablet).await, "the account's other devices go on");
+    for socket in [&mut of_tablet, &mut of_bob] {
+        socket.until_pong().await;
+    }
+}
+
+#[tokio::test]
+async fn a_log_in_that_is_refused_ends_nothing() {
+    let server = TestServer::start().await;
+    let (alice, bob) = (server.account().await, server.account().await);
+    let (ticket, mut socket) = (alice.ticket().await, alice.connect().await);
+    log_in(&alice.client, &alice.username, "wrong horse battery staple", alice.id).await.expect(401);
+    log_in(&bob.client, &bob.username, PASSWORD, alice.id).await.expect(409);
+    assert!(is_known(&alice).await);
+    assert_eq!(socket.until_pong().await, []);
+    Socket::open(server.address(), &ticket).await.expect("the ticket is good");
+    refresh(&alice).await.expect(200);
 }
 
 #[tokio::test]

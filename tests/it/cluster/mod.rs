@@ -6,4 +6,5 @@ mod connections;
 mod deaths;
 mod faults;
 mod nodes;
+mod secrets;
 mod traffic;

@@ -47,6 +47,21 @@ async fn a_device_removed_at_one_node_loses_its_socket_at_another() {
 }
 
 #[tokio::test]
+async fn a_log_in_at_one_node_ends_the_session_at_another() {
+    let (a, b) = two_nodes().await;
+    let alice = a.account().await;
+    let before = alice.at(&b.client());
+    let ticket = before.ticket().await;
+    let mut socket = before.connect().await;
+    socket.until_pong().await;
+    let again = alice.log_in().await;
+    dismissed(socket).await;
+    before.request("GET", "/v1/devices").send().await.expect(401);
+    assert_eq!(Socket::open(b.address(), &ticket).await.err(), Some(401));
+    again.at(&b.client()).connect().await.until_pong().await;
+}
+
+#[tokio::test]
 async fn a_log_out_or_a_reset_at_one_node_closes_sockets_at_another() {
     let (a, b) = two_nodes().await;
     let (alice, bob) = (a.account().await, a.account().await);

@@ -91,6 +91,11 @@ static EFFECTS: &[Effect] = &[
         embedded: By(&["start.rs:a_published_or_short_secret_is_refused_and_never_repeated", "src/config/secret.rs:a_given_secret_is_used_and_not_kept"]),
         distributed: By(&["api/tokens.rs:all_claims_are_needed_and_have_to_fit_each_other", "cluster/nodes.rs:a_device_joins_over_three_nodes"]),
     },
+    Effect {
+        option: "jwt-secret-previous",
+        embedded: By(&["api/refresh.rs:a_refresh_that_is_repeated_across_a_change_of_the_signing_secret_gets_its_answer"]),
+        distributed: By(&["cluster/secrets.rs:nodes_restarted_one_by_one_accept_each_others_tokens_and_repeat_each_others_refreshes"]),
+    },
     both("access-token-ttl-secs", &["options.rs:an_access_token_lives_as_long_as_the_option_says"]),
     both("refresh-token-ttl-days", &["api/refresh.rs:with_a_lifetime_of_zero_a_refresh_token_is_dead_on_arrival"]),
     both("auth-refresh-token-cleanup-interval-secs", &["options.rs:the_sweeps_come_again_after_the_pauses_that_the_options_say"]),

@@ -69,7 +69,13 @@ impl TestServer {
 
     /// Another node of the same deployment.
     pub async fn start_beside(&self) -> Self {
-        let (config, clock, folder) = (self.config.clone(), self.clock.clone(), self.folder.clone());
+        self.start_beside_with(|_| {}).await
+    }
+
+    /// Another node of the same deployment, with these changes to the configuration.
+    pub async fn start_beside_with(&self, change: impl FnOnce(&mut Config)) -> Self {
+        let (mut config, clock, folder) = (self.config.clone(), self.clock.clone(), self.folder.clone());
+        change(&mut config);
         let server = start(config.clone(), clock.clone()).await;
         let target = Target::new(server.api_address());
         Self { server: Some(server), clock, config, folder, target }

@@ -60,6 +60,36 @@ async fn a_log_in_replaces_the_session_of_the_device() {
 }
 
 #[tokio::test]
+async fn a_log_in_voids_the_tokens_and_tickets_of_before_and_keeps_the_push_token() {
+    let store = TestStore::open().await;
+    let (alice, bob) = (store.account().await, store.account().await);
+    assert!(store.set_push_target(alice.no, i64::MAX, &fcm("token")).await.unwrap());
+    let tickets = [store.ticket(alice.no, NOW + SECOND).await, store.ticket(bob.no, NOW + SECOND).await];
+    let mut epoch = 0;
+    for _ in 0..3 {
+        let holder = store.log_in(alice.user, alice.device, &grant(NOW)).await.unwrap().unwrap();
+        let standing = store.standing(alice.device).await.unwrap().unwrap();
+        assert_eq!(holder.tokens_void_to, standing.tokens_void_to);
+        assert!(standing.tokens_void_to >= alice.session().access_expires_at && standing.tokens_void_to > epoch);
+        epoch = standing.tokens_void_to;
+    }
+    assert_eq!(store.redeem_ticket(&tickets[0], NOW).await.unwrap(), None);
+    assert!(store.redeem_ticket(&tickets[1], NOW).await.unwrap().is_some(), "others go on");
+    assert_eq!(store.standing(bob.device).await.unwrap().unwrap().tokens_void_to, 0);
+    assert_eq!(store.database().await.number("SELECT count(*) FROM push_tokens").await, 1);
+}
+
+#[tokio::test]
+async fn a_refused_log_in_changes_nothing() {
+    let store = TestStore::open().await;
+    let (alice, bob) = (store.account().await, store.account().await);
+    let ticket = store.ticket(alice.no, NOW + SECOND).await;
+    assert_eq!(store.log_in(bob.user, alice.device, &grant(NOW)).await.unwrap(), None);
+    assert_eq!(store.standing(alice.device).await.unwrap().unwrap().tokens_void_to, 0);
+    assert!(store.redeem_ticket(&ticket, NOW).await.unwrap().is_some());
+}
+
+#[tokio::test]
 async fn only_a_device_of_the_account_can_be_logged_in() {
     let store = TestStore::open().await;
     let (alice, bob) = (store.account().await, store.account().await);
@@ -151,12 +181,13 @@ async fn the_same_wish_is_repeated_for_a_minute() {
     let (wish, other_key) = (wish(alice.session(), Some(IdempotencyKey::random())), Some(IdempotencyKey::random()));
     let Refreshed::Rotated(holder) = store.refresh(&wish, NOW).await.unwrap() else { panic!("the token is good") };
 
-    let repeated = Refreshed::Repeated { holder, used_at: NOW };
-    assert_eq!(store.refresh(&wish, NOW).await.unwrap(), repeated);
+    let repeated =
+        |current: &SessionGrant| Refreshed::Repeated { holder, used_at: NOW, secret_hash: current.secret_hash };
+    assert_eq!(store.refresh(&wish, NOW).await.unwrap(), repeated(&wish.next));
     assert_eq!(store.try_refresh(alice.session(), other_key, NOW + SECOND).await, Refreshed::Refused, "another wish");
     assert_eq!(store.try_refresh(alice.session(), None, NOW + SECOND).await, Refreshed::Refused, "no wish at all");
-    store.rotated(&wish.next, NOW + SECOND).await;
-    assert_eq!(store.refresh(&wish, NOW + REPEAT_WINDOW - MILLISECOND).await.unwrap(), repeated);
+    let third = store.rotated(&wish.next, NOW + SECOND).await;
+    assert_eq!(store.refresh(&wish, NOW + REPEAT_WINDOW - MILLISECOND).await.unwrap(), repeated(&third));
     let late = store.refresh(&wish, NOW + REPEAT_WINDOW).await.unwrap();
     assert_eq!(late, Refreshed::Stolen(alice.address()));
 }
@@ -204,7 +235,7 @@ async fn a_log_out_ends_the_session_and_leaves_the_device() {
     store.rotated(bob.session(), NOW).await;
     let again = grant(NOW);
     let holder = store.log_in(alice.user, alice.device, &again).await.unwrap().unwrap();
-    assert_eq!(holder.tokens_void_to, VOID_TO, "who issues the next access token has to know");
+    assert_eq!(holder.tokens_void_to, VOID_TO + 1, "who issues the next access token has to know");
     store.rotated(&again, NOW).await;
 }
 
@@ -300,12 +331,14 @@ async fn the_sweeps_forget_what_has_expired_a_batch_at_a_time() {
 }
 
 #[tokio::test]
-async fn a_log_out_voids_every_token_ever_issued_though_the_clock_or_the_lifetime_have_changed() {
+async fn the_end_of_a_session_voids_every_token_ever_issued_though_the_clock_or_the_lifetime_have_changed() {
     let store = TestStore::open().await;
     let alice = store.account().await;
     let issued_long_ago = SessionGrant { access_expires_at: VOID_TO + 86_400, ..grant(NOW) };
     store.log_in(alice.user, alice.device, &issued_long_ago).await.unwrap();
     store.log_in(alice.user, alice.device, &grant(NOW)).await.unwrap();
+    let epoch = store.epoch(alice.no).await.unwrap();
+    assert_eq!(epoch, Some(VOID_TO + 86_401), "a log-in ends the session before it");
     store.log_out(alice.no, VOID_TO).await.unwrap();
-    assert_eq!(store.epoch(alice.no).await.unwrap(), Some(VOID_TO + 86_400));
+    assert_eq!(store.epoch(alice.no).await.unwrap(), Some(VOID_TO + 86_402), "past the token that the log-in gave");
 }
