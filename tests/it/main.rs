@@ -29,3 +29,4 @@ mod store;
 mod sweeps;
 mod telemetry;
 mod transfer;
+mod upgrade;

@@ -7,4 +7,4 @@ mod deaths;
 mod faults;
 mod nodes;
 mod secrets;
-mod traffic;
+pub mod traffic;

@@ -26,6 +26,21 @@ const TEST_OPTIONS: &[&str] = &[
     "--server-max-connections-per-address=10000",
 ];
 
+/// The same for the former program, which doesn't know newer options.
+const FORMER_OPTIONS: &[&str] = &[
+    "--server-host=127.0.0.1",
+    "--server-port=0",
+    "--mgmt-port=0",
+    "--rate-limit-per-second=1000000",
+    "--rate-limit-burst=1000000",
+    "--auth-rate-limit-per-second=1000000",
+    "--auth-rate-limit-burst=1000000",
+    "--account-rate-limit-per-second=0",
+    "--target-rate-limit-per-second=0",
+    "--prekey-fetches-per-hour=0",
+    "--server-max-connections-per-address=10000",
+];
+
 /// A running server of its own process. Dropping it kills it.
 pub struct Binary {
     child: Child,
@@ -60,6 +75,15 @@ impl Binary {
     /// A node with exactly these options, and those of all tests.
     pub async fn start_node(options: &[String]) -> Self {
         Self::launch(options.to_vec(), &[], &[], (Target::anywhere(), Target::anywhere())).await
+    }
+
+    /// The former program with exactly these options, and those of the tests that it knows. What is started again from
+    /// it is today's program.
+    pub async fn start_former(layout: Vec<String>) -> Self {
+        let program = deployment::service("OBSCURA_TEST_FORMER");
+        let mut command = command_of(&program, &[]);
+        command.args(&layout).args(FORMER_OPTIONS);
+        Self::launched(command, layout, (Target::anywhere(), Target::anywhere()), true).await
     }
 
     /// A node with exactly these options, and those of all tests, that may take its time to start. Its ports are known
@@ -139,8 +163,16 @@ impl Binary {
             !options.iter().any(|option| option.split('=').next() == Some(flag))
         };
         command.args(layout.iter().filter(is_usual)).args(TEST_OPTIONS).args(options);
+        Self::launched(command, layout, (target, management), is_discreet(variables)).await
+    }
+
+    async fn launched(
+        command: Command,
+        layout: Vec<String>,
+        (target, management): (Target, Target),
+        is_discreet: bool,
+    ) -> Self {
         let (child, output) = spawn(command);
-        let is_discreet = is_discreet(variables);
         let mut binary = Self { child, output, target, management, layout, is_discreet };
         let (api, port) = binary.wait_for_addresses().await;
         binary.target.set(api);
@@ -290,7 +322,11 @@ fn is_discreet(variables: &[(&str, &str)]) -> bool {
 
 /// The program in an environment in which nothing of ours is set but these variables.
 fn command(variables: &[(&str, &str)]) -> Command {
-    let mut command = Command::new(env!("CARGO_BIN_EXE_obscura-server"));
+    command_of(env!("CARGO_BIN_EXE_obscura-server"), variables)
+}
+
+fn command_of(program: &str, variables: &[(&str, &str)]) -> Command {
+    let mut command = Command::new(program);
     for (name, _) in std::env::vars_os() {
         if name.to_string_lossy().starts_with("OBSCURA_") || name == "RUST_LOG" || name == "RUST_BACKTRACE" {
             command.env_remove(name);
