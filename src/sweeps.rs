@@ -1,6 +1,7 @@
 //! Repeated jobs: cleaning, and figures that have to be looked at. Each works in bounded steps, so that a long clean-up never
 //! holds the database for long.
 
+mod accounts;
 mod attachments;
 mod figures;
 
@@ -53,6 +54,7 @@ pub async fn start(app: &App, forget_clients: impl Fn() + Send + 'static) {
 
     shared(app, Job::UploadDebts, attachments, upload_debts);
 
+    accounts::start(app).await;
     shared(app, Job::ExpiredSessions, config.auth.refresh_token_cleanup_interval, expired_sessions);
     shared(app, Job::ExpiredTickets, SHORT_LIVED, expired_tickets);
     shared(app, Job::UsedRefreshTokens, SHORT_LIVED, used_refresh_tokens);

@@ -67,6 +67,7 @@ impl FromRequestParts<App> for Unmetered {
         if standing.user != claims.user || claims.expires_at <= standing.tokens_void_to {
             return Err(ApiError::Unauthorized);
         }
+        app.store.note_use(claims.user);
         Ok(Self(Caller {
             user: claims.user,
             device: claims.device,

@@ -13,7 +13,7 @@ mod seeds;
 mod valkey;
 
 use crate::config;
-use crate::model::ids::Address;
+use crate::model::ids::{Address, DeviceNo};
 use crate::tasks::Tasks;
 use crate::telemetry::metrics::{Metrics, SignalWay};
 use crate::telemetry::traces::Trail;
@@ -164,6 +164,11 @@ impl Bus {
             Some(wire) => wire.check().await,
             None => Ok(()),
         }
+    }
+
+    /// Every device with a session here.
+    pub fn devices(&self) -> Vec<DeviceNo> {
+        self.local.devices()
     }
 
     /// How many devices have a session here.

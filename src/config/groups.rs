@@ -8,8 +8,8 @@ use std::{
 
 use ipnet::IpNet;
 
-use crate::config::Secret;
 use crate::config::table::SAMPLE_DATABASE;
+use crate::config::{Accounts, Secret};
 
 /// Everything that can be set, checked. Each room gets its own group; only `main` and `server` see all of it.
 #[derive(Clone, Debug)]
@@ -30,6 +30,8 @@ pub struct Config {
     pub health: Health,
     /// Age at which messages and attachments are deleted; at least a day.
     pub retention: Duration,
+    /// Sign-ups, passwords, uploads, and how long accounts stay.
+    pub accounts: Accounts,
     /// Sends and inboxes.
     pub messaging: Messaging,
     /// One-time prekeys.

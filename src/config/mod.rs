@@ -3,6 +3,7 @@
 //! `table` lists the options, `option` says what one is, `given` finds what was given and checks it, `groups` are the
 //! typed settings that the rest of the server sees, `read` fills them in.
 
+mod accounts;
 mod given;
 mod groups;
 mod option;
@@ -11,6 +12,7 @@ mod reference;
 mod secret;
 mod table;
 
+pub use accounts::Accounts;
 pub use given::ConfigError;
 pub use groups::{
     AccountRates, Apns, Attachments, Auth, Config, Database, Fcm, Gateway, Grouping, Health, LogFormat, Messaging,

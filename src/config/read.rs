@@ -5,8 +5,8 @@ use std::{ffi::OsString, path::Path, time::Duration};
 use clap::{Arg, ArgAction, ArgMatches, Command};
 
 use crate::config::{
-    AccountRates, Apns, Attachments, Auth, Config, ConfigError, Database, Fcm, Gateway, Grouping, Health, LogFormat,
-    Messaging, Notifications, Prekeys, Pubsub, RateLimits, Secret, Server, Telemetry, WebPush,
+    AccountRates, Accounts, Apns, Attachments, Auth, Config, ConfigError, Database, Fcm, Gateway, Grouping, Health,
+    LogFormat, Messaging, Notifications, Prekeys, Pubsub, RateLimits, Secret, Server, Telemetry, WebPush,
     given::Given,
     option::{Opt, Takes},
     table::GROUPS,
@@ -69,6 +69,10 @@ impl Config {
             account_rates: account_rates(&given),
             health: health(&given),
             retention: given.duration("ttl-days"),
+            accounts: Accounts {
+                idle: given.duration("account-idle-days"),
+                unused: given.duration("account-unused-days"),
+            },
             messaging: messaging(&given),
             prekeys: prekeys(&given),
             notifications: notifications(&given),

@@ -54,6 +54,10 @@ pub static GROUPS: &[Group] = &[
     Group { title: "Retention", options: &[
         option("ttl-days", "OBSCURA_TTL_DAYS", "30", Days(1, 36_500),
             "days until messages and attachments are deleted"),
+        option("account-idle-days", "OBSCURA_ACCOUNT_IDLE_DAYS", "0", Days(0, 36_500),
+            "an account without any use for this many days is removed, with its devices and waiting mail; days on which no server ran don't count; 0 never removes one").ours(),
+        option("account-unused-days", "OBSCURA_ACCOUNT_UNUSED_DAYS", "30", Days(0, 36_500),
+            "the same for an account that was never used after its sign-up: no request with its token, no log-in, no socket; 0 never removes one").ours(),
     ] },
     Group { title: "Database", options: &[
         option("db-url", "OBSCURA_DATABASE_URL", SAMPLE_DATABASE, Url(DATABASES),

@@ -5,7 +5,7 @@ use sqlx::FromRow;
 use crate::model::ids::{Address, DeviceNo, UserId};
 use crate::model::keys::PublicKey;
 use crate::store::database::{on, reading, run};
-use crate::store::{NewDevice, Result, SessionGrant, Store, devices, sessions};
+use crate::store::{NewDevice, Result, SessionGrant, Store, devices, sessions, usage};
 use crate::telemetry::metrics::Left;
 
 /// What a log-in is checked against.
@@ -63,8 +63,8 @@ impl Store {
     /// Makes an account with its primary device, and logs that in.
     pub async fn register(&self, account: &NewAccount) -> Result<Registered> {
         let mut tx = self.begin().await?;
-        let statement = "INSERT INTO users (id, username, password_hash, identity_key) VALUES ($1, $2, $3, $4) \
-                         ON CONFLICT (username) DO NOTHING";
+        let statement = "INSERT INTO users (id, username, password_hash, identity_key, used_on, is_unused) \
+                         VALUES ($1, $2, $3, $4, $5, $6) ON CONFLICT (username) DO NOTHING";
         let inserted = run!(
             &mut tx,
             sqlx::query(statement)
@@ -72,6 +72,9 @@ impl Store {
                 .bind(&account.username)
                 .bind(&account.password_hash)
                 .bind(&account.identity.as_bytes()[..])
+                .bind(self.usage.day())
+                // Without a date it could not expire as one that was never used.
+                .bind(self.usage.day().is_some())
         )?;
         let registered = if inserted == 0 {
             Registered::UsernameTaken
@@ -102,6 +105,7 @@ impl Store {
         run!(&mut tx, sqlx::query("DELETE FROM link_sessions WHERE user_id = $1").bind(user))?;
         let replace = "UPDATE users SET identity_key = $2 WHERE id = $1";
         run!(&mut tx, sqlx::query(replace).bind(user).bind(&identity.as_bytes()[..]))?;
+        usage::mark(&mut tx, user, self.usage.day()).await?;
         let no = devices::insert(&mut tx, user, device, true).await?;
         sessions::open(&mut tx, no, session).await?;
         tx.commit().await?;

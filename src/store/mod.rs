@@ -27,6 +27,7 @@ mod sqlite;
 mod standings;
 pub(crate) mod transfer;
 mod uploads;
+mod usage;
 
 use std::fmt::Write;
 use std::io::ErrorKind;
@@ -46,6 +47,7 @@ use crate::store::sessions::Tickets;
 use crate::store::sqlite::{SQLITE_FULL, SqliteStore};
 use crate::store::standings::Standings;
 use crate::store::uploads::Uploads;
+use crate::store::usage::Usage;
 use crate::telemetry::metrics::Metrics;
 
 pub use accounts::{Credentials, NewAccount, Registered, Reset};
@@ -59,6 +61,7 @@ pub use prekeys::{Bundle, HandedOut, PrekeyCounts, Refilled};
 pub use pushes::{Overslept, Sleeper};
 pub use sessions::{NewTicket, REPEAT_WINDOW, Refresh, Refreshed, SessionGrant, SessionHolder};
 pub use uploads::{Allowance, Reservation, Reserved};
+pub use usage::Disuse;
 
 /// The database could not do what it was asked: it is away, busy for too long, full, or broken.
 ///
@@ -228,6 +231,8 @@ pub struct Store {
     /// What whoever connects needs.
     tickets: Arc<Tickets>,
     uploads: Arc<Uploads>,
+    /// When accounts were last used.
+    usage: Arc<Usage>,
 }
 
 /// The limits that the store holds in its transactions.
@@ -281,7 +286,9 @@ impl Store {
         let looks = Arc::new(Gather::new(LOOK_LANES, GATHERED));
         let (tickets, uploads) = (Arc::new(Tickets::new()), uploads::none());
         let metrics = metrics.clone();
-        Ok(Self { database, numbering, limits, metrics, held_up: Arc::default(), standings, looks, tickets, uploads })
+        let held_up = Arc::default();
+        let usage = Arc::new(Usage::new());
+        Ok(Self { database, numbering, limits, metrics, held_up, standings, looks, tickets, uploads, usage })
     }
 
     /// Answers when the database can be read and written.

@@ -13,7 +13,7 @@ use crate::clock::Timestamp;
 use crate::model::ids::{Address, DeviceId, DeviceNo, IdempotencyKey, UserId};
 use crate::store::database::{Database, Tx, on, reading, run};
 use crate::store::gather::Gather;
-use crate::store::{Result, Store, devices};
+use crate::store::{Result, Store, devices, usage};
 
 /// A refresh token that is presented again so soon is a client racing itself, and no sign of theft.
 const RACE_WINDOW: Duration = Duration::from_secs(10);
@@ -143,6 +143,7 @@ impl Store {
         let Some(holder) = holder else { return Ok(None) };
         let void_to = end_tokens(&mut tx, holder.no, grant.access_expires_at).await?;
         open(&mut tx, holder.no, grant).await?;
+        usage::mark(&mut tx, user, self.usage.day()).await?;
         tx.commit().await?;
         Ok(Some(SessionHolder { tokens_void_to: void_to.unwrap_or(holder.tokens_void_to), ..holder }))
     }
@@ -160,7 +161,14 @@ impl Store {
             Some(session) if session.expires_at > now => exchange(&mut tx, &session, wish, now).await?,
             _ => Refreshed::Refused,
         };
-        tx.commit().await?;
+        match refreshed {
+            Refreshed::Rotated(holder) if !self.usage.is_noted(holder.user) => {
+                usage::mark(&mut tx, holder.user, self.usage.day()).await?;
+                tx.commit().await?;
+                self.usage.set_noted(holder.user);
+            }
+            _ => tx.commit().await?,
+        }
         Ok(refreshed)
     }
 

@@ -88,7 +88,19 @@ const SENT_AT: Column = Column {
 
 /// All tables with something in them that must survive, in an order in which each finds what it refers to.
 pub(super) static TABLES: &[Table] = &[
-    table("users", 1, &[uuid("id"), text("username"), text("password_hash"), bytes("identity_key")]),
+    table(
+        "users",
+        1,
+        &[
+            uuid("id"),
+            text("username"),
+            text("password_hash"),
+            bytes("identity_key"),
+            bigint("used_on"),
+            column("is_unused", Kind::Boolean),
+        ],
+    ),
+    table("service_days", 1, &[bigint("id"), bigint("day"), bigint("number")]),
     table(
         "devices",
         1,

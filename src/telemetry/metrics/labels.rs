@@ -279,6 +279,8 @@ label! {
         ExpiredTickets "expired tickets" "forgets gateway tickets",
         UsedRefreshTokens "used refresh tokens" "forgets refresh tokens used a while ago",
         ExpiredLinks "expired link sessions" "forgets link sessions",
+        AccountUse "use of accounts" "writes down which accounts were used today",
+        UnusedAccounts "unused accounts" "removes accounts that are not used any more",
         Room "room to grow" "looks whether there is room to grow",
         Connections "database connections" "closes idle connections to the database",
         Clients "clients of the rate limiter" "forgets addresses whose buckets are full again",

@@ -174,6 +174,8 @@ metrics! {
             "Rounds of repeated jobs. A round that has more to do goes on at once, and counts again.",
         job_success: Gauge<Job> = "obscura.job.last_success" "s"
             "When the job last ended well on this node, as Unix time. Not there before the first time.",
+        accounts_expired: Counter = "obscura.accounts.expired" "{account}"
+            "Accounts removed because they were not used: see `--account-idle-days` and `--account-unused-days`.",
         tasks_died: Counter = "obscura.tasks.died" "{task}"
             "Background tasks that ended too early, a defect; the server stops after the first.",
         disk_free: Gauge = "obscura.disk.free" "By"

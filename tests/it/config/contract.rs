@@ -92,6 +92,8 @@ pub const FURTHER: &str = "\
 /// Of this server alone.
 pub const OURS: &str = "\
 --jwt-secret-previous OBSCURA_AUTH_JWT_SECRET_PREVIOUS -
+--account-idle-days OBSCURA_ACCOUNT_IDLE_DAYS 0
+--account-unused-days OBSCURA_ACCOUNT_UNUSED_DAYS 30
 --attachment-quota-bytes OBSCURA_ATTACHMENT_QUOTA_BYTES 1073741824
 --account-rate-limit-per-second OBSCURA_RATE_LIMIT_ACCOUNT_PER_SECOND 30
 --account-rate-limit-burst OBSCURA_RATE_LIMIT_ACCOUNT_BURST 300

@@ -59,6 +59,8 @@ static EFFECTS: &[Effect] = &[
         distributed: Not("a node keeps nothing on a disk of its own; --db-max-size-bytes bounds the database"),
     },
     both("ttl-days", &["options.rs:a_message_lives_as_many_days_as_the_option_says", "api/attachments.rs:an_attachment_is_gone_from_the_announced_second_on"]),
+    both("account-idle-days", &["sweeps.rs:an_account_that_is_not_used_any_more_goes_with_its_mail_and_its_name_is_free"]),
+    both("account-unused-days", &["sweeps.rs:an_account_that_was_never_used_goes_by_default_and_one_that_was_used_stays"]),
 
     both("db-url", &["start.rs:a_database_of_a_newer_version_is_left_alone", "crash.rs:what_was_answered_survives_twenty_crashes"]),
     distributed("db-max-connections", READERS, &["cluster/connections.rs:there_are_never_more_connections_than_the_maximum"]),

@@ -14,3 +14,4 @@ mod prekeys;
 mod pushes;
 mod sessions;
 mod support;
+mod usage;
