@@ -3,6 +3,7 @@
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
+use tokio::sync::Notify;
 use tokio::time::Instant;
 use tracing::{debug, info};
 
@@ -14,8 +15,10 @@ use crate::telemetry::metrics::{Metrics, SignalWay};
 
 #[derive(Clone)]
 pub(super) struct Ears {
-    /// Our own name: what we say ourselves comes back, and is not heard.
+    /// Our own name: what we say ourselves comes back, and is not acted on.
     pub(super) node: Node,
+    /// Notified when our own greeting comes back, which shows that the connection delivers.
+    pub(super) echo: Arc<Notify>,
     pub(super) local: LocalBus,
     pub(super) looks: Looks,
     pub(super) peers: Arc<Mutex<Peers>>,
@@ -25,6 +28,7 @@ pub(super) struct Ears {
 impl Ears {
     pub(super) fn hear(&self, message: &[u8]) {
         match Message::read(message) {
+            Some((sender, Message::Hello)) if sender == self.node => self.echo.notify_one(),
             Some((sender, _)) if sender == self.node => {}
             Some((_, Message::Devices(entries))) => {
                 self.metrics.signals.add(SignalWay::In, entries.len() as u64);

@@ -3,6 +3,7 @@
 
 mod backoff;
 mod ears;
+mod heartbeat;
 mod listeners;
 mod local;
 mod looks;
@@ -47,6 +48,9 @@ impl Signals {
     pub fn has(self, signal: Signal) -> bool {
         self.0 & signal as u8 != 0
     }
+
+    /// For a session that looks by itself while no signals come from other nodes.
+    const REGULAR: Self = Self(Signal::Mail as u8 | Signal::Standing as u8);
 
     fn and(self, others: Self) -> Self {
         Self(self.0 | others.0)

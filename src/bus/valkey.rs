@@ -18,6 +18,7 @@ use tracing::{debug, info, warn};
 
 use crate::bus::backoff::Backoff;
 use crate::bus::ears::Ears;
+use crate::bus::heartbeat::{self, Lost};
 use crate::bus::listeners::{Listeners, Listening};
 use crate::bus::local::LocalBus;
 use crate::bus::looks::Looks;
@@ -33,7 +34,7 @@ use crate::telemetry::traces::Trail;
 
 /// Valkey is taken for gone when it answers nothing for so long, and when it is not connected within that time.
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(3);
-/// How often a node says that it is there, and finds out whether Valkey is.
+/// How often a node says that it is there, and finds out whether Valkey is, takes writes and passes on what is published.
 const HEARTBEAT: Duration = Duration::from_secs(2);
 /// Accounts whose channels are subscribed, unsubscribed or written to with one request.
 const BATCH: usize = 512;
@@ -67,11 +68,14 @@ impl Wire {
             seed: rand::random_range(0..seeds.len()),
             seeds,
             prefix: notifications.channel_prefix.clone(),
+            queue_key: notifications.push_queue_key.clone(),
+            looks: looks.clone(),
             gc_interval: notifications.gc_interval,
             outbox: wire.outbox.clone(),
             listeners: wire.listeners.clone(),
             ears: Ears {
                 node: Node::random(),
+                echo: Arc::default(),
                 local: local.clone(),
                 looks: looks.clone(),
                 peers: Arc::default(),
@@ -110,16 +114,28 @@ impl Wire {
     }
 }
 
+/// A connection to a primary, on which the channel to all nodes is subscribed.
+struct Connected {
+    connection: MultiplexedConnection,
+    /// Notified when the connection has ended.
+    closed: Arc<Notify>,
+    /// Notified when a greeting of ours comes back.
+    echo: Arc<Notify>,
+}
+
 /// The task that keeps the connection.
 struct Keeper {
     seeds: Vec<ConnectionInfo>,
     /// The seed that is tried next.
     seed: usize,
     prefix: String,
+    /// The key that the heartbeat writes to, without changing anything.
+    queue_key: String,
     gc_interval: Duration,
     outbox: Arc<Outbox>,
     listeners: Arc<Listeners>,
     ears: Ears,
+    looks: Looks,
     connection: watch::Sender<Option<MultiplexedConnection>>,
     metrics: Metrics,
     is_outage_told: AtomicBool,
@@ -145,52 +161,62 @@ impl Keeper {
 
     /// Ends when the connection is lost, or there was none, and answers how long it held.
     async fn connect_and_serve(&mut self) -> Option<Duration> {
-        let (connection, lost) = match self.connect().await {
+        let connected = match self.connect().await {
             Ok(connected) => connected,
-            Err(error) => {
-                self.tell_outage(&error);
+            Err(lost) => {
+                self.tell_outage(&lost);
                 return None;
             }
         };
-        let since = Instant::now();
+        let (since, connection) = (Instant::now(), &connected.connection);
         self.connection.send_replace(Some(connection.clone()));
         self.metrics.bus_connects.one(());
-        let error = tokio::select! {
-            Err(error) = self.greet(connection.clone()) => Some(error),
-            Err(error) = self.follow(connection.clone()) => Some(error),
-            Err(error) = self.send(connection.clone()) => Some(error),
-            () = lost.notified() => None,
+        let lost = tokio::select! {
+            Err(lost) = self.greet(&connected) => lost,
+            Err(error) = self.follow(connection.clone()) => error.into(),
+            Err(error) = self.send(connection.clone()) => error.into(),
+            () = connected.closed.notified() => Lost::Closed,
         };
         self.connection.send_replace(None);
         self.metrics.bus_connected.set((), 0);
-        match error {
-            Some(error) => self.tell_outage(&error),
-            None => self.tell_outage(&"it was closed"),
+        // What was signalled in the last seconds may be lost, and nothing more arrives: sessions look by themselves now.
+        self.looks.set_away(true);
+        if lost.is_wrong_host() {
+            self.try_next_seed();
         }
+        self.tell_outage(&lost);
         Some(since.elapsed())
     }
 
-    /// Tries each seed once, and stays with one that answers. The second part tells when the connection is lost.
-    async fn connect(&mut self) -> RedisResult<(MultiplexedConnection, Arc<Notify>)> {
+    /// Tries each seed once, and stays with a primary that answers.
+    async fn connect(&mut self) -> Result<Connected, Lost> {
         let mut attempts = self.seeds.len();
         loop {
             let connected = self.connect_to(self.seeds[self.seed].clone()).await;
             attempts -= 1;
-            if connected.is_ok() || attempts == 0 {
+            if connected.is_ok() {
                 return connected;
             }
-            self.seed = (self.seed + 1) % self.seeds.len();
+            self.try_next_seed();
+            if attempts == 0 {
+                return connected;
+            }
         }
     }
 
-    async fn connect_to(&self, seed: ConnectionInfo) -> RedisResult<(MultiplexedConnection, Arc<Notify>)> {
-        let lost = Arc::<Notify>::default();
-        let (ears, tell_loss) = (self.ears.clone(), lost.clone());
+    fn try_next_seed(&mut self) {
+        self.seed = (self.seed + 1) % self.seeds.len();
+    }
+
+    /// The name of the host is looked up anew each time.
+    async fn connect_to(&self, seed: ConnectionInfo) -> Result<Connected, Lost> {
+        let (closed, echo) = (Arc::<Notify>::default(), Arc::<Notify>::default());
+        let (ears, tell_closed) = (Ears { echo: echo.clone(), ..self.ears.clone() }, closed.clone());
         // The library calls this between two reads of the socket. Nothing in it waits, so nothing needs to be queued.
         let hear = move |push: PushInfo| -> Result<(), Infallible> {
             match (push.kind, push.data.into_iter().nth(1)) {
                 (PushKind::Message, Some(Value::BulkString(message))) => ears.hear(&message),
-                (PushKind::Disconnection, _) => tell_loss.notify_one(),
+                (PushKind::Disconnection, _) => tell_closed.notify_one(),
                 _ => {}
             }
             Ok(())
@@ -199,21 +225,27 @@ impl Keeper {
             .set_connection_timeout(Some(ANSWER_TIMEOUT))
             .set_response_timeout(Some(ANSWER_TIMEOUT))
             .set_push_sender(hear);
-        let connection = Client::open(seed)?.get_multiplexed_async_connection_with_config(&config).await?;
-        Ok((connection, lost))
+        let mut connection = Client::open(seed)?.get_multiplexed_async_connection_with_config(&config).await?;
+        heartbeat::check_primary(&mut connection, &self.queue_key).await?;
+        // Before the first greeting, which has to come back.
+        connection.subscribe(self.channel_to_everybody()).await?;
+        Ok(Connected { connection, closed, echo })
     }
 
-    /// Says hello to the other nodes now and then, by which it notices a Valkey that is frozen and a connection of which
-    /// only our half is left. Notices, too, when another node has fallen silent.
-    async fn greet(&self, mut connection: MultiplexedConnection) -> RedisResult<Infallible> {
+    /// Says hello to the other nodes now and then, by which it notices a Valkey that is frozen, was demoted or is cut off,
+    /// and a connection of which only our half is left. Notices, too, when another node has fallen silent.
+    async fn greet(&self, Connected { connection, echo, .. }: &Connected) -> Result<Infallible, Lost> {
+        let mut connection = connection.clone();
         self.ears.peers().start_over(Instant::now());
         loop {
             self.say_to_all(&mut connection, Message::hello(self.ears.node)).await?;
+            tokio::time::timeout(ANSWER_TIMEOUT, echo.notified()).await.map_err(|_| Lost::Deaf)?;
             tokio::time::sleep(HEARTBEAT).await;
             if self.ears.peers().notice_lost(Instant::now()) {
                 info!("another node ended without a goodbye, or is not heard; every session looks at everything");
                 self.ears.looks.everything();
             }
+            heartbeat::check_primary(&mut connection, &self.queue_key).await?;
         }
     }
 
@@ -223,12 +255,12 @@ impl Keeper {
 
     /// Subscribes the channels of those who listen, has everybody look at what was missed, and follows who comes and goes.
     async fn follow(&self, mut connection: MultiplexedConnection) -> RedisResult<Infallible> {
-        connection.subscribe(self.channel_to_everybody()).await?;
         for users in self.listeners.start_over().chunks(BATCH) {
             connection.subscribe(self.channels(users)).await?;
             self.listeners.confirm(users);
         }
-        self.ears.looks.everything();
+        self.looks.set_away(false);
+        self.looks.everything();
         self.is_outage_told.store(false, Ordering::Relaxed);
         self.metrics.bus_connected.set((), 1);
         info!("connected to Valkey: signals go to other nodes and come from them");

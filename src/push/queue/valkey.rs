@@ -171,15 +171,21 @@ impl ValkeyQueue {
                 Ok(connection)
             }
             Err(error) => {
-                self.seed = (self.seed + 1) % self.seeds.len();
+                self.try_next_seed();
                 self.next_attempt = Instant::now() + self.backoff.pause(None);
                 Err(error)
             }
         }
     }
 
+    fn try_next_seed(&mut self) {
+        self.seed = (self.seed + 1) % self.seeds.len();
+    }
+
+    /// Another host is tried next: this one may answer, and refuse every write, as a replica does.
     fn lost(&mut self) {
         if self.connection.take().is_some() {
+            self.try_next_seed();
             self.next_attempt = Instant::now() + self.backoff.pause(Some(self.connected_at.elapsed()));
         }
     }

@@ -194,8 +194,8 @@ async fn a_valkey_that_stays_away_is_asked_ever_more_rarely() {
     let start = Instant::now();
     let node = Node::open(&format!("redis://{}", proxy.address()));
     eventually("some attempts", async || proxy.accepted() >= 10).await;
-    // 20, 40, 80, 160, and then 200 ms each, give or take a tenth.
-    let least = Duration::from_millis(20 + 40 + 80 + 160 + 5 * 200).mul_f64(0.9);
+    // 20, 30, 45, 67, 101, 151, and then 200 ms each, give or take a tenth.
+    let least = Duration::from_millis(20 + 30 + 45 + 67 + 101 + 151 + 3 * 200).mul_f64(0.9);
     assert!(start.elapsed() >= least, "ten attempts in {:?}", start.elapsed());
     assert!(!node.is_ready().await);
     proxy.refuse(false);

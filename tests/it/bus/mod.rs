@@ -3,6 +3,7 @@
 mod access;
 pub mod cluster;
 mod crossing;
+mod failover;
 mod faults;
 mod readiness;
 
@@ -68,7 +69,8 @@ impl Node {
     /// Waits until signals from other nodes can arrive.
     async fn listen(&self, address: Address) -> Wakeups {
         let wakeups = self.bus.subscribe(address);
-        within("the subscription to be confirmed", wakeups.next()).await;
+        // What a session is told by itself while there is no connection is less.
+        everything(&wakeups).await;
         wakeups
     }
 
@@ -121,7 +123,7 @@ impl Inbox {
     /// With a session whose channel is there.
     async fn read_on(node: &Node) -> Self {
         let (inbox, wakeups) = Self::new(node);
-        within("the subscription to be confirmed", wakeups.next()).await;
+        everything(&wakeups).await;
         inbox.read(wakeups);
         inbox
     }
