@@ -100,7 +100,10 @@ impl StoreError {
     /// True when nobody can tell what became of the connection.
     fn is_lost_connection(&self) -> bool {
         match &self.0 {
-            sqlx::Error::Database(_) => matches!(self.sqlstate(), Some("57P01" | "57P02" | "57P03")),
+            sqlx::Error::Database(_) => self.sqlstate().is_some_and(|code| {
+                // The server or a pooler ends the connection, or the server was demoted and takes no writes.
+                code.starts_with("57P") || code.starts_with("08") || matches!(code, "25006" | "25P03" | "25P04")
+            }),
             sqlx::Error::RowNotFound | sqlx::Error::ColumnDecode { .. } | sqlx::Error::Decode(_) => false,
             _ => true,
         }
@@ -154,6 +157,34 @@ pub enum OpenError {
         /// What the server said.
         cause: sqlx::Error,
     },
+    /// The server or a pooler in front of it doesn't take our connections as they are.
+    #[error(
+        "the database at {address} can't be used (--db-url): {cause}; if a pooler such as PgBouncer is in front of it, let it pool sessions and ignore parameters that it doesn't know, and check sslmode and what follows a ? in the URL"
+    )]
+    Unfit {
+        /// Host and port.
+        address: String,
+        /// What the server or the pooler said.
+        cause: sqlx::Error,
+    },
+    /// A pooler gives each transaction another connection of the database.
+    #[error(
+        "the pooler at {address} (--db-url) doesn't keep one connection of the database for each of ours, so settings, prepared statements and locks would get lost; let it pool sessions (PgBouncer: pool_mode = session), or name PostgreSQL itself"
+    )]
+    PooledTransactions {
+        /// Host and port.
+        address: String,
+    },
+    /// The database can't hold every text.
+    #[error(
+        "the database at {address} has the encoding {found} and can't hold every name; this server needs UTF8: make a new one with CREATE DATABASE obscura ENCODING 'UTF8' LOCALE 'C' TEMPLATE template0, move what there is with pg_dump and psql, and name it in --db-url"
+    )]
+    Encoding {
+        /// Host and port.
+        address: String,
+        /// What PostgreSQL calls it.
+        found: String,
+    },
     /// The server is too old.
     #[error("the database at {address} is PostgreSQL {found}; this server needs 15 or newer")]
     TooOld {
@@ -198,14 +229,28 @@ impl OpenError {
         matches!(self, Self::Away { .. })
     }
 
-    /// Tells a server that isn't there from one that doesn't let us in.
+    /// Tells a server that isn't there from one that doesn't let us in, and from one that we can't use.
     fn connecting(address: String, cause: sqlx::Error) -> Self {
-        let code = cause.as_database_error().and_then(|error| error.code()).unwrap_or_default();
-        let is_starting = code.starts_with("57P") || code.starts_with("53") || code.starts_with("08");
-        match cause {
-            sqlx::Error::Database(_) if !is_starting => Self::Refused { address, cause },
-            sqlx::Error::Configuration(_) | sqlx::Error::Tls(_) => Self::Refused { address, cause },
-            cause => Self::Away { address, cause },
+        let Some(error) = cause.as_database_error() else {
+            return match cause {
+                sqlx::Error::Configuration(_) | sqlx::Error::Tls(_) | sqlx::Error::Protocol(_) => {
+                    Self::Unfit { address, cause }
+                }
+                cause => Self::Away { address, cause },
+            };
+        };
+        let (code, message) = (error.code().unwrap_or_default(), error.message());
+        // PgBouncer has one code for nearly everything, and says the rest in words.
+        if message.contains("startup parameter") {
+            return Self::Unfit { address, cause };
+        }
+        let is_pooler_that_knows_nothing = message.contains("no such database") || message.contains("no such user");
+        if code.starts_with("28") || code == "3D000" || is_pooler_that_knows_nothing {
+            Self::Refused { address, cause }
+        } else if code.starts_with("57P") || code.starts_with("53") || code.starts_with("08") {
+            Self::Away { address, cause }
+        } else {
+            Self::Unfit { address, cause }
         }
     }
 }

@@ -2,13 +2,13 @@
 //! it still lives, from a task of its own, each time it comes back, and that costs more than most of our reads.
 //!
 //! So it is the borrower who tells whether the connection is still good. One of which nobody can tell is closed, and then
-//! the idle ones are asked before they are lent again: their server may have gone.
+//! the idle ones are asked before they are lent again: their server may have gone, or may have been demoted.
 
 use std::ops::{Deref, DerefMut};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use sqlx::{ConnectOptions, Connection, Database};
+use sqlx::{ConnectOptions, Connection, Database, Sqlite, SqliteConnection};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio::time::{Instant, timeout};
 
@@ -16,7 +16,7 @@ use crate::store::Result;
 use crate::tasks::jittered;
 use crate::telemetry::metrics::{Metrics, PoolName};
 
-/// One that was idle for longer is asked whether it still lives, before it is lent.
+/// One that was idle for longer is asked whether it can still be used, before it is lent.
 const FRESH: Duration = Duration::from_secs(1);
 /// The pause before a server that can't be reached is tried again, while somebody waits.
 const BETWEEN_TRIES: Duration = Duration::from_millis(200);
@@ -38,15 +38,43 @@ pub(super) struct Terms {
     pub(super) outlives_its_borrower: bool,
 }
 
+/// A database whose connections can be lent.
+pub(super) trait Lendable: Database {
+    /// What a connection has to have beside what its options say.
+    type Settings: Clone + Send + Sync + 'static;
+
+    /// Makes a new connection ready to be lent. An error means that it can't be.
+    fn prepare(
+        connection: &mut Self::Connection,
+        settings: &Self::Settings,
+    ) -> impl Future<Output = sqlx::Result<()>> + Send;
+
+    /// Whether a connection that was idle can be lent again.
+    fn is_usable(connection: &mut Self::Connection) -> impl Future<Output = bool> + Send;
+}
+
+impl Lendable for Sqlite {
+    type Settings = ();
+
+    async fn prepare(_: &mut SqliteConnection, (): &()) -> sqlx::Result<()> {
+        Ok(())
+    }
+
+    async fn is_usable(connection: &mut SqliteConnection) -> bool {
+        connection.ping().await.is_ok()
+    }
+}
+
 type Options<DB> = <<DB as Database>::Connection as Connection>::Options;
 
 /// Some connections. Cloning gives the same ones.
-pub(super) struct Pool<DB: Database> {
+pub(super) struct Pool<DB: Lendable> {
     inner: Arc<Inner<DB>>,
 }
 
-struct Inner<DB: Database> {
+struct Inner<DB: Lendable> {
     options: Options<DB>,
+    settings: DB::Settings,
     terms: Terms,
     /// The one that came back last is at the end, and is lent first.
     idle: Mutex<Vec<Idle<DB>>>,
@@ -57,25 +85,42 @@ struct Inner<DB: Database> {
     metrics: Metrics,
 }
 
-struct Idle<DB: Database> {
+struct Idle<DB: Lendable> {
     connection: DB::Connection,
     born: Instant,
     since: Instant,
 }
 
-impl<DB: Database> Clone for Pool<DB> {
+impl<DB: Lendable> Clone for Pool<DB> {
     fn clone(&self) -> Self {
         Self { inner: self.inner.clone() }
     }
 }
 
-impl<DB: Database> Pool<DB> {
+impl<DB: Lendable> Pool<DB> {
     /// No connection yet.
-    pub(super) fn new(options: Options<DB>, terms: Terms, name: PoolName, metrics: &Metrics) -> Self {
+    pub(super) fn new(
+        options: Options<DB>,
+        settings: DB::Settings,
+        terms: Terms,
+        name: PoolName,
+        metrics: &Metrics,
+    ) -> Self {
         let permits = Arc::new(Semaphore::new(terms.max as usize));
         let doubted = Mutex::new(Instant::now());
         let metrics = metrics.clone();
-        Self { inner: Arc::new(Inner { options, terms, idle: Mutex::default(), doubted, permits, name, metrics }) }
+        Self {
+            inner: Arc::new(Inner {
+                options,
+                settings,
+                terms,
+                idle: Mutex::default(),
+                doubted,
+                permits,
+                name,
+                metrics,
+            }),
+        }
     }
 
     /// Borrows a connection; makes one if none is idle. A server that can't be reached is tried again for as long as
@@ -143,7 +188,7 @@ impl<DB: Database> Pool<DB> {
     }
 }
 
-impl<DB: Database> Inner<DB> {
+impl<DB: Lendable> Inner<DB> {
     fn is_outdated(&self, idle: &Idle<DB>, now: Instant) -> bool {
         self.terms.max_lifetime.is_some_and(|limit| now.duration_since(idle.born) > limit)
     }
@@ -156,7 +201,7 @@ impl<DB: Database> Inner<DB> {
                 continue;
             }
             let is_sure = now.duration_since(idle.since) < FRESH && idle.since > *lock(&self.doubted);
-            if is_sure || self.terms.outlives_its_borrower || idle.connection.ping().await.is_ok() {
+            if is_sure || self.terms.outlives_its_borrower || DB::is_usable(&mut idle.connection).await {
                 return Some(idle);
             }
         }
@@ -164,9 +209,13 @@ impl<DB: Database> Inner<DB> {
 
     async fn connect(&self, deadline: Instant) -> Result<DB::Connection> {
         loop {
-            let connecting = tokio::time::timeout_at(deadline, self.options.connect());
-            match connecting.await.map_err(|_| sqlx::Error::PoolTimedOut)? {
-                // Nobody listens, or it is only just starting.
+            let connecting = async {
+                let mut connection = self.options.connect().await?;
+                DB::prepare(&mut connection, &self.settings).await?;
+                sqlx::Result::Ok(connection)
+            };
+            match tokio::time::timeout_at(deadline, connecting).await.map_err(|_| sqlx::Error::PoolTimedOut)? {
+                // Nothing listens there, it is only just starting, or it takes no writes.
                 Err(sqlx::Error::Io(_)) if Instant::now() + BETWEEN_TRIES < deadline => {}
                 Err(sqlx::Error::Database(error))
                     if error.code().is_some_and(|code| code.starts_with("57P"))
@@ -204,7 +253,7 @@ impl<DB: Database> Inner<DB> {
 }
 
 /// A borrowed connection. Dropping it gives it back if it is known to be good, and closes it otherwise.
-pub(super) struct Lent<DB: Database> {
+pub(super) struct Lent<DB: Lendable> {
     connection: Option<DB::Connection>,
     born: Instant,
     is_good: bool,
@@ -212,14 +261,14 @@ pub(super) struct Lent<DB: Database> {
     permit: Option<OwnedSemaphorePermit>,
 }
 
-impl<DB: Database> Lent<DB> {
+impl<DB: Lendable> Lent<DB> {
     /// Tells whether the connection can serve somebody else.
     pub(super) fn set_good(&mut self, is_good: bool) {
         self.is_good = is_good;
     }
 }
 
-impl<DB: Database> Deref for Lent<DB> {
+impl<DB: Lendable> Deref for Lent<DB> {
     type Target = DB::Connection;
 
     fn deref(&self) -> &DB::Connection {
@@ -227,13 +276,13 @@ impl<DB: Database> Deref for Lent<DB> {
     }
 }
 
-impl<DB: Database> DerefMut for Lent<DB> {
+impl<DB: Lendable> DerefMut for Lent<DB> {
     fn deref_mut(&mut self) -> &mut DB::Connection {
         self.connection.as_mut().expect("it is there until this is dropped")
     }
 }
 
-impl<DB: Database> Drop for Lent<DB> {
+impl<DB: Lendable> Drop for Lent<DB> {
     fn drop(&mut self) {
         if !self.is_good {
             *lock(&self.pool.doubted) = Instant::now();
@@ -253,7 +302,6 @@ fn lock<T>(held: &Mutex<T>) -> MutexGuard<'_, T> {
 #[cfg(test)]
 mod tests {
     use futures_util::FutureExt;
-    use sqlx::Sqlite;
     use sqlx::sqlite::SqliteConnectOptions;
 
     use super::*;
@@ -268,7 +316,7 @@ mod tests {
     };
 
     fn pool(terms: Terms) -> Pool<Sqlite> {
-        Pool::new(SqliteConnectOptions::new().in_memory(true), terms, PoolName::Reader, &Metrics::unread())
+        Pool::new(SqliteConnectOptions::new().in_memory(true), (), terms, PoolName::Reader, &Metrics::unread())
     }
 
     fn idle(pool: &Pool<Sqlite>) -> usize {

@@ -1,12 +1,15 @@
 //! PostgreSQL: a pool of connections to a server that several nodes share.
 
+mod session;
+
 use std::str::FromStr;
 use std::time::Duration;
 
 use sqlx::migrate::{MigrateError, Migrator};
 use sqlx::postgres::{PgArguments, PgConnectOptions, PgRow};
 use sqlx::query::QueryAs;
-use sqlx::{ConnectOptions, Connection, FromRow, PgConnection, Postgres};
+use sqlx::{AssertSqlSafe, ConnectOptions, Connection, FromRow, PgConnection, Postgres, Row};
+use tracing::debug;
 
 use crate::config;
 use crate::store::database::{PostgresTx, timely};
@@ -14,12 +17,14 @@ use crate::store::pool::{Lent, Pool, Terms};
 use crate::store::{OpenError, Result, StoreError, migration_error};
 use crate::telemetry::metrics::{Metrics, PoolName};
 
+pub(super) use session::Settings;
+
 static MIGRATIONS: Migrator = sqlx::migrate!("migrations/postgres");
 
 /// PostgreSQL 15. Older ones lack what the statements use, and will soon no longer be maintained.
 const OLDEST_VERSION: i32 = 150_000;
-/// A replica, or a server that somebody has set so.
-const TAKES_NO_WRITES: &str = "SELECT pg_is_in_recovery() OR current_setting('transaction_read_only')::bool";
+/// The encoding that holds every text a client may send.
+const ENCODING: &str = "UTF8";
 /// No statement reads a whole table where an index will do, or collects all that an index has before it sorts it. None is
 /// worth compiling. Statistics are of the past: an empty queue that was analyzed would be read as a whole, and go on to be
 /// when a million messages are in it.
@@ -46,21 +51,23 @@ impl PostgresStore {
     /// Connects and brings the tables up to date. Several nodes may do so at the same time.
     pub(super) async fn open(config: &config::Database, metrics: &Metrics) -> std::result::Result<Self, OpenError> {
         let options = connect_options(config)?.application_name("obscura-server");
-        let (mut connection, address) = connect(&options, config.acquire_timeout).await?;
+        let (mut connection, address) = connect(&options, &Settings::new([]), config.acquire_timeout).await?;
+        refuse_pooled_transactions(&mut connection, &options, &address, config.acquire_timeout).await?;
         migrate(&mut connection, &address).await?;
         refuse_unfinished(&mut connection, &address).await?;
         let _ = connection.close().await;
 
         let millis = |duration: Duration| duration.as_millis().to_string();
-        let options = options.options([
+        let settings = [
             ("statement_timeout", millis(config.statement_timeout)),
             ("lock_timeout", millis(config.lock_timeout)),
             // Whatever the server's own setting is: a commit that returns is on disk.
             ("synchronous_commit", "on".to_owned()),
             // A node that has stopped in the middle of a transaction must not hold its locks for longer than others wait.
             ("idle_in_transaction_session_timeout", millis(config.lock_timeout)),
-        ]);
-        let options = options.options(BY_INDEX);
+        ];
+        let by_index = BY_INDEX.map(|(name, value)| (name, value.to_owned()));
+        let settings = Settings::new(settings.into_iter().chain(by_index));
         let terms = Terms {
             max: config.max_connections,
             min: config.min_connections,
@@ -69,7 +76,7 @@ impl PostgresStore {
             max_lifetime: Some(config.max_lifetime),
             outlives_its_borrower: false,
         };
-        let pool = Pool::new(options, terms, PoolName::Shared, metrics);
+        let pool = Pool::new(options, settings, terms, PoolName::Shared, metrics);
         let store = Self { pool, limit: config.statement_timeout + MARGIN };
         store.check().await.map_err(|StoreError(cause)| OpenError::connecting(address, cause))?;
         Ok(store)
@@ -111,10 +118,12 @@ impl PostgresStore {
     /// Answers when the server can be read and written.
     pub(super) async fn check(&self) -> Result<()> {
         let mut connection = self.pool.get().await?;
-        let question = sqlx::query_scalar(TAKES_NO_WRITES);
-        let answer = timely(self.limit, question.fetch_one(&mut *connection)).await;
+        let question = sqlx::query_scalar(AssertSqlSafe(format!("SELECT {}", session::TAKES_NO_WRITES)));
+        let answer: Result<bool> = timely(self.limit, question.fetch_one(&mut *connection)).await;
+        // A server that takes no writes is taken for gone, so this connection is closed, and the idle ones are asked.
+        let answer = answer.and_then(|is_read_only| if is_read_only { Err(takes_no_writes().into()) } else { Ok(()) });
         give_back(connection, &answer);
-        if answer? { Err(StoreError(takes_no_writes())) } else { Ok(()) }
+        answer
     }
 }
 
@@ -122,28 +131,76 @@ impl PostgresStore {
 pub(super) fn connect_options(config: &config::Database) -> std::result::Result<PgConnectOptions, OpenError> {
     // The parser's own words might repeat the password.
     let options = PgConnectOptions::from_str(config.url.expose()).map_err(|_| OpenError::Url)?;
-    Ok(options.options([("client_min_messages", "warning")]))
+    // Nothing is stored as a floating-point number, and PgBouncer refuses this parameter.
+    Ok(options.extra_float_digits(None))
 }
 
-/// A connection to a server that is new enough, and its address for sentences.
+/// A connection with these settings to a server that is new enough, and its address for sentences.
 pub(super) async fn connect(
     options: &PgConnectOptions,
+    settings: &Settings,
     patience: Duration,
 ) -> std::result::Result<(PgConnection, String), OpenError> {
     let address = format!("{}:{}", options.get_host(), options.get_port());
     let away = |cause| OpenError::connecting(address.clone(), cause);
-    let connecting = tokio::time::timeout(patience, options.connect());
+    let connecting = async {
+        let mut connection = options.connect().await?;
+        settings.make(&mut connection).await?;
+        sqlx::Result::Ok(connection)
+    };
     let timed_out = |_| away(sqlx::Error::PoolTimedOut);
-    let mut connection = connecting.await.map_err(timed_out)?.map_err(away)?;
-    let version = sqlx::query_scalar("SELECT current_setting('server_version_num')::int");
-    let version: i32 = version.fetch_one(&mut connection).await.map_err(away)?;
+    let mut connection = tokio::time::timeout(patience, connecting).await.map_err(timed_out)?.map_err(away)?;
+    let facts = format!(
+        "SELECT current_setting('server_version_num'), current_setting('server_encoding'), ({})::text",
+        session::TAKES_NO_WRITES
+    );
+    let facts = sqlx::raw_sql(AssertSqlSafe(facts)).fetch_one(&mut connection).await.map_err(away)?;
+    let fact = |column: usize| facts.try_get::<String, _>(column).map_err(away);
+    let version: i32 = fact(0)?.parse().unwrap_or_default();
     if version < OLDEST_VERSION {
         return Err(OpenError::TooOld { address, found: version / 10_000 });
     }
-    if sqlx::query_scalar(TAKES_NO_WRITES).fetch_one(&mut connection).await.map_err(away)? {
+    let encoding = fact(1)?;
+    if encoding != ENCODING {
+        return Err(OpenError::Encoding { address, found: encoding });
+    }
+    if fact(2)? == "true" {
         return Err(away(takes_no_writes()));
     }
     Ok((connection, address))
+}
+
+/// A pooler of transactions or statements would lose settings, prepared statements and locks without a word. One that pools
+/// sessions is as good as none.
+async fn refuse_pooled_transactions(
+    first: &mut PgConnection,
+    options: &PgConnectOptions,
+    address: &str,
+    patience: Duration,
+) -> std::result::Result<(), OpenError> {
+    let refusal = || OpenError::PooledTransactions { address: address.to_owned() };
+    if !session::can_begin(first).await {
+        return Err(refusal());
+    }
+    let compared = tokio::time::timeout(patience, async {
+        let mut second = options.connect().await?;
+        let are_sessions = session::are_sessions(first, &mut second).await;
+        let _ = second.close().await;
+        are_sessions
+    });
+    match compared.await {
+        Ok(Ok(false)) => Err(refusal()),
+        Ok(Ok(true)) => Ok(()),
+        // The pool will say so if there is no second connection to be had.
+        Ok(Err(error)) => {
+            debug!(%error, "no second connection to compare with");
+            Ok(())
+        }
+        Err(_) => {
+            debug!("no second connection to compare with in time");
+            Ok(())
+        }
+    }
 }
 
 /// Brings the tables up to date, without limits of time, because a migration may take long, and other nodes wait for it.

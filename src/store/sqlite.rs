@@ -79,9 +79,9 @@ impl SqliteStore {
         let migrated = MIGRATIONS.run(&mut first).await;
         migrated.map_err(|cause| migration_error(format!("database {shown}"), &MIGRATIONS, cause))?;
         first.close().await.map_err(unusable)?;
-        let write = Pool::new(writer, terms(1), PoolName::Writer, metrics);
+        let write = Pool::new(writer, (), terms(1), PoolName::Writer, metrics);
         write.tend().await.map_err(|StoreError(cause)| unusable(cause))?;
-        let read = Pool::new(readers, terms(READERS), PoolName::Reader, metrics);
+        let read = Pool::new(readers, (), terms(READERS), PoolName::Reader, metrics);
         read.tend().await.map_err(|StoreError(cause)| unusable(cause))?;
         Ok(Self { write, read, file: path.to_owned() })
     }

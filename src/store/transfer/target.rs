@@ -48,7 +48,8 @@ impl Target {
     pub(super) async fn open(config: &config::Database, source: [u8; 32]) -> Result<(Self, bool), TransferError> {
         let options = postgres::connect_options(config).map_err(TransferError::Target)?;
         let seconds = |duration: Duration| format!("{}s", duration.as_secs());
-        let options = options.application_name("obscura-server transfer").options([
+        let options = options.application_name("obscura-server transfer");
+        let settings = postgres::Settings::new([
             ("synchronous_commit", "on".to_owned()),
             ("lock_timeout", format!("{}ms", config.lock_timeout.as_millis())),
             ("statement_timeout", seconds(WHOLE_LIMIT)),
@@ -58,7 +59,7 @@ impl Target {
             ("tcp_keepalives_interval", "5".to_owned()),
             ("tcp_keepalives_count", "3".to_owned()),
         ]);
-        let connected = postgres::connect(&options, config.acquire_timeout).await;
+        let connected = postgres::connect(&options, &settings, config.acquire_timeout).await;
         let (connection, address) = connected.map_err(TransferError::Target)?;
         let mut target = Self { connection, address };
         target.lock().await?;

@@ -15,7 +15,7 @@ use uuid::Uuid;
 
 use crate::harness::{Binary, Device, Event, Keys, Postgres, TestServer, eventually, send_request, within};
 
-fn node_options(url: &str, folder: &std::path::Path) -> Vec<String> {
+pub fn node_options(url: &str, folder: &std::path::Path) -> Vec<String> {
     vec![
         format!("--db-url={url}"),
         "--pubsub-url=local:".to_owned(),
@@ -25,7 +25,7 @@ fn node_options(url: &str, folder: &std::path::Path) -> Vec<String> {
     ]
 }
 
-async fn psql(url: &str, statement: &str) {
+pub async fn psql(url: &str, statement: &str) {
     let options: sqlx::postgres::PgConnectOptions = url.parse().unwrap();
     // Statements of tests have ids in them, those of servers never.
     let mut connection = options.disable_statement_logging().connect().await.unwrap();

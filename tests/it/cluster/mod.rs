@@ -6,5 +6,6 @@ mod connections;
 mod deaths;
 mod faults;
 mod nodes;
+mod poolers;
 mod secrets;
 pub mod traffic;

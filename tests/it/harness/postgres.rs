@@ -19,7 +19,7 @@ const SETTINGS: &[&str] = &[
     "fsync=off",
     "full_page_writes=off",
 ];
-const PASSWORD: &str = "only for one test";
+pub(super) const PASSWORD: &str = "only for one test";
 const PASSWORD_IN_URL: &str = "only%20for%20one%20test";
 
 /// A database server that keeps its folder and its port while it is away. Dropping it kills it.
@@ -51,6 +51,21 @@ impl Postgres {
             postgres.port = free_port();
         }
         postgres
+    }
+
+    /// Another server with a copy of what this one has, as a standby that was promoted is. This one is stopped for it and
+    /// started again.
+    pub async fn twin(&mut self) -> Self {
+        self.stop().await;
+        let folder = tempfile::tempdir().expect("a folder");
+        let copied = Command::new("cp").arg("-a").arg(self.folder.path().join("data")).arg(folder.path()).status();
+        assert!(copied.expect("cp starts").success(), "the folder can't be copied");
+        give_away(folder.path());
+        let mut twin =
+            Self { programs: self.programs.clone(), folder, port: free_port(), child: None, log: Arc::default() };
+        twin.start_again().await;
+        self.start_again().await;
+        twin
     }
 
     /// The URL of the database that is always there.
@@ -199,7 +214,7 @@ fn programs() -> PathBuf {
 }
 
 /// PostgreSQL refuses to run as root; then the user and group to run it as.
-fn other_user() -> Option<(u32, u32)> {
+pub(super) fn other_user() -> Option<(u32, u32)> {
     if !rustix::process::geteuid().is_root() {
         return None;
     }
@@ -212,7 +227,7 @@ fn other_user() -> Option<(u32, u32)> {
 }
 
 /// Makes this belong to the user as whom PostgreSQL runs.
-fn give_away(path: &Path) {
+pub(super) fn give_away(path: &Path) {
     if let Some((user, group)) = other_user() {
         std::os::unix::fs::chown(path, Some(user), Some(group)).expect("root may do so");
     }
