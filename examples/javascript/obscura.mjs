@@ -231,7 +231,8 @@ export class Device extends EventEmitter {
   /** Opens the gateway socket. Everything that waits on the server arrives without asking. */
   async connect() {
     const { ticket } = (await this.call('POST', '/v1/gateway/ticket')).json();
-    const socket = new WebSocket(this.relay.gateway(ticket), { perMessageDeflate: false, handshakeTimeout: 10_000 });
+    const headers = { authorization: `Ticket ${ticket}` };
+    const socket = new WebSocket(this.relay.gateway(), { headers, perMessageDeflate: false, handshakeTimeout: 10_000 });
     this.#socket = socket;
     // Before the opening `once` throws what goes wrong; afterwards every error is followed by `close`.
     socket.on('error', () => {});
@@ -332,7 +333,10 @@ export class Device extends EventEmitter {
     const [id, key] = code.split('.');
     const newDevice = PublicKey.deserialize(new Uint8Array(Buffer.from(key, 'base64url')));
     const bytes = newDevice.seal(this.signal.identity.serialize(), LINK_PURPOSE, new Uint8Array(Buffer.from(id)));
-    await this.call('PUT', `/v1/link-sessions/${id}`, { bytes });
+    // The server then takes only a device that proves that it holds the identity key. The id is a secret, so it stands in a
+    // header and not in the path, which proxies write down.
+    const headers = { 'obscura-link-id': id, 'obscura-require-proof': 'true' };
+    await this.call('PUT', '/v1/link-sessions', { bytes, headers });
   }
 }
 
@@ -367,13 +371,15 @@ export class DeviceLink {
     const approval = new Uint8Array(await this.#approval());
     const identity = this.#key.open(approval, LINK_PURPOSE, new Uint8Array(Buffer.from(id)));
     const signal = new SignalDevice(IdentityKeyPair.deserialize(identity));
-    const json = { linkSessionId: id, name, ...(await signal.newDeviceKeys(stock)) };
+    const keys = await signal.newDeviceKeys(stock);
+    const json = { linkSessionId: id, name, ...keys, identitySignature: signal.proofFor(id, keys) };
     return new Device(this.#relay, signal, (await this.#relay.call('POST', '/v1/devices', { json })).json(), stock);
   }
 
   async #approval() {
     while (Date.now() < this.#session.expiresAt * 1000) {
-      const { status, bytes } = await this.#relay.call('GET', `/v1/link-sessions/${this.#session.id}`);
+      const headers = { 'obscura-link-id': this.#session.id };
+      const { status, bytes } = await this.#relay.call('GET', '/v1/link-sessions', { headers });
       if (status === 200) return bytes;
       await pause(1000);
     }

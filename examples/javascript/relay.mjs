@@ -47,8 +47,8 @@ export class Relay {
   }
 
   /** The address of the gateway: the same server, spoken to by WebSocket. */
-  gateway(ticket) {
-    return `${new URL(`/v1/gateway?ticket=${encodeURIComponent(ticket)}`, this.url)}`.replace(/^http/, 'ws');
+  gateway() {
+    return `${new URL('/v1/gateway', this.url)}`.replace(/^http/, 'ws');
   }
 
   /**

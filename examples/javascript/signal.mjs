@@ -1,7 +1,7 @@
 // The Signal Protocol side of one device: its keys, its sessions and the identities it trusts. Everything lives in
 // memory; a real client keeps the same things in an encrypted database. Nothing in this file talks to a server.
 
-import { randomInt } from 'node:crypto';
+import { createHash, randomInt } from 'node:crypto';
 import * as signal from '@signalapp/libsignal-client';
 
 const { CiphertextMessageType, ErrorCode, IdentityChange } = signal;
@@ -225,6 +225,29 @@ export class SignalDevice {
       pqLastResortPreKey: await this.#newKyberPreKey({ isLastResort: true }),
       ...(await this.newPreKeys({ preKeys, pqPreKeys })),
     };
+  }
+
+  /** Proves, for linking, that this device holds the identity key: it signs the link session and all its own keys. */
+  proofFor(linkSessionId, keys) {
+    const int = (value) => {
+      const bytes = Buffer.alloc(4);
+      bytes.writeInt32BE(value);
+      return bytes;
+    };
+    const key = ({ keyId, publicKey }) => Buffer.concat([int(keyId), unbase64(publicKey)]);
+    const list = (keys) => [int(keys.length), ...keys.map(key)];
+    const message = Buffer.concat([
+      Buffer.from('obscura.v1 link proof\0', 'ascii'),
+      createHash('sha256').update(linkSessionId).digest(),
+      unbase64(keys.identityKey),
+      int(keys.registrationId),
+      key(keys.signedPreKey),
+      ...list(keys.oneTimePreKeys),
+      Buffer.of(1),
+      key(keys.pqLastResortPreKey),
+      ...list(keys.pqPreKeys),
+    ]);
+    return base64(this.identity.privateKey.sign(new Uint8Array(message)));
   }
 
   /** A new signed prekey and as many one-time prekeys as asked for. */

@@ -1,11 +1,16 @@
 //! Devices of an account: link, list, delete.
 
+use std::panic::resume_unwind;
+
 use axum::extract::State;
 use axum::http::StatusCode;
 use serde::{Deserialize, Serialize};
+use tokio::task::spawn_blocking;
 use tracing::warn;
 
-use crate::api::device_keys::{DeviceKeysBody, OneTimePreKeyBody, PqPreKeyBody, PreKeysBody, SignedPreKeyBody};
+use crate::api::device_keys::{
+    DeviceKeys, DeviceKeysBody, OneTimePreKeyBody, PqPreKeyBody, PreKeysBody, SignedPreKeyBody,
+};
 use crate::api::error::ApiError;
 use crate::api::extract::{Caller, Json, PathId};
 use crate::api::sessions::{AuthResponse, NewSession};
@@ -13,6 +18,8 @@ use crate::app::App;
 use crate::auth::tokens::OpaqueSecret;
 use crate::bus::Signal;
 use crate::model::ids::{Address, DeviceId, DeviceNo};
+use crate::model::keys::{KeyError, Signature};
+use crate::model::link_proof::LinkProof;
 use crate::store::{DeviceRow, Linked, NewDevice, NewLink, Removed};
 
 /// `POST /v1/devices`
@@ -35,6 +42,8 @@ pub struct LinkDeviceRequest {
     pub pq_last_resort_pre_key: Option<PqPreKeyBody>,
     /// Its one-time Kyber prekeys.
     pub pq_pre_keys: Option<Vec<PqPreKeyBody>>,
+    /// The proof that it holds the identity key: see [`LinkProof`]. 64 bytes in base64.
+    pub identity_signature: Option<String>,
 }
 
 /// `GET /v1/devices`
@@ -57,19 +66,24 @@ pub struct Device {
     pub is_primary: bool,
 }
 
-/// Makes a device for whoever holds an approved link session, and logs it in.
+/// Makes a device with an approved link session, and logs it in.
 pub async fn link(
     State(app): State<App>,
     Json(request): Json<LinkDeviceRequest>,
 ) -> Result<(StatusCode, axum::Json<AuthResponse>), ApiError> {
     let hash = OpaqueSecret::hash_of(&request.link_session_id);
+    let proof = request.identity_signature.clone();
     let keys = request.into_keys().check(app.config.prekeys.max).await?;
+    let (keys, is_proven) = check_proof(hash, keys, proof).await?;
+    if !is_proven && app.config.auth.require_link_proof {
+        return Err(proof_missing());
+    }
     app.disk.check_growth()?;
     let now = app.clock.now();
     let session = NewSession::begin(&app.tokens, now);
     let (id, identity) = (DeviceId::random(), keys.identity);
     let device = NewDevice { id, name: keys.name, registration_id: keys.registration_id, prekeys: keys.prekeys };
-    match app.store.link_device(&NewLink { hash, identity, device, session: session.grant }, now).await? {
+    match app.store.link_device(&NewLink { hash, identity, is_proven, device, session: session.grant }, now).await? {
         Linked::Device { user, .. } => {
             let answer = session.answer(&app.tokens, user, id, app.tokens.latest_access_expiry(now));
             Ok((StatusCode::CREATED, axum::Json(answer)))
@@ -79,6 +93,32 @@ pub async fn link(
             Err(ApiError::forbidden(format!("Device limit reached. Maximum allowed is {max}.")))
         }
         Linked::IdentityDiffers => Err(ApiError::forbidden("Identity key does not match the account identity")),
+        Linked::ProofMissing => Err(proof_missing()),
+    }
+}
+
+fn proof_missing() -> ApiError {
+    ApiError::forbidden("A proof of the identity key is required")
+}
+
+/// Checks the proof, if there is one, off the async threads: it covers all keys. True when there is one.
+async fn check_proof(
+    link_hash: [u8; 32],
+    keys: DeviceKeys,
+    proof: Option<String>,
+) -> Result<(DeviceKeys, bool), ApiError> {
+    let Some(proof) = proof else { return Ok((keys, false)) };
+    let signature =
+        Signature::from_base64(&proof).map_err(|error| ApiError::bad_request(format!("identitySignature: {error}")))?;
+    let checking = spawn_blocking(move || {
+        let DeviceKeys { identity, registration_id, prekeys, .. } = &keys;
+        let proof = LinkProof { link_hash: &link_hash, identity, registration_id: *registration_id, prekeys };
+        let is_signed = proof.is_signed(&signature);
+        (keys, is_signed)
+    });
+    match checking.await.unwrap_or_else(|error| resume_unwind(error.into_panic())) {
+        (keys, true) => Ok((keys, true)),
+        (_, false) => Err(ApiError::bad_request(KeyError::Signature { member: "identitySignature" }.to_string())),
     }
 }
 

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use axum::extract::rejection::QueryRejection;
 use axum::extract::ws::rejection::WebSocketUpgradeRejection;
 use axum::extract::{Query, State, WebSocketUpgrade};
-use axum::http::StatusCode;
+use axum::http::{HeaderMap, StatusCode, header};
 use axum::response::Response;
 use axum::{Extension, Json};
 use serde::{Deserialize, Serialize};
@@ -42,7 +42,42 @@ pub async fn ticket(State(app): State<App>, caller: Caller) -> Result<(StatusCod
 /// The query of `GET /v1/gateway`.
 #[derive(Deserialize)]
 pub struct ConnectQuery {
-    ticket: String,
+    ticket: Option<String>,
+}
+
+/// The WebSocket protocol that a client names beside its ticket when it can set no other header.
+const PROTOCOL: &str = "obscura.v1";
+/// What stands before the ticket in the list of protocols.
+const TICKET_PROTOCOL: &str = "obscura.ticket.";
+
+/// Where a ticket can stand. A proxy's log has the query and neither header.
+enum Ticket {
+    /// In the query or in `Authorization: Ticket …`.
+    Plain(String),
+    /// In `Sec-WebSocket-Protocol`: browsers can set nothing else.
+    Protocol(String),
+}
+
+impl Ticket {
+    fn find(query: ConnectQuery, headers: &HeaderMap) -> Option<Self> {
+        // Clients of level 0.10.0 may send any `Authorization` beside the query, so that comes first.
+        if let Some(ticket) = query.ticket {
+            return Some(Self::Plain(ticket));
+        }
+        let authorization = headers.get(header::AUTHORIZATION).and_then(|value| value.to_str().ok());
+        if let Some(ticket) = authorization.and_then(|value| value.strip_prefix("Ticket ")) {
+            return Some(Self::Plain(ticket.to_owned()));
+        }
+        let lists = headers.get_all(header::SEC_WEBSOCKET_PROTOCOL).iter().filter_map(|list| list.to_str().ok());
+        let mut protocols = lists.flat_map(|list| list.split(',')).map(str::trim);
+        protocols.find_map(|name| name.strip_prefix(TICKET_PROTOCOL)).map(|ticket| Self::Protocol(ticket.to_owned()))
+    }
+
+    fn text(&self) -> &str {
+        match self {
+            Self::Plain(ticket) | Self::Protocol(ticket) => ticket,
+        }
+    }
 }
 
 /// `GET /v1/gateway`: redeems the ticket and opens the socket. A request that is no proper upgrade doesn't cost the
@@ -52,14 +87,22 @@ pub async fn connect(
     Extension(progress): Extension<Arc<Progress>>,
     upgrade: Result<WebSocketUpgrade, WebSocketUpgradeRejection>,
     query: Result<Query<ConnectQuery>, QueryRejection>,
+    headers: HeaderMap,
 ) -> Result<Response, ApiError> {
     let upgrade = upgrade.map_err(refused)?;
-    let Ok(Query(query)) = query else { return Err(ApiError::bad_request("The ticket parameter is missing")) };
-    let (store, hash, now) = (app.store.clone(), OpaqueSecret::hash_of(&query.ticket), app.clock.now());
+    let missing = || ApiError::bad_request("There is no ticket, neither in the query nor in a header");
+    let Query(query) = query.map_err(|_| missing())?;
+    let ticket = Ticket::find(query, &headers).ok_or_else(missing)?;
+    let (store, hash, now) = (app.store.clone(), OpaqueSecret::hash_of(ticket.text()), app.clock.now());
     let redeemed = app.tasks.finish(async move { store.redeem_ticket(&hash, now).await }).await;
     // The contract knows no other answer to a ticket that can't be looked up: the client asks for another one.
     // Its error is logged as those of other requests.
     let holder = redeemed.map_err(ApiError::from).ok().flatten().ok_or(ApiError::Unauthorized)?;
+    // Browsers break off when none of the protocols that they name is confirmed; others get none.
+    let upgrade = match ticket {
+        Ticket::Plain(_) => upgrade,
+        Ticket::Protocol(_) => upgrade.protocols([PROTOCOL]),
+    };
     let attended = app.tasks.attended();
     Ok(gateway::limited(upgrade).on_upgrade(move |socket| async move {
         let _attended = attended;

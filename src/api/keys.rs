@@ -25,6 +25,8 @@ pub struct RefillRequest {
     pub pq_last_resort_pre_key: Option<PqPreKeyBody>,
     /// Added to the stored ones.
     pub pq_pre_keys: Option<Vec<PqPreKeyBody>>,
+    /// True when these take the place of all stored keys.
+    pub replace: Option<bool>,
 }
 
 /// `GET /v1/keys`
@@ -72,10 +74,24 @@ pub async fn refill(
     Json(request): Json<RefillRequest>,
 ) -> Result<StatusCode, ApiError> {
     let identity = app.store.identity(caller.no).await?.ok_or(ApiError::Unauthorized)?;
+    let is_replacing = request.replace.unwrap_or_default();
     let keys = request.into_keys().check(identity, app.config.prekeys.max).await?;
     app.disk.check_growth()?;
-    match app.store.refill(caller.no, &keys).await? {
+    let refilled = match is_replacing {
+        true => app.store.replace_keys(caller.no, &keys).await?,
+        false => app.store.refill(caller.no, &keys).await?,
+    };
+    match refilled {
         Refilled::Stored => Ok(StatusCode::NO_CONTENT),
+        Refilled::SignedKeyKnown => Err(ApiError::bad_request(
+            "signedPreKey must be a new key: this account has had this one, under another keyId or on another device",
+        )),
+        Refilled::LastResortKnown => Err(ApiError::bad_request(
+            "pqLastResortPreKey must be a new key: it is stored under another keyId, or was handed out as a one-time key",
+        )),
+        Refilled::LastResortMissing if is_replacing => {
+            Err(ApiError::bad_request("replace needs a pqLastResortPreKey for a device with Kyber keys"))
+        }
         Refilled::SignedIdNotRising => {
             Err(ApiError::bad_request("signedPreKey.keyId must be greater than that of the stored signed prekey"))
         }

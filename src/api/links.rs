@@ -2,8 +2,9 @@
 
 use std::time::Duration;
 
-use axum::extract::State;
-use axum::http::{StatusCode, header};
+use axum::extract::{FromRequestParts, State};
+use axum::http::request::Parts;
+use axum::http::{HeaderMap, HeaderValue, StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use serde::{Deserialize, Serialize};
 
@@ -12,7 +13,7 @@ use crate::api::extract::{Caller, FromPath, Json, PathId, RawBody};
 use crate::api::sessions::authenticate;
 use crate::app::App;
 use crate::auth::tokens::OpaqueSecret;
-use crate::store::{Approved, LinkBody};
+use crate::store::{Approval, Approved, LinkBody};
 
 /// How long a link session can be used.
 const LIFETIME: Duration = Duration::from_mins(10);
@@ -51,6 +52,46 @@ impl FromPath for LinkHash {
     }
 }
 
+/// The path of link sessions whose id is in a header, where no log of a proxy has it.
+const WITHOUT_ID: &str = "/v1/link-sessions";
+
+/// Which link session a request is about: the one of its path or, for `/v1/link-sessions`, of the `Obscura-Link-Id` header.
+pub struct NamedLink([u8; 32]);
+
+impl FromRequestParts<App> for NamedLink {
+    type Rejection = ApiError;
+
+    async fn from_request_parts(parts: &mut Parts, app: &App) -> Result<Self, ApiError> {
+        if parts.uri.path() != WITHOUT_ID {
+            let PathId(LinkHash(hash)) = PathId::from_request_parts(parts, app).await?;
+            return Ok(Self(hash));
+        }
+        let id = parts.headers.get("obscura-link-id").and_then(|id| id.to_str().ok());
+        let id = id.ok_or_else(|| ApiError::bad_request("The Obscura-Link-Id header is missing"))?;
+        Ok(Self(OpaqueSecret::hash_of(id)))
+    }
+}
+
+/// The `Obscura-Require-Proof` header: the new device has to prove that it holds the identity key.
+pub struct ProofRequired(bool);
+
+impl FromRequestParts<App> for ProofRequired {
+    type Rejection = ApiError;
+
+    async fn from_request_parts(parts: &mut Parts, _: &App) -> Result<Self, ApiError> {
+        proof_required(&parts.headers).map(Self)
+    }
+}
+
+fn proof_required(headers: &HeaderMap) -> Result<bool, ApiError> {
+    match headers.get("obscura-require-proof").map(HeaderValue::as_bytes) {
+        None | Some(b"false") => Ok(false),
+        Some(b"true") => Ok(true),
+        // A misspelled wish must not be taken for none.
+        Some(_) => Err(ApiError::bad_request("The Obscura-Require-Proof header must be true or false")),
+    }
+}
+
 /// Opens a link session for a device that does not exist yet.
 pub async fn open(
     State(app): State<App>,
@@ -71,7 +112,8 @@ pub async fn open(
 pub async fn approve(
     State(app): State<App>,
     caller: Caller,
-    PathId(LinkHash(hash)): PathId<LinkHash>,
+    NamedLink(hash): NamedLink,
+    ProofRequired(proof_required): ProofRequired,
     RawBody { bytes: parcel, share: _share }: RawBody,
 ) -> Result<StatusCode, ApiError> {
     if !caller.is_primary {
@@ -81,7 +123,8 @@ pub async fn approve(
         return Err(ApiError::TooLarge("Payload too large".into()));
     }
     app.disk.check_growth()?;
-    match app.store.approve_link(caller.user, &hash, &parcel, app.clock.now()).await? {
+    let approval = Approval { parcel: &parcel, proof_required };
+    match app.store.approve_link(caller.user, &hash, approval, app.clock.now()).await? {
         Approved::Stored => Ok(StatusCode::NO_CONTENT),
         Approved::Unknown => Err(ApiError::NotFound),
         Approved::Already => Err(ApiError::Conflict("Link session already approved".into())),
@@ -89,7 +132,7 @@ pub async fn approve(
 }
 
 /// What the primary device has left, or 204 as long as it has not.
-pub async fn read(State(app): State<App>, PathId(LinkHash(hash)): PathId<LinkHash>) -> Result<Response, ApiError> {
+pub async fn read(State(app): State<App>, NamedLink(hash): NamedLink) -> Result<Response, ApiError> {
     match app.store.link_body(&hash, app.clock.now()).await? {
         LinkBody::Approved(parcel) => {
             Ok(([(header::CONTENT_TYPE, "application/octet-stream")], parcel).into_response())

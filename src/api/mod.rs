@@ -85,6 +85,8 @@ routes! {
     DELETE "/v1/session"                         Auth     sessions::log_out     => [204 401 408 429 500 503 507];
     POST   "/v1/session/refresh"                 Auth     sessions::refresh     => [200 400 401 408 413 415 422 429 500 503 507];
     POST   "/v1/link-sessions"                   Auth     links::open           => [201 400 401 408 413 415 422 429 500 503 507];
+    PUT    "/v1/link-sessions"                   Standard links::approve        => [204 400 401 403 404 408 409 413 429 500 503 507];
+    GET    "/v1/link-sessions"                   Standard links::read           => [200 204 400 404 408 429 500 503];
     PUT    "/v1/link-sessions/{id}"              Standard links::approve        => [204 400 401 403 404 408 409 413 429 500 503 507];
     GET    "/v1/link-sessions/{id}"              Standard links::read           => [200 204 400 404 408 429 500 503];
     POST   "/v1/devices"                         Standard devices::link         => [201 400 403 408 413 415 422 429 500 503 507];

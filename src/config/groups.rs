@@ -137,6 +137,8 @@ pub struct Auth {
     pub refresh_token_cleanup_interval: Duration,
     /// Devices of one account, the primary included.
     pub max_devices_per_user: u32,
+    /// Whether every new device has to prove that it holds the identity key.
+    pub require_link_proof: bool,
 }
 
 /// Token buckets per client address. Never zero: a 0 given counts as 1.

@@ -185,6 +185,7 @@ fn auth(given: &Given) -> Auth {
         refresh_token_lifetime: given.duration("refresh-token-ttl-days"),
         refresh_token_cleanup_interval: given.duration("auth-refresh-token-cleanup-interval-secs"),
         max_devices_per_user: given.number("auth-max-devices-per-user"),
+        require_link_proof: given.is_on("require-link-proof"),
     }
 }
 

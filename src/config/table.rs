@@ -118,6 +118,8 @@ pub static GROUPS: &[Group] = &[
             "pause between two removals of expired refresh tokens"),
         option("auth-max-devices-per-user", "OBSCURA_AUTH_MAX_DEVICES_PER_USER", "10", Count(1, 1000),
             "devices of one account, the primary included"),
+        option("require-link-proof", "OBSCURA_AUTH_REQUIRE_LINK_PROOF", "false", YesNo,
+            "every new device has to prove that it holds the account's identity key; without it, only where the approving client asks for it").ours(),
     ] },
     Group { title: "Rate limits", options: &[
         option("rate-limit-per-second", "OBSCURA_RATE_LIMIT_PER_SECOND", "10", Count(0, MAX_COUNT),

@@ -2,6 +2,7 @@
 
 pub mod ids;
 pub mod keys;
+pub mod link_proof;
 pub mod mail;
 pub mod push;
 pub mod xeddsa;

@@ -239,7 +239,7 @@ async fn forget_mail(tx: &mut Tx, gone: &[DeviceNo]) -> Result<u64> {
 const MAIL_AT_ONCE: i64 = 16 << 20;
 
 /// $1 is a JSON array of device numbers.
-const FORGET: [&str; 8] = [
+const FORGET: [&str; 9] = [
     "DELETE FROM sends WHERE sender_no IN (SELECT value FROM json_each($1))",
     "DELETE FROM push_tokens WHERE device_no IN (SELECT value FROM json_each($1))",
     "DELETE FROM gateway_tickets WHERE device_no IN (SELECT value FROM json_each($1))",
@@ -247,6 +247,7 @@ const FORGET: [&str; 8] = [
     "DELETE FROM sessions WHERE device_no IN (SELECT value FROM json_each($1))",
     "DELETE FROM one_time_prekeys WHERE device_no IN (SELECT value FROM json_each($1))",
     "DELETE FROM device_keys WHERE device_no IN (SELECT value FROM json_each($1))",
+    "DELETE FROM used_prekeys WHERE device_no IN (SELECT value FROM json_each($1))",
     "DELETE FROM devices WHERE no IN (SELECT value FROM json_each($1))",
 ];
 
@@ -260,8 +261,8 @@ const FORGET_MAIL: &str = "\
                 WHERE device_no IN (SELECT value FROM json_each($1)) AND device_no NOT IN (SELECT no FROM devices))) \
         WHERE size_before < $2)";
 
-/// $1 is an array of device numbers.
-const FORGET_IN_POSTGRES: [&str; 8] = [
+/// $1 is an array of device numbers. A hand-out under way holds the row in `device_keys`, so `used_prekeys` comes behind it.
+const FORGET_IN_POSTGRES: [&str; 9] = [
     "DELETE FROM devices WHERE no = ANY($1)",
     "DELETE FROM sends WHERE sender_no = ANY($1)",
     "DELETE FROM push_tokens WHERE device_no = ANY($1)",
@@ -270,6 +271,7 @@ const FORGET_IN_POSTGRES: [&str; 8] = [
     "DELETE FROM sessions WHERE device_no = ANY($1)",
     "DELETE FROM one_time_prekeys WHERE device_no = ANY($1)",
     "DELETE FROM device_keys WHERE device_no = ANY($1)",
+    "DELETE FROM used_prekeys WHERE device_no = ANY($1)",
 ];
 
 /// See [`FORGET_MAIL`].

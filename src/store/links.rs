@@ -47,6 +47,17 @@ pub enum Linked {
     },
     /// The new device has another identity key than the account.
     IdentityDiffers,
+    /// The approving device has asked for a proof, and there is none.
+    ProofMissing,
+}
+
+/// What the primary device says to a link session.
+#[derive(Clone, Copy)]
+pub struct Approval<'a> {
+    /// What it leaves for the new device.
+    pub parcel: &'a [u8],
+    /// True when the new device has to prove that it holds the identity key.
+    pub proof_required: bool,
 }
 
 /// A device that wants to join.
@@ -54,8 +65,10 @@ pub enum Linked {
 pub struct NewLink {
     /// SHA-256 of the link session's id.
     pub hash: [u8; 32],
-    /// The identity key that the device holds.
+    /// The identity key that the device names.
     pub identity: PublicKey,
+    /// True when it has proven that it holds the private half.
+    pub is_proven: bool,
     /// The device.
     pub device: NewDevice,
     /// Its first session.
@@ -75,7 +88,13 @@ impl Store {
     }
 
     /// Approves a link session of the account and leaves a parcel in it for the new device.
-    pub async fn approve_link(&self, user: UserId, hash: &[u8; 32], parcel: &[u8], now: Timestamp) -> Result<Approved> {
+    pub async fn approve_link(
+        &self,
+        user: UserId,
+        hash: &[u8; 32],
+        approval: Approval<'_>,
+        now: Timestamp,
+    ) -> Result<Approved> {
         let mut tx = self.begin().await?;
         devices::lock_account(&mut tx, user).await?;
         let statement = "SELECT approval IS NOT NULL FROM link_sessions \
@@ -86,8 +105,9 @@ impl Store {
             None => Approved::Unknown,
             Some(true) => Approved::Already,
             Some(false) => {
-                let statement = "UPDATE link_sessions SET approval = $2 WHERE hash = $1";
-                run!(&mut tx, sqlx::query(statement).bind(&hash[..]).bind(parcel))?;
+                let statement = "UPDATE link_sessions SET approval = $2, proof_required = $3 WHERE hash = $1";
+                let Approval { parcel, proof_required } = approval;
+                run!(&mut tx, sqlx::query(statement).bind(&hash[..]).bind(parcel).bind(proof_required))?;
                 Approved::Stored
             }
         };
@@ -124,19 +144,21 @@ impl Store {
 
     async fn join(&self, tx: &mut Tx, link: &NewLink, now: Timestamp) -> Result<Linked> {
         let statement = "\
-            SELECT u.id, u.identity_key, (SELECT count(*) FROM devices d WHERE d.user_id = u.id) \
+            SELECT u.id, u.identity_key, (SELECT count(*) FROM devices d WHERE d.user_id = u.id), l.proof_required \
             FROM link_sessions l JOIN users u ON u.id = l.user_id \
             WHERE l.hash = $1 AND l.approval IS NOT NULL AND l.expires_at > $2";
         let found = on!(tx, |db| sqlx::query_as(statement).bind(&link.hash[..]).bind(now).fetch_optional(db))?;
-        let Some((user, identity, devices)): Option<(UserId, Vec<u8>, i64)> = found else {
-            return Ok(Linked::SessionInvalid);
-        };
+        let Some(found) = found else { return Ok(Linked::SessionInvalid) };
+        let (user, identity, devices, proof_required): (UserId, Vec<u8>, i64, bool) = found;
         let max = self.limits.max_devices;
         if devices >= i64::from(max) {
             return Ok(Linked::LimitReached { max });
         }
         if identity != link.identity.as_bytes() {
             return Ok(Linked::IdentityDiffers);
+        }
+        if proof_required && !link.is_proven {
+            return Ok(Linked::ProofMissing);
         }
         run!(tx, sqlx::query("DELETE FROM link_sessions WHERE hash = $1").bind(&link.hash[..]))?;
         let no = devices::insert(tx, user, &link.device, false).await?;

@@ -1,7 +1,8 @@
 //! Prekeys: uploaded by their device, handed to whoever wants to write to it, the one-time ones at most once.
 //!
 //! A one-time prekey is deleted in the transaction that reads it, and that transaction is on disk before anybody sees
-//! the key. So no crash and no race gives one key to two people.
+//! the key. So no crash and no race gives one key to two people. The same transaction records that the key was used, so
+//! that an upload can't bring it back.
 
 use sqlx::{FromRow, QueryBuilder, Sqlite};
 
@@ -11,7 +12,8 @@ use crate::model::keys::{
     SignedPreKey,
 };
 use crate::store::database::{Tx, on, reading, run};
-use crate::store::{Result, Store, StoreError, devices};
+use crate::store::used_prekeys::{self, fingerprint};
+use crate::store::{Result, Store, StoreError};
 
 /// What it takes to start a session with a device.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -60,19 +62,6 @@ impl PrekeyCounts {
     }
 }
 
-/// What became of a refill.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Refilled {
-    /// All of it is stored.
-    Stored,
-    /// Nothing is stored: the id of the signed prekey is not above that of the stored one.
-    SignedIdNotRising,
-    /// Nothing is stored: there are one-time post-quantum keys, and no last-resort one, neither stored nor uploaded.
-    LastResortMissing,
-    /// Nothing is stored: the device has been removed.
-    DeviceGone,
-}
-
 impl Store {
     /// A bundle for each device of the account, or for the one device that is named. `None` when there is no such
     /// device.
@@ -80,13 +69,17 @@ impl Store {
     /// A device left with fewer than `threshold` one-time prekeys counts as low.
     pub async fn bundles(&self, user: UserId, device: Option<DeviceId>, threshold: u32) -> Result<Option<HandedOut>> {
         let mut tx = self.begin().await?;
-        let rows: Vec<DeviceRow> =
-            on!(&mut tx, |db| sqlx::query_as(READ_DEVICES).bind(user).bind(device).fetch_all(db))?;
+        let read = tx.either(READ_DEVICES, READ_DEVICES_IN_POSTGRES);
+        let rows: Vec<DeviceRow> = on!(&mut tx, |db| sqlx::query_as(read).bind(user).bind(device).fetch_all(db))?;
         let take = tx.either(TAKE_KEYS, TAKE_KEYS_IN_POSTGRES);
         let mut taken: Vec<TakenRow> = match rows.len() {
             0 => Vec::new(),
             _ => on!(&mut tx, |db| sqlx::query_as(take).bind(user).bind(device).fetch_all(db))?,
         };
+        if matches!(tx, Tx::Sqlite(_)) {
+            let used: Vec<_> = taken.iter().map(|key| (key.device_no, fingerprint(user, &key.public_key))).collect();
+            used_prekeys::record(&mut tx, &used).await?;
+        }
         tx.commit().await?;
         if rows.is_empty() {
             return Ok(None);
@@ -104,30 +97,6 @@ impl Store {
             handed_out.bundles.push(row.bundle(ec, pq)?);
         }
         Ok(Some(handed_out))
-    }
-
-    /// Stores new keys of a device: the signed prekey and the last-resort key replace the stored ones, one-time keys are
-    /// added. Of these the oldest make room when there are more than a device may have.
-    ///
-    /// One whose id is stored already changes nothing.
-    pub async fn refill(&self, no: DeviceNo, keys: &PreKeys) -> Result<Refilled> {
-        let mut tx = self.begin().await?;
-        devices::lock(&mut tx, no).await?;
-        let statement = "SELECT signed_id, pq_last_resort_id IS NOT NULL FROM device_keys WHERE device_no = $1";
-        let stored: Option<(i32, bool)> = on!(&mut tx, |db| sqlx::query_as(statement).bind(no).fetch_optional(db))?;
-        let refilled = match stored {
-            None => Refilled::DeviceGone,
-            Some((signed_id, _)) if keys.signed.id.0 <= signed_id => Refilled::SignedIdNotRising,
-            Some((_, false)) if keys.needs_stored_last_resort() => Refilled::LastResortMissing,
-            Some(_) => {
-                replace(&mut tx, no, keys).await?;
-                add_one_time(&mut tx, no, keys).await?;
-                prune(&mut tx, no, self.limits.max_prekeys).await?;
-                Refilled::Stored
-            }
-        };
-        tx.commit().await?;
-        Ok(refilled)
     }
 
     /// How many one-time prekeys the device has left; `None` when the device is gone.
@@ -151,13 +120,24 @@ const PQ: i32 = 1;
 const ROWS_PER_STATEMENT: usize = 1000;
 
 /// The devices that are asked for, with the keys that stay and the number of those that go.
-const READ_DEVICES: &str = "\
-    SELECT d.no, d.id, d.registration_id, u.identity_key, k.signed_id, k.signed_key, k.signed_signature, \
-           k.pq_last_resort_id, k.pq_last_resort_key, k.pq_last_resort_signature, \
-           (SELECT count(*) FROM one_time_prekeys o WHERE o.device_no = d.no AND o.kind = 0) AS ec_stored, \
-           (SELECT count(*) FROM one_time_prekeys o WHERE o.device_no = d.no AND o.kind = 1) AS pq_stored \
-    FROM devices d JOIN users u ON u.id = d.user_id JOIN device_keys k ON k.device_no = d.no \
-    WHERE d.user_id = $1 AND ($2 IS NULL OR d.id = $2) ORDER BY d.no";
+macro_rules! read_devices {
+    ($lock:literal) => {
+        concat!(
+            "SELECT d.no, d.id, d.registration_id, u.identity_key, k.signed_id, k.signed_key, k.signed_signature, \
+             k.pq_last_resort_id, k.pq_last_resort_key, k.pq_last_resort_signature, \
+             (SELECT count(*) FROM one_time_prekeys o WHERE o.device_no = d.no AND o.kind = 0) AS ec_stored, \
+             (SELECT count(*) FROM one_time_prekeys o WHERE o.device_no = d.no AND o.kind = 1) AS pq_stored \
+             FROM devices d JOIN users u ON u.id = d.user_id JOIN device_keys k ON k.device_no = d.no \
+             WHERE d.user_id = $1 AND ($2 IS NULL OR d.id = $2) ORDER BY d.no",
+            $lock
+        )
+    };
+}
+
+const READ_DEVICES: &str = read_devices!("");
+
+/// The same. An upload, which looks for used keys, waits for the end of this transaction.
+const READ_DEVICES_IN_POSTGRES: &str = read_devices!(" FOR KEY SHARE OF k");
 
 /// Takes the oldest one-time prekey of each kind from each of the devices.
 const TAKE_KEYS: &str = "\
@@ -166,15 +146,21 @@ const TAKE_KEYS: &str = "\
         WHERE d.user_id = $1 AND ($2 IS NULL OR d.id = $2) GROUP BY o.device_no, o.kind) \
     RETURNING device_no, kind, key_id, public_key, signature";
 
-/// The same; a key that somebody else is taking at this moment is left to them.
+/// The same; a key that another transaction is taking at this moment is left to that one. What is taken is recorded in the
+/// same statement, by the fingerprint of [`used_prekeys`].
 const TAKE_KEYS_IN_POSTGRES: &str = "\
     WITH oldest AS MATERIALIZED ( \
         SELECT o.no FROM devices d CROSS JOIN (VALUES (0), (1)) AS kinds (kind) CROSS JOIN LATERAL ( \
             SELECT o.no FROM one_time_prekeys o WHERE o.device_no = d.no AND o.kind = kinds.kind \
             ORDER BY o.no LIMIT 1 FOR UPDATE SKIP LOCKED) o \
-        WHERE d.user_id = $1 AND ($2 IS NULL OR d.id = $2)) \
-    DELETE FROM one_time_prekeys WHERE no IN (SELECT no FROM oldest) \
-    RETURNING device_no, kind, key_id, public_key, signature";
+        WHERE d.user_id = $1 AND ($2 IS NULL OR d.id = $2)), \
+    taken AS ( \
+        DELETE FROM one_time_prekeys WHERE no IN (SELECT no FROM oldest) \
+        RETURNING device_no, kind, key_id, public_key, signature), \
+    recorded AS ( \
+        INSERT INTO used_prekeys (device_no, fingerprint) \
+        SELECT device_no, substr(sha256(uuid_send($1) || public_key), 1, 8) FROM taken ON CONFLICT DO NOTHING) \
+    SELECT device_no, kind, key_id, public_key, signature FROM taken";
 
 const COUNT_KEYS: &str = "\
     SELECT (SELECT count(*) FROM one_time_prekeys o WHERE o.device_no = k.device_no AND o.kind = 0) AS ec, \
@@ -272,11 +258,11 @@ pub(super) async fn insert(tx: &mut Tx, no: DeviceNo, keys: &PreKeys) -> Result<
                                  pq_last_resort_id, pq_last_resort_key, pq_last_resort_signature) \
         VALUES ($1, $2, $3, $4, $5, $6, $7)";
     store_signed(tx, statement, no, keys).await?;
-    add_one_time(tx, no, keys).await
+    add_one_time(tx, no, &one_time_rows(keys)).await
 }
 
 /// Puts the signed keys of an upload in place of the stored ones. A last-resort key that is not in it stays.
-async fn replace(tx: &mut Tx, no: DeviceNo, keys: &PreKeys) -> Result<()> {
+pub(super) async fn replace(tx: &mut Tx, no: DeviceNo, keys: &PreKeys) -> Result<()> {
     let statement = "\
         UPDATE device_keys SET signed_id = $2, signed_key = $3, signed_signature = $4, \
                pq_last_resort_id = COALESCE($5, pq_last_resort_id), \
@@ -302,25 +288,46 @@ async fn store_signed(tx: &mut Tx, statement: &'static str, no: DeviceNo, keys: 
     Ok(())
 }
 
-/// A one-time key as a row: kind, id, key, signature.
-type OneTimeRow<'a> = (i32, i32, &'a [u8], Option<&'a [u8]>);
+/// A one-time key as a row.
+#[derive(Clone, Copy)]
+pub(super) struct OneTimeRow<'a> {
+    /// [`EC`] or [`PQ`].
+    pub(super) kind: i32,
+    pub(super) id: i32,
+    /// With its type byte.
+    pub(super) public_key: &'a [u8],
+    /// Of post-quantum keys only.
+    pub(super) signature: Option<&'a [u8]>,
+}
 
-/// Adds the one-time keys of an upload, in their order, without those whose ids are stored already.
-async fn add_one_time(tx: &mut Tx, no: DeviceNo, keys: &PreKeys) -> Result<()> {
-    let ec = keys.one_time.iter().map(|key| (EC, key.id.0, &key.public_key.as_bytes()[..], None));
-    let pq = keys
-        .pq_one_time
-        .iter()
-        .map(|key| (PQ, key.id.get(), &key.public_key.as_bytes()[..], Some(&key.signature.as_bytes()[..])));
-    let rows: Vec<OneTimeRow<'_>> = ec.chain(pq).collect();
+/// The one-time keys of an upload, in their order.
+pub(super) fn one_time_rows(keys: &PreKeys) -> Vec<OneTimeRow<'_>> {
+    let ec = keys.one_time.iter().map(|key| OneTimeRow {
+        kind: EC,
+        id: key.id.0,
+        public_key: key.public_key.as_bytes(),
+        signature: None,
+    });
+    let pq = keys.pq_one_time.iter().map(|key| OneTimeRow {
+        kind: PQ,
+        id: key.id.get(),
+        public_key: key.public_key.as_bytes(),
+        signature: Some(key.signature.as_bytes()),
+    });
+    ec.chain(pq).collect()
+}
+
+/// Adds one-time keys in their order, without those whose ids are stored already.
+pub(super) async fn add_one_time(tx: &mut Tx, no: DeviceNo, rows: &[OneTimeRow<'_>]) -> Result<()> {
     for rows in rows.chunks(ROWS_PER_STATEMENT) {
         match tx {
             Tx::Sqlite(tx) => {
                 let mut statement = QueryBuilder::<Sqlite>::new(
                     "INSERT INTO one_time_prekeys (device_no, kind, key_id, public_key, signature) ",
                 );
-                statement.push_values(rows, |mut row, (kind, id, key, signature)| {
-                    row.push_bind(no).push_bind(*kind).push_bind(*id).push_bind(*key).push_bind(*signature);
+                statement.push_values(rows, |mut row, key| {
+                    row.push_bind(no).push_bind(key.kind).push_bind(key.id);
+                    row.push_bind(key.public_key).push_bind(key.signature);
                 });
                 statement.push(" ON CONFLICT (device_no, kind, key_id) DO NOTHING");
                 // Hardly two uploads have the same number of keys, so these would fill the cache of statements.
@@ -328,12 +335,12 @@ async fn add_one_time(tx: &mut Tx, no: DeviceNo, keys: &PreKeys) -> Result<()> {
             }
             Tx::Postgres(tx) => {
                 let column = |of: fn(&OneTimeRow<'_>) -> i32| rows.iter().map(of).collect::<Vec<i32>>();
-                let public_keys: Vec<&[u8]> = rows.iter().map(|(_, _, key, _)| *key).collect();
-                let signatures: Vec<Option<&[u8]>> = rows.iter().map(|(.., signature)| *signature).collect();
+                let public_keys: Vec<&[u8]> = rows.iter().map(|row| row.public_key).collect();
+                let signatures: Vec<Option<&[u8]>> = rows.iter().map(|row| row.signature).collect();
                 let insert = sqlx::query(ADD_KEYS_IN_POSTGRES)
                     .bind(no)
-                    .bind(column(|row| row.0))
-                    .bind(column(|row| row.1))
+                    .bind(column(|row| row.kind))
+                    .bind(column(|row| row.id))
                     .bind(public_keys)
                     .bind(signatures);
                 tx.run(insert).await?;
@@ -352,7 +359,7 @@ const ADD_KEYS_IN_POSTGRES: &str = "\
     ORDER BY place ON CONFLICT (device_no, kind, key_id) DO NOTHING";
 
 /// Drops the oldest one-time keys of each kind beyond `max`.
-async fn prune(tx: &mut Tx, no: DeviceNo, max: u32) -> Result<()> {
+pub(super) async fn prune(tx: &mut Tx, no: DeviceNo, max: u32) -> Result<()> {
     for kind in [EC, PQ] {
         run!(tx, sqlx::query(PRUNE).bind(no).bind(kind).bind(i64::from(max)))?;
     }

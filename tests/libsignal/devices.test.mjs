@@ -70,6 +70,23 @@ test('a device that does not know the identity of the account cannot join it', a
   assert.equal((await phone.devices()).length, 2);
 });
 
+test('a thief of the link id cannot join with signatures out of a bundle', async () => {
+  const phone = await town.newPerson('alice');
+  const thief = await town.newPerson('mallory');
+  const link = await DeviceLink.open(town.relay, phone.credentials);
+  await phone.approveLink(link.code);
+  const [linkSessionId] = link.code.split('.');
+  const { identityKey, signedPreKey } = await thief.bundleOf(phone.userId, phone.deviceId);
+  const stolen = { linkSessionId, identityKey, signedPreKey, registrationId: 1, oneTimePreKeys: [] };
+
+  await assertRefused(town.relay.call('POST', '/v1/devices', { json: stolen }), 403);
+  const identitySignature = signedPreKey.signature;
+  await assertRefused(town.relay.call('POST', '/v1/devices', { json: { ...stolen, identitySignature } }), 400);
+
+  await link.finish();
+  assert.equal((await phone.devices()).length, 2);
+});
+
 test('a send that misses a new device queues nothing, names the device, and succeeds when it is corrected', async () => {
   const phone = await town.newPersonOnline('alice');
   const bob = await town.newPerson('bob');

@@ -202,12 +202,19 @@ approvals = itertools.cycle(["new", "approved"])
 readings = itertools.cycle(["approved", "new", "approved"])
 
 
-def name_link_session(case, turns=readings):
+def link_session_id(turns):
     caller = world().caller
     if next(turns) == "new":
-        case.path_parameters["id"] = caller.post("/v1/link-sessions", caller.credentials())["id"]
-    else:
-        case.path_parameters["id"] = world().approved_link_id
+        return caller.post("/v1/link-sessions", caller.credentials())["id"]
+    return world().approved_link_id
+
+
+def name_link_session(case, turns=readings):
+    case.path_parameters["id"] = link_session_id(turns)
+
+
+def name_link_session_in_header(case, turns=readings):
+    case.headers["Obscura-Link-Id"] = link_session_id(turns)
 
 
 def approve_link_session(case):
@@ -215,9 +222,15 @@ def approve_link_session(case):
     case.body = chance.randbytes(next(parcels))
 
 
+def approve_link_session_in_header(case):
+    name_link_session_in_header(case, approvals)
+    case.body = chance.randbytes(next(parcels))
+
+
 def link_device(case):
     caller = world().caller
     case.body["linkSessionId"] = caller.approved_link_session()
+    case.body.pop("identitySignature", None)
     sign_prekeys(case.body, caller.identity)
 
 
@@ -312,6 +325,8 @@ HELP = {
     "POST /v1/session": log_in,
     "POST /v1/session/refresh": refresh,
     "POST /v1/link-sessions": open_link_session,
+    "PUT /v1/link-sessions": approve_link_session_in_header,
+    "GET /v1/link-sessions": name_link_session_in_header,
     "PUT /v1/link-sessions/{id}": approve_link_session,
     "GET /v1/link-sessions/{id}": name_link_session,
     "POST /v1/devices": link_device,

@@ -8,6 +8,7 @@ mod conventions;
 mod devices;
 mod keys;
 mod limits;
+mod link_proofs;
 mod links;
 mod messages;
 mod push_token;

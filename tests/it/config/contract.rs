@@ -91,6 +91,7 @@ pub const FURTHER: &str = "\
 
 /// Of this server alone.
 pub const OURS: &str = "\
+--require-link-proof OBSCURA_AUTH_REQUIRE_LINK_PROOF false
 --jwt-secret-previous OBSCURA_AUTH_JWT_SECRET_PREVIOUS -
 --account-idle-days OBSCURA_ACCOUNT_IDLE_DAYS 0
 --account-unused-days OBSCURA_ACCOUNT_UNUSED_DAYS 30

@@ -102,6 +102,7 @@ static EFFECTS: &[Effect] = &[
     both("refresh-token-ttl-days", &["api/refresh.rs:with_a_lifetime_of_zero_a_refresh_token_is_dead_on_arrival"]),
     both("auth-refresh-token-cleanup-interval-secs", &["options.rs:the_sweeps_come_again_after_the_pauses_that_the_options_say"]),
     both("auth-max-devices-per-user", &["api/devices.rs:the_device_limit_names_its_number_and_leaves_the_session_usable"]),
+    both("require-link-proof", &["api/link_proofs.rs:an_option_makes_the_proof_mandatory_for_all"]),
 
     both("rate-limit-per-second", &["src/api/limits/tests.rs:a_burst_is_there_at_first_and_a_token_comes_back_each_time", "api/limits.rs:the_tiers_do_not_share_their_tokens"]),
     both("rate-limit-burst", &["api/limits.rs:a_request_too_many_is_told_when_to_come_again"]),

@@ -8,10 +8,12 @@ use axum::extract::WebSocketUpgrade;
 use obscura_server::app::App;
 use obscura_server::model::ids::DeviceId;
 use obscura_server::store::{SessionHolder, Standing};
-use tokio::net::TcpListener;
+use tokio::net::{TcpListener, TcpStream};
 use uuid::Uuid;
 
-use crate::harness::{Event, Keys, RawSocket, Socket, TestServer, opcode, raw_request, send_request, within};
+use crate::harness::{
+    Event, Keys, RawSocket, Socket, TestServer, opcode, raw_answer, raw_request, send_request, within,
+};
 
 /// A handshake by hand, with these header lines instead of the usual ones, on a connection that is closed afterwards.
 async fn handshake(server: &TestServer, path: &str, headers: &str, version: &str) -> String {
@@ -267,4 +269,43 @@ async fn the_first_bytes_after_the_handshake_may_come_with_it() {
     let mut socket = RawSocket::open(server.address(), &alice.ticket().await).await;
     socket.send(opcode::PING, b"early").await.unwrap();
     assert_eq!(socket.receive().await, Some((opcode::PONG, b"early".to_vec())));
+}
+
+#[tokio::test]
+async fn a_ticket_may_stand_in_a_header_where_no_log_of_a_proxy_has_it() {
+    let server = TestServer::start().await;
+    let alice = server.account().await;
+    let upgraded = async |lines: &str| {
+        let mut stream = TcpStream::connect(server.address()).await.unwrap();
+        let request = format!("GET /v1/gateway HTTP/1.1\r\nhost: test\r\n{UPGRADE}{KEY}{VERSION}{lines}\r\n");
+        raw_answer(&mut stream, request.as_bytes()).await.to_lowercase()
+    };
+    let ticket = alice.ticket().await;
+    let answer = upgraded(&format!("authorization: Ticket {ticket}\r\n")).await;
+    assert!(answer.starts_with("http/1.1 101 ") && !answer.contains("sec-websocket-protocol"), "{answer}");
+    let again = upgraded(&format!("authorization: Ticket {ticket}\r\n")).await;
+    assert!(again.starts_with("http/1.1 401 "), "{again}");
+
+    // A browser can name protocols and nothing else, and breaks off unless one of them is confirmed.
+    let ticket = alice.ticket().await;
+    let answer = upgraded(&format!("sec-websocket-protocol: obscura.v1, obscura.ticket.{ticket}\r\n")).await;
+    assert!(answer.starts_with("http/1.1 101 "), "{answer}");
+    assert!(answer.contains("sec-websocket-protocol: obscura.v1\r\n") && !answer.contains("ticket"), "{answer}");
+
+    for none in ["", "authorization: Bearer x\r\n", "sec-websocket-protocol: obscura.v1\r\n"] {
+        let answer = upgraded(none).await;
+        assert!(answer.starts_with("http/1.1 400 "), "{answer}");
+    }
+}
+
+#[tokio::test]
+async fn beside_a_ticket_in_the_query_no_header_is_looked_at() {
+    let server = TestServer::start().await;
+    let alice = server.account().await;
+    let ticket = alice.ticket().await;
+    let headers = "authorization: Ticket nonsense\r\nsec-websocket-protocol: chat\r\n";
+    let request = format!("GET {} HTTP/1.1\r\nhost: test\r\n{UPGRADE}{KEY}{VERSION}{headers}\r\n", path(&ticket));
+    let mut stream = TcpStream::connect(server.address()).await.unwrap();
+    let answer = raw_answer(&mut stream, request.as_bytes()).await.to_lowercase();
+    assert!(answer.starts_with("http/1.1 101 ") && !answer.contains("sec-websocket-protocol"), "{answer}");
 }

@@ -3,7 +3,7 @@
 use bytes::Bytes;
 use obscura_server::model::ids::{Address, DeviceId, DeviceNo, IdempotencyKey, UserId};
 use obscura_server::model::mail::{Outgoing, Recipient, Sealed, Sender};
-use obscura_server::store::{Refresh, Refreshed, Removed, Standing, Store};
+use obscura_server::store::{NewTicket, Refresh, Refreshed, Removed, Standing, Store};
 
 use super::fixture::{NOW, TestStore, fcm, grant, ticket};
 use super::support::{Member, NONE, account, count, linked, linked_with, new_device, number, public_key};
@@ -12,10 +12,11 @@ use super::support::{Member, NONE, account, count, linked, linked_with, new_devi
 const VOID_TO: i64 = NOW.seconds() + 2000;
 
 /// The tables that hold something for a device, with the column that says for which.
-const TABLES_OF_A_DEVICE: [(&str, &str); 9] = [
+const TABLES_OF_A_DEVICE: [(&str, &str); 10] = [
     ("devices", "no"),
     ("device_keys", "device_no"),
     ("one_time_prekeys", "device_no"),
+    ("used_prekeys", "device_no"),
     ("sessions", "device_no"),
     ("refresh_uses", "device_no"),
     ("gateway_tickets", "device_no"),
@@ -47,9 +48,10 @@ async fn furnish(store: &Store, device: &Member, sender: &Member, others: &[&Mem
     send(store, device, sender, &[]).await;
     store.refill(device.no, &device.keys(2, 1..=3)).await.unwrap();
     store.set_push_target(device.no, i64::MAX, &fcm("token")).await.unwrap();
-    assert!(store.issue_ticket(ticket(device.no)).await.unwrap());
     let session = grant(NOW);
     store.log_in(device.user, device.device, &session).await.unwrap().unwrap();
+    let after = NewTicket { token_expires_at: i64::MAX, ..ticket(device.no) };
+    assert!(store.issue_ticket(after).await.unwrap());
     let next = obscura_server::store::SessionGrant { family: session.family, ..grant(NOW) };
     let wish = Refresh { secret_hash: session.secret_hash, key: None, next, void_to: 0 };
     assert!(matches!(store.refresh(&wish, NOW).await.unwrap(), Refreshed::Rotated(_)));

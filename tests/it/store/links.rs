@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use obscura_server::clock::Timestamp;
-use obscura_server::store::{Approved, LinkBody, Linked, NewLink, Store};
+use obscura_server::store::{Approval, Approved, LinkBody, Linked, NewLink, Store};
 use tokio::task::JoinSet;
 
 use super::fixture::{NOW, TestStore, grant};
@@ -24,8 +24,13 @@ async fn body(store: &Store, hash: &[u8; 32]) -> LinkBody {
     store.link_body(hash, NOW).await.unwrap()
 }
 
+/// An approval that asks for no proof.
+fn parcel(parcel: &[u8]) -> Approval<'_> {
+    Approval { parcel, proof_required: false }
+}
+
 async fn approve(store: &Store, account: &Member, hash: &[u8; 32]) -> Approved {
-    store.approve_link(account.user, hash, b"parcel", NOW).await.unwrap()
+    store.approve_link(account.user, hash, parcel(b"parcel"), NOW).await.unwrap()
 }
 
 fn newcomer(account: &Member, hash: [u8; 32]) -> NewLink {
@@ -50,7 +55,7 @@ async fn an_empty_parcel_approves_too() {
     let store = TestStore::open().await;
     let alice = account(&store).await;
     let hash = opened(&store, &alice, NOW).await;
-    assert_eq!(store.approve_link(alice.user, &hash, b"", NOW).await.unwrap(), Approved::Stored);
+    assert_eq!(store.approve_link(alice.user, &hash, parcel(b""), NOW).await.unwrap(), Approved::Stored);
     assert_eq!(body(&store, &hash).await, LinkBody::Approved(Vec::new()));
     assert_eq!(approve(&store, &alice, &hash).await, Approved::Already);
 }
@@ -60,7 +65,7 @@ async fn a_second_approval_changes_nothing() {
     let store = TestStore::open().await;
     let alice = account(&store).await;
     let hash = approved_link(&store, &alice).await;
-    assert_eq!(store.approve_link(alice.user, &hash, b"other", NOW).await.unwrap(), Approved::Already);
+    assert_eq!(store.approve_link(alice.user, &hash, parcel(b"other"), NOW).await.unwrap(), Approved::Already);
     assert_eq!(body(&store, &hash).await, LinkBody::Approved(b"parcel".into()));
 }
 
@@ -114,7 +119,7 @@ async fn a_link_session_ends_after_its_lifetime() {
     assert_eq!(store.link_body(&waiting, last).await.unwrap(), LinkBody::Waiting);
     for hash in [waiting, approved] {
         assert_eq!(store.link_body(&hash, over).await.unwrap(), LinkBody::Unknown);
-        assert_eq!(store.approve_link(alice.user, &hash, b"", over).await.unwrap(), Approved::Unknown);
+        assert_eq!(store.approve_link(alice.user, &hash, parcel(b""), over).await.unwrap(), Approved::Unknown);
         assert_eq!(store.link_device(&newcomer(&alice, hash), over).await.unwrap(), Linked::SessionInvalid);
     }
     assert!(matches!(store.link_device(&newcomer(&alice, approved), last).await.unwrap(), Linked::Device { .. }));

@@ -291,6 +291,26 @@ async fn the_same_id_may_name_keys_of_both_kinds_and_of_other_devices() {
 }
 
 #[tokio::test]
+async fn keys_can_be_replaced_all_at_once_whatever_ids_are_stored() {
+    let store = TestStore::open().await;
+    let (alice, _) = pq_account(&store, 1..=3, &[1, 2]).await;
+    store.refill(alice.no, &alice.keys(i32::MAX, NONE)).await.unwrap();
+    assert_eq!(store.refill(alice.no, &alice.keys(5, NONE)).await.unwrap(), Refilled::SignedIdNotRising);
+    let keys = alice.keys(5, 3..=4);
+    assert_eq!(store.replace_keys(alice.no, &keys).await.unwrap(), Refilled::LastResortMissing);
+    assert_eq!(counts(&store, &alice).await, PrekeyCounts { ec: 3, pq: 2, uses_pq: true }, "nothing has changed");
+    let keys = PreKeys { pq_last_resort: Some(pq_key(&alice.identity(), 9)), ..keys };
+    for _ in 0..2 {
+        assert_eq!(store.replace_keys(alice.no, &keys).await.unwrap(), Refilled::Stored);
+        assert_eq!(counts(&store, &alice).await, PrekeyCounts { ec: 2, pq: 0, uses_pq: true });
+    }
+    let bundle = only_bundle(&store, alice.user).await;
+    assert_eq!((bundle.signed, bundle.one_time.as_ref()), (keys.signed.clone(), keys.one_time.first()));
+    assert_eq!(store.replace_keys(alice.no, &keys).await.unwrap(), Refilled::Stored, "the used one is left out");
+    assert_eq!(drain(&store, alice.user).await, [4]);
+}
+
+#[tokio::test]
 async fn a_last_resort_key_stays_until_another_is_uploaded() {
     let store = TestStore::open().await;
     let (alice, first) = pq_account(&store, NONE, &[]).await;

@@ -7,7 +7,7 @@ use obscura_server::model::ids::{DeviceId, DeviceNo, UserId};
 use obscura_server::model::keys::{
     KemPublicKey, KeyId, OneTimePreKey, PqKeyId, PqPreKey, PreKeys, PublicKey, RegistrationId, Signature, SignedPreKey,
 };
-use obscura_server::store::{Linked, NewAccount, NewDevice, NewLink, Registered, Store};
+use obscura_server::store::{Approval, Linked, NewAccount, NewDevice, NewLink, Registered, Store};
 
 use super::fixture::{NOW, TestStore, grant};
 use crate::harness::signer::{Identity, ec_public_key, fake_kem_public_key};
@@ -91,13 +91,13 @@ pub async fn linked_with(store: &Store, primary: &Member, prekeys: PreKeys) -> M
 pub async fn approved_link(store: &Store, primary: &Member) -> [u8; 32] {
     let hash = rand::random();
     store.open_link(primary.user, &hash, NOW + Duration::from_mins(10), NOW).await.unwrap();
-    store.approve_link(primary.user, &hash, b"parcel", NOW).await.unwrap();
+    store.approve_link(primary.user, &hash, Approval { parcel: b"parcel", proof_required: false }, NOW).await.unwrap();
     hash
 }
 
 /// A device that wants to join by this link session.
 pub fn new_link(hash: [u8; 32], identity: &Identity, prekeys: PreKeys) -> NewLink {
-    NewLink { hash, identity: public_key(identity), device: new_device(prekeys), session: grant(NOW) }
+    NewLink { hash, identity: public_key(identity), is_proven: false, device: new_device(prekeys), session: grant(NOW) }
 }
 
 /// A device without a name.

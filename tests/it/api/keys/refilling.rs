@@ -7,7 +7,7 @@ use serde_json::{Value, json};
 
 use super::{bundle, counts, drain, keys, next_one_time, next_pq, register, upload};
 use crate::harness::signer::Identity;
-use crate::harness::{TestServer, kyber_key, one_time_key, signed_key};
+use crate::harness::{Device, TestServer, kyber_key, one_time_key, signed_key};
 
 #[tokio::test]
 async fn the_signed_prekey_is_replaced_and_the_others_are_added() {
@@ -204,4 +204,162 @@ async fn of_uploads_with_one_signed_id_at_once_exactly_one_is_taken() {
     assert_eq!(answers.iter().filter(|answer| answer.status == 204).count(), 1);
     assert_eq!(answers.iter().filter(|answer| answer.status == 400).count(), 7);
     assert_eq!(counts(&alice).await["oneTimePreKeyCount"], 1);
+}
+
+/// An upload with these one-time keys beside a new signed prekey.
+fn upload_of(device: &Device, signed: u32, one_time: &Value, pq: &Value) -> Value {
+    let mut body = keys(device, signed);
+    body["oneTimePreKeys"] = one_time.clone();
+    body["pqPreKeys"] = pq.clone();
+    body
+}
+
+#[tokio::test]
+async fn a_used_one_time_prekey_that_is_uploaded_again_is_not_handed_out_again() {
+    let server = TestServer::start().await;
+    let alice = register(&server, 0, Some(0)).await;
+    let ec: Value = (1..=3).map(one_time_key).collect();
+    let pq: Value = (1..=3).map(|id| kyber_key(&alice.identity, id)).collect();
+    upload(&alice, &upload_of(&alice, 2, &ec, &pq)).await.expect(204);
+    let used = bundle(&alice, &alice).await;
+    // The answer was lost: the client repeats everything, then puts its keys beside the next signed prekey.
+    for signed in [3, 4] {
+        upload(&alice, &upload_of(&alice, signed, &ec, &pq)).await.expect(204);
+        assert_eq!(counts(&alice).await, json!({"oneTimePreKeyCount": 2, "pqPreKeyCount": 2}));
+    }
+    // Under other ids and beside new ones it is left out too.
+    let renamed = |key: &Value, id: u32| {
+        let mut key = key.clone();
+        key["keyId"] = json!(id);
+        key
+    };
+    let ec = json!([renamed(&used["oneTimePreKey"], 101), one_time_key(102)]);
+    let pq = json!([renamed(&used["pqPreKey"], 101), kyber_key(&alice.identity, 102)]);
+    upload(&alice, &upload_of(&alice, 5, &ec, &pq)).await.expect(204);
+    assert_eq!(drain(&alice).await, [2, 3, 102].into());
+    assert_eq!(next_pq(&alice).await, Some(1_000_000));
+    assert_eq!(server.database().await.number("SELECT count(*) FROM used_prekeys").await, 8 + 4, "and 4 signed ones");
+}
+
+#[tokio::test]
+async fn a_pruned_prekey_may_come_again_since_it_was_never_handed_out() {
+    let server = TestServer::start_with(|config| config.prekeys.max = 2).await;
+    let alice = register(&server, 0, None).await;
+    let first: Value = (1..=2).map(one_time_key).collect();
+    upload(&alice, &upload_of(&alice, 2, &first, &json!([]))).await.expect(204);
+    let second: Value = (3..=4).map(one_time_key).collect();
+    upload(&alice, &upload_of(&alice, 3, &second, &json!([]))).await.expect(204);
+    upload(&alice, &upload_of(&alice, 4, &first, &json!([]))).await.expect(204);
+    assert_eq!(drain(&alice).await, [1, 2].into());
+}
+
+#[tokio::test]
+async fn used_prekeys_are_forgotten_with_their_device() {
+    let server = TestServer::start().await;
+    let alice = register(&server, 3, None).await;
+    let tablet = alice.link().await;
+    alice.bundles(alice.user).await;
+    let database = server.database().await;
+    let remembered = async || database.number("SELECT count(*) FROM used_prekeys").await;
+    assert_eq!(remembered().await, 2);
+    alice.remove(&tablet).await;
+    assert_eq!(remembered().await, 1);
+    alice.reset().await;
+    assert_eq!(remembered().await, 0);
+}
+
+#[tokio::test]
+async fn the_stored_signed_prekey_under_another_id_is_refused_and_the_next_refill_works() {
+    let server = TestServer::start().await;
+    let alice = register(&server, 2, None).await;
+    let tablet = alice.link().await;
+    // Somebody with the access token has every bundle, and no identity key.
+    let of_alice = bundle(&alice, &alice).await["signedPreKey"].clone();
+    let of_tablet = bundle(&alice, &tablet).await["signedPreKey"].clone();
+    upload(&alice, &keys(&alice, 2)).await.expect(204);
+    let current = bundle(&alice, &alice).await["signedPreKey"].clone();
+    for (stolen, what) in [(&current, "its own"), (&of_alice, "a former one"), (&of_tablet, "that of another device")] {
+        for replace in [false, true] {
+            let mut body = json!({"signedPreKey": stolen, "oneTimePreKeys": [one_time_key(9)], "replace": replace});
+            body["signedPreKey"]["keyId"] = json!(i32::MAX);
+            assert_eq!(upload(&alice, &body).await.status, 400, "{what}");
+        }
+    }
+    // Under its own id it brings no invented one-time keys in.
+    for replace in [false, true] {
+        let body = json!({"signedPreKey": current, "oneTimePreKeys": [one_time_key(9)], "replace": replace});
+        upload(&alice, &body).await.expect(400);
+    }
+    assert_eq!(counts(&alice).await["oneTimePreKeyCount"], 0);
+    upload(&alice, &keys(&alice, 3)).await.expect(204);
+}
+
+#[tokio::test]
+async fn an_upload_that_is_repeated_is_204_and_changes_nothing() {
+    let server = TestServer::start().await;
+    let alice = register(&server, 0, Some(0)).await;
+    let mut body = keys(&alice, 2);
+    body["oneTimePreKeys"] = (1..=3).map(one_time_key).collect();
+    body["pqPreKeys"] = (1..=3).map(|id| kyber_key(&alice.identity, id)).collect();
+    body["pqLastResortPreKey"] = kyber_key(&alice.identity, 7);
+    for replace in [false, true] {
+        body["replace"] = json!(replace);
+        upload(&alice, &body).await.expect(204);
+    }
+    bundle(&alice, &alice).await;
+    for replace in [false, true] {
+        body["replace"] = json!(replace);
+        upload(&alice, &body).await.expect(204);
+        assert_eq!(counts(&alice).await, json!({"oneTimePreKeyCount": 2, "pqPreKeyCount": 2}));
+    }
+}
+
+#[tokio::test]
+async fn one_request_replaces_all_keys_whatever_the_stored_ids() {
+    let server = TestServer::start().await;
+    let alice = register(&server, 5, Some(5)).await;
+    // The highest id there is, after which no ordinary refill can follow.
+    let mut poisoned = keys(&alice, 2);
+    poisoned["signedPreKey"]["keyId"] = json!(i32::MAX);
+    upload(&alice, &poisoned).await.expect(204);
+    upload(&alice, &keys(&alice, 3)).await.expect(400);
+
+    let mut body = keys(&alice, 3);
+    body["replace"] = json!(true);
+    body["oneTimePreKeys"] = json!([one_time_key(1), one_time_key(2)]);
+    body["pqPreKeys"] = json!([kyber_key(&alice.identity, 1)]);
+    upload(&alice, &body).await.expect(400);
+    assert_eq!(
+        counts(&alice).await,
+        json!({"oneTimePreKeyCount": 5, "pqPreKeyCount": 5}),
+        "a last-resort key is needed"
+    );
+    body["pqLastResortPreKey"] = kyber_key(&alice.identity, 1_000_000);
+    upload(&alice, &body).await.expect(204);
+    assert_eq!(counts(&alice).await, json!({"oneTimePreKeyCount": 2, "pqPreKeyCount": 1}));
+    let first = bundle(&alice, &alice).await;
+    assert_eq!(first["signedPreKey"], body["signedPreKey"]);
+    assert_eq!(first["oneTimePreKey"], body["oneTimePreKeys"][0], "the key with the stored id was replaced");
+    assert_eq!(first["pqPreKey"], body["pqPreKeys"][0]);
+    assert_eq!(bundle(&alice, &alice).await["pqPreKey"], body["pqLastResortPreKey"]);
+    upload(&alice, &keys(&alice, 4)).await.expect(204);
+}
+
+#[tokio::test]
+async fn a_last_resort_key_under_another_id_or_one_that_was_used_once_is_refused() {
+    let server = TestServer::start().await;
+    let alice = register(&server, 0, Some(2)).await;
+    let used = bundle(&alice, &alice).await["pqPreKey"].clone();
+    bundle(&alice, &alice).await;
+    let stored = bundle(&alice, &alice).await["pqPreKey"].clone();
+    assert_eq!(stored["keyId"], 1_000_000);
+    let with = |key: &Value, id: i64| {
+        let mut body = keys(&alice, 2);
+        body["pqLastResortPreKey"] = key.clone();
+        body["pqLastResortPreKey"]["keyId"] = json!(id);
+        body
+    };
+    upload(&alice, &with(&stored, i64::from(i32::MAX))).await.expect(400);
+    upload(&alice, &with(&used, 5)).await.expect(400);
+    upload(&alice, &with(&stored, 1_000_000)).await.expect(204);
 }

@@ -1,0 +1,84 @@
+//! What is remembered of used prekeys for the life of their device, so that none is stored and handed out again.
+//!
+//! A one-time prekey is recorded in the transaction that hands it out, a signed one in the transaction that replaces it.
+//! A record is 8 bytes: a match by chance is as good as impossible among the keys of one account, and an account that makes
+//! one on purpose harms itself alone. Hand-outs are limited, and so is the growth: some 80 bytes for each used key.
+
+use std::collections::HashSet;
+
+use sha2::{Digest, Sha256};
+
+use crate::model::ids::{DeviceNo, UserId};
+use crate::store::database::Tx;
+use crate::store::{Result, json_list};
+
+/// The first 8 bytes of SHA-256 over the account's id and the public key with its type byte.
+pub(super) type Fingerprint = [u8; 8];
+
+/// What a public key of this account is remembered by. [`super::prekeys`] has the same in PostgreSQL's words.
+pub(super) fn fingerprint(user: UserId, public_key: &[u8]) -> Fingerprint {
+    let hash: [u8; 32] = Sha256::new().chain_update(user.as_bytes()).chain_update(public_key).finalize().into();
+    let (first, _) = hash.split_first_chunk().expect("32 bytes begin with 8");
+    *first
+}
+
+/// Remembers that these keys of these devices were used.
+pub(super) async fn record(tx: &mut Tx, used: &[(DeviceNo, Fingerprint)]) -> Result<()> {
+    if used.is_empty() {
+        return Ok(());
+    }
+    let fingerprints: Vec<u8> = used.iter().flat_map(|(_, fingerprint)| *fingerprint).collect();
+    match tx {
+        Tx::Sqlite(tx) => {
+            let devices = json_list(used.iter().map(|(no, _)| no.0));
+            let statement = "\
+                INSERT INTO used_prekeys (device_no, fingerprint) \
+                SELECT value, substr($2, key * 8 + 1, 8) FROM json_each($1) WHERE true ON CONFLICT DO NOTHING";
+            sqlx::query(statement).bind(devices).bind(fingerprints).execute(&mut **tx).await?;
+        }
+        Tx::Postgres(tx) => {
+            let devices: Vec<i64> = used.iter().map(|(no, _)| no.0).collect();
+            let statement = "\
+                INSERT INTO used_prekeys (device_no, fingerprint) \
+                SELECT no, substr($2, (place::int - 1) * 8 + 1, 8) \
+                FROM unnest($1::bigint[]) WITH ORDINALITY AS used (no, place) ON CONFLICT DO NOTHING";
+            tx.run(sqlx::query(statement).bind(devices).bind(fingerprints)).await?;
+        }
+    }
+    Ok(())
+}
+
+/// Those of these fingerprints that some device of the account has used.
+pub(super) async fn among(tx: &mut Tx, user: UserId, asked: &[Fingerprint]) -> Result<HashSet<Fingerprint>> {
+    let found: Vec<(Vec<u8>,)> = match tx {
+        Tx::Sqlite(tx) => {
+            let statement = "\
+                SELECT u.fingerprint FROM json_each($1) asked CROSS JOIN devices d CROSS JOIN used_prekeys u \
+                WHERE d.user_id = $3 AND u.device_no = d.no AND u.fingerprint = substr($2, asked.value, 8)";
+            let offsets = json_list((0..asked.len()).map(|n| n * 8 + 1));
+            let find = sqlx::query_as(statement).bind(offsets).bind(asked.concat()).bind(user);
+            find.fetch_all(&mut **tx).await?
+        }
+        Tx::Postgres(tx) => {
+            let statement = "\
+                SELECT u.fingerprint FROM devices d JOIN used_prekeys u ON u.device_no = d.no \
+                WHERE d.user_id = $1 AND u.fingerprint = ANY($2)";
+            let asked: Vec<&[u8]> = asked.iter().map(|fingerprint| &fingerprint[..]).collect();
+            tx.all(sqlx::query_as(statement).bind(user).bind(asked)).await?
+        }
+    };
+    Ok(found.into_iter().filter_map(|(fingerprint,)| fingerprint.try_into().ok()).collect())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_fingerprint_is_of_one_account_and_one_key() {
+        let (user, other) = (UserId::random(), UserId::random());
+        assert_eq!(fingerprint(user, b"key"), fingerprint(user, b"key"));
+        assert_ne!(fingerprint(user, b"key"), fingerprint(other, b"key"));
+        assert_ne!(fingerprint(user, b"key"), fingerprint(user, b"kez"));
+    }
+}
