@@ -10,6 +10,7 @@ use crate::bus::Bus;
 use crate::clock::Clock;
 use crate::config::Config;
 use crate::disk::Disk;
+use crate::files::Files;
 use crate::mailroom::Mailroom;
 use crate::memory::Budget;
 use crate::push::Push;
@@ -45,6 +46,8 @@ pub struct Parts {
     pub mailroom: Mailroom,
     /// What must survive a restart.
     pub store: Store,
+    /// What an embedded server has open, compared with what is at its paths.
+    pub files: Files,
     /// Signals between sessions.
     pub bus: Bus,
     /// Wakes phones that aren't connected.

@@ -1,9 +1,9 @@
-//! Time. This is the only file that reads the clock; everybody else is told what time it is.
+//! Time. This is the only file that reads the clock; all others are told what time it is.
 
 use std::ops::{Add, Sub};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicI64, Ordering};
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 /// A moment, in whole milliseconds since the Unix epoch.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, sqlx::Type)]
@@ -57,35 +57,148 @@ impl Sub<Duration> for Timestamp {
 /// their clock is set would be taken for expired afterwards.
 pub const EARLIEST: Timestamp = Timestamp::from_seconds(1_767_225_600);
 
-/// The wall clock. Cloning gives the same clock.
-#[derive(Clone, Debug, Default)]
+/// The wall clock may differ by this much from what the monotonic clock says that it should be.
+const TOLERANCE: Duration = Duration::from_hours(1);
+/// At the start, so much may have passed since the newest time that was remembered, without a doubt. Longer is either a long
+/// rest or a wrong clock, and only the operator knows which.
+const REST: Duration = Duration::from_hours(24);
+
+/// The wall clock, and a time that can be trusted when it jumps. Cloning gives the same clock.
+///
+/// The machine's clock can be set to anything at any moment. Its monotonic clock can't, so the two are compared at each look.
+/// As long as they agree, there is one time, the wall clock's. When they don't, the clock is *in doubt*, and nobody can tell
+/// which one is right: the wall clock may have gone wrong, or may just have been put right. Then
+///
+/// - ages are judged by [`Clock::earliest`], so nothing is deleted or hidden too soon,
+/// - what is kept for its age is stored with [`Clock::latest`], so it is not too old when the doubt is over,
+/// - everything else goes by [`Clock::now`], which goes on as if nothing had happened.
+#[derive(Clone, Debug)]
 pub struct Clock {
-    ahead_millis: Arc<AtomicI64>,
+    inner: Arc<Inner>,
+}
+
+#[derive(Debug)]
+struct Inner {
+    opened: Instant,
+    /// Trusted minus monotonic time, in milliseconds. It follows the wall clock while that is not in doubt.
+    offset_millis: AtomicI64,
+    /// Tests: how far both clocks are ahead of the system's.
+    ahead_millis: AtomicI64,
+    /// Tests: how far the wall clock alone is.
+    jumped_millis: AtomicI64,
 }
 
 impl Clock {
-    /// The time of the system.
+    /// The time of the system. It is not in doubt.
     pub fn system() -> Self {
-        Self::default()
+        let [offset_millis, ahead_millis, jumped_millis] = [(); 3].map(|()| AtomicI64::new(0));
+        let clock =
+            Self { inner: Arc::new(Inner { opened: Instant::now(), offset_millis, ahead_millis, jumped_millis }) };
+        clock.believe();
+        clock
     }
 
-    /// What time it is.
+    /// The trusted time: the wall clock's, and while that is in doubt, the one that has passed since it was trusted. For
+    /// periods, and for what lives for minutes.
     pub fn now(&self) -> Timestamp {
+        let (wall, trusted) = self.both();
+        if differ(wall, trusted) { trusted } else { wall }
+    }
+
+    /// The earliest that it may be. For the question whether something is old enough to be deleted or hidden.
+    pub fn earliest(&self) -> Timestamp {
+        let (wall, trusted) = self.both();
+        if differ(wall, trusted) { wall.min(trusted) } else { wall }
+    }
+
+    /// The latest that it may be. For the birth of what is deleted by its age, and for the end of what lives for days.
+    pub fn latest(&self) -> Timestamp {
+        let (wall, trusted) = self.both();
+        if differ(wall, trusted) { wall.max(trusted) } else { wall }
+    }
+
+    /// The wall clock as it stands. For the clocks of others, such as the push providers'.
+    pub fn wall(&self) -> Timestamp {
         #[expect(clippy::disallowed_methods, reason = "this is the one place that may")]
         let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
         let now = i64::try_from(now.as_millis()).unwrap_or(i64::MAX);
-        Timestamp(now.saturating_add(self.ahead_millis.load(Ordering::Relaxed)))
+        let set = self.inner.ahead_millis.load(Ordering::Relaxed) + self.inner.jumped_millis.load(Ordering::Relaxed);
+        Timestamp(now.saturating_add(set))
     }
 
-    /// Moves this clock, and all its clones, ahead of the system's. Nobody can wait thirty days for a test.
-    pub fn advance(&self, by: Duration) {
-        self.ahead_millis.fetch_add(i64::try_from(by.as_millis()).unwrap_or(i64::MAX), Ordering::Relaxed);
+    /// While the clock is in doubt: by how many milliseconds the wall clock is ahead of the trusted time; negative when it is
+    /// behind.
+    pub fn doubt(&self) -> Option<i64> {
+        let (wall, trusted) = self.both();
+        differ(wall, trusted).then(|| wall.0.saturating_sub(trusted.0))
     }
+
+    /// Lets the trusted time follow a wall clock that is not in doubt. To be called every few seconds, since clocks of
+    /// machines are put right in small steps all the time.
+    pub fn follow(&self) {
+        if self.doubt().is_none() {
+            self.believe();
+        }
+    }
+
+    /// Ends a doubt in favour of the wall clock.
+    pub fn believe(&self) {
+        self.trust(self.wall());
+    }
+
+    /// Goes on from the newest time that was remembered, at the start. If the wall clock is before it, or a day or more
+    /// behind it, it is in doubt; then `witness`, the time of a database server, is trusted if that fits, and otherwise
+    /// what was remembered.
+    pub fn resume(&self, remembered: Timestamp, witness: Option<Timestamp>) {
+        let fits = |time: &Timestamp| *time + TOLERANCE >= remembered && *time <= remembered + REST;
+        let candidates = [Some(self.wall()), witness];
+        self.trust(candidates.into_iter().flatten().find(fits).unwrap_or(remembered));
+    }
+
+    fn trust(&self, time: Timestamp) {
+        self.inner.offset_millis.store(time.0.saturating_sub(self.monotonic()), Ordering::Relaxed);
+    }
+
+    /// The wall clock and the trusted time.
+    fn both(&self) -> (Timestamp, Timestamp) {
+        let trusted = self.monotonic().saturating_add(self.inner.offset_millis.load(Ordering::Relaxed));
+        (self.wall(), Timestamp(trusted))
+    }
+
+    /// Milliseconds that have passed. Nothing sets this clock; while a machine sleeps it may stand still.
+    fn monotonic(&self) -> i64 {
+        let passed = i64::try_from(self.inner.opened.elapsed().as_millis()).unwrap_or(i64::MAX);
+        passed.saturating_add(self.inner.ahead_millis.load(Ordering::Relaxed))
+    }
+
+    /// Lets time pass for this clock and all its clones. Nobody can wait thirty days for a test.
+    pub fn advance(&self, by: Duration) {
+        self.inner.ahead_millis.fetch_add(i64::try_from(by.as_millis()).unwrap_or(i64::MAX), Ordering::Relaxed);
+    }
+
+    /// Sets the wall clock of this clock and all its clones so many milliseconds ahead of what it should be, as a wrong hand
+    /// does to that of a machine.
+    pub fn set_wrong(&self, millis: i64) {
+        self.inner.jumped_millis.store(millis, Ordering::Relaxed);
+    }
+}
+
+fn differ(wall: Timestamp, trusted: Timestamp) -> bool {
+    wall.0.abs_diff(trusted.0) > TOLERANCE.as_millis() as u64
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    const HOUR: Duration = Duration::from_hours(1);
+    const DAY: Duration = Duration::from_hours(24);
+    const DAY_MILLIS: i64 = 24 * 60 * 60 * 1000;
+
+    /// Whether two times are the same, but for what passes during a test.
+    fn is_about(one: Timestamp, other: Timestamp) -> bool {
+        one.0.abs_diff(other.0) < 60_000
+    }
 
     #[test]
     fn seconds_are_rounded_down_on_both_sides_of_the_epoch() {
@@ -94,10 +207,73 @@ mod tests {
     }
 
     #[test]
-    fn an_advanced_clock_is_ahead_for_all_its_clones() {
+    fn an_advanced_clock_is_ahead_for_all_its_clones_and_in_no_doubt() {
         let clock = Clock::system();
         let before = clock.now();
-        clock.clone().advance(Duration::from_hours(24));
-        assert!(clock.now() >= before + Duration::from_hours(24));
+        clock.clone().advance(40 * DAY);
+        assert!(clock.now() >= before + 40 * DAY);
+        assert_eq!(clock.doubt(), None);
+    }
+
+    #[test]
+    fn a_wall_clock_that_jumps_leaves_the_trusted_time_as_it_is_and_makes_no_difference_when_it_is_back() {
+        let clock = Clock::system();
+        let start = clock.now();
+        for days in [40, -40] {
+            clock.set_wrong(days * DAY_MILLIS);
+            clock.follow();
+            let jumped = clock.wall();
+            assert!(is_about(clock.now(), start));
+            assert!(is_about(clock.earliest(), start.min(jumped)) && is_about(clock.latest(), start.max(jumped)));
+            assert_eq!(clock.doubt().unwrap() / 60_000, days * DAY_MILLIS / 60_000);
+            clock.set_wrong(0);
+            assert_eq!(clock.doubt(), None);
+            assert!(is_about(clock.now(), start) && is_about(clock.latest(), start));
+        }
+    }
+
+    #[test]
+    fn a_small_step_is_followed() {
+        let clock = Clock::system();
+        let start = clock.now();
+        for steps in 1..=3 {
+            clock.set_wrong(steps * DAY_MILLIS / 48);
+            assert_eq!(clock.doubt(), None);
+            clock.follow();
+        }
+        assert!(clock.now() > start + HOUR);
+    }
+
+    #[test]
+    fn a_jump_that_is_believed_is_the_time() {
+        let clock = Clock::system();
+        clock.set_wrong(40 * DAY_MILLIS);
+        let jumped = clock.wall();
+        clock.believe();
+        assert!(clock.doubt().is_none() && is_about(clock.now(), jumped) && is_about(clock.earliest(), jumped));
+    }
+
+    #[test]
+    fn a_start_is_in_doubt_before_the_remembered_time_and_a_day_behind_it() {
+        let now = Clock::system().now();
+        for (remembered, is_in_doubt) in
+            [(now - HOUR / 2, false), (now + HOUR / 2, false), (now - 25 * HOUR, true), (now + 2 * HOUR, true)]
+        {
+            let clock = Clock::system();
+            clock.resume(remembered, None);
+            assert_eq!(clock.doubt().is_some(), is_in_doubt);
+            assert!(is_about(clock.now(), if is_in_doubt { remembered } else { now }));
+        }
+    }
+
+    #[test]
+    fn a_database_server_whose_time_fits_what_was_remembered_is_believed_before_a_wall_clock_that_does_not() {
+        let clock = Clock::system();
+        clock.set_wrong(40 * DAY_MILLIS);
+        let right = Clock::system().now();
+        clock.resume(right - HOUR, Some(right));
+        assert!(clock.doubt().is_some() && is_about(clock.now(), right));
+        clock.resume(right - HOUR, Some(right - 3 * DAY));
+        assert!(is_about(clock.now(), right - HOUR), "neither fits");
     }
 }

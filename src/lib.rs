@@ -15,6 +15,7 @@ pub mod auth;
 pub mod blobs;
 pub mod bus;
 pub mod disk;
+pub mod files;
 pub mod mailroom;
 pub mod memory;
 pub mod push;

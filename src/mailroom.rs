@@ -259,7 +259,8 @@ impl Worker {
     fn attempt(&self, mut group: Group) -> impl Future<Output = Attempt> + use<> {
         self.metrics.group_size.number(Content::Sends, group.sends.len());
         self.metrics.group_size.number(Content::Acks, group.acks.len());
-        let (store, traces, now, began) = (self.store.clone(), self.traces.clone(), self.clock.now(), Instant::now());
+        let (store, traces, now, began) =
+            (self.store.clone(), self.traces.clone(), self.clock.latest(), Instant::now());
         async move {
             let span = group.traced(&traces);
             let outcome = span.attempt(store.settle(&group.sends, &group.acks, now)).await;

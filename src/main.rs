@@ -69,7 +69,7 @@ async fn run(loaded: Loaded, telemetry: Telemetry, stop: &mut Stop) -> anyhow::R
     // Whoever closed our standard output doesn't want to know.
     let _ = writeln!(std::io::stdout(), "{}", commands::welcome(&server, data_dir.as_deref()));
     let mut exit = tokio::select! {
-        () = asked(stop) => ExitCode::SUCCESS,
+        () = asked(stop) => if server.has_its_files().await { ExitCode::SUCCESS } else { ExitCode::FAILURE },
         () = server.failed() => ExitCode::FAILURE,
     };
     info!("stopping; a second signal stops at once");
@@ -78,7 +78,9 @@ async fn run(loaded: Loaded, telemetry: Telemetry, stop: &mut Stop) -> anyhow::R
         if exit == ExitCode::SUCCESS && server.drain().await == Drained::Failed {
             exit = ExitCode::FAILURE;
         }
-        server.stop().await;
+        if !server.stop().await {
+            exit = ExitCode::FAILURE;
+        }
         exit
     };
     tokio::select! {

@@ -1,15 +1,12 @@
 //! Builds the parts, opens both ports, starts the tasks, shuts down in order.
 
-use std::fs::{File, OpenOptions, TryLockError};
 use std::net::SocketAddr;
-use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
 use tokio::net::{TcpListener, TcpSocket};
-use tokio::time::Instant;
 use tracing::{debug, error, info, warn};
 
 use crate::api::connections::Connections;
@@ -24,6 +21,7 @@ use crate::bus::Bus;
 use crate::clock::{Clock, EARLIEST};
 use crate::config::{self, Config};
 use crate::disk::Disk;
+use crate::files::{self, Files, Lock};
 use crate::listener::{self, Patience};
 use crate::mailroom::{Mailroom, Waking};
 use crate::memory::Budget;
@@ -41,9 +39,8 @@ const MANAGEMENT_CONNECTIONS: usize = 64;
 const BODIES_KIB: usize = 128 << 10;
 /// Memory for the large frames of all sockets at once.
 const FRAMES_KIB: usize = 64 << 10;
-/// How long a predecessor may take to let go of the file of a database, and how often it is looked whether it has.
-const PREDECESSOR_ENDS_WITHIN: Duration = Duration::from_secs(2);
-const BETWEEN_LOOKS_AT_THE_LOCK: Duration = Duration::from_millis(50);
+/// How long a server whose files are lost still answers, so that clients get a 503 and probes see why.
+const LAST_ANSWERS: Duration = Duration::from_secs(5);
 /// The first pause before a database that isn't there is tried again; it doubles up to [`LONGEST_WAIT`].
 const FIRST_WAIT: Duration = Duration::from_secs(1);
 /// The longest such pause.
@@ -59,7 +56,7 @@ pub struct Server {
     api_address: SocketAddr,
     management_address: SocketAddr,
     /// Held for as long as the server runs: nobody else may use the file of a database.
-    _lock: Option<File>,
+    _lock: Option<Lock>,
 }
 
 /// How the time of the drain ended.
@@ -91,10 +88,11 @@ impl Server {
         if clock.now() < EARLIEST {
             bail!("the clock of this machine is wrong (it is before 2026); set it, and start the server then");
         }
+        files::refuse_remains(&config)?;
         config.open_data_dir()?;
         config.check_secret()?;
         let lock = match config.database.file() {
-            Some(file) => Some(lock_database(file).await?),
+            Some(file) => Some(files::lock(file, config.data_dir.as_deref()).await?),
             None => None,
         };
         let api = claim(&config.server, config.server.port)?;
@@ -127,15 +125,26 @@ impl Server {
         &self.app
     }
 
-    /// Ends when a background task has died, which is a defect; the server then has to stop.
+    /// Ends when the server has to stop by itself: a background task has died, which is a defect, or its files are lost.
     pub async fn failed(&self) {
+        let lost = async {
+            self.app.files.lost().await;
+            tokio::time::sleep(LAST_ANSWERS).await;
+        };
         tokio::select! {
+            () = lost => return,
             () = self.owners.entrances.failed() => {}
             () = self.owners.keepers.failed() => {}
             () = self.owners.wires.failed() => {}
             () = self.owners.probes.failed() => {}
         }
         self.app.metrics.tasks_died.one(());
+    }
+
+    /// Whether what the server has open is still at its paths. Only an embedded server can lose files.
+    pub async fn has_its_files(&self) -> bool {
+        sweeps::look_at_files(&self.app).await;
+        !self.app.files.are_lost()
     }
 
     /// Says that it is not ready, and serves on for the drain delay, so that balancers send nobody here any more when
@@ -153,16 +162,18 @@ impl Server {
     }
 
     /// Stops in order, within the shutdown timeout: no new connections, requests answered, sockets told (1001), their
-    /// acks written, the last groups stored and signalled, the database closed.
-    pub async fn stop(self) {
+    /// acks written, the last groups stored and signalled, the database closed. Returns false if the files of the server are
+    /// lost, so that what was stored last is lost as well.
+    pub async fn stop(self) -> bool {
         self.health.leaving();
         let limit = self.app.config.server.shutdown_timeout;
         if tokio::time::timeout(limit, self.wind_down()).await.is_err() {
             warn!("not everything ended within the shutdown timeout; what is stored is safe");
         }
+        !self.app.files.are_lost()
     }
 
-    async fn wind_down(self) {
+    async fn wind_down(&self) {
         // A share of the time is kept for the steps behind the clients, who may not hang up.
         let clients = self.app.config.server.shutdown_timeout.mul_f64(0.7);
         let owners = &self.owners;
@@ -175,6 +186,7 @@ impl Server {
         owners.wires.stop();
         owners.wires.ended().await;
         owners.probes.stop();
+        sweeps::look_at_files(&self.app).await;
         self.app.store.close().await;
         info!("the server has stopped");
     }
@@ -198,8 +210,13 @@ async fn open(
     let metrics = &telemetry.metrics;
     let store = open_store(&config, metrics).await?;
     health.database_is_open();
+    match store.seen_time().await.context("the database can't be asked for the time")? {
+        Some(seen) => clock.resume(seen.at, seen.server),
+        None => store.remember_time(clock.now()).await.context("the database can't be told the time")?,
+    }
     let blobs = open_storage(&config, health, &owners.entrances).await?;
     let sockets = config.gateway.max_connections_per_device;
+    let files = Files::watch(&config).context("the files of the server can't be looked at")?;
     let push = Push::prepare(&config, &store, &clock).await?;
     let bus = Bus::open(&config.pubsub, &config.notifications, sockets, metrics, &owners.wires)?;
     // So that a node that says it is ready is ready. One without Valkey serves all the same.
@@ -215,6 +232,7 @@ async fn open(
             &owners.keepers,
         ),
         store,
+        files,
         bus,
         push,
         blobs,
@@ -348,28 +366,4 @@ async fn open_storage(config: &Arc<Config>, health: &Health, tasks: &Tasks) -> R
     }
     health.storage_is_open();
     Ok(blobs)
-}
-
-/// Makes sure that no other server uses this database: they would not see each other's signals. One that is just ending
-/// is waited for.
-pub(crate) async fn lock_database(file: &Path) -> Result<File> {
-    let mut path = file.as_os_str().to_owned();
-    path.push(".lock");
-    let lock = OpenOptions::new().create(true).append(true).mode(0o600).open(&path);
-    let lock = lock.with_context(|| format!("can't write {}; check its folder", path.display()))?;
-    let until = Instant::now() + PREDECESSOR_ENDS_WITHIN;
-    loop {
-        match lock.try_lock() {
-            Ok(()) => return Ok(lock),
-            Err(TryLockError::WouldBlock) if Instant::now() < until => {
-                tokio::time::sleep(BETWEEN_LOOKS_AT_THE_LOCK).await;
-            }
-            Err(TryLockError::WouldBlock) => {
-                bail!("another server is already running on {}; stop it, or name another --data-dir", file.display())
-            }
-            Err(TryLockError::Error(cause)) => {
-                return Err(cause).with_context(|| format!("can't lock {}", path.display()));
-            }
-        }
-    }
 }

@@ -3,7 +3,9 @@
 
 mod accounts;
 mod attachments;
+mod clock;
 mod figures;
+mod files;
 
 use std::fmt::Display;
 use std::sync::Arc;
@@ -17,6 +19,8 @@ use crate::store::{REPEAT_WINDOW, StoreError};
 use crate::sweeps::attachments::Walk;
 use crate::tasks::Round;
 use crate::telemetry::metrics::Job;
+
+pub use crate::sweeps::files::look_at_files;
 
 /// Rows that one step deletes.
 const STEP: u32 = 500;
@@ -69,6 +73,12 @@ pub async fn start(app: &App, forget_clients: impl Fn() + Send + 'static) {
         forget_clients();
         std::future::ready(Ok::<_, StoreError>(Round::Done))
     });
+    files::start(app).await;
+    let watch = Arc::new(clock::Watch::default());
+    every(app, Job::Clock, clock::PERIOD, move |app| {
+        let watch = watch.clone();
+        async move { clock::compare(&app, &watch).await }
+    });
     figures::start(app).await;
 }
 
@@ -111,14 +121,14 @@ where
         let (app, round) = (own.clone(), job(own.clone()));
         async move {
             let ended = round.await;
-            app.metrics.job_ended(name, ended.is_ok(), app.clock.now().seconds());
+            app.metrics.job_ended(name, ended.is_ok(), app.clock.wall().seconds());
             ended
         }
     });
 }
 
 async fn expired_messages(app: App) -> Result<Round, StoreError> {
-    let expired = app.store.expire_messages(app.clock.now(), STEP).await?;
+    let expired = app.store.expire_messages(app.clock.earliest(), app.clock.latest(), STEP).await?;
     if expired.deleted > 0 {
         info!(count = expired.deleted, "expired messages");
     }
@@ -126,7 +136,7 @@ async fn expired_messages(app: App) -> Result<Round, StoreError> {
 }
 
 async fn outcomes_of_sends(app: App) -> Result<Round, StoreError> {
-    app.store.expire_sends(app.clock.now(), STEP).await.map(round)
+    app.store.expire_sends(app.clock.earliest(), STEP).await.map(round)
 }
 
 async fn unused_space(app: App) -> Result<Round, StoreError> {
@@ -155,7 +165,8 @@ async fn upload_debts(app: App) -> Result<Round, StoreError> {
 }
 
 async fn expired_sessions(app: App) -> Result<Round, StoreError> {
-    app.store.expire_sessions(app.clock.now(), STEP).await.map(round)
+    let longest = app.tokens.refresh_expiry(app.clock.latest());
+    app.store.expire_sessions(app.clock.earliest(), longest, STEP).await.map(round)
 }
 
 async fn expired_tickets(app: App) -> Result<Round, StoreError> {

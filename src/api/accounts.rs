@@ -54,7 +54,7 @@ pub async fn register(
     }
     app.disk.check_growth()?;
     let password_hash = app.passwords.hash(password).await?;
-    let now = app.clock.now();
+    let now = app.clock.latest();
     let session = NewSession::begin(&app.tokens, now);
     let (user, identity) = (UserId::random(), keys.identity);
     let device = new_device(keys);
@@ -80,7 +80,7 @@ pub async fn reset(
     app.tasks
         .clone()
         .finish(async move {
-            let now = app.clock.now();
+            let now = app.clock.latest();
             let session = NewSession::begin(&app.tokens, now);
             let identity = keys.identity;
             let device = new_device(keys);

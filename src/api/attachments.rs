@@ -58,13 +58,14 @@ pub async fn upload(
         user: caller.user,
         size,
         began: app.clock.now(),
+        born: app.clock.latest(),
         // A client that expects to be asked for the bytes would be asked for such as are refused then.
         may_come_early: size <= EARLY_BYTES
             && app.blobs.may_come_before_the_row()
             && !headers.contains_key(header::EXPECT),
     };
     let attachment =
-        Attachment { id: upload.id.to_string(), expires_at: (upload.began + app.config.retention).seconds() };
+        Attachment { id: upload.id.to_string(), expires_at: (upload.born + app.config.retention).seconds() };
 
     // From here on there is something to tidy up, also when the client hangs up or the time is over. So the work is
     // done elsewhere, and hears of it when this future is dropped.
@@ -87,7 +88,7 @@ pub async fn download(
     method: Method,
     headers: HeaderMap,
 ) -> Result<Response, ApiError> {
-    let size = app.store.attachment(id, app.clock.now()).await?.ok_or(ApiError::NotFound)?.size;
+    let size = app.store.attachment(id, app.clock.earliest()).await?.ok_or(ApiError::NotFound)?.size;
     if is_known(&headers, id) {
         return Ok((StatusCode::NOT_MODIFIED, [(header::ETAG, entity_tag(id))]).into_response());
     }
@@ -148,6 +149,8 @@ struct Upload {
     user: UserId,
     size: u64,
     began: Timestamp,
+    /// From when on its age counts.
+    born: Timestamp,
     /// The bytes may come in while their room is being reserved.
     may_come_early: bool,
 }
@@ -180,8 +183,8 @@ impl Upload {
     async fn reserve(self, app: App) -> Result<(), ApiError> {
         let config = &app.config.attachments;
         let allowance = Allowance { quota_bytes: config.quota_bytes, bytes_per_day: config.bytes_per_day };
-        let Self { id, user, size, began: now, .. } = self;
-        match app.store.reserve_attachment(Reservation { user, id, size, now, allowance }).await? {
+        let Self { id, user, size, began: now, born, .. } = self;
+        match app.store.reserve_attachment(Reservation { user, id, size, now, born, allowance }).await? {
             Reserved::Yes => Ok(()),
             Reserved::QuotaExceeded => {
                 Err(ApiError::TooLarge("The account has no room left for this attachment".into()))

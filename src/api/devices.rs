@@ -79,13 +79,13 @@ pub async fn link(
         return Err(proof_missing());
     }
     app.disk.check_growth()?;
-    let now = app.clock.now();
-    let session = NewSession::begin(&app.tokens, now);
+    let (now, latest) = (app.clock.now(), app.clock.latest());
+    let session = NewSession::begin(&app.tokens, latest);
     let (id, identity) = (DeviceId::random(), keys.identity);
     let device = NewDevice { id, name: keys.name, registration_id: keys.registration_id, prekeys: keys.prekeys };
     match app.store.link_device(&NewLink { hash, identity, is_proven, device, session: session.grant }, now).await? {
         Linked::Device { user, .. } => {
-            let answer = session.answer(&app.tokens, user, id, app.tokens.latest_access_expiry(now));
+            let answer = session.answer(&app.tokens, user, id, app.tokens.latest_access_expiry(latest));
             Ok((StatusCode::CREATED, axum::Json(answer)))
         }
         Linked::SessionInvalid => Err(ApiError::forbidden("Invalid link session")),

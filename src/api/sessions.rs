@@ -60,7 +60,7 @@ pub async fn log_in(
     Json(request): Json<LogInRequest>,
 ) -> Result<axum::Json<AuthResponse>, ApiError> {
     let user = authenticate(&app, &request.username, request.password).await?;
-    let now = app.clock.now();
+    let now = app.clock.latest();
     let session = NewSession::begin(&app.tokens, now);
     let begun = app.tasks.finish(begin(app.clone(), user, request.device_id, session.grant)).await?;
     let Some(device) = begun else {
@@ -77,17 +77,17 @@ pub async fn refresh(
     Json(request): Json<RefreshRequest>,
 ) -> Result<axum::Json<AuthResponse>, ApiError> {
     let used = RefreshToken::parse(&request.refresh_token).ok_or(ApiError::Unauthorized)?;
-    let now = app.clock.now();
-    let next = NewSession::with(app.tokens.successor(&used, key), &app.tokens, now);
-    let void_to = app.tokens.latest_access_expiry(now);
+    let (now, latest) = (app.clock.now(), app.clock.latest());
+    let next = NewSession::with(app.tokens.successor(&used, key), &app.tokens, latest);
+    let void_to = app.tokens.latest_access_expiry(latest);
     let wish = Refresh { secret_hash: used.secret_hash(), key, next: next.grant, void_to };
     let (next, device, exchanged_at) = match app.tasks.finish(exchange(app.clone(), wish, now)).await? {
-        Refreshed::Rotated(device) => (next, device, now),
+        Refreshed::Rotated(device) => (next, device, latest),
         Refreshed::Repeated { holder, used_at, secret_hash } => {
             // The answer may have been made under another signing secret. A token that the store doesn't know would end
             // the session when it is used, so it is not given away.
             let token = app.tokens.successor_known_by(&used, key, &secret_hash).ok_or(ApiError::Unauthorized)?;
-            (NewSession::with(token, &app.tokens, now), holder, used_at)
+            (NewSession::with(token, &app.tokens, latest), holder, used_at)
         }
         Refreshed::Refused | Refreshed::Stolen(_) => return Err(ApiError::Unauthorized),
     };
@@ -97,7 +97,7 @@ pub async fn refresh(
 
 /// Ends the session of the calling device.
 pub async fn log_out(State(app): State<App>, caller: Caller) -> Result<StatusCode, ApiError> {
-    let void_to = app.tokens.latest_access_expiry(app.clock.now());
+    let void_to = app.tokens.latest_access_expiry(app.clock.latest());
     app.tasks
         .clone()
         .finish(async move {

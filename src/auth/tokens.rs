@@ -17,6 +17,10 @@ use crate::model::ids::{DeviceId, IdempotencyKey, UserId};
 /// An access token is good for this many seconds more, because clocks differ.
 const LEEWAY_SECS: i64 = 60;
 
+/// A token that expires so many seconds later than one that is made now was made by a wrong clock. Shorter differences may
+/// come from a lifetime that was changed, or from log-outs, each of which lets the next token live for a second more.
+pub const WRONG_BY_SECS: i64 = 48 * 60 * 60;
+
 /// Makes and checks tokens. Cloning is cheap.
 #[derive(Clone)]
 pub struct Tokens {
@@ -158,7 +162,10 @@ impl Tokens {
             device: DeviceId::parse(&payload.device_id)?,
             expires_at: payload.exp,
         };
-        (now.seconds() <= claims.expires_at.saturating_add(LEEWAY_SECS)).then_some(claims)
+        let is_alive = now.seconds() <= claims.expires_at.saturating_add(LEEWAY_SECS);
+        // A clock that was wrong may have made tokens that expire in weeks.
+        let is_honest = claims.expires_at <= self.latest_access_expiry(now).saturating_add(WRONG_BY_SECS);
+        (is_alive && is_honest).then_some(claims)
     }
 
     /// A token for this device until the Unix second `expires_at`.

@@ -3,7 +3,7 @@
 use std::fs::{self, DirBuilder, File};
 use std::io::{self, ErrorKind, Seek, SeekFrom};
 use std::ops::Range;
-use std::os::unix::fs::DirBuilderExt;
+use std::os::unix::fs::{DirBuilderExt, MetadataExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -37,6 +37,9 @@ pub(super) struct Folder {
     /// Reads, deletes, and knows where an object lies. What is written goes through [`Draft`].
     store: Arc<LocalFileSystem>,
     keys: Keys,
+    /// The inode of the folder with the objects, as it was at the start. The device is left out: a network file system may
+    /// have another one after it was away.
+    inode: u64,
 }
 
 impl Folder {
@@ -45,13 +48,14 @@ impl Folder {
         let unusable = |cause| OpenError::Unusable { path: folder.display().to_string(), cause };
         make_folder(folder).map_err(unusable)?;
         let store = LocalFileSystem::new_with_prefix(folder).map_err(|error| unusable(io::Error::other(error)))?;
-        let blobs = Self { store: Arc::new(store), keys };
+        let mut blobs = Self { store: Arc::new(store), keys, inode: 0 };
         let objects =
             blobs.path(&blobs.keys.of(AttachmentId::random())).map_err(|error| unusable(io::Error::other(error)))?;
         let objects = objects.parent().unwrap_or(folder);
         make_folder(objects).map_err(unusable)?;
         remove_leftovers(objects).map_err(unusable)?;
         check_writable(objects).map_err(unusable)?;
+        blobs.inode = fs::metadata(objects).map_err(unusable)?.ino();
         Ok(blobs)
     }
 
@@ -64,6 +68,7 @@ impl Folder {
         size: u64,
         body: impl Stream<Item = Result<Bytes, E>>,
     ) -> Result<Staged, UploadError> {
+        self.check().await?;
         let mut draft = Draft::new(self.staging_path(id)?);
         let mut body = std::pin::pin!(body);
         let (mut received, mut part) = (0, PutPayloadMut::new());
@@ -92,7 +97,11 @@ impl Folder {
     pub async fn read(&self, id: AttachmentId, range: Option<Range<u64>>) -> Result<Option<Blob>, BlobError> {
         let options = GetOptions { range: range.map(Into::into), ..GetOptions::default() };
         let found = match self.store.get_opts(&self.keys.of(id), options).await {
-            Err(object_store::Error::NotFound { .. }) => return Ok(None),
+            Err(object_store::Error::NotFound { .. }) => {
+                // What another folder does not have says nothing about the attachment.
+                self.check().await?;
+                return Ok(None);
+            }
             found => found?,
         };
         let (size, range) = (found.meta.size, found.range.clone());
@@ -105,6 +114,9 @@ impl Folder {
 
     /// Deletes attachments for good, also those that were not published yet. One that isn't there counts as deleted.
     pub async fn delete(&self, ids: &[AttachmentId]) -> Deleted {
+        if let Err(error) = self.check().await {
+            return Deleted { gone: Vec::new(), failed: Some((ids.len(), error)) };
+        }
         let deletions = stream::iter(ids.to_vec()).map(|id| self.clone().delete_one(id));
         let mut outcome = Deleted::new();
         let mut deletions = deletions.buffered(DELETES_AT_ONCE);
@@ -117,12 +129,21 @@ impl Folder {
         }
     }
 
-    /// Answers when the storage is there.
+    /// Returns when the storage is there, and is the folder that it was at the start: what lies below a mount that is away
+    /// would take attachments in and lose them when the mount is back.
     pub async fn check(&self) -> Result<(), BlobError> {
         let objects = self.path(&self.keys.of(AttachmentId::random()))?;
         let objects = objects.parent().map(Path::to_owned).unwrap_or_default();
         let found = tokio::fs::metadata(objects).await?;
-        if found.is_dir() { Ok(()) } else { Err(io::Error::from(ErrorKind::NotADirectory).into()) }
+        if !found.is_dir() {
+            return Err(io::Error::from(ErrorKind::NotADirectory).into());
+        }
+        if found.ino() != self.inode {
+            return Err(
+                io::Error::other("the folder was replaced or unmounted; put it back, or restart the server").into()
+            );
+        }
+        Ok(())
     }
 
     async fn delete_one(self, id: AttachmentId) -> (AttachmentId, Result<(), BlobError>) {

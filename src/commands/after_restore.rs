@@ -3,7 +3,7 @@
 use anyhow::bail;
 
 use crate::config::Config;
-use crate::server;
+use crate::files;
 use crate::store::{self, Store};
 use crate::telemetry::metrics::Metrics;
 
@@ -15,7 +15,7 @@ pub(super) async fn run(config: Config) -> anyhow::Result<String> {
         Some(file) if !file.exists() => {
             bail!("there is no database at {}; restore the backup first", file.display())
         }
-        Some(file) => Some(server::lock_database(file).await?),
+        Some(file) => Some(files::lock(file, config.data_dir.as_deref()).await?),
         None => None,
     };
     let store = Store::open(&config.database, store::Limits::of(&config), &Metrics::unread()).await?;

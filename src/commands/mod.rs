@@ -1,6 +1,7 @@
 //! What the operator types: the server itself, or one of its commands.
 
 mod after_restore;
+mod confirm_clock;
 mod healthcheck;
 mod make_env;
 mod transfer;
@@ -22,6 +23,8 @@ use crate::server::Server;
 pub enum Command {
     /// Makes a restored backup safe to serve from.
     AfterRestore,
+    /// Ends a doubt about the clock.
+    ConfirmClock,
     /// Asks the running server whether it is ready.
     Healthcheck,
     /// Makes the settings of `docker-compose.yml`.
@@ -43,10 +46,14 @@ pub fn parse() -> Result<(Loaded, Option<Command>), ConfigError> {
     Ok((Config::read(&matches, config::environment)?, command))
 }
 
-fn grammars() -> [Grammar; 4] {
+fn grammars() -> [Grammar; 5] {
     let after_restore = Grammar::new("after-restore").about(
         "Run once after restoring a backup, before the server starts: drops all one-time prekeys, since the ones in the \
          backup may have been handed out after it was made (devices upload new ones when they connect)",
+    );
+    let confirm_clock = Grammar::new("confirm-clock").about(
+        "Tells the servers of this database that the clock of this machine is right, when they doubt theirs after a jump or \
+         a long rest: ages count by it from then on. Look at `date` first. Runs beside the servers",
     );
     let healthcheck = Grammar::new("healthcheck").about(
         "Asks the server that runs on this machine with the same options whether it is ready: ends with 0 when it is, \
@@ -60,13 +67,14 @@ fn grammars() -> [Grammar; 4] {
     let make_env = Grammar::new("make-env")
         .about("Prints the settings that docker-compose.yml reads from a file named .env, with fresh secrets")
         .arg(output);
-    [after_restore, healthcheck, make_env, transfer::grammar()]
+    [after_restore, confirm_clock, healthcheck, make_env, transfer::grammar()]
 }
 
 impl Command {
     fn chosen(name: &str, matches: &ArgMatches) -> Option<Self> {
         Some(match name {
             "after-restore" => Self::AfterRestore,
+            "confirm-clock" => Self::ConfirmClock,
             "healthcheck" => Self::Healthcheck,
             "transfer" => Self::Transfer(transfer::Request::read(matches)),
             "make-env" => Self::MakeEnv { output: matches.get_one("output").cloned() },
@@ -78,6 +86,7 @@ impl Command {
     pub fn run(self, config: Config) -> ExitCode {
         let done = match self {
             Self::AfterRestore => after_restore::run(config),
+            Self::ConfirmClock => confirm_clock::run(config),
             Self::Healthcheck => healthcheck::run(&config.server),
             Self::MakeEnv { output } => make_env::run(output.as_deref()),
             Self::Transfer(request) => request.run(config),

@@ -12,7 +12,7 @@ use crate::blobs::{Blobs, ReadOnlyFolder};
 use crate::commands::transfer::bytes::Bytes;
 use crate::commands::transfer::report::Report;
 use crate::config::{self, Config, Secret};
-use crate::server;
+use crate::files;
 use crate::store::transfer::Transfer;
 
 /// What the operator asked for.
@@ -77,7 +77,8 @@ impl Request {
         if !file.exists() {
             bail!("--from: there is no database at {}", file.display());
         }
-        let _lock = server::lock_database(&file).await?;
+        let data_dir = (!self.from.starts_with("sqlite:")).then_some(Path::new(&self.from));
+        let _lock = files::lock(&file, data_dir).await?;
         let bytes = if self.attachments { Some(self.storages(&file, &config).await?) } else { None };
         let mut report = Report::new();
         report.begin("Reading the source and preparing the target …", "copied");

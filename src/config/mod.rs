@@ -21,5 +21,5 @@ pub use groups::{
 pub use option::{Group, Opt, Takes, Value};
 pub use read::{Loaded, environment};
 pub use reference::reference_page;
-pub use secret::Secret;
+pub use secret::{KEPT_SECRET, Secret};
 pub use table::GROUPS;

@@ -20,7 +20,8 @@ const MIN_BYTES: usize = 16;
 const MIN_KEPT_BYTES: usize = 32;
 /// No secret is this long; a file beyond it was named by mistake.
 const MAX_FILE_BYTES: u64 = 65_536;
-const KEPT_IN: &str = "jwt-secret";
+/// The file in the data folder in which the secret is kept that the server made for itself.
+pub const KEPT_SECRET: &str = "jwt-secret";
 /// Where an operator moves the kept secret to have a new one made.
 const PREVIOUS_IN: &str = "jwt-secret-previous";
 
@@ -59,6 +60,11 @@ impl Config {
             ))
         })?;
         if self.auth.jwt_secret.expose().is_empty() {
+            // A folder with a secret and no database is one whose database is missing, so it is never made like that.
+            let database = self.database.file().map_or(Ok(()), make_empty);
+            database.map_err(|error| {
+                ConfigError::Wrong(format!("--data-dir: the database in it cannot be made ({error}); check the folder"))
+            })?;
             self.auth.jwt_secret = kept_secret(folder)?;
         }
         if self.auth.jwt_secret_previous.is_none() {
@@ -115,7 +121,7 @@ fn make_folder(folder: &Path) -> io::Result<()> {
 }
 
 fn kept_secret(folder: &Path) -> Result<Secret, ConfigError> {
-    let path = folder.join(KEPT_IN);
+    let path = folder.join(KEPT_SECRET);
     let wrong = |what: String| {
         let path = path.display();
         ConfigError::Wrong(format!("--data-dir: the secret that signs access tokens, in \"{path}\", {what}"))
@@ -171,6 +177,11 @@ fn make_secret(folder: &Path, path: &Path) -> io::Result<()> {
     File::open(folder)?.sync_all()
 }
 
+/// Makes the file if there is none.
+fn make_empty(path: &Path) -> io::Result<()> {
+    OpenOptions::new().create(true).append(true).mode(0o600).open(path).map(drop)
+}
+
 fn create_private(path: &Path) -> io::Result<File> {
     OpenOptions::new().write(true).create_new(true).mode(0o600).open(path)
 }
@@ -205,8 +216,8 @@ mod tests {
         let folder = home.path().join("a/b");
         let config = opened(&folder).unwrap();
         config.check_secret().unwrap();
-        assert_eq!((mode(folder.clone()), mode(folder.join(KEPT_IN))), (0o700, 0o600));
-        assert_eq!(fs::read_dir(&folder).unwrap().count(), 1, "nothing unfinished is left behind");
+        assert_eq!((mode(folder.clone()), mode(folder.join(KEPT_SECRET))), (0o700, 0o600));
+        assert_eq!(fs::read_dir(&folder).unwrap().count(), 2, "nothing unfinished is left behind");
     }
 
     #[test]
@@ -234,17 +245,17 @@ mod tests {
         let mut config = Config::embedded(home.path()).unwrap();
         config.auth.jwt_secret = Secret::new("a secret of sixteen bytes or more");
         config.open_data_dir().unwrap();
-        assert!(!home.path().join(KEPT_IN).exists());
+        assert!(!home.path().join(KEPT_SECRET).exists());
     }
 
     #[test]
     fn a_kept_secret_that_was_cut_short_is_not_replaced() {
         for left in ["", "\n", "only a part of it"] {
             let home = tempfile::tempdir().unwrap();
-            fs::write(home.path().join(KEPT_IN), left).unwrap();
+            fs::write(home.path().join(KEPT_SECRET), left).unwrap();
             let sentence = opened(home.path()).unwrap_err();
             assert!(sentence.contains("restore the file"), "{sentence}");
-            assert_eq!(fs::read_to_string(home.path().join(KEPT_IN)).unwrap(), left);
+            assert_eq!(fs::read_to_string(home.path().join(KEPT_SECRET)).unwrap(), left);
         }
     }
 
@@ -279,7 +290,7 @@ mod tests {
         let home = tempfile::tempdir().unwrap();
         let first = opened(home.path()).unwrap().auth;
         assert!(first.jwt_secret_previous.is_none());
-        fs::rename(home.path().join(KEPT_IN), home.path().join(PREVIOUS_IN)).unwrap();
+        fs::rename(home.path().join(KEPT_SECRET), home.path().join(PREVIOUS_IN)).unwrap();
         let second = opened(home.path()).unwrap().auth;
         assert_eq!(second.jwt_secret_previous.unwrap().expose(), first.jwt_secret.expose());
         assert_ne!(second.jwt_secret.expose(), first.jwt_secret.expose());

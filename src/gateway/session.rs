@@ -260,7 +260,7 @@ impl Session {
 
     async fn next_batch(&mut self) -> std::result::Result<Option<Message>, NoFrame> {
         let (limit, max_bytes) = (self.app.config.messaging.batch_limit, self.app.config.gateway.max_batch_bytes);
-        let now = self.app.clock.now();
+        let now = self.app.clock.earliest();
         // Large frames only while there is memory for them; modest ones always.
         let mut share = self.app.frames.try_take(max_bytes);
         let max_bytes = if share.is_some() { max_bytes } else { max_bytes.min(MODEST_BYTES) };

@@ -32,7 +32,7 @@ pub(super) fn start(
     let name = JobName::PushQueue;
     tasks.every(name.text(), period, move || {
         let (outbox, store, clock, cursor) = (outbox.clone(), store.clone(), clock.clone(), cursor.clone());
-        let (now, metrics) = (clock.now(), metrics.clone());
+        let (now, latest, metrics) = (clock.now(), clock.latest(), metrics.clone());
         let round = async move {
             let from = cursor.load(Ordering::Relaxed);
             // Shorter than the shortest pause between two rounds, or we would find our own claim in the way.
@@ -40,7 +40,7 @@ pub(super) fn start(
             if !is_ours {
                 return Result::Ok(Round::Done);
             }
-            let found = store.overslept(DeviceNo(from), now - grace, now, STEP).await?;
+            let found = store.overslept(DeviceNo(from), latest - grace, now, STEP).await?;
             if !found.devices.is_empty() {
                 debug!(count = found.devices.len(), "devices that should have been pushed to");
             }

@@ -197,7 +197,7 @@ impl Worker {
         if leased.is_empty() {
             return Ok(());
         }
-        let now = self.clock.now();
+        let now = self.clock.latest();
         let sleepers = self.sleepers(leased.iter().map(|leased| leased.job)).await?;
         let (mut settled, mut woken) = (Vec::new(), HashSet::new());
         for leased in leased {
@@ -350,7 +350,7 @@ impl Worker {
         self.queue.settle(&settled).await?;
         let done = settled.iter().filter(|(leased, fate)| *fate == Fate::Done && leased.job.reason == Reason::Mail);
         let sleepers = self.sleepers(done.map(|(leased, _)| leased.job)).await?;
-        let now = self.clock.now();
+        let now = self.clock.latest();
         for sleeper in sleepers.into_values() {
             if let Some(since) = sleeper.waiting_since {
                 let job = Job { device: sleeper.device, reason: Reason::Mail };

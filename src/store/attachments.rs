@@ -7,7 +7,8 @@ use sqlx::types::Uuid;
 
 use crate::clock::Timestamp;
 use crate::model::ids::AttachmentId;
-use crate::store::database::{Tx, on, reading};
+use crate::store::database::{Tx, on, reading, run};
+use crate::store::messages::CLOCK_TOLERANCE;
 use crate::store::{Result, Store};
 
 /// An attachment that can be downloaded.
@@ -67,6 +68,18 @@ impl Store {
             .bind(after.id)
             .bind(i64::from(limit))
             .fetch_all(db))
+    }
+
+    /// Lets up to `limit` attachments whose uploads seem to begin a day or more behind `latest` count as of `now`: the clock
+    /// was wrong then, and they would outlive their age. Answers how many.
+    pub async fn correct_attachments(&self, now: Timestamp, latest: Timestamp, limit: u32) -> Result<u64> {
+        let mut tx = self.begin().await?;
+        let statement = "UPDATE attachments SET created_at = $1 WHERE id IN \
+                         (SELECT id FROM attachments WHERE created_at > $2 ORDER BY created_at LIMIT $3)";
+        let (second, ahead) = (Timestamp::from_seconds(now.seconds()), latest + CLOCK_TOLERANCE);
+        let corrected = run!(&mut tx, sqlx::query(statement).bind(second).bind(ahead).bind(i64::from(limit)))?;
+        tx.commit().await?;
+        Ok(corrected)
     }
 
     /// Gives up the oldest uploads that began before `before` and are still not complete, those after `after`. They

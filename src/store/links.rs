@@ -166,11 +166,12 @@ impl Store {
         Ok(Linked::Device { user, no })
     }
 
-    /// Forgets link sessions that have expired, at most `limit`. Answers how many.
+    /// Forgets link sessions that have expired, or that a wrong clock has given a day or more, at most `limit`. Answers how
+    /// many.
     pub async fn expire_links(&self, now: Timestamp, limit: u32) -> Result<u64> {
         let mut tx = self.begin().await?;
         let statement = "DELETE FROM link_sessions WHERE hash IN ( \
-                             SELECT hash FROM link_sessions WHERE expires_at <= $1 ORDER BY expires_at LIMIT $2)";
+                             SELECT hash FROM link_sessions WHERE expires_at <= $1 OR expires_at > $1 + 86400000 LIMIT $2)";
         let done = run!(&mut tx, sqlx::query(statement).bind(now).bind(i64::from(limit)))?;
         tx.commit().await?;
         Ok(done)

@@ -17,7 +17,7 @@ use crate::telemetry::metrics::Left;
 const ENVELOPE_OVERHEAD: i32 = 80;
 
 /// How far ahead of the clock a time of receipt may be, the clock having been corrected meanwhile.
-const CLOCK_TOLERANCE: Duration = Duration::from_hours(24);
+pub(super) const CLOCK_TOLERANCE: Duration = Duration::from_hours(24);
 /// Bytes of bodies that one transaction deletes at the most.
 const STEP_BYTES: i64 = 16 << 20;
 
@@ -135,12 +135,12 @@ impl Store {
     }
 
     /// Deletes messages that are past the retention, in a step of up to `limit` messages and 16 MiB, so that nobody
-    /// waits long for the writer. One that seems to come from the future was received while the clock was wrong; it
-    /// counts as received now, or it would outlive its age.
-    pub async fn expire_messages(&self, now: Timestamp, limit: u32) -> Result<Expired> {
+    /// waits long for the writer. `now` is the earliest that it may be, `latest` the latest. A message that is a day behind
+    /// that was received while the clock was wrong; it counts as received now, or it would outlive its age.
+    pub async fn expire_messages(&self, now: Timestamp, latest: Timestamp, limit: u32) -> Result<Expired> {
         let mut tx = self.begin().await?;
         let corrected = tx.either(CORRECT, CORRECT_IN_POSTGRES);
-        let ahead = now + CLOCK_TOLERANCE;
+        let ahead = latest + CLOCK_TOLERANCE;
         run!(&mut tx, sqlx::query(corrected).bind(now).bind(ahead).bind(i64::from(limit)))?;
         let expired = tx.either(EXPIRE, EXPIRE_IN_POSTGRES);
         let before = now - self.limits.retention;

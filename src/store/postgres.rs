@@ -3,6 +3,8 @@
 mod session;
 
 use std::str::FromStr;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use sqlx::migrate::{MigrateError, Migrator};
@@ -13,8 +15,9 @@ use tracing::debug;
 
 use crate::config;
 use crate::store::database::{PostgresTx, timely};
+use crate::store::error::migration_error;
 use crate::store::pool::{Lent, Pool, Terms};
-use crate::store::{OpenError, Result, StoreError, migration_error};
+use crate::store::{OpenError, Result, StoreError};
 use crate::telemetry::metrics::{Metrics, PoolName};
 
 pub(super) use session::Settings;
@@ -45,6 +48,8 @@ pub(super) struct PostgresStore {
     pub(super) pool: Pool<Postgres>,
     /// The longest time that one statement may take.
     pub(super) limit: Duration,
+    /// Set once another database answers.
+    is_lost: Arc<AtomicBool>,
 }
 
 impl PostgresStore {
@@ -77,7 +82,7 @@ impl PostgresStore {
             outlives_its_borrower: false,
         };
         let pool = Pool::new(options, settings, terms, PoolName::Shared, metrics);
-        let store = Self { pool, limit: config.statement_timeout + MARGIN };
+        let store = Self { pool, limit: config.statement_timeout + MARGIN, is_lost: Arc::default() };
         store.check().await.map_err(|StoreError(cause)| OpenError::connecting(address, cause))?;
         Ok(store)
     }
@@ -98,7 +103,20 @@ impl PostgresStore {
         self.begin_with(BEGIN_COUNT).await
     }
 
+    /// Writes nothing more.
+    pub(super) fn give_up(&self) {
+        self.is_lost.store(true, Ordering::Relaxed);
+    }
+
+    fn is_ours(&self) -> Result<()> {
+        match self.is_lost.load(Ordering::Relaxed) {
+            false => Ok(()),
+            true => Err(sqlx::Error::Io(std::io::Error::other("another database answers than at the start")).into()),
+        }
+    }
+
     async fn begin_with(&self, statements: &'static str) -> Result<PostgresTx> {
+        self.is_ours()?;
         let mut connection = self.pool.get().await?;
         timely(self.limit, sqlx::raw_sql(statements).execute(&mut *connection)).await?;
         Ok(PostgresTx { connection, limit: self.limit })
@@ -117,6 +135,7 @@ impl PostgresStore {
 
     /// Answers when the server can be read and written.
     pub(super) async fn check(&self) -> Result<()> {
+        self.is_ours()?;
         let mut connection = self.pool.get().await?;
         let question = sqlx::query_scalar(AssertSqlSafe(format!("SELECT {}", session::TAKES_NO_WRITES)));
         let answer: Result<bool> = timely(self.limit, question.fetch_one(&mut *connection)).await;

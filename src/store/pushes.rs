@@ -54,7 +54,8 @@ impl Store {
                 target: target(row.provider, row.token, row.p256dh, row.auth)?,
                 waiting_since: row.waiting_since,
                 newest: row.newest,
-                may_hear_of_keys: row.keys_pushed_at <= now - BETWEEN_KEYS,
+                // A time that lies far ahead is of a clock that was wrong.
+                may_hear_of_keys: row.keys_pushed_at <= now - BETWEEN_KEYS || row.keys_pushed_at > now + REMEMBERED,
             })
         };
         Ok(rows.into_iter().filter_map(sleeper).collect())
@@ -138,7 +139,7 @@ fn list(devices: &[DeviceNo]) -> String {
 const SLEEPERS: &str = "\
     SELECT t.device_no, t.provider, t.token, t.p256dh, t.auth, t.keys_pushed_at, \
         (SELECT m.received_at FROM messages m WHERE m.device_no = t.device_no \
-            AND m.position > (CASE WHEN t.pushed_at > $2 THEN t.pushed_to ELSE 0 END) \
+            AND m.position > (CASE WHEN t.pushed_at > $2 AND t.pushed_at < $2 + 172800000 THEN t.pushed_to ELSE 0 END) \
             ORDER BY m.position LIMIT 1) AS waiting_since, \
         COALESCE((SELECT MAX(m.position) FROM messages m WHERE m.device_no = t.device_no), 0) AS newest \
     FROM push_tokens t WHERE t.device_no IN (SELECT value FROM json_each($1))";
@@ -146,7 +147,7 @@ const SLEEPERS: &str = "\
 const SLEEPERS_IN_POSTGRES: &str = "\
     SELECT t.device_no, t.provider, t.token, t.p256dh, t.auth, t.keys_pushed_at, \
         (SELECT m.received_at FROM messages m WHERE m.device_no = t.device_no \
-            AND m.position > (CASE WHEN t.pushed_at > $2 THEN t.pushed_to ELSE 0 END) \
+            AND m.position > (CASE WHEN t.pushed_at > $2 AND t.pushed_at < $2 + 172800000 THEN t.pushed_to ELSE 0 END) \
             ORDER BY m.position LIMIT 1) AS waiting_since, \
         COALESCE((SELECT MAX(m.position) FROM messages m WHERE m.device_no = t.device_no), 0) AS newest \
     FROM push_tokens t \
@@ -163,6 +164,6 @@ const LEFT_IN_POSTGRES: &str = "\
 
 const OVERSLEPT: &str = "\
     SELECT t.device_no, EXISTS (SELECT 1 FROM messages m WHERE m.device_no = t.device_no \
-        AND m.position > (CASE WHEN t.pushed_at > $3 THEN t.pushed_to ELSE 0 END) AND m.received_at <= $2) \
+        AND m.position > (CASE WHEN t.pushed_at > $3 AND t.pushed_at < $3 + 172800000 THEN t.pushed_to ELSE 0 END) AND m.received_at <= $2) \
     FROM (SELECT device_no, pushed_to, pushed_at FROM push_tokens WHERE device_no > $1 \
         ORDER BY device_no LIMIT $4) t ORDER BY t.device_no";

@@ -13,6 +13,7 @@ use crate::clock::Timestamp;
 use crate::model::ids::{Address, DeviceId, DeviceNo, IdempotencyKey, UserId};
 use crate::store::database::{Database, Tx, on, reading, run};
 use crate::store::gather::Gather;
+use crate::store::messages::CLOCK_TOLERANCE;
 use crate::store::{Result, Store, devices, usage};
 
 /// A refresh token that is presented again so soon is a client racing itself, and no sign of theft.
@@ -244,18 +245,26 @@ impl Store {
         Ok(holders)
     }
 
-    /// Forgets refresh tokens that have expired, at most `limit`. Answers how many.
-    pub async fn expire_sessions(&self, now: Timestamp, limit: u32) -> Result<u64> {
+    /// Forgets refresh tokens that have expired, at most `limit`. Answers how many. None lives longer than until `longest`:
+    /// one that would was issued while the clock was wrong.
+    pub async fn expire_sessions(&self, now: Timestamp, longest: Timestamp, limit: u32) -> Result<u64> {
+        let shorten = "UPDATE sessions SET expires_at = $1 WHERE expires_at > $3 AND device_no IN \
+                       (SELECT device_no FROM sessions WHERE expires_at > $3 ORDER BY expires_at LIMIT $2)";
+        let mut tx = self.begin().await?;
+        let ahead = longest + CLOCK_TOLERANCE;
+        run!(&mut tx, sqlx::query(shorten).bind(longest).bind(i64::from(limit)).bind(ahead))?;
+        tx.commit().await?;
         // Compared twice, because a device may get a new session in between.
         let statement = "DELETE FROM sessions WHERE expires_at <= $1 AND device_no IN \
                          (SELECT device_no FROM sessions WHERE expires_at <= $1 ORDER BY expires_at LIMIT $2)";
         self.sweep(statement, now, limit).await
     }
 
-    /// Forgets gateway tickets that have expired, at most `limit`. Answers how many.
+    /// Forgets gateway tickets that have expired, or that a wrong clock has given a day or more, at most `limit`. Answers how
+    /// many.
     pub async fn expire_tickets(&self, now: Timestamp, limit: u32) -> Result<u64> {
         let statement = "DELETE FROM gateway_tickets WHERE hash IN \
-                         (SELECT hash FROM gateway_tickets WHERE expires_at <= $1 ORDER BY expires_at LIMIT $2)";
+                         (SELECT hash FROM gateway_tickets WHERE expires_at <= $1 OR expires_at > $1 + 86400000 LIMIT $2)";
         self.sweep(statement, now, limit).await
     }
 
@@ -264,7 +273,7 @@ impl Store {
     /// `until` lies at least [`REPEAT_WINDOW`] back: a token of a living session that is not remembered counts as stolen.
     pub async fn expire_refresh_uses(&self, until: Timestamp, limit: u32) -> Result<u64> {
         let statement = "DELETE FROM refresh_uses WHERE secret_hash IN \
-                         (SELECT secret_hash FROM refresh_uses WHERE used_at <= $1 ORDER BY used_at LIMIT $2)";
+                         (SELECT secret_hash FROM refresh_uses WHERE used_at <= $1 OR used_at > $1 + 86400000 LIMIT $2)";
         self.sweep(statement, until, limit).await
     }
 
@@ -287,11 +296,32 @@ pub(super) async fn open(tx: &mut Tx, no: DeviceNo, grant: &SessionGrant) -> Res
     )?;
     // Remembered rather than reckoned at log-out: the clock or the configured lifetime may be another one by then.
     let statement = tx.either(
-        "UPDATE devices SET tokens_issued_to = MAX(tokens_issued_to, $2, tokens_void_to + 1) WHERE no = $1",
-        "UPDATE devices SET tokens_issued_to = GREATEST(tokens_issued_to, $2, tokens_void_to + 1) WHERE no = $1",
+        "UPDATE devices SET tokens_issued_to = MAX(CASE WHEN tokens_issued_to > $3 THEN 0 ELSE tokens_issued_to END, $2, \
+         tokens_void_to + 1) WHERE no = $1",
+        "UPDATE devices SET tokens_issued_to = GREATEST(CASE WHEN tokens_issued_to > $3 THEN 0 ELSE tokens_issued_to END, \
+         $2, tokens_void_to + 1) WHERE no = $1",
     );
-    run!(tx, sqlx::query(statement).bind(no).bind(grant.access_expires_at))?;
+    let expires_at = grant.access_expires_at;
+    run!(tx, sqlx::query(statement).bind(no).bind(expires_at).bind(wrong_from(expires_at)))?;
     Ok(())
+}
+
+/// A device's seconds beyond this one come from a clock that was wrong, when the latest token expires at `expires_at`. An
+/// hour behind it access tokens are refused for that, so they need not be void.
+fn wrong_from(expires_at: i64) -> i64 {
+    expires_at.saturating_add(47 * 60 * 60)
+}
+
+/// Takes back a second of a wrong clock, or every new token of the device would be void. All tokens that were issued before
+/// stay void.
+async fn correct(tx: &mut Tx, holder: SessionHolder, expires_at: i64) -> Result<SessionHolder> {
+    if holder.tokens_void_to <= wrong_from(expires_at) {
+        return Ok(holder);
+    }
+    tx.changes_standing(&[holder.no]);
+    let statement = "UPDATE devices SET tokens_void_to = $2 WHERE no = $1";
+    run!(tx, sqlx::query(statement).bind(holder.no).bind(expires_at))?;
+    Ok(SessionHolder { tokens_void_to: expires_at, ..holder })
 }
 
 async fn session_of(tx: &mut Tx, family: &[u8; 16]) -> Result<Option<Session>> {
@@ -305,6 +335,7 @@ async fn session_of(tx: &mut Tx, family: &[u8; 16]) -> Result<Option<Session>> {
 async fn exchange(tx: &mut Tx, session: &Session, wish: &Refresh, now: Timestamp) -> Result<Refreshed> {
     let holder = session.holder;
     if session.secret_hash == wish.secret_hash {
+        let holder = correct(tx, holder, wish.next.access_expires_at).await?;
         open(tx, holder.no, &wish.next).await?;
         remember_use(tx, holder.no, wish, now).await?;
         return Ok(Refreshed::Rotated(holder));
@@ -348,12 +379,13 @@ async fn end_tokens(tx: &mut Tx, no: DeviceNo, void_to: i64) -> Result<Option<i6
     // First, so that whatever is about to be kept for this session waits, and then finds it ended. The number always
     // grows: gateway sockets notice by it that the session they began in has ended.
     let statement = tx.either(
-        "UPDATE devices SET tokens_void_to = MAX(tokens_void_to + 1, tokens_issued_to, $2) WHERE no = $1 \
-         RETURNING tokens_void_to",
-        "UPDATE devices SET tokens_void_to = GREATEST(tokens_void_to + 1, tokens_issued_to, $2) WHERE no = $1 \
-         RETURNING tokens_void_to",
+        "UPDATE devices SET tokens_void_to = MAX(CASE WHEN tokens_void_to > $3 THEN 0 ELSE tokens_void_to + 1 END, \
+         CASE WHEN tokens_issued_to > $3 THEN 0 ELSE tokens_issued_to END, $2) WHERE no = $1 RETURNING tokens_void_to",
+        "UPDATE devices SET tokens_void_to = GREATEST(CASE WHEN tokens_void_to > $3 THEN 0 ELSE tokens_void_to + 1 END, \
+         CASE WHEN tokens_issued_to > $3 THEN 0 ELSE tokens_issued_to END, $2) WHERE no = $1 RETURNING tokens_void_to",
     );
-    let void_to = on!(tx, |db| sqlx::query_scalar(statement).bind(no).bind(void_to).fetch_optional(db))?;
+    let wrong = wrong_from(void_to);
+    let void_to = on!(tx, |db| sqlx::query_scalar(statement).bind(no).bind(void_to).bind(wrong).fetch_optional(db))?;
     for statement in [
         "DELETE FROM sessions WHERE device_no = $1",
         "DELETE FROM refresh_uses WHERE device_no = $1",

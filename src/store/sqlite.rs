@@ -4,6 +4,8 @@ use std::fs::OpenOptions;
 use std::ops::{Deref, DerefMut};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use futures_util::{FutureExt, TryStreamExt};
 use sqlx::migrate::Migrator;
@@ -14,8 +16,9 @@ use sqlx::sqlite::{
 use sqlx::{ConnectOptions, Connection, Either, Executor, Sqlite, SqliteConnection};
 
 use crate::config;
+use crate::store::error::migration_error;
 use crate::store::pool::{Lent, Pool, Terms};
-use crate::store::{OpenError, Result, StoreError, migration_error};
+use crate::store::{OpenError, Result, StoreError};
 use crate::telemetry::metrics::{Metrics, PoolName};
 
 pub(super) static MIGRATIONS: Migrator = sqlx::migrate!("migrations/sqlite");
@@ -37,6 +40,8 @@ pub(super) struct SqliteStore {
     pub(super) write: Pool<Sqlite>,
     pub(super) read: Pool<Sqlite>,
     pub(super) file: PathBuf,
+    /// Set once the file is no longer at its path: what is written then would be lost.
+    is_lost: Arc<AtomicBool>,
 }
 
 impl SqliteStore {
@@ -83,7 +88,7 @@ impl SqliteStore {
         write.tend().await.map_err(|StoreError(cause)| unusable(cause))?;
         let read = Pool::new(readers, (), terms(READERS), PoolName::Reader, metrics);
         read.tend().await.map_err(|StoreError(cause)| unusable(cause))?;
-        Ok(Self { write, read, file: path.to_owned() })
+        Ok(Self { write, read, file: path.to_owned(), is_lost: Arc::default() })
     }
 
     /// Starts a transaction that may write. It waits its turn, so it never meets another writer of this process.
@@ -95,6 +100,9 @@ impl SqliteStore {
 
     /// A transaction whose first text has to begin it.
     pub(super) async fn unbegun(&self) -> Result<Transaction> {
+        if self.is_lost.load(Ordering::Relaxed) {
+            return Err(sqlx::Error::Io(std::io::Error::other("its file was removed, replaced or overwritten")).into());
+        }
         Ok(Transaction { connection: self.write.get().await?, is_open: true })
     }
 
@@ -105,8 +113,31 @@ impl SqliteStore {
         Ok(())
     }
 
+    /// Writes nothing more, not even at the end.
+    pub(super) fn give_up(&self) {
+        self.is_lost.store(true, Ordering::Relaxed);
+        // SQLite folds its log back when the last connection closes, and the file may be somebody's backup by now. So the
+        // connections stay open until the process ends.
+        std::mem::forget((self.read.clone(), self.write.clone()));
+    }
+
+    /// The number that `PRAGMA application_id` keeps in the database.
+    pub(super) async fn mark(&self) -> Result<i32> {
+        Ok(sqlx::query_scalar("PRAGMA application_id").fetch_one(&mut *self.read.get().await?).await?)
+    }
+
+    /// Gives the database this number.
+    pub(super) async fn set_mark(&self, mark: i32) -> Result<()> {
+        let mut tx = self.begin().await?;
+        tx.run::<1>(sqlx::query(sqlx::AssertSqlSafe(format!("PRAGMA application_id = {mark}")))).await?;
+        tx.commit().await
+    }
+
     /// Waits for the running transactions and closes the files.
     pub(super) async fn close(&self) {
+        if self.is_lost.load(Ordering::Relaxed) {
+            return;
+        }
         self.read.close().await;
         self.write.close().await;
     }

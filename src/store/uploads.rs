@@ -45,8 +45,10 @@ pub struct Reservation {
     pub id: AttachmentId,
     /// Bytes.
     pub size: u64,
-    /// When it begins.
+    /// When it begins, as periods count.
     pub now: Timestamp,
+    /// From when on its age counts.
+    pub born: Timestamp,
     /// How much the account may upload.
     pub allowance: Allowance,
 }
@@ -54,6 +56,9 @@ pub struct Reservation {
 /// Uploads that share one commit.
 const UPLOADS: usize = 64;
 const DAY: Duration = Duration::from_hours(24);
+/// Nobody owes more than a day. What lies further ahead was written while a clock was wrong, and counts as nothing; the hour
+/// is for clocks that differ.
+const LONGEST_DEBT: Duration = Duration::from_hours(25);
 
 /// An account may have as many attachments as blocks of this size fit into its quota, and at least [`MIN_COUNT`].
 /// Otherwise a million attachments of a byte each would fill the disk without passing any quota.
@@ -139,7 +144,7 @@ impl Used {
         }
         if let Some(cost) = cost(upload) {
             let latest = upload.now + DAY - cost;
-            match self.paid_at {
+            match self.paid_at.filter(|paid_at| *paid_at <= upload.now + LONGEST_DEBT) {
                 Some(paid_at) if paid_at > latest => return Reserved::TooMuchToday(wait(paid_at, latest)),
                 paid_at => self.paid_at = Some(paid_at.unwrap_or(upload.now).max(upload.now) + cost),
             }

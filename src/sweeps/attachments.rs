@@ -49,7 +49,8 @@ struct State {
 
 /// A step of the sweep over attachments past their age.
 pub async fn remove_expired(app: App, walk: Arc<Walk>) -> Result<Round, SweepError> {
-    let (limit, now) = (app.config.attachments.cleanup_batch_size, app.clock.now());
+    let (limit, now) = (app.config.attachments.cleanup_batch_size, app.clock.earliest());
+    app.store.correct_attachments(now, app.clock.latest(), limit).await?;
     // An upload can be found this old when nobody has swept for long. The oldest of both lists are the same rows.
     let before = now - app.config.retention + Duration::from_secs(1);
     let unfinished = ids(&app.store.stale_reservations(before, walk.after(), limit).await?);
@@ -63,7 +64,7 @@ pub async fn remove_expired(app: App, walk: Arc<Walk>) -> Result<Round, SweepErr
 /// A step of the sweep over uploads that took far too long and left something.
 pub async fn remove_stale(app: App, walk: Arc<Walk>) -> Result<Round, SweepError> {
     let limit = app.config.attachments.cleanup_batch_size;
-    let before = app.clock.now() - app.config.attachments.timeout - UPLOAD_MARGIN;
+    let before = app.clock.earliest() - app.config.attachments.timeout - UPLOAD_MARGIN;
     let stale = app.store.stale_reservations(before, walk.after(), limit).await?;
     let deleted = app.blobs.discard(&ids(&stale)).await;
     conclude(&app, &walk, &stale, deleted, "stale uploads").await

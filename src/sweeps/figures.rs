@@ -20,7 +20,7 @@ const INVENTORY: Duration = Duration::from_mins(1);
 /// Looks at once, and then again and again.
 pub(super) async fn start(app: &App) {
     let since = Instant::now();
-    app.metrics.start_time.set((), app.clock.now().seconds());
+    app.metrics.start_time.set((), app.clock.wall().seconds());
     let _ = figures(app.clone(), since).await;
     every(app, Job::Figures, FIGURES, move |app| figures(app, since));
     every(app, Job::Inventory, INVENTORY, inventory);

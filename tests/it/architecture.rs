@@ -21,6 +21,7 @@ const MIDDLE: &[(&str, &[&str])] = &[
     ("memory", &[]),
     ("bus", &[]),
     ("disk", &[]),
+    ("files", &[]),
     ("rates", &[]),
     ("store", &[]),
     ("push", &["store", "bus"]),

@@ -157,6 +157,45 @@ async fn a_broken_database_is_named_and_left_alone() {
     assert!(std::fs::read_to_string(&file).unwrap() == text, "something was changed");
 }
 
+/// A new database in the place of the old one would say that there are no accounts.
+#[tokio::test]
+async fn a_folder_with_a_secret_or_attachments_and_no_database_is_refused_and_left_as_it_is() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().to_str().unwrap();
+    drop(Binary::start_embedded(folder.path(), &[]).await);
+    for file in ["obscura.db", "obscura.db-wal", "obscura.db-shm"] {
+        let _ = std::fs::remove_file(folder.path().join(file));
+    }
+    let sentence = refusal(&folder_options(path, &[]), &[]).await;
+    assert!(sentence.contains(path) && sentence.contains("a signing secret and no database"), "{sentence}");
+    assert!(sentence.contains("restore it from a backup") && sentence.contains("start over"), "{sentence}");
+    assert!(!folder.path().join("obscura.db").exists());
+
+    std::fs::remove_file(folder.path().join("jwt-secret")).unwrap();
+    std::fs::write(folder.path().join("attachments").join("one"), "ciphertext").unwrap();
+    let sentence = refusal(&folder_options(path, &[]), &[]).await;
+    assert!(sentence.contains("attachments and no database"), "{sentence}");
+}
+
+#[tokio::test]
+async fn a_start_that_failed_before_the_first_database_was_made_can_be_repeated() {
+    let folder = tempfile::tempdir().unwrap();
+    let taken = TcpListener::bind("127.0.0.1:0").unwrap();
+    let port = format!("--server-port={}", taken.local_addr().unwrap().port());
+    let path = folder.path().to_str().unwrap();
+    refusal(&["--data-dir", path, "--server-host=127.0.0.1", "--mgmt-port=0", &port], &[]).await;
+    assert!(folder.path().join("jwt-secret").exists());
+    Binary::start_embedded(folder.path(), &[]).await;
+}
+
+#[tokio::test]
+async fn a_missing_lock_file_does_no_harm() {
+    let folder = tempfile::tempdir().unwrap();
+    drop(Binary::start_embedded(folder.path(), &[]).await);
+    std::fs::remove_file(folder.path().join("obscura.db.lock")).unwrap();
+    Binary::start_embedded(folder.path(), &[]).await;
+}
+
 #[tokio::test]
 async fn two_servers_do_not_share_a_folder() {
     let folder = tempfile::tempdir().unwrap();

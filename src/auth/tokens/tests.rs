@@ -173,3 +173,14 @@ fn a_secret_is_known_by_the_hash_of_its_text() {
     assert_eq!(secret.hash(), OpaqueSecret::hash_of(secret.text()));
     assert_ne!(secret.hash(), OpaqueSecret::random().hash());
 }
+
+#[test]
+fn an_access_token_that_a_clock_far_ahead_has_made_is_refused() {
+    let made = |ahead: Duration| {
+        let expires_at = tokens().latest_access_expiry(NOW + ahead);
+        tokens().issue_access_token(UserId::random(), DeviceId::random(), expires_at)
+    };
+    let is_good = |token: String| tokens().verify_access_token(&token, NOW).is_some();
+    assert!(is_good(made(Duration::from_hours(48))), "clocks and lifetimes may differ");
+    assert!(!is_good(made(Duration::from_hours(49))));
+}

@@ -71,7 +71,7 @@ impl Apns {
         let Some(bearer) = self.bearer() else {
             return Pushed::Unavailable { cause: Cause::Credentials, retry_after: None };
         };
-        let expires_at = (self.clock.now() + self.ttl).seconds();
+        let expires_at = (self.clock.wall() + self.ttl).seconds();
         let request = self
             .client
             .post(format!("{}/3/device/{token}", self.endpoint))
@@ -86,7 +86,7 @@ impl Apns {
         let Ok(response) = request.send().await else {
             return Pushed::Unavailable { cause: Cause::NoAnswer, retry_after: None };
         };
-        let (status, wait) = (response.status(), http::retry_after(response.headers(), self.clock.now()));
+        let (status, wait) = (response.status(), http::retry_after(response.headers(), self.clock.wall()));
         if status.is_success() {
             return Pushed::Accepted;
         }
@@ -102,7 +102,7 @@ impl Apns {
         if let Some((token, _)) = kept.as_ref().filter(|(_, until)| *until > Instant::now()) {
             return Some(token.clone());
         }
-        let claims = json!({ "iss": self.team, "iat": self.clock.now().seconds() });
+        let claims = json!({ "iss": self.team, "iat": self.clock.wall().seconds() });
         let token = jsonwebtoken::encode(&self.header, &claims, &self.key).ok()?;
         let token = Secret::new(format!("bearer {token}"));
         *kept = Some((token.clone(), Instant::now() + TOKEN_LIFETIME));

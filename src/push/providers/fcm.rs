@@ -98,7 +98,7 @@ impl Fcm {
         let Ok(response) = request.send().await else {
             return Pushed::Unavailable { cause: Cause::NoAnswer, retry_after: None };
         };
-        let (status, wait) = (response.status(), http::retry_after(response.headers(), self.clock.now()));
+        let (status, wait) = (response.status(), http::retry_after(response.headers(), self.clock.wall()));
         if status.is_success() {
             return Pushed::Accepted;
         }
@@ -125,7 +125,7 @@ impl Fcm {
 
     async fn fetch(&self) -> Result<Granted, Pushed> {
         let unavailable = |cause, retry_after| Pushed::Unavailable { cause, retry_after };
-        let now = self.clock.now().seconds();
+        let now = self.clock.wall().seconds();
         let claims = json!({
             "iss": self.account.client_email,
             "scope": SCOPE,
@@ -142,7 +142,7 @@ impl Fcm {
             // A JWT has no character that a form would have to escape.
             .body(format!("{GRANT}{assertion}"));
         let response = request.send().await.map_err(|_| unavailable(Cause::NoAnswer, None))?;
-        let (status, wait) = (response.status(), http::retry_after(response.headers(), self.clock.now()));
+        let (status, wait) = (response.status(), http::retry_after(response.headers(), self.clock.wall()));
         if status.is_server_error() || status == StatusCode::TOO_MANY_REQUESTS {
             return Err(unavailable(Cause::Busy, wait));
         }

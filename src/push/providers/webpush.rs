@@ -60,7 +60,7 @@ impl WebPush {
         let Some(endpoint) = self.allowed.endpoint(&subscription.endpoint) else { return refused };
         let Ok(sealed) = sealing::seal(TEXT, subscription) else { return refused };
         let contact = self.contact.as_deref();
-        let Some(authorization) = self.key.authorization(&endpoint.origin, contact, self.clock.now()) else {
+        let Some(authorization) = self.key.authorization(&endpoint.origin, contact, self.clock.wall()) else {
             return refused;
         };
         let request = self
@@ -75,7 +75,7 @@ impl WebPush {
             .body(sealed);
         // The body of the answer is never read.
         let Ok(response) = request.send().await else { return refused };
-        let retry_after = http::retry_after(response.headers(), self.clock.now());
+        let retry_after = http::retry_after(response.headers(), self.clock.wall());
         match response.status() {
             status if status.is_success() => Pushed::Accepted,
             // What a push service says of a subscription that has ended. The URL belongs to one device alone.

@@ -170,6 +170,7 @@ pub(super) static TABLES: &[Table] = &[
         ],
     ),
     table("server_keys", 1, &[text("name"), bytes("secret")]),
+    table("server_time", 1, &[bigint("id"), bigint("seen_at"), bytes("database_id"), bigint("confirmations")]),
     table(
         "messages",
         2,

@@ -5,7 +5,7 @@ use std::time::Duration;
 use crate::model::ids::AttachmentId;
 use crate::store::attachments::{PENDING, STORED};
 use crate::store::database::{Tx, on, run};
-use crate::store::uploads::{DAY, Reservation, Reserved, Used, began, cost, wait, whole};
+use crate::store::uploads::{DAY, LONGEST_DEBT, Reservation, Reserved, Used, began, cost, wait, whole};
 use crate::store::{Result, devices};
 
 pub(super) async fn reserve(mut tx: Tx, upload: Reservation) -> Result<Reserved> {
@@ -29,7 +29,7 @@ async fn admit(tx: &mut Tx, upload: &Reservation) -> Result<Reserved> {
     }
     let statement = "INSERT INTO attachments (id, user_id, size, stored, created_at) VALUES ($1, $2, $3, $4, $5)";
     let Reservation { user, id, .. } = *upload;
-    let (size, created_at) = (whole(upload.size), began(upload.now));
+    let (size, created_at) = (whole(upload.size), began(upload.born));
     run!(tx, sqlx::query(statement).bind(id).bind(user).bind(size).bind(PENDING).bind(created_at))?;
     Ok(Reserved::Yes)
 }
@@ -39,11 +39,16 @@ async fn charge(tx: &mut Tx, upload: &Reservation) -> Result<Option<Duration>> {
     let Some(cost) = cost(upload) else { return Ok(None) };
     let statement = "INSERT INTO upload_debts (user_id, paid_at) VALUES ($1, $2 + $3)
          ON CONFLICT (user_id) DO UPDATE
-         SET paid_at = CASE WHEN upload_debts.paid_at > $2 THEN upload_debts.paid_at ELSE $2 END + $3
-         WHERE upload_debts.paid_at <= $4";
+         SET paid_at = CASE WHEN upload_debts.paid_at > $2 AND upload_debts.paid_at <= $5 THEN upload_debts.paid_at \
+             ELSE $2 END + $3
+         WHERE upload_debts.paid_at <= $4 OR upload_debts.paid_at > $5";
     let cost_millis = i64::try_from(cost.as_millis()).expect("at most a day");
-    let latest = upload.now + DAY - cost;
-    if run!(tx, sqlx::query(statement).bind(upload.user).bind(upload.now).bind(cost_millis).bind(latest))? == 1 {
+    let (latest, absurd) = (upload.now + DAY - cost, upload.now + LONGEST_DEBT);
+    let charged = run!(
+        tx,
+        sqlx::query(statement).bind(upload.user).bind(upload.now).bind(cost_millis).bind(latest).bind(absurd)
+    )?;
+    if charged == 1 {
         return Ok(None);
     }
     let statement = "SELECT paid_at FROM upload_debts WHERE user_id = $1";

@@ -90,9 +90,9 @@ fn completion(text: &'static str, ids: &[AttachmentId]) -> Query<'static, Sqlite
 /// disk.
 fn beginning(uploads: &[&Reservation], used: &HashMap<UserId, Used>) -> Query<'static, Sqlite, SqliteArguments> {
     let (mut ids, mut rows, mut debts) = (Vec::new(), Vec::new(), HashMap::new());
-    for Reservation { user, id, size, now, .. } in uploads {
+    for Reservation { user, id, size, born, .. } in uploads {
         let offset = ids.len() + 1;
-        rows.push(format!("[{offset},{},{}]", whole(*size), began(*now).millis()));
+        rows.push(format!("[{offset},{},{}]", whole(*size), began(*born).millis()));
         ids.extend_from_slice(id.as_bytes());
         ids.extend_from_slice(user.as_bytes());
         if let Some(paid_at) = used.get(user).and_then(|used| used.paid_at) {

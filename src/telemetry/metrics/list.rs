@@ -178,6 +178,8 @@ metrics! {
             "Accounts removed because they were not used: see `--account-idle-days` and `--account-unused-days`.",
         tasks_died: Counter = "obscura.tasks.died" "{task}"
             "Background tasks that ended too early, a defect; the server stops after the first.",
+        clock_ahead: Gauge = "obscura.clock.ahead" "s"
+            "By how much the clock of the machine is ahead of the time that the server trusts; below 0 when it is behind. 0 while it is not in doubt.",
         disk_free: Gauge = "obscura.disk.free" "By"
             "What is free on the disk of the data folder. Not there without one, or with `--disk-reserve-bytes=0`.",
         room: Gauge = "obscura.disk.room" "{level}"

@@ -144,6 +144,12 @@ impl Binary {
         Self::launch(self.layout.clone(), options, &[], targets).await
     }
 
+    /// The same with these environment variables.
+    pub async fn start_again_with(&self, options: &[&str], variables: &[(&str, &str)]) -> Self {
+        let targets = (self.target.clone(), self.management.clone());
+        Self::launch(self.layout.clone(), options, variables, targets).await
+    }
+
     /// A new process with these options, on whatever they name, after this one has ended. Clients made before go on with
     /// the new one.
     pub async fn start_elsewhere(&self, layout: Vec<String>) -> Self {

@@ -112,14 +112,14 @@ impl Database {
         everything
     }
 
-    /// The names of all tables but the one of the repeated jobs, which goes on by itself.
+    /// The names of all tables but those of the repeated jobs and of the time, which go on by themselves.
     async fn tables(&self) -> Vec<String> {
         let query = match self {
             Self::Sqlite(_) => {
-                "SELECT name FROM sqlite_master WHERE type = 'table' AND name NOT LIKE 'sqlite_%' ORDER BY name"
+                "SELECT name FROM sqlite_master WHERE type = 'table' AND name NOT LIKE 'sqlite_%' AND name <> 'server_time' ORDER BY name"
             }
             Self::Postgres(_) => {
-                "SELECT tablename::text FROM pg_tables WHERE schemaname = 'public' AND tablename <> 'jobs' ORDER BY 1"
+                "SELECT tablename::text FROM pg_tables WHERE schemaname = 'public' AND tablename NOT IN ('jobs', 'server_time') ORDER BY 1"
             }
         };
         on!(self, |pool| sqlx::query_scalar(query).fetch_all(pool).await).expect("the tables")

@@ -20,7 +20,14 @@ fn quota(quota_bytes: u64) -> Allowance {
 async fn pending(store: &Store, at: Timestamp) -> AttachmentId {
     let id = AttachmentId::random();
     let reserved = store
-        .reserve_attachment(Reservation { user: UserId::random(), id, size: 100, now: at, allowance: quota(NO_QUOTA) })
+        .reserve_attachment(Reservation {
+            user: UserId::random(),
+            id,
+            size: 100,
+            now: at,
+            born: at,
+            allowance: quota(NO_QUOTA),
+        })
         .await
         .unwrap();
     assert_eq!(reserved, Reserved::Yes);
@@ -35,13 +42,22 @@ async fn stored(store: &Store, at: Timestamp) -> AttachmentId {
 
 async fn reserve(store: &Store, user: UserId, size: u64, bytes: u64) -> (AttachmentId, Reserved) {
     let id = AttachmentId::random();
-    (id, store.reserve_attachment(Reservation { user, id, size, now: NOW, allowance: quota(bytes) }).await.unwrap())
+    (
+        id,
+        store
+            .reserve_attachment(Reservation { user, id, size, now: NOW, born: NOW, allowance: quota(bytes) })
+            .await
+            .unwrap(),
+    )
 }
 
 /// What becomes of an upload of an account that may upload 1000 bytes a day.
 async fn upload(store: &Store, user: UserId, size: u64, at: Timestamp) -> Reserved {
     let allowance = Allowance { quota_bytes: NO_QUOTA, bytes_per_day: 1000 };
-    store.reserve_attachment(Reservation { user, id: AttachmentId::random(), size, now: at, allowance }).await.unwrap()
+    store
+        .reserve_attachment(Reservation { user, id: AttachmentId::random(), size, now: at, born: at, allowance })
+        .await
+        .unwrap()
 }
 
 fn ids(ages: &[AttachmentAge]) -> Vec<AttachmentId> {
@@ -134,7 +150,7 @@ async fn an_upload_that_came_to_nothing_counts_against_the_day() {
     let (store, user, id) = (TestStore::open().await, UserId::random(), AttachmentId::random());
     let allowance = Allowance { quota_bytes: 1000, bytes_per_day: 1000 };
     assert_eq!(
-        store.reserve_attachment(Reservation { user, id, size: 1000, now: NOW, allowance }).await.unwrap(),
+        store.reserve_attachment(Reservation { user, id, size: 1000, now: NOW, born: NOW, allowance }).await.unwrap(),
         Reserved::Yes
     );
     store.forget_attachments(&[id]).await.unwrap();
@@ -191,6 +207,22 @@ async fn what_counts_no_more_is_forgotten_in_steps() {
     assert_eq!(store.expire_upload_debts(noon, 2).await.unwrap(), 2);
     assert_eq!(store.expire_upload_debts(noon, 2).await.unwrap(), 1);
     assert_eq!(upload(&store, user, 501, noon).await, Reserved::TooMuchToday(Duration::from_millis(86_400)));
+}
+
+/// By a clock that was forty days ahead.
+#[tokio::test]
+async fn beginnings_and_debts_in_the_future_count_as_now_and_as_nothing() {
+    let store = TestStore::open_with(|limits| limits.retention = DAY).await;
+    let ahead = NOW + 40 * DAY;
+    let id = stored(&store, ahead).await;
+    assert_eq!(store.correct_attachments(NOW, ahead, 10).await.unwrap(), 0, "the clock is in doubt");
+    assert_eq!(store.correct_attachments(NOW, NOW, 10).await.unwrap(), 1);
+    assert_eq!(store.expired_attachments(NOW + DAY, None, 10).await.unwrap(), [AttachmentAge { created_at: NOW, id }]);
+
+    let user = UserId::random();
+    assert_eq!(upload(&store, user, 1000, ahead).await, Reserved::Yes);
+    assert_eq!(upload(&store, user, 900, NOW).await, Reserved::Yes);
+    assert!(matches!(upload(&store, user, 200, NOW).await, Reserved::TooMuchToday(_)), "today still counts");
 }
 
 #[tokio::test]

@@ -17,7 +17,14 @@ async fn everything_that_is_kept_is_counted() {
     for size in [100, 30] {
         let allowance = Allowance { quota_bytes: 0, bytes_per_day: 0 };
         store
-            .reserve_attachment(Reservation { user: alice.user, id: AttachmentId::random(), size, now: NOW, allowance })
+            .reserve_attachment(Reservation {
+                user: alice.user,
+                id: AttachmentId::random(),
+                size,
+                now: NOW,
+                born: NOW,
+                allowance,
+            })
             .await
             .unwrap();
     }

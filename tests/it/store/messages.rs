@@ -199,7 +199,7 @@ async fn expired_messages_are_swept_in_steps_and_no_others() {
     let then = NOW + RETENTION + Duration::from_mins(6);
     let mut steps = Vec::new();
     loop {
-        let step = store.expire_messages(then, 3).await.unwrap();
+        let step = store.expire_messages(then, then, 3).await.unwrap();
         steps.push(step.deleted);
         if !step.more {
             break;
@@ -209,7 +209,7 @@ async fn expired_messages_are_swept_in_steps_and_no_others() {
     assert!(steps.iter().all(|deleted| *deleted <= 3), "{steps:?}");
     assert_eq!(store.database().await.number("SELECT count(*) FROM messages").await, 3);
     assert_eq!(bodies(&inbox(&store, &bob, then).await), ["7", "8", "9"]);
-    assert_eq!(store.expire_messages(then, 3).await.unwrap().deleted, 0);
+    assert_eq!(store.expire_messages(then, then, 3).await.unwrap().deleted, 0);
 }
 
 #[tokio::test]
@@ -219,7 +219,7 @@ async fn a_clock_that_was_wrong_for_a_while_costs_no_mail() {
     store.settle(&[to(&alice, &bob, "before")], &[], NOW).await.unwrap();
     store.settle(&[to(&alice, &bob, "in 1970")], &[], Timestamp::from_seconds(60)).await.unwrap();
     store.settle(&[to(&alice, &bob, "after")], &[], NOW).await.unwrap();
-    assert_eq!(store.expire_messages(NOW, 100).await.unwrap().deleted, 1);
+    assert_eq!(store.expire_messages(NOW, NOW, 100).await.unwrap().deleted, 1);
     assert_eq!(bodies(&inbox(&store, &bob, NOW).await), ["before", "after"]);
 }
 

@@ -14,4 +14,5 @@ mod prekeys;
 mod pushes;
 mod sessions;
 mod support;
+mod time;
 mod usage;

@@ -244,7 +244,7 @@ async fn every_log_out_begins_a_new_epoch() {
     let store = TestStore::open().await;
     let alice = store.account().await;
     for (void_to, expected) in
-        [(VOID_TO, VOID_TO), (VOID_TO, VOID_TO + 1), (5, VOID_TO + 2), (VOID_TO + 9, VOID_TO + 9)]
+        [(VOID_TO, VOID_TO), (VOID_TO, VOID_TO + 1), (VOID_TO - 900, VOID_TO + 2), (VOID_TO + 9, VOID_TO + 9)]
     {
         store.log_out(alice.no, void_to).await.unwrap();
         assert_eq!(store.epoch(alice.no).await.unwrap(), Some(expected));
@@ -311,11 +311,12 @@ async fn the_sweeps_forget_what_has_expired_a_batch_at_a_time() {
     let store = TestStore::open().await;
     let people = [store.account().await, store.account().await, store.account().await];
     let end = people[0].session().expires_at;
+    let far = end + Duration::from_hours(24);
     let alive = SessionGrant { expires_at: end + SECOND, ..grant(NOW) };
     store.log_in(people[2].user, people[2].device, &alive).await.unwrap();
-    assert_eq!(store.expire_sessions(end - MILLISECOND, 10).await.unwrap(), 0);
-    assert_eq!(store.expire_sessions(end, 1).await.unwrap(), 1);
-    assert_eq!(store.expire_sessions(end, 10).await.unwrap(), 1);
+    assert_eq!(store.expire_sessions(end - MILLISECOND, far, 10).await.unwrap(), 0);
+    assert_eq!(store.expire_sessions(end, far, 1).await.unwrap(), 1);
+    assert_eq!(store.expire_sessions(end, far, 10).await.unwrap(), 1);
     store.rotated(&alive, end).await;
 
     let no = people[0].no;

@@ -1,0 +1,63 @@
+//! The newest time that was seen, remembered for the next start, and the clock of the database server as a witness.
+
+use std::time::Duration;
+
+use sqlx::FromRow;
+
+use crate::clock::Timestamp;
+use crate::store::database::{reading, run};
+use crate::store::{Result, Store};
+
+/// Times are remembered in steps of this.
+const STEP: Duration = Duration::from_mins(1);
+
+/// What the database knows about the time.
+#[derive(Clone, Debug, PartialEq, Eq, FromRow)]
+pub struct Seen {
+    /// The newest time that any node has remembered, in whole minutes.
+    #[sqlx(rename = "seen_at")]
+    pub at: Timestamp,
+    /// Random; another one is another database.
+    pub database_id: Vec<u8>,
+    /// How often the time was set by [`Store::set_time`], by which it may have gone back.
+    pub confirmations: i64,
+    /// What time the database server has. SQLite has no clock of its own.
+    pub server: Option<Timestamp>,
+}
+
+impl Store {
+    /// What the database knows about the time; `None` if it has never been told.
+    pub async fn seen_time(&self) -> Result<Option<Seen>> {
+        let server = match self.is_our_own() {
+            true => "NULL",
+            false => "CAST(EXTRACT(EPOCH FROM clock_timestamp()) * 1000 AS BIGINT)",
+        };
+        let statement = format!("SELECT seen_at, database_id, confirmations, {server} AS server FROM server_time");
+        reading!(self, |db| sqlx::query_as(sqlx::AssertSqlSafe(statement.as_str())).fetch_optional(db))
+    }
+
+    /// Remembers that it is `now`, unless a later time is remembered. The first call gives the database its id.
+    pub async fn remember_time(&self, now: Timestamp) -> Result<()> {
+        let statement = "INSERT INTO server_time (id, seen_at, database_id, confirmations) VALUES (1, $1, $2, 0) \
+                         ON CONFLICT (id) DO UPDATE SET seen_at = excluded.seen_at \
+                         WHERE server_time.seen_at < excluded.seen_at";
+        self.write_time(statement, now).await
+    }
+
+    /// Sets the remembered time, also back. Every node whose clock says the same then believes its clock.
+    pub async fn set_time(&self, now: Timestamp) -> Result<()> {
+        let statement = "INSERT INTO server_time (id, seen_at, database_id, confirmations) VALUES (1, $1, $2, 1) \
+                         ON CONFLICT (id) DO UPDATE SET seen_at = excluded.seen_at, \
+                         confirmations = server_time.confirmations + 1";
+        self.write_time(statement, now).await
+    }
+
+    async fn write_time(&self, statement: &'static str, now: Timestamp) -> Result<()> {
+        let minute = STEP.as_millis() as i64;
+        let now = Timestamp::from_millis(now.millis().div_euclid(minute) * minute);
+        let id: [u8; 16] = rand::random();
+        let mut tx = self.begin().await?;
+        run!(&mut tx, sqlx::query(statement).bind(now).bind(&id[..]))?;
+        tx.commit().await
+    }
+}

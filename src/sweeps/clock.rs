@@ -1,0 +1,198 @@
+//! The clock is compared with what the database knows about the time, and a doubt about it is ended: by the wall clock, which
+//! is right again; by the operator; or by a day in which nobody objected.
+
+use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use tokio::time::Instant;
+use tracing::{error, info, warn};
+
+use crate::app::App;
+use crate::clock::Timestamp;
+use crate::store::{Seen, StoreError};
+use crate::tasks::Round;
+
+/// Pause between two comparisons.
+pub(super) const PERIOD: Duration = Duration::from_secs(10);
+/// How often the time is remembered. Each time is a small commit.
+const REMEMBERING: Duration = Duration::from_mins(1);
+/// How often a doubt is logged.
+const REMINDING: Duration = Duration::from_hours(1);
+/// After so long a wall clock that nothing speaks against is believed.
+const LONGEST_DOUBT: Duration = Duration::from_hours(24);
+/// A remembered time that is so near to the wall clock confirms it: it was set by the operator, or by nodes whose clocks are
+/// not in doubt.
+const CONFIRMED_WITHIN: Duration = Duration::from_mins(5);
+/// The clock of the database server may differ by this much without a word.
+const SERVER_DIFFERS: Duration = Duration::from_mins(5);
+/// What speaks against a wall clock after a day of doubt.
+const SERVER_OBJECTS: Duration = Duration::from_hours(1);
+
+/// What is kept between two comparisons.
+#[derive(Default)]
+pub(super) struct Watch(Mutex<State>);
+
+#[derive(Default)]
+struct State {
+    /// What the database said last.
+    seen: Option<Seen>,
+    remembered: Option<Instant>,
+    doubted_since: Option<Instant>,
+    reminded: Option<Instant>,
+    is_server_told: bool,
+}
+
+/// How a doubt goes on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Verdict {
+    Confirmed,
+    Accepted,
+    Doubtful,
+}
+
+/// Compares once.
+pub(super) async fn compare(app: &App, watch: &Watch) -> Result<Round, StoreError> {
+    let Some(seen) = app.store.seen_time().await? else { return lose(app) };
+    let is_other = watch.state().seen.as_ref().is_some_and(|last| last.database_id != seen.database_id);
+    if is_other {
+        return lose(app);
+    }
+    watch.notice_steps_back(&seen);
+    let is_accepted = watch.judge(app, &seen);
+    app.clock.follow();
+    let ahead = app.clock.doubt().unwrap_or_default();
+    app.metrics.clock_ahead.set((), ahead / 1000);
+    if is_accepted {
+        app.store.set_time(app.clock.now()).await?;
+    } else if watch.state().remembered.is_none_or(|last| last.elapsed() >= REMEMBERING) {
+        app.store.remember_time(app.clock.now()).await?;
+        watch.state().remembered = Some(Instant::now());
+    }
+    Ok(Round::Done)
+}
+
+/// Another database is no part of this server: what was accepted is elsewhere.
+fn lose(app: &App) -> Result<Round, StoreError> {
+    if !app.files.are_lost() {
+        error!(
+            "another database answers at the address of --db-url than at the start; nothing more is accepted, and the \
+             server stops: let the address lead to the right database, then start it again"
+        );
+        app.store.give_up();
+        app.files.lose();
+    }
+    Ok(Round::Done)
+}
+
+impl Watch {
+    /// No code panics while it holds this.
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The remembered time only goes back when somebody sets it, or when the database is replaced by an older state.
+    fn notice_steps_back(&self, seen: &Seen) {
+        let mut state = self.state();
+        let went_back = |last: &Seen| seen.at + CONFIRMED_WITHIN < last.at && seen.confirmations <= last.confirmations;
+        if state.seen.as_ref().is_some_and(went_back) {
+            error!(
+                "the database is in an older state than before, as after a restore or a failover that lost something; stop \
+                 all nodes and run `obscura-server after-restore`, or one-time prekeys may be handed out twice"
+            );
+        }
+        state.seen = Some(seen.clone());
+    }
+
+    /// Returns true if the wall clock was accepted against the remembered time.
+    fn judge(&self, app: &App, seen: &Seen) -> bool {
+        let (mut state, wall) = (self.state(), app.clock.wall());
+        let Some(ahead) = app.clock.doubt() else {
+            if state.doubted_since.take().is_some() {
+                info!("the clock of this machine is no longer in doubt");
+            }
+            state.reminded = None;
+            state.compare_with_server(seen, wall);
+            return false;
+        };
+        let since = *state.doubted_since.get_or_insert_with(Instant::now);
+        match verdict(wall, seen, since.elapsed()) {
+            Verdict::Doubtful => {
+                if state.reminded.is_none_or(|last| last.elapsed() >= REMINDING) {
+                    state.reminded = Some(Instant::now());
+                    let (hours, direction) =
+                        (ahead.unsigned_abs() / 3_600_000, if ahead > 0 { "ahead of" } else { "behind" });
+                    warn!(
+                        hours,
+                        "the clock of this machine is {direction} the time that the server trusts, so nothing is deleted or \
+                         hidden for its age by it: set the clock, or, if it is right, run `obscura-server confirm-clock` \
+                         (docs/OPERATIONS.md, A clock in doubt)"
+                    );
+                }
+                false
+            }
+            verdict => {
+                app.clock.believe();
+                state.doubted_since = None;
+                state.reminded = None;
+                match verdict {
+                    Verdict::Accepted => warn!("the clock of this machine was in doubt for a day and is believed now"),
+                    _ => info!("the clock of this machine was confirmed"),
+                }
+                verdict == Verdict::Accepted
+            }
+        }
+    }
+}
+
+impl State {
+    fn compare_with_server(&mut self, seen: &Seen, wall: Timestamp) {
+        let differs = seen.server.is_some_and(|server| !is_near(server, wall, SERVER_DIFFERS));
+        if differs && !self.is_server_told {
+            warn!("the clocks of this machine and of the database server differ by more than five minutes; set both");
+        }
+        self.is_server_told = differs;
+    }
+}
+
+fn verdict(wall: Timestamp, seen: &Seen, doubted_for: Duration) -> Verdict {
+    if is_near(seen.at, wall, CONFIRMED_WITHIN) {
+        Verdict::Confirmed
+    } else if doubted_for >= LONGEST_DOUBT && seen.server.is_none_or(|server| is_near(server, wall, SERVER_OBJECTS)) {
+        Verdict::Accepted
+    } else {
+        Verdict::Doubtful
+    }
+}
+
+fn is_near(one: Timestamp, other: Timestamp, limit: Duration) -> bool {
+    u128::from(one.millis().abs_diff(other.millis())) <= limit.as_millis()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const NOW: Timestamp = Timestamp::from_seconds(1_800_000_000);
+    const MINUTE: Duration = Duration::from_mins(1);
+    const DAY: Duration = Duration::from_hours(24);
+
+    fn seen(at: Timestamp, server: Option<Timestamp>) -> Seen {
+        Seen { at, database_id: Vec::new(), confirmations: 0, server }
+    }
+
+    #[test]
+    fn a_doubt_ends_by_a_confirmation_or_after_a_day_in_which_the_database_server_agrees() {
+        let old = NOW - 40 * DAY;
+        for (seen, doubted_for, expected) in [
+            (seen(old, None), DAY - MINUTE, Verdict::Doubtful),
+            (seen(old, None), DAY, Verdict::Accepted),
+            (seen(NOW - 2 * MINUTE, None), MINUTE, Verdict::Confirmed),
+            (seen(NOW - 6 * MINUTE, None), MINUTE, Verdict::Doubtful),
+            (seen(old, Some(NOW)), MINUTE, Verdict::Doubtful),
+            (seen(old, Some(NOW)), DAY, Verdict::Accepted),
+            (seen(old, Some(old)), 3 * DAY, Verdict::Doubtful),
+        ] {
+            assert_eq!(verdict(NOW, &seen, doubted_for), expected, "{seen:?}, {doubted_for:?}");
+        }
+    }
+}

@@ -1,0 +1,92 @@
+//! The files of an embedded server are compared with their paths every two seconds, and marked every minute.
+
+use std::time::Duration;
+
+use tokio::time::{Instant, sleep};
+use tracing::{debug, error, warn};
+
+use crate::app::App;
+use crate::files::Lost;
+use crate::store::StoreError;
+
+/// Pause between two comparisons.
+const PERIOD: Duration = Duration::from_secs(2);
+/// How often the database gets a new mark. One mark is one small commit.
+const MARKING: Duration = Duration::from_mins(1);
+/// Longest wait for the comparison at the end, when the disk may be what is wrong.
+const AT_THE_END: Duration = Duration::from_secs(2);
+
+/// Starts the comparisons, with a first mark. Does nothing without files.
+pub(super) async fn start(app: &App) {
+    if !app.files.are_watched() {
+        return;
+    }
+    if let Err(error) = mark(app).await {
+        warn!(%error, "the database can't be marked yet");
+    }
+    app.tasks.spawn("files", run(app.clone()));
+}
+
+async fn run(app: App) {
+    let mut mark_at = Instant::now() + MARKING;
+    loop {
+        tokio::select! {
+            () = app.tasks.stopping() => return,
+            () = sleep(PERIOD) => {}
+        }
+        // The disk is waited for as long as it takes, and never by two at a time.
+        tokio::select! {
+            () = app.tasks.stopping() => return,
+            found = look(&app) => if found {
+                // The server answers for a little while, and then stops: `Server::failed`.
+                return app.tasks.stopping().await;
+            },
+        }
+        if mark_at <= Instant::now() {
+            mark_at = Instant::now() + MARKING;
+            if let Err(error) = mark(&app).await {
+                debug!(%error, "the database can't be marked");
+            }
+        }
+    }
+}
+
+/// The last comparison before the database is closed. A server whose files are lost must not end well.
+pub async fn look_at_files(app: &App) {
+    if tokio::time::timeout(AT_THE_END, look(app)).await.is_err() {
+        warn!("the disk didn't answer when the files of the server were looked at");
+    }
+}
+
+/// Returns true if something is lost. Nothing is stored from then on.
+async fn look(app: &App) -> bool {
+    if !app.files.are_watched() || app.files.are_lost() {
+        return app.files.are_lost();
+    }
+    match compare(app).await {
+        Ok(()) => false,
+        Err(lost) => {
+            app.store.give_up();
+            error!("{lost}");
+            true
+        }
+    }
+}
+
+async fn compare(app: &App) -> Result<(), Lost> {
+    let files = app.files.clone();
+    let looked = tokio::task::spawn_blocking(move || files.look()).await;
+    looked.unwrap_or_else(|panicked| std::panic::resume_unwind(panicked.into_panic()))?;
+    match app.store.mark().await {
+        Ok(Some(mark)) => app.files.compare_mark(mark),
+        // What can't be read is told by whatever needs it.
+        Ok(None) | Err(_) => Ok(()),
+    }
+}
+
+async fn mark(app: &App) -> Result<(), StoreError> {
+    let Some(mark) = app.files.next_mark() else { return Ok(()) };
+    app.store.set_mark(mark).await?;
+    app.files.confirm_mark();
+    Ok(())
+}
