@@ -11,10 +11,9 @@ use crate::clock::Clock;
 use crate::config::Config;
 use crate::disk::Disk;
 use crate::files::Files;
+use crate::limits::Limits;
 use crate::mailroom::Mailroom;
-use crate::memory::Budget;
 use crate::push::Push;
-use crate::rates::Rates;
 use crate::store::Store;
 use crate::tasks::Tasks;
 use crate::telemetry::metrics::Metrics;
@@ -58,12 +57,8 @@ pub struct Parts {
     pub passwords: Passwords,
     /// Makes and checks tokens.
     pub tokens: Tokens,
-    /// The memory that the bodies of all requests may take.
-    pub bodies: Budget,
-    /// The memory that the large frames of all sockets may take.
-    pub frames: Budget,
-    /// How often accounts may do what.
-    pub rates: Rates,
+    /// How often and how much addresses and accounts may.
+    pub limits: Limits,
     /// Whether there is room to grow.
     pub disk: Disk,
     /// What time it is.

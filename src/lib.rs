@@ -16,10 +16,9 @@ pub mod blobs;
 pub mod bus;
 pub mod disk;
 pub mod files;
+pub mod limits;
 pub mod mailroom;
-pub mod memory;
 pub mod push;
-pub mod rates;
 pub mod store;
 
 // Entrances: what starts work.

@@ -11,7 +11,6 @@ use tracing::{debug, error, info, warn};
 
 use crate::api::connections::Connections;
 use crate::api::health::Health;
-use crate::api::limits::Limits;
 use crate::api::{self, management};
 use crate::app::{App, Parts};
 use crate::auth::passwords::Passwords;
@@ -22,11 +21,10 @@ use crate::clock::{Clock, EARLIEST};
 use crate::config::{self, Config};
 use crate::disk::Disk;
 use crate::files::{self, Files, Lock};
+use crate::limits::Limits;
 use crate::listener::{self, Patience};
 use crate::mailroom::{Mailroom, Waking};
-use crate::memory::Budget;
 use crate::push::Push;
-use crate::rates::Rates;
 use crate::store::{self, Store};
 use crate::sweeps;
 use crate::tasks::{Tasks, jittered};
@@ -35,10 +33,6 @@ use crate::telemetry::metrics::{Metrics, Port};
 
 /// Connections to the management port: a few probes, never the public.
 const MANAGEMENT_CONNECTIONS: usize = 64;
-/// Memory for the bodies of all requests at once.
-const BODIES_KIB: usize = 128 << 10;
-/// Memory for the large frames of all sockets at once.
-const FRAMES_KIB: usize = 64 << 10;
 /// How long a server whose files are lost still answers, so that clients get a 503 and probes see why.
 const LAST_ANSWERS: Duration = Duration::from_secs(5);
 /// The first pause before a database that isn't there is tried again; it doubles up to [`LONGEST_WAIT`].
@@ -243,9 +237,7 @@ async fn open(
             config.auth.access_token_lifetime,
             config.auth.refresh_token_lifetime,
         ),
-        bodies: Budget::new(BODIES_KIB),
-        frames: Budget::new(FRAMES_KIB),
-        rates: Rates::new(&config.account_rates),
+        limits: Limits::new(&config.rate_limits, &config.account_rates, api::largest_guest_body(&config)),
         disk: Disk::new(
             config.database.file().and_then(Path::parent).map(Path::to_owned),
             config.disk_reserve_bytes,
@@ -261,16 +253,14 @@ async fn open(
 
 async fn serve_clients(app: &App, api: TcpSocket) -> Result<()> {
     let server = &app.config.server;
-    let limits = Limits::new(&app.config.rate_limits, server.trusted_proxies.clone());
     let connections = Connections::new(
         listener::connections_that_fit(server.max_connections),
         server.max_connections_per_address,
-        server.trusted_proxies.clone(),
+        Some(server.clone()),
     );
-    let forgetful = limits.clone();
-    sweeps::start(app, move || forgetful.sweep()).await;
+    sweeps::start(app).await;
     let api = listen(api)?;
-    let router = api::router(app.clone(), &limits);
+    let router = api::router(app.clone());
     app.tasks.spawn(
         "api",
         listener::serve(
@@ -287,7 +277,7 @@ async fn serve_clients(app: &App, api: TcpSocket) -> Result<()> {
 
 fn serve_probes(management: TcpListener, health: &Health, telemetry: &Telemetry, config: &Config, probes: &Tasks) {
     let router = management::router(health.clone(), telemetry.metrics.clone());
-    let few = Connections::new(MANAGEMENT_CONNECTIONS, MANAGEMENT_CONNECTIONS, Vec::new());
+    let few = Connections::new(MANAGEMENT_CONNECTIONS, MANAGEMENT_CONNECTIONS, None);
     probes.spawn(
         "management",
         listener::serve(

@@ -37,9 +37,7 @@ const STALE_UPLOADS: Duration = Duration::from_mins(5);
 
 /// Removes what the last run of the server left unfinished, then starts the repeated jobs. Call it before the first
 /// request comes in: it takes every upload that is under way for an interrupted one.
-///
-/// `forget_clients` drops what the rate limiter no longer needs.
-pub async fn start(app: &App, forget_clients: impl Fn() + Send + 'static) {
+pub async fn start(app: &App) {
     attachments::remove_interrupted(app).await;
 
     let config = &app.config;
@@ -69,10 +67,6 @@ pub async fn start(app: &App, forget_clients: impl Fn() + Send + 'static) {
     }
     every(app, Job::Room, ROOM, room_to_grow);
     every(app, Job::Connections, CONNECTIONS, database_connections);
-    every(app, Job::Clients, SHORT_LIVED, move |_| {
-        forget_clients();
-        std::future::ready(Ok::<_, StoreError>(Round::Done))
-    });
     files::start(app).await;
     let watch = Arc::new(clock::Watch::default());
     every(app, Job::Clock, clock::PERIOD, move |app| {

@@ -28,6 +28,7 @@ const SERVER_OPTIONS: &[&str] = &[
     "--account-rate-limit-per-second=0",
     "--target-rate-limit-per-second=0",
     "--prekey-fetches-per-hour=0",
+    "--one-time-prekeys-per-hour=0",
     "--server-max-connections=100000",
     "--server-max-connections-per-address=100000",
     "--auth-max-devices-per-user=100",

@@ -1,96 +1,51 @@
-//! How many connections there may be at a time: in all, and from one client.
+//! How many connections there may be at a time: in all, from one client, and from neighbours.
 
-use std::collections::HashMap;
 use std::net::IpAddr;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use ipnet::IpNet;
+use crate::config::Server;
+use crate::limits::{Amount, Held, Payer, Scope, Terms};
 
-use crate::api::limits::network;
+/// An IPv6 /48 may have so many times the connections of one of its /64s.
+const SITE: u32 = 4;
 
 /// The connections that are open. Cloning gives the same count.
 #[derive(Clone, Debug)]
 pub struct Connections {
-    inner: Arc<Inner>,
+    open: Amount,
+    /// Whose peers are proxies, behind which many clients are: for them only the total counts.
+    server: Option<Server>,
 }
 
-#[derive(Debug)]
-struct Inner {
-    max: usize,
-    max_per_client: usize,
-    trusted: Vec<IpNet>,
-    open: Mutex<Open>,
-}
-
-#[derive(Debug, Default)]
-struct Open {
-    total: usize,
-    /// Those of clients that have any. There are at most `total` entries.
-    by_client: HashMap<IpAddr, usize>,
-}
+/// An open connection. Dropping it makes room for another.
+pub type Permit = Held;
 
 impl Connections {
-    /// At most `max` connections, and `max_per_client` from one IPv4 address or IPv6 /64. The peers in `trusted` are
-    /// proxies, behind which many clients are: for them only the total counts.
-    pub fn new(max: usize, max_per_client: usize, trusted: Vec<IpNet>) -> Self {
-        Self { inner: Arc::new(Inner { max, max_per_client, trusted, open: Mutex::default() }) }
+    /// At most `max` connections, and `max_per_client` from one IPv4 address or IPv6 /64. The trusted proxies of
+    /// `server`, if it is given, are bound by the total only.
+    pub fn new(max: usize, max_per_client: usize, server: Option<Server>) -> Self {
+        let [total, own] = [max, max_per_client].map(|count| u32::try_from(count).unwrap_or(u32::MAX));
+        let shares = vec![(Scope::Own, own), (Scope::Site, own.saturating_mul(SITE))];
+        Self { open: Amount::new(Terms { shares, ..Terms::total(total) }), server }
     }
 
     /// Counts a new connection, or refuses it.
     pub fn admit(&self, peer: IpAddr) -> Option<Permit> {
-        let peer = peer.to_canonical();
-        let is_proxy = self.inner.trusted.iter().any(|network| network.contains(&peer));
-        let client = (!is_proxy).then(|| network(peer));
-        let mut open = self.inner.open();
-        if open.total >= self.inner.max {
-            return None;
-        }
-        if let Some(client) = client {
-            let of_client = open.by_client.get(&client).copied().unwrap_or_default();
-            if of_client >= self.inner.max_per_client {
-                return None;
-            }
-            open.by_client.insert(client, of_client + 1);
-        }
-        open.total += 1;
-        Some(Permit { client, connections: self.inner.clone() })
+        let is_proxy = self.server.as_ref().is_some_and(|server| server.trusts(peer));
+        self.open.try_take(if is_proxy { Payer::Exempt } else { Payer::Address(peer) }, 1)
     }
 
     /// How many are open.
     pub fn open(&self) -> usize {
-        self.inner.open().total
-    }
-}
-
-impl Inner {
-    fn open(&self) -> MutexGuard<'_, Open> {
-        self.open.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-}
-
-/// An open connection. Dropping it makes room for another.
-#[derive(Debug)]
-pub struct Permit {
-    client: Option<IpAddr>,
-    connections: Arc<Inner>,
-}
-
-impl Drop for Permit {
-    fn drop(&mut self) {
-        let mut open = self.connections.open();
-        open.total -= 1;
-        let Some(client) = self.client else { return };
-        let Some(of_client) = open.by_client.get_mut(&client) else { return };
-        *of_client -= 1;
-        if *of_client == 0 {
-            open.by_client.remove(&client);
-        }
+        self.open.taken() as usize
     }
 }
 
 #[cfg(test)]
 mod tests {
+    use std::path::Path;
+
     use super::*;
+    use crate::config::Config;
 
     fn ip(text: &str) -> IpAddr {
         text.parse().unwrap()
@@ -98,7 +53,7 @@ mod tests {
 
     #[test]
     fn a_client_has_a_share_of_the_total_until_it_lets_go() {
-        let connections = Connections::new(3, 2, Vec::new());
+        let connections = Connections::new(3, 2, None);
         let first = connections.admit(ip("192.0.2.1")).unwrap();
         let _second = connections.admit(ip("::ffff:192.0.2.1")).unwrap();
         assert!(connections.admit(ip("192.0.2.1")).is_none());
@@ -110,27 +65,21 @@ mod tests {
     }
 
     #[test]
-    fn neighbours_in_one_v6_network_are_one_client() {
-        let connections = Connections::new(10, 1, Vec::new());
-        let _first = connections.admit(ip("2001:db8::1")).unwrap();
+    fn neighbours_in_one_v6_network_are_one_client_and_a_site_has_four_shares() {
+        let connections = Connections::new(10, 1, None);
+        let mut open = vec![connections.admit(ip("2001:db8::1")).unwrap()];
         assert!(connections.admit(ip("2001:db8::ffff:2")).is_none());
-        assert!(connections.admit(ip("2001:db8:0:1::1")).is_some());
+        open.extend((1..10).filter_map(|network| connections.admit(ip(&format!("2001:db8:0:{network}::1")))));
+        assert_eq!(open.len(), 4);
+        assert!(connections.admit(ip("2001:db8:1::1")).is_some());
     }
 
     #[test]
     fn a_trusted_proxy_is_bound_by_the_total_only() {
-        let connections = Connections::new(3, 1, vec!["10.0.0.0/8".parse().unwrap()]);
-        let _all: Vec<_> = (0..3).map(|_| connections.admit(ip("::ffff:10.1.2.3")).unwrap()).collect();
+        let server = Config::embedded(Path::new("unused")).unwrap().server;
+        let connections = Connections::new(3, 1, Some(server));
+        let proxies = ["::ffff:10.1.2.3", "10.1.2.3", "::1"];
+        let _all = proxies.map(|proxy| connections.admit(ip(proxy)).unwrap());
         assert!(connections.admit(ip("10.1.2.3")).is_none());
-    }
-
-    #[test]
-    fn closed_connections_leave_nothing_behind() {
-        let connections = Connections::new(1000, 10, Vec::new());
-        for last in 0..=255 {
-            connections.admit(ip(&format!("192.0.2.{last}"))).unwrap();
-        }
-        assert_eq!(connections.open(), 0);
-        assert!(connections.inner.open().by_client.is_empty());
     }
 }

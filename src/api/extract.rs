@@ -11,15 +11,21 @@ use http_body_util::BodyExt;
 use prost::Message;
 use serde::de::{DeserializeOwned, IgnoredAny};
 use serde_json::error::Category;
+use tracing::error;
 
+use crate::api::clients::Admitted;
 use crate::api::error::ApiError;
 use crate::api::strict::Strict;
 use crate::app::App;
-use crate::memory::Share;
+use crate::limits::{Held, PATIENCE, Payer, kib};
 use crate::model::ids::{Address, AttachmentId, DeviceId, DeviceNo, IdempotencyKey, UserId};
 
-/// The largest body that is read into memory: JSON, sends and link-session approvals. Attachments are streamed.
+/// The largest body that any route reads into memory, in bytes. Attachments are streamed.
 pub const MAX_BODY_BYTES: usize = 2 << 20;
+
+/// A body up to this size takes none of the memory that bodies share: the connection has room for that anyway. So a log-in,
+/// a refresh and a small send get through whatever others hold.
+const UNCOUNTED_BYTES: usize = 4 << 10;
 
 /// The device that calls, proven by its access token. The device exists and its session has not been ended.
 #[derive(Clone, Copy, Debug)]
@@ -48,7 +54,7 @@ impl FromRequestParts<App> for Caller {
 
     async fn from_request_parts(parts: &mut Parts, app: &App) -> Result<Self, ApiError> {
         let Unmetered(caller) = Unmetered::from_request_parts(parts, app).await?;
-        app.rates.request(caller.user)?;
+        app.limits.request(caller.user)?;
         Ok(caller)
     }
 }
@@ -71,6 +77,9 @@ impl FromRequestParts<App> for Unmetered {
             return Err(ApiError::Unauthorized);
         }
         app.store.note_use(claims.user);
+        if let Some(admitted) = parts.extensions.get_mut::<Admitted>() {
+            admitted.payer = Payer::Account(claims.user);
+        }
         Ok(Self(Caller {
             user: claims.user,
             device: claims.device,
@@ -96,7 +105,7 @@ impl<T: DeserializeOwned> FromRequest<App> for Json<T> {
         if !is_json(request.headers()) {
             return Err(ApiError::UnsupportedMediaType);
         }
-        let RawBody { bytes: body, .. } = RawBody::from_request(request, app).await?;
+        let RawBody { bytes: body, share: _share } = RawBody::from_request(request, app).await?;
         match read_json(&body) {
             Ok(value) => Ok(Self(value)),
             // The message of a data error names members and types, never the value of a secret: see `describe`.
@@ -137,36 +146,49 @@ fn describe(error: &serde_json::Error) -> String {
     format!("The JSON body does not have the expected shape at line {} column {}", error.line(), error.column())
 }
 
-/// A body of at most [`MAX_BODY_BYTES`]. Its content type is not looked at.
+/// A body of at most as many bytes as its route takes. Its content type is not looked at.
 #[derive(Debug)]
 pub struct RawBody {
     /// What the client sent.
     pub bytes: Bytes,
-    /// The body's share of the memory that all bodies may take. To be kept for as long as the bytes are.
-    pub share: Share,
+    /// The body's part of the memory that all bodies share. To be kept for as long as the bytes are.
+    pub share: Option<Held>,
 }
 
 impl FromRequest<App> for RawBody {
     type Rejection = ApiError;
 
     async fn from_request(request: Request, app: &App) -> Result<Self, ApiError> {
-        let mut body = request.into_body();
+        let Some(Admitted { payer, max_body }) = request.extensions().get().copied() else {
+            error!("a body came in on a route without a limit");
+            return Err(ApiError::Internal);
+        };
         let too_large = || ApiError::TooLarge("Payload too large".into());
-        if axum::body::HttpBody::size_hint(&body).lower() > MAX_BODY_BYTES as u64 {
+        if announced_bytes(&request) > max_body as u64 {
             return Err(too_large());
         }
-        let (mut bytes, mut share) = (BytesMut::new(), Share::default());
+        let mut body = request.into_body();
+        let (mut bytes, mut share) = (BytesMut::new(), None);
         while let Some(frame) = body.frame().await {
             let frame = frame.map_err(|_| ApiError::bad_request("The body could not be read"))?;
             let Ok(data) = frame.into_data() else { continue };
-            if bytes.len() + data.len() > MAX_BODY_BYTES {
+            let length = bytes.len() + data.len();
+            if length > max_body {
                 return Err(too_large());
             }
-            share.grow_to(bytes.len() + data.len(), &app.bodies).await?;
+            if length > UNCOUNTED_BYTES {
+                let share = share.get_or_insert_with(|| app.limits.bodies(payer).holder(payer));
+                share.grow_to(kib(length), PATIENCE).await?;
+            }
             bytes.extend_from_slice(&data);
         }
         Ok(Self { bytes: bytes.freeze(), share })
     }
+}
+
+/// The length of the body as far as the client has told it.
+pub fn announced_bytes(request: &Request) -> u64 {
+    axum::body::HttpBody::size_hint(request.body()).lower()
 }
 
 /// A protobuf answer.

@@ -60,7 +60,7 @@ pub struct BundleBody {
     pub identity_key: String,
     /// The device's signed prekey.
     pub signed_pre_key: SignedPreKeyBody,
-    /// A prekey that nobody else gets, or `null`.
+    /// A prekey that no other asker gets, or `null`.
     pub one_time_pre_key: Option<OneTimePreKeyBody>,
     /// A Kyber prekey.
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -114,8 +114,8 @@ pub async fn bundles(
     caller: Caller,
     PathId(user): PathId<UserId>,
 ) -> Result<axum::Json<BundleList>, ApiError> {
-    app.rates.bundles(caller.user, user)?;
-    let bundles = app.tasks.clone().finish(hand_out(app, user, None)).await?;
+    app.limits.bundles(caller.user, user)?;
+    let bundles = app.tasks.clone().finish(hand_out(app, caller.user, user, None)).await?;
     Ok(axum::Json(BundleList { bundles }))
 }
 
@@ -125,15 +125,25 @@ pub async fn bundle(
     caller: Caller,
     PathIds(user, device): PathIds<UserId, DeviceId>,
 ) -> Result<axum::Json<BundleBody>, ApiError> {
-    app.rates.bundles(caller.user, user)?;
-    let mut bundles = app.tasks.clone().finish(hand_out(app, user, Some(device))).await?;
+    app.limits.bundles(caller.user, user)?;
+    let mut bundles = app.tasks.clone().finish(hand_out(app, caller.user, user, Some(device))).await?;
     bundles.pop().map(axum::Json).ok_or(ApiError::NotFound)
 }
 
-/// Takes the bundles out, and tells the devices that have few keys left.
-async fn hand_out(app: App, user: UserId, device: Option<DeviceId>) -> Result<Vec<BundleBody>, ApiError> {
+/// Takes the bundles out, and tells the devices that have few keys left. When the target's one-time prekeys have been asked
+/// for too often, by all accounts together, none is spent.
+async fn hand_out(
+    app: App,
+    asker: UserId,
+    user: UserId,
+    device: Option<DeviceId>,
+) -> Result<Vec<BundleBody>, ApiError> {
     let threshold = app.config.prekeys.refill_threshold;
-    let handed_out = app.store.bundles(user, device, threshold).await?.ok_or(ApiError::NotFound)?;
+    let handed_out = match app.limits.may_spend_one_time_prekeys(asker, user) {
+        true => app.store.bundles(user, device, threshold).await?,
+        false => app.store.lasting_bundles(user, device, threshold).await?,
+    };
+    let handed_out = handed_out.ok_or(ApiError::NotFound)?;
     app.bus.wake(&handed_out.low, Signal::KeysLow);
     app.push.keys_low(&handed_out.low);
     Ok(handed_out.bundles.into_iter().map(BundleBody::from).collect())

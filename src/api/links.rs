@@ -2,14 +2,14 @@
 
 use std::time::Duration;
 
-use axum::extract::{FromRequestParts, State};
+use axum::extract::{FromRequest, FromRequestParts, Request, State};
 use axum::http::request::Parts;
 use axum::http::{HeaderMap, HeaderValue, StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use serde::{Deserialize, Serialize};
 
 use crate::api::error::ApiError;
-use crate::api::extract::{Caller, FromPath, Json, PathId, RawBody};
+use crate::api::extract::{Caller, FromPath, Json, MAX_BODY_BYTES, PathId, RawBody, announced_bytes};
 use crate::api::sessions::authenticate;
 use crate::app::App;
 use crate::auth::tokens::OpaqueSecret;
@@ -17,8 +17,6 @@ use crate::store::{Approval, Approved, LinkBody};
 
 /// How long a link session can be used.
 const LIFETIME: Duration = Duration::from_mins(10);
-/// Bytes that the primary device may leave for the new one.
-const MAX_PARCEL_BYTES: usize = 65_536;
 
 /// `POST /v1/link-sessions`
 #[derive(Deserialize)]
@@ -114,14 +112,13 @@ pub async fn approve(
     caller: Caller,
     NamedLink(hash): NamedLink,
     ProofRequired(proof_required): ProofRequired,
-    RawBody { bytes: parcel, share: _share }: RawBody,
+    request: Request,
 ) -> Result<StatusCode, ApiError> {
-    if !caller.is_primary {
+    // A parcel that is refused for its sender isn't read. One that no route would take is too large all the same.
+    if !caller.is_primary && announced_bytes(&request) <= MAX_BODY_BYTES as u64 {
         return Err(ApiError::forbidden("Primary device required"));
     }
-    if parcel.len() > MAX_PARCEL_BYTES {
-        return Err(ApiError::TooLarge("Payload too large".into()));
-    }
+    let RawBody { bytes: parcel, share: _share } = RawBody::from_request(request, &app).await?;
     app.disk.check_growth()?;
     let approval = Approval { parcel: &parcel, proof_required };
     match app.store.approve_link(caller.user, &hash, approval, app.clock.now()).await? {

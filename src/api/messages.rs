@@ -27,7 +27,7 @@ pub async fn send(
     let sender = Sender { user: caller.user, device: caller.device, no: caller.no };
     let mail = wire::outgoing(body, sender, key, digest, app.config.messaging.send_batch_limit)?;
     for recipient in &mail.recipients {
-        app.rates.send(caller.user, recipient.user)?;
+        app.limits.send(caller.user, recipient.user)?;
     }
     if let Err(full) = app.disk.check_growth()
         && !app.store.has_outcome(caller.no, key).await?

@@ -90,8 +90,7 @@ fn known_method(method: &Method) -> Option<&'static str> {
 fn parent(app: &App, peer: Option<IpAddr>, headers: &HeaderMap) -> Option<Parent> {
     let mut parents = headers.get_all(TRACEPARENT).iter();
     let (Some(parent), None) = (parents.next(), parents.next()) else { return None };
-    let trusted = &app.config.server.trusted_proxies;
-    let is_trusted = peer.is_some_and(|peer| trusted.iter().any(|network| network.contains(&peer.to_canonical())));
+    let is_trusted = peer.is_some_and(|peer| app.config.server.trusts(peer));
     let states: Option<Vec<_>> = headers.get_all(TRACESTATE).iter().map(|state| state.to_str().ok()).collect();
     Parent::read(parent.as_bytes(), states.map(|states| states.join(",")).as_deref(), is_trusted)
 }

@@ -19,7 +19,7 @@ use object_store::{GetOptions, ObjectStore, ObjectStoreExt, PutPayload, PutPaylo
 use crate::blobs::s3::{Service, limited};
 use crate::blobs::{Blob, BlobError, Deleted, Keys, OpenError, UploadError, start};
 use crate::config;
-use crate::memory::{Budget, NoRoom, Share};
+use crate::limits::{Amount, Held, NoRoom, PATIENCE, Payer, Terms, kib};
 use crate::model::ids::AttachmentId;
 
 /// The smallest part that S3 allows. All but the last have this size; a body that fits into one is not cut.
@@ -27,14 +27,16 @@ const PART_BYTES: usize = 5 << 20;
 /// A part is gathered in blocks of this size.
 const BLOCK_BYTES: usize = 64 << 10;
 /// Memory for the beginnings of parts, of all uploads at once.
-const BEGINNINGS_KIB: usize = 24 << 10;
+const BEGINNINGS_KIB: u32 = 24 << 10;
 /// Memory for whole parts, of all uploads at once: eight of them.
-const PARTS_KIB: usize = 40 << 10;
+const PARTS_KIB: u32 = 40 << 10;
 /// A part that has grown beyond this takes the memory of a whole one, in exchange for that of its beginning. If it grew on
 /// step by step, many could hold a piece each and wait for each other for ever.
 const BEGINNING_BYTES: usize = 1 << 20;
 /// How long an upload waits for its turn to hold a whole part.
 const TURN: Duration = Duration::from_secs(8);
+/// Uploads that may wait for memory at a time.
+const WAITING: usize = 1024;
 /// Objects that one request may delete.
 const DELETES_IN_ONE: usize = 1000;
 /// Objects that are looked after at the same time, where each takes requests of its own.
@@ -50,15 +52,16 @@ pub(super) struct Bucket {
 
 #[derive(Clone, Debug)]
 struct Memory {
-    beginnings: Budget,
-    parts: Budget,
+    beginnings: Amount,
+    parts: Amount,
 }
 
 impl Bucket {
     /// The bucket, without asking its service for anything yet.
     pub fn prepare(config: &config::Attachments, keys: Keys) -> Result<Self, OpenError> {
         let service = Service::new(config)?;
-        let memory = Memory { beginnings: Budget::new(BEGINNINGS_KIB), parts: Budget::new(PARTS_KIB) };
+        let amount = |total| Amount::new(Terms { max_waiting: WAITING, ..Terms::total(total) });
+        let memory = Memory { beginnings: amount(BEGINNINGS_KIB), parts: amount(PARTS_KIB) };
         Ok(Self { service: Arc::new(service), keys, memory })
     }
 
@@ -76,7 +79,7 @@ impl Bucket {
     ) -> Result<Staged, UploadError> {
         let object = Object { service: self.service.clone(), key: self.keys.of(id) };
         let mut cut = if size > PART_BYTES as u64 { Some(object.begin().await?) } else { None };
-        let (mut part, mut received) = (Part::new(), 0);
+        let (mut part, mut received) = (Part::new(&self.memory), 0);
         let mut body = std::pin::pin!(body);
         while let Some(bytes) = body.next().await {
             let mut bytes = bytes.map_err(|_| UploadError::Body)?;
@@ -85,9 +88,9 @@ impl Bucket {
                 return Err(UploadError::Body);
             }
             while !bytes.is_empty() {
-                part.take_in(&mut bytes, &self.memory).await?;
+                part.take_in(&mut bytes).await?;
                 if let Some(cut) = cut.as_mut().filter(|_| part.is_full()) {
-                    object.put_part(cut, std::mem::replace(&mut part, Part::new())).await?;
+                    object.put_part(cut, std::mem::replace(&mut part, Part::new(&self.memory))).await?;
                 }
             }
         }
@@ -215,14 +218,15 @@ struct Cut {
 /// Bytes on their way, and the memory they are allowed.
 struct Part {
     bytes: PutPayloadMut,
-    beginning: Share,
-    whole: Share,
+    beginning: Held,
+    whole: Held,
 }
 
 impl Part {
-    fn new() -> Self {
+    fn new(memory: &Memory) -> Self {
         let bytes = PutPayloadMut::new().with_block_size(BLOCK_BYTES);
-        Self { bytes, beginning: Share::default(), whole: Share::default() }
+        let [beginning, whole] = [&memory.beginnings, &memory.parts].map(|memory| memory.holder(Payer::Exempt));
+        Self { bytes, beginning, whole }
     }
 
     fn length(&self) -> usize {
@@ -235,20 +239,20 @@ impl Part {
 
     /// Takes as much as fits. It is copied, because a client that sends single bytes would make a list of them
     /// expensive.
-    async fn take_in(&mut self, bytes: &mut Bytes, memory: &Memory) -> Result<(), NoRoom> {
+    async fn take_in(&mut self, bytes: &mut Bytes) -> Result<(), NoRoom> {
         let bytes = bytes.split_to(bytes.len().min(PART_BYTES - self.length()));
         let length = (self.length() + bytes.len()).next_multiple_of(BLOCK_BYTES);
         if length <= BEGINNING_BYTES {
-            self.beginning.grow_to(length, &memory.beginnings).await?;
+            self.beginning.grow_to(kib(length), PATIENCE).await?;
         } else {
-            self.whole.grow_within(TURN, PART_BYTES, &memory.parts).await?;
+            self.whole.grow_to(kib(PART_BYTES), TURN).await?;
             self.beginning.shrink_to(0);
         }
         self.bytes.extend_from_slice(&bytes);
         Ok(())
     }
 
-    fn finish(self) -> (PutPayload, [Share; 2]) {
+    fn finish(self) -> (PutPayload, [Held; 2]) {
         (self.bytes.freeze(), [self.beginning, self.whole])
     }
 }

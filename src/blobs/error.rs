@@ -6,7 +6,7 @@ use std::io::{self, ErrorKind};
 
 use object_store::client::{HttpError, HttpErrorKind};
 
-use crate::memory::NoRoom;
+use crate::limits::NoRoom;
 
 /// The storage could not do what it was asked.
 ///

@@ -1,7 +1,7 @@
 //! The settings as the rest of the server sees them: one struct for each room, units in the types.
 
 use std::{
-    net::IpAddr,
+    net::{IpAddr, Ipv4Addr, Ipv6Addr},
     path::{Path, PathBuf},
     time::Duration,
 };
@@ -122,6 +122,16 @@ pub struct Server {
     pub max_connections_per_address: usize,
 }
 
+impl Server {
+    /// True when forwarded addresses are believed from this peer. `::1` counts as 127.0.0.1, and a mapped address as the
+    /// IPv4 address that it is.
+    pub fn trusts(&self, peer: IpAddr) -> bool {
+        let is_listed = |peer| self.trusted_proxies.iter().any(|network| network.contains(&peer));
+        let peer = peer.to_canonical();
+        is_listed(peer) || (peer == Ipv6Addr::LOCALHOST && is_listed(IpAddr::V4(Ipv4Addr::LOCALHOST)))
+    }
+}
+
 /// Tokens and devices of an account.
 #[derive(Clone, Debug)]
 pub struct Auth {
@@ -167,6 +177,10 @@ pub struct AccountRates {
     pub target_burst: u32,
     /// How often an hour one account may fetch the prekey bundles of another.
     pub bundles_per_hour: u32,
+    /// How many fetches of an account's bundles, by all others together, spend one-time prekeys in an hour.
+    pub one_time_prekeys_per_hour: u32,
+    /// Such fetches available at first.
+    pub one_time_prekeys_burst: u32,
 }
 
 /// How long each part of the readiness check may take, and which are not needed.

@@ -206,6 +206,8 @@ fn account_rates(given: &Given) -> AccountRates {
         target_per_second: given.number("target-rate-limit-per-second"),
         target_burst: given.number("target-rate-limit-burst"),
         bundles_per_hour: given.number("prekey-fetches-per-hour"),
+        one_time_prekeys_per_hour: given.number("one-time-prekeys-per-hour"),
+        one_time_prekeys_burst: given.number("one-time-prekeys-burst"),
     }
 }
 

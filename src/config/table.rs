@@ -140,6 +140,10 @@ pub static GROUPS: &[Group] = &[
             "sends that reach one account at once; 0 counts as 1").ours(),
         option("prekey-fetches-per-hour", "OBSCURA_RATE_LIMIT_PREKEY_FETCHES_PER_HOUR", "60", Count(0, MAX_COUNT),
             "how often one account may fetch the prekey bundles of another, also all at once; 0 turns it off").ours(),
+        option("one-time-prekeys-per-hour", "OBSCURA_RATE_LIMIT_ONE_TIME_PREKEYS_PER_HOUR", "10", Count(0, MAX_COUNT),
+            "how many fetches of one account's prekey bundles, by all other accounts together, may spend its one-time prekeys; above it, bundles have none, and the last-resort key is their post-quantum one; 0 turns it off").ours(),
+        option("one-time-prekeys-burst", "OBSCURA_RATE_LIMIT_ONE_TIME_PREKEYS_BURST", "50", Count(0, MAX_COUNT),
+            "how many of these fetches may come at once; 0 counts as 1").ours(),
     ] },
     Group { title: "Health", options: &[
         option("db-timeout-ms", "OBSCURA_HEALTH_DB_TIMEOUT_MS", "2000", Milliseconds(1, MAX_MILLISECONDS),

@@ -16,7 +16,7 @@ use crate::gateway::acks::Acks;
 use crate::gateway::inflight::Inflight;
 use crate::gateway::pipe::{Event, Pipe, Progress};
 use crate::gateway::trail::Trails;
-use crate::memory::Share;
+use crate::limits::{Held, Payer, kib};
 use crate::model::ids::{Address, DeviceNo, Position};
 use crate::store::{Result, SessionHolder};
 use crate::tasks::jittered;
@@ -90,6 +90,8 @@ pub async fn run(app: App, holder: SessionHolder, socket: WebSocket, progress: A
 struct Session {
     app: App,
     device: DeviceNo,
+    /// The account, for its share of the memory for frames.
+    payer: Payer,
     /// The device's `tokens_void_to` at the handshake. It changes when the device is logged out.
     epoch: i64,
     pipe: Pipe,
@@ -99,7 +101,7 @@ struct Session {
     /// The inbox has been sent up to here.
     sent_to: Position,
     /// The memory of the frame under way, if that is a large one.
-    share: Option<Share>,
+    share: Option<Held>,
     mail_wanted: bool,
     status_wanted: bool,
     standing_wanted: bool,
@@ -131,6 +133,7 @@ impl Session {
         Self {
             app,
             device: holder.no,
+            payer: Payer::Account(holder.user),
             epoch: holder.tokens_void_to,
             pipe,
             inflight,
@@ -262,13 +265,13 @@ impl Session {
         let (limit, max_bytes) = (self.app.config.messaging.batch_limit, self.app.config.gateway.max_batch_bytes);
         let now = self.app.clock.earliest();
         // Large frames only while there is memory for them; modest ones always.
-        let mut share = self.app.frames.try_take(max_bytes);
+        let mut share = self.app.limits.frames.try_take(self.payer, kib(max_bytes));
         let max_bytes = if share.is_some() { max_bytes } else { max_bytes.min(MODEST_BYTES) };
         let page = timely(self.app.store.unsent(self.device, self.sent_to, now, limit, max_bytes)).await?;
         self.mail_wanted = page.more;
         let bytes: usize = page.envelopes.iter().map(|envelope| envelope.body.0.len()).sum();
         if let Some(share) = &mut share {
-            share.shrink_to(if bytes > MODEST_BYTES { bytes } else { 0 });
+            share.shrink_to(if bytes > MODEST_BYTES { kib(bytes) } else { 0 });
         }
         self.share = share;
         self.trails.read(&page.envelopes);

@@ -99,6 +99,24 @@ impl Store {
         Ok(Some(handed_out))
     }
 
+    /// The same bundles without one-time prekeys, of which none is spent.
+    pub async fn lasting_bundles(
+        &self,
+        user: UserId,
+        device: Option<DeviceId>,
+        threshold: u32,
+    ) -> Result<Option<HandedOut>> {
+        let rows: Vec<DeviceRow> =
+            reading!(self, |db| sqlx::query_as(READ_DEVICES).bind(user).bind(device).fetch_all(db))?;
+        if rows.is_empty() {
+            return Ok(None);
+        }
+        let low = rows.iter().filter(|row| row.left(false, false).is_below(threshold));
+        let low = low.map(|row| Address { user, device: row.no }).collect();
+        let bundles = rows.into_iter().map(|row| row.bundle(None, None)).collect::<Result<_>>()?;
+        Ok(Some(HandedOut { bundles, low }))
+    }
+
     /// How many one-time prekeys the device has left; `None` when the device is gone.
     pub async fn prekey_counts(&self, no: DeviceNo) -> Result<Option<PrekeyCounts>> {
         reading!(self, |db| sqlx::query_as(COUNT_KEYS).bind(no).fetch_optional(db))

@@ -16,13 +16,12 @@ const GROUND: &[(&str, &[&str])] = &[
 
 /// Rooms that hold something. Each uses the ground; what else it may use is listed.
 const MIDDLE: &[(&str, &[&str])] = &[
-    ("auth", &[]),
-    ("blobs", &["memory"]),
-    ("memory", &[]),
+    ("auth", &["limits"]),
+    ("blobs", &["limits"]),
+    ("limits", &[]),
     ("bus", &[]),
     ("disk", &[]),
     ("files", &[]),
-    ("rates", &[]),
     ("store", &[]),
     ("push", &["store", "bus"]),
     ("mailroom", &["store", "bus", "push"]),

@@ -284,7 +284,6 @@ label! {
         Clock "clock" "compares the clock with the time that is remembered, and remembers it",
         Room "room to grow" "looks whether there is room to grow",
         Connections "database connections" "closes idle connections to the database",
-        Clients "clients of the rate limiter" "forgets addresses whose buckets are full again",
         PushQueue "push queue" "looks in the inboxes for devices that should have been woken",
         Inventory "inventory" "counts what the database holds",
         Figures "figures" "reads what the process and the pools are doing",

@@ -5,7 +5,7 @@ use std::time::Duration;
 use obscura_server::config::Config;
 use uuid::Uuid;
 
-use crate::harness::{Device, Response, TestServer, send_request};
+use crate::harness::{Device, Keys, Response, TestServer, send_request};
 
 /// Rates so low that no token comes back during a test.
 fn scarce(config: &mut Config) {
@@ -14,7 +14,12 @@ fn scarce(config: &mut Config) {
     config.account_rates.target_per_second = 1;
     config.account_rates.target_burst = 5;
     config.account_rates.bundles_per_hour = 4;
+    config.account_rates.one_time_prekeys_per_hour = 1;
+    config.account_rates.one_time_prekeys_burst = 1000;
 }
+
+/// The id of the last-resort key of an account with Kyber keys.
+const LAST_RESORT_ID: u32 = 1_000_000;
 
 /// How many of these requests are let through before one is refused, and the refusal.
 async fn until_refused(most: usize, mut send: impl AsyncFnMut() -> Response) -> (usize, Response) {
@@ -116,6 +121,32 @@ async fn nobody_drains_the_prekeys_of_another() {
     for _ in 0..6 {
         victim.bundles(victim.user).await;
     }
+}
+
+#[tokio::test]
+async fn many_askers_do_not_drain_the_one_time_prekeys_of_an_account() {
+    let server = TestServer::start_with(|config| {
+        config.account_rates.one_time_prekeys_per_hour = 1;
+        config.account_rates.one_time_prekeys_burst = 4;
+    })
+    .await;
+    let victim = Device::register_with(&server.client(), Keys { pq_one_time: Some(30), ..Keys::default() }).await;
+    let askers = [server.account().await, server.account().await, server.account().await];
+    for turn in 0..12 {
+        let bundles = askers[turn % 3].bundles(victim.user).await;
+        let [bundle] = &bundles[..] else { panic!("one device has one bundle") };
+        assert_eq!(bundle["oneTimePreKey"].is_null(), turn >= 4, "{turn}: {bundle}");
+        assert_eq!(bundle["pqPreKey"]["keyId"] == LAST_RESORT_ID, turn >= 4, "{turn}: {bundle}");
+        assert!(!bundle["signedPreKey"].is_null());
+    }
+    let path = format!("/v1/keys/{}/devices/{}", victim.user, victim.id);
+    let bundle = askers[0].request("GET", &path).send().await.expect(200).json();
+    assert!(bundle["oneTimePreKey"].is_null() && bundle["pqPreKey"]["keyId"] == LAST_RESORT_ID, "{bundle}");
+    let left = victim.request("GET", "/v1/keys").send().await.expect(200).json();
+    assert_eq!((&left["oneTimePreKeyCount"], &left["pqPreKeyCount"]), (&26.into(), &26.into()));
+    assert!(!victim.bundles(victim.user).await[0]["oneTimePreKey"].is_null(), "an account's own are free");
+    let other = &askers[0].bundles(askers[1].user).await[0];
+    assert!(!other["oneTimePreKey"].is_null(), "other accounts have their own");
 }
 
 #[tokio::test]

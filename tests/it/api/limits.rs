@@ -81,7 +81,7 @@ async fn the_tiers_do_not_share_their_tokens() {
 }
 
 #[tokio::test]
-async fn attachments_the_document_and_unknown_paths_are_free() {
+async fn attachments_the_document_and_unknown_paths_do_not_touch_the_allowances_of_the_api() {
     let server = TestServer::start_with(scarce).await;
     let client = server.client();
     for _ in 0..10 {
@@ -89,6 +89,34 @@ async fn attachments_the_document_and_unknown_paths_are_free() {
         client.get("/nowhere").send().await.expect(404);
         client.post("/v1/attachments").body("abc").send().await.expect(401);
         client.get("/v1/attachments/00000000-0000-4000-8000-000000000000").send().await.expect(401);
+    }
+}
+
+#[tokio::test]
+async fn every_path_costs_a_token() {
+    let server = TestServer::start_with(scarce).await;
+    let client = server.client();
+    let attachment = "/v1/attachments/00000000-0000-4000-8000-000000000000";
+    for (number, (method, path)) in [
+        ("GET", "/openapi.yaml"),
+        ("GET", "/nowhere"),
+        ("GET", "/"),
+        ("GET", attachment),
+        ("POST", "/v1/attachments"),
+        ("DELETE", "/v1/messages"),
+        ("OPTIONS", "/v1/users"),
+    ]
+    .into_iter()
+    .enumerate()
+    {
+        let address = format!("198.51.100.{number}");
+        let request = async || client.request(method, path).header("x-forwarded-for", &address).send().await;
+        // Fifty times the burst, and what comes back meanwhile.
+        let used = let_through(2000, request).await;
+        assert!((150..1900).contains(&used), "{method} {path}: {used}");
+        // The allowance is one of their own.
+        standard(&client, &address).await.expect(401);
+        auth(&client, &address).await.expect(401);
     }
 }
 

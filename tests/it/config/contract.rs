@@ -101,6 +101,8 @@ pub const OURS: &str = "\
 --target-rate-limit-per-second OBSCURA_RATE_LIMIT_TARGET_PER_SECOND 50
 --target-rate-limit-burst OBSCURA_RATE_LIMIT_TARGET_BURST 2000
 --prekey-fetches-per-hour OBSCURA_RATE_LIMIT_PREKEY_FETCHES_PER_HOUR 60
+--one-time-prekeys-per-hour OBSCURA_RATE_LIMIT_ONE_TIME_PREKEYS_PER_HOUR 10
+--one-time-prekeys-burst OBSCURA_RATE_LIMIT_ONE_TIME_PREKEYS_BURST 50
 --attachment-bytes-per-day OBSCURA_ATTACHMENT_BYTES_PER_DAY 1073741824
 --db-max-size-bytes OBSCURA_DATABASE_MAX_SIZE_BYTES 0
 --disk-reserve-bytes OBSCURA_DISK_RESERVE_BYTES 268435456

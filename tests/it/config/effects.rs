@@ -104,15 +104,17 @@ static EFFECTS: &[Effect] = &[
     both("auth-max-devices-per-user", &["api/devices.rs:the_device_limit_names_its_number_and_leaves_the_session_usable"]),
     both("require-link-proof", &["api/link_proofs.rs:an_option_makes_the_proof_mandatory_for_all"]),
 
-    both("rate-limit-per-second", &["src/api/limits/tests.rs:a_burst_is_there_at_first_and_a_token_comes_back_each_time", "api/limits.rs:the_tiers_do_not_share_their_tokens"]),
+    both("rate-limit-per-second", &["src/limits/tests.rs:a_burst_is_there_at_first_and_a_token_comes_back_each_time", "api/limits.rs:the_tiers_do_not_share_their_tokens"]),
     both("rate-limit-burst", &["api/limits.rs:a_request_too_many_is_told_when_to_come_again"]),
-    both("auth-rate-limit-per-second", &["src/api/limits/tests.rs:a_burst_is_there_at_first_and_a_token_comes_back_each_time", "api/limits.rs:waiting_as_long_as_told_suffices"]),
+    both("auth-rate-limit-per-second", &["src/limits/tests.rs:a_burst_is_there_at_first_and_a_token_comes_back_each_time", "api/limits.rs:waiting_as_long_as_told_suffices"]),
     both("auth-rate-limit-burst", &["api/limits.rs:the_tiers_do_not_share_their_tokens"]),
-    both("account-rate-limit-per-second", &["src/rates.rs:an_account_has_a_burst_at_first_and_waiting_as_long_as_told_suffices"]),
+    both("account-rate-limit-per-second", &["src/limits/rates/tests.rs:a_payer_has_a_burst_at_first_and_waiting_as_long_as_told_suffices"]),
     both("account-rate-limit-burst", &["api/account_limits.rs:an_account_is_limited_whatever_addresses_it_comes_from"]),
-    both("target-rate-limit-per-second", &["src/rates.rs:a_flood_at_one_account_is_slowed_and_others_still_reach_it"]),
+    both("target-rate-limit-per-second", &["src/limits/tests.rs:a_flood_at_one_account_is_slowed_and_others_still_reach_it"]),
     both("target-rate-limit-burst", &["api/account_limits.rs:a_flood_at_one_account_is_slowed_and_its_friends_still_reach_it"]),
     both("prekey-fetches-per-hour", &["api/account_limits.rs:nobody_drains_the_prekeys_of_another"]),
+    both("one-time-prekeys-per-hour", &["src/limits/tests.rs:all_askers_share_the_one_time_prekeys_of_an_account"]),
+    both("one-time-prekeys-burst", &["api/account_limits.rs:many_askers_do_not_drain_the_one_time_prekeys_of_an_account"]),
 
     Effect {
         option: "db-timeout-ms",

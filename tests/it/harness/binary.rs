@@ -23,6 +23,7 @@ const TEST_OPTIONS: &[&str] = &[
     "--account-rate-limit-per-second=0",
     "--target-rate-limit-per-second=0",
     "--prekey-fetches-per-hour=0",
+    "--one-time-prekeys-per-hour=0",
     "--server-max-connections-per-address=10000",
 ];
 

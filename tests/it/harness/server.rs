@@ -174,6 +174,7 @@ fn make_testable(config: &mut Config) {
     config.account_rates.per_second = 0;
     config.account_rates.target_per_second = 0;
     config.account_rates.bundles_per_hour = 0;
+    config.account_rates.one_time_prekeys_per_hour = 0;
 }
 
 /// A database in use by somebody else is an error after a second.

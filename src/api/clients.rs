@@ -1,0 +1,106 @@
+//! The client of a request: which address counts, and what the request costs before anything else is looked at.
+
+use std::net::{IpAddr, SocketAddr};
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use axum::extract::{ConnectInfo, Request, State};
+use axum::http::HeaderMap;
+use axum::middleware::Next;
+use axum::response::{IntoResponse, Response};
+use tracing::{error, warn};
+
+use crate::api::error::ApiError;
+use crate::app::App;
+use crate::config::Server;
+use crate::limits::{Payer, Tier};
+
+const FORWARDED_FOR: &str = "x-forwarded-for";
+
+/// What a request was let in with.
+#[derive(Clone, Copy, Debug)]
+pub struct Admitted {
+    /// The client's address; the account, once a valid token has been seen.
+    pub payer: Payer,
+    /// The largest body that its route takes, in bytes.
+    pub max_body: usize,
+}
+
+/// What the requests of a route need to be let in.
+#[derive(Clone)]
+pub struct Entrance {
+    /// Has the limits, and knows the proxies.
+    pub app: App,
+    /// The bucket that each request takes a token from.
+    pub tier: Tier,
+    /// The largest body, in bytes.
+    pub max_body: usize,
+}
+
+/// Lets a request through as [`Admitted`], or answers 429. It needs the peer's address as [`ConnectInfo`].
+pub async fn admit(State(entrance): State<Entrance>, mut request: Request, next: Next) -> Response {
+    let Some(ConnectInfo(peer)) = request.extensions().get::<ConnectInfo<SocketAddr>>() else {
+        error!("a request came without the address of its peer");
+        return ApiError::Internal.into_response();
+    };
+    let Entrance { app, tier, max_body } = entrance;
+    let payer = Payer::Address(client_address(&app.config.server, peer.ip(), request.headers()));
+    if let Err(wait) = app.limits.address(tier, payer) {
+        return ApiError::from(wait).into_response();
+    }
+    request.extensions_mut().insert(Admitted { payer, max_body });
+    next.run(request).await
+}
+
+/// The address of the client behind `peer`: the peer itself, unless it is a trusted proxy. Then the forwarded addresses
+/// are read from right to left, past those of trusted proxies. An item that is no address ends the reading, because what
+/// stands to its left may be the client's invention; the address read just before it counts, or else the peer.
+pub fn client_address(server: &Server, peer: IpAddr, headers: &HeaderMap) -> IpAddr {
+    let peer = peer.to_canonical();
+    // All lines, because a proxy may append one of its own instead of extending the client's.
+    let lines: Vec<_> = headers.get_all(FORWARDED_FOR).iter().collect();
+    if !server.trusts(peer) {
+        if !lines.is_empty() {
+            tell_of_unbelieved(peer);
+        }
+        return peer;
+    }
+    let mut last = None;
+    for item in lines.iter().rev().flat_map(|line| line.as_bytes().rsplit(|&byte| byte == b',')) {
+        match parse_forwarded(item) {
+            None => return last.unwrap_or(peer),
+            Some(address) if !server.trusts(address) => return address,
+            trusted => last = trusted,
+        }
+    }
+    peer
+}
+
+/// Reads an address, as some proxies write it also with a port.
+fn parse_forwarded(item: &[u8]) -> Option<IpAddr> {
+    let item = std::str::from_utf8(item).ok()?.trim();
+    let bare = item.strip_prefix('[').and_then(|item| item.strip_suffix(']')).unwrap_or(item);
+    let address = bare.parse().ok().or_else(|| item.parse().ok().map(|with_port: SocketAddr| with_port.ip()))?;
+    Some(IpAddr::to_canonical(&address))
+}
+
+/// A proxy that isn't believed makes one client of all that are behind it, so the operator is told, once.
+fn tell_of_unbelieved(peer: IpAddr) {
+    static TOLD: AtomicBool = AtomicBool::new(false);
+    if is_local(peer) && !TOLD.swap(true, Ordering::Relaxed) {
+        warn!(
+            "requests with X-Forwarded-For come from this machine or a private network that is not in \
+             --trusted-proxies: if that is a proxy, add its address, or all its clients share one rate limit"
+        );
+    }
+}
+
+/// True for the addresses that a proxy of the operator's may have: loopback, private, link-local.
+fn is_local(address: IpAddr) -> bool {
+    match address {
+        IpAddr::V4(v4) => v4.is_loopback() || v4.is_private() || v4.is_link_local(),
+        IpAddr::V6(v6) => v6.is_loopback() || v6.is_unique_local() || v6.is_unicast_link_local(),
+    }
+}
+
+#[cfg(test)]
+mod tests;

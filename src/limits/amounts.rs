@@ -1,0 +1,287 @@
+//! How much at a time: bytes of bodies, places at a processor, connections.
+//!
+//! An amount has a total, a share for each scope of a payer, and a reserve that only small holders may use. Requests
+//! that find no room wait in a bounded queue, in which payers take turns: the next unit goes to the payer that was
+//! served the longest time ago, and a full queue drops from the payer that waits with the most.
+
+use std::collections::HashMap;
+use std::collections::hash_map::Entry;
+use std::fmt;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use tokio::sync::oneshot;
+use tokio::time::timeout;
+
+use crate::limits::payer::{Key, Payer, Scope};
+
+/// Scopes that an amount can have shares for.
+const MAX_SHARES: usize = 3;
+
+/// Other holders have all of it, or this payer its share.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct NoRoom;
+
+/// What an amount allows. The unit is the user's: bytes, KiB, places.
+#[derive(Clone, Debug)]
+pub struct Terms {
+    /// Units in all.
+    pub total: u32,
+    /// The most that the holders of one scope may have together; at most three scopes.
+    pub shares: Vec<(Scope, u32)>,
+    /// The last units of the total, for holders of at most `small` units …
+    pub reserve: u32,
+    /// … each.
+    pub small: u32,
+    /// Requests that may wait at a time.
+    pub max_waiting: usize,
+    /// Who takes turns while they wait.
+    pub turns: Scope,
+}
+
+impl Terms {
+    /// A total without shares, reserve or queue.
+    pub fn total(total: u32) -> Self {
+        Self { total, shares: Vec::new(), reserve: 0, small: 0, max_waiting: 0, turns: Scope::Own }
+    }
+}
+
+/// Something of which there is a limited amount. Cloning gives the same amount.
+#[derive(Clone)]
+pub struct Amount {
+    inner: Arc<Inner>,
+}
+
+struct Inner {
+    terms: Terms,
+    state: Mutex<State>,
+}
+
+#[derive(Default)]
+struct State {
+    taken: u32,
+    /// Units by key; a key without any has no entry.
+    held: HashMap<Key, u32>,
+    /// In the order of their arrival.
+    waiting: Vec<Waiting>,
+    /// When a payer that still waits was served last.
+    served: HashMap<Key, u64>,
+    turn: u64,
+}
+
+/// A request that has found no room.
+struct Waiting {
+    payer: Payer,
+    charged: Charged,
+    turn: Key,
+    /// What its holder has already.
+    has: u32,
+    units: u32,
+    answer: oneshot::Sender<Held>,
+}
+
+/// The keys that a payer's units count for, with the share of each.
+type Charged = [Option<(Key, u32)>; MAX_SHARES];
+
+impl Amount {
+    /// All of it is free.
+    pub fn new(terms: Terms) -> Self {
+        debug_assert!(terms.shares.len() <= MAX_SHARES);
+        Self { inner: Arc::new(Inner { terms, state: Mutex::default() }) }
+    }
+
+    /// A holder that has nothing yet.
+    pub fn holder(&self, payer: Payer) -> Held {
+        Held { of: self.clone(), payer, units: 0 }
+    }
+
+    /// Takes units that can be had at once.
+    pub fn try_take(&self, payer: Payer, units: u32) -> Option<Held> {
+        let mut held = self.holder(payer);
+        held.try_grow(units).then_some(held)
+    }
+
+    /// Takes units, and waits for them in turn, no longer than `patience`.
+    pub async fn take(&self, payer: Payer, units: u32, patience: Duration) -> Result<Held, NoRoom> {
+        let mut held = self.holder(payer);
+        held.grow_to(units, patience).await?;
+        Ok(held)
+    }
+
+    /// Units that are taken.
+    pub fn taken(&self) -> u32 {
+        self.state().taken
+    }
+
+    fn charged(&self, payer: Payer) -> Charged {
+        let mut shares = self.inner.terms.shares.iter();
+        std::array::from_fn(|_| shares.next().and_then(|(scope, share)| Some((payer.key(*scope)?, *share))))
+    }
+
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.inner.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn give_back(&self, payer: Payer, units: u32) {
+        let charged = self.charged(payer);
+        let mut state = self.state();
+        state.give_back(&charged, units);
+        let granted = if state.waiting.is_empty() { Vec::new() } else { self.grant(&mut state) };
+        drop(state);
+        // A request that has stopped waiting drops what it is sent here, which locks again.
+        granted.into_iter().for_each(|(answer, held)| drop(answer.send(held)));
+    }
+
+    /// Serves those that wait, for as long as one of them fits.
+    fn grant(&self, state: &mut State) -> Vec<(oneshot::Sender<Held>, Held)> {
+        state.waiting.retain(|waiting| !waiting.answer.is_closed());
+        let mut granted = Vec::new();
+        while let Some(index) = state.next(&self.inner.terms) {
+            let Waiting { payer, charged, turn, units, answer, .. } = state.waiting.remove(index);
+            state.take(&charged, units);
+            state.turn += 1;
+            state.served.insert(turn, state.turn);
+            granted.push((answer, Held { of: self.clone(), payer, units }));
+        }
+        let State { served, waiting, .. } = state;
+        served.retain(|key, _| waiting.iter().any(|waiting| waiting.turn == *key));
+        granted
+    }
+}
+
+impl State {
+    fn fits(&self, terms: &Terms, charged: &Charged, has: u32, units: u32) -> bool {
+        let is_small = has.saturating_add(units) <= terms.small;
+        let room = if is_small { terms.total } else { terms.total.saturating_sub(terms.reserve) };
+        self.taken.saturating_add(units) <= room
+            && charged.iter().flatten().all(|(key, share)| self.of(*key).saturating_add(units) <= *share)
+    }
+
+    fn of(&self, key: Key) -> u32 {
+        self.held.get(&key).copied().unwrap_or_default()
+    }
+
+    fn take(&mut self, charged: &Charged, units: u32) {
+        self.taken += units;
+        charged.iter().flatten().for_each(|(key, _)| *self.held.entry(*key).or_default() += units);
+    }
+
+    fn give_back(&mut self, charged: &Charged, units: u32) {
+        self.taken -= units;
+        for (key, _) in charged.iter().flatten() {
+            let Entry::Occupied(mut held) = self.held.entry(*key) else { continue };
+            *held.get_mut() -= units;
+            if *held.get() == 0 {
+                held.remove();
+            }
+        }
+    }
+
+    /// Which request that waits is served next: of those that fit, the one whose payer was served the longest time ago.
+    fn next(&self, terms: &Terms) -> Option<usize> {
+        let fitting = self.waiting.iter().enumerate().filter(|(_, w)| self.fits(terms, &w.charged, w.has, w.units));
+        let next = fitting.min_by_key(|(index, w)| (self.served.get(&w.turn).copied().unwrap_or_default(), *index));
+        next.map(|(index, _)| index)
+    }
+
+    /// Makes room for one more request of this payer in the queue: false when it has as many there as any other payer.
+    fn make_room(&mut self, turn: Key, max_waiting: usize) -> bool {
+        self.waiting.retain(|waiting| !waiting.answer.is_closed());
+        if self.waiting.len() < max_waiting {
+            return true;
+        }
+        let mut counts = HashMap::<Key, usize>::new();
+        self.waiting.iter().for_each(|waiting| *counts.entry(waiting.turn).or_default() += 1);
+        let own = counts.get(&turn).copied().unwrap_or_default();
+        let Some((most, count)) = counts.into_iter().max_by_key(|(_, count)| *count) else { return false };
+        let last = self.waiting.iter().rposition(|waiting| waiting.turn == most);
+        // Its sender is dropped, which tells it that there is no room.
+        last.filter(|_| count > own + 1).map(|last| self.waiting.remove(last)).is_some()
+    }
+}
+
+impl fmt::Debug for Amount {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(formatter, "Amount({} of {})", self.taken(), self.inner.terms.total)
+    }
+}
+
+/// What one holder has taken. Dropping it gives it back.
+pub struct Held {
+    of: Amount,
+    payer: Payer,
+    units: u32,
+}
+
+impl Held {
+    /// Takes so many more that it has `units`, and waits for them in turn, no longer than `patience`. What it has
+    /// already it keeps in any case.
+    pub async fn grow_to(&mut self, units: u32, patience: Duration) -> Result<(), NoRoom> {
+        let missing = units.saturating_sub(self.units);
+        if self.try_grow(missing) {
+            return Ok(());
+        }
+        let answer = self.queue(missing).ok_or(NoRoom)?;
+        let Ok(Ok(mut more)) = timeout(patience, answer).await else { return Err(NoRoom) };
+        self.units += std::mem::take(&mut more.units);
+        Ok(())
+    }
+
+    /// Gives back what goes beyond `units`.
+    pub fn shrink_to(&mut self, units: u32) {
+        let excess = self.units.saturating_sub(units);
+        if excess > 0 {
+            self.units -= excess;
+            self.of.give_back(self.payer, excess);
+        }
+    }
+
+    fn try_grow(&mut self, units: u32) -> bool {
+        if units == 0 {
+            return true;
+        }
+        let charged = self.of.charged(self.payer);
+        let mut state = self.of.state();
+        let fits = state.fits(&self.of.inner.terms, &charged, self.units, units);
+        if fits {
+            state.take(&charged, units);
+            self.units += units;
+        }
+        fits
+    }
+
+    fn queue(&self, units: u32) -> Option<oneshot::Receiver<Held>> {
+        let terms = &self.of.inner.terms;
+        let turn = self.payer.key(terms.turns).or_else(|| self.payer.key(Scope::Own)).unwrap_or(Key(0));
+        let (answer, answered) = oneshot::channel();
+        let charged = self.of.charged(self.payer);
+        let mut state = self.of.state();
+        // What waits longer than the queue has places for, or could never be had, is refused at once.
+        let can_fit = charged.iter().flatten().all(|(_, share)| self.units.saturating_add(units) <= *share);
+        if !can_fit || !state.make_room(turn, terms.max_waiting) {
+            return None;
+        }
+        let (payer, has) = (self.payer, self.units);
+        state.waiting.push(Waiting { payer, charged, turn, has, units, answer });
+        // Room may have been made since it was looked for.
+        let granted = self.of.grant(&mut state);
+        drop(state);
+        granted.into_iter().for_each(|(answer, held)| drop(answer.send(held)));
+        Some(answered)
+    }
+}
+
+impl Drop for Held {
+    fn drop(&mut self) {
+        self.shrink_to(0);
+    }
+}
+
+impl fmt::Debug for Held {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(formatter, "Held({})", self.units)
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,190 @@
+//! All budgets of this node, decided in one way: what one payer may use, what payers share, what there is in all.
+//!
+//! There are two kinds. A [`Rate`] says how often, an [`Amount`] how much at a time. Both know payers by a [`Payer`] and
+//! share by a [`Scope`]. Stored quantities (bytes of attachments, messages of an inbox) count for the whole deployment
+//! and live in the store. `docs/SECURITY-LIMITS.md` lists every default.
+
+mod amounts;
+mod payer;
+mod rates;
+
+use std::ops::Deref;
+use std::sync::Arc;
+use std::thread::available_parallelism;
+use std::time::Duration;
+
+pub use amounts::{Amount, Held, NoRoom, Terms};
+pub use payer::{Payer, Scope};
+pub use rates::{Quota, Rate, Wait};
+
+use crate::config;
+use crate::model::ids::UserId;
+use crate::telemetry::metrics::Refusal;
+
+/// While an account is being flooded, each sender still reaches it so many times at once …
+const TRICKLE_BURST: u32 = 20;
+/// … and so many times a second, so that a flood doesn't silence the others.
+const TRICKLE_PER_SECOND: u32 = 1;
+/// An IPv6 /48 has so many times what one of its /64s has.
+const SITE: u32 = 20;
+/// Attachments, the document and unknown paths have so many times the standard rate …
+const OPEN: u32 = 10;
+/// … and so many times its burst.
+const OPEN_BURST: u32 = 50;
+
+/// Memory for the bodies of requests without a valid token, in KiB.
+const GUEST_BODIES_KIB: u32 = 48 << 10;
+/// Memory for the bodies of requests of accounts, in KiB.
+const ACCOUNT_BODIES_KIB: u32 = 80 << 10;
+/// The part of each that is kept for small bodies, in KiB.
+const SMALL_BODIES_KIB: u32 = 16 << 10;
+/// What a small body may have, in KiB.
+const SMALL_BODY_KIB: u32 = 64;
+/// What the bodies of one account may have together, in KiB.
+const BODIES_OF_ACCOUNT_KIB: u32 = 16 << 10;
+/// So many of the largest bodies that need no token fit into the share of one address.
+const GUEST_BODIES: u32 = 2;
+/// Memory for the large frames of all sockets, in KiB.
+const FRAMES_KIB: u32 = 64 << 10;
+/// What the large frames of one account may have together, in KiB.
+const FRAMES_OF_ACCOUNT_KIB: u32 = 16 << 10;
+/// Requests that may wait for room.
+const WAITING: usize = 256;
+/// How long a body waits for the memory of others.
+pub const PATIENCE: Duration = Duration::from_secs(2);
+
+/// Which of a client's buckets a request without a valid token takes its token from.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Tier {
+    /// Most of the API.
+    Standard,
+    /// Sign-up, log-in and what else starts or ends a session.
+    Auth,
+    /// Attachments, the document and unknown paths.
+    Open,
+}
+
+/// The budgets of this node. Cloning gives the same ones.
+#[derive(Clone)]
+pub struct Limits(Arc<Budgets>);
+
+impl Deref for Limits {
+    type Target = Budgets;
+
+    fn deref(&self) -> &Budgets {
+        &self.0
+    }
+}
+
+/// The budgets, as fields of [`Limits`].
+pub struct Budgets {
+    standard: Rate,
+    auth: Rate,
+    open: Rate,
+    requests: Rate,
+    /// What reaches an account from all others together …
+    received: Rate,
+    /// … and from each of them while that is too much.
+    trickle: Rate,
+    bundles: Rate,
+    one_time_prekeys: Rate,
+    guest_bodies: Amount,
+    account_bodies: Amount,
+    /// Memory for the large frames of all sockets, in KiB.
+    pub frames: Amount,
+    /// Threads that check signatures: half of the processors.
+    pub signatures: Amount,
+}
+
+impl Limits {
+    /// Full buckets, and all amounts free. `largest_guest_body` is in bytes: no request without a token has a larger
+    /// body. An account's rate of zero is no limit.
+    pub fn new(addresses: &config::RateLimits, accounts: &config::AccountRates, largest_guest_body: usize) -> Self {
+        let address_rate = |limit, per_second: u32, burst: u32| {
+            let wide = Quota::per_second(per_second.saturating_mul(SITE), burst.saturating_mul(SITE));
+            Rate::new(limit).with(Scope::Own, Quota::per_second(per_second, burst)).with(Scope::Site, wide)
+        };
+        let rate = |limit, quota| Rate::new(limit).with(Scope::Own, quota);
+        // A rate of zero counts as one here.
+        let [standard, burst] = [addresses.per_second.max(1), addresses.burst.max(1)];
+        let received = Quota::per_second(accounts.target_per_second, accounts.target_burst);
+        let bodies = |total, shares| {
+            let (reserve, small) = (SMALL_BODIES_KIB, SMALL_BODY_KIB);
+            Amount::new(Terms { total, shares, reserve, small, max_waiting: WAITING, turns: Scope::Own })
+        };
+        let guest = kib(largest_guest_body).saturating_mul(GUEST_BODIES);
+        let halved = available_parallelism().map_or(1, |processors| processors.get() / 2).max(1);
+        Self(Arc::new(Budgets {
+            standard: address_rate(Refusal::AddressLimit, standard, burst),
+            auth: address_rate(Refusal::AddressAuthLimit, addresses.auth_per_second.max(1), addresses.auth_burst),
+            open: address_rate(Refusal::AddressLimit, standard.saturating_mul(OPEN), burst.saturating_mul(OPEN_BURST)),
+            requests: rate(Refusal::AccountLimit, Quota::per_second(accounts.per_second, accounts.burst)),
+            trickle: rate(Refusal::TargetLimit, received.and(Quota::per_second(TRICKLE_PER_SECOND, TRICKLE_BURST))),
+            received: rate(Refusal::TargetLimit, received),
+            bundles: rate(Refusal::BundleLimit, Quota::per_hour(accounts.bundles_per_hour)),
+            one_time_prekeys: rate(
+                Refusal::BundleLimit,
+                Quota::per_hour_with_burst(accounts.one_time_prekeys_per_hour, accounts.one_time_prekeys_burst),
+            ),
+            guest_bodies: bodies(GUEST_BODIES_KIB, vec![(Scope::Own, guest), (Scope::Site, guest.saturating_mul(4))]),
+            account_bodies: bodies(ACCOUNT_BODIES_KIB, vec![(Scope::Own, BODIES_OF_ACCOUNT_KIB)]),
+            frames: Amount::new(Terms {
+                shares: vec![(Scope::Own, FRAMES_OF_ACCOUNT_KIB)],
+                ..Terms::total(FRAMES_KIB)
+            }),
+            signatures: Amount::new(Terms {
+                max_waiting: WAITING,
+                turns: Scope::Block,
+                ..Terms::total(u32::try_from(halved).unwrap_or(u32::MAX))
+            }),
+        }))
+    }
+}
+
+impl Budgets {
+    /// Takes a request from a client's address.
+    pub fn address(&self, tier: Tier, client: Payer) -> Result<(), Wait> {
+        match tier {
+            Tier::Standard => self.standard.take(client),
+            Tier::Auth => self.auth.take(client),
+            Tier::Open => self.open.take(client),
+        }
+    }
+
+    /// Takes a request of this account.
+    pub fn request(&self, account: UserId) -> Result<(), Wait> {
+        self.requests.take(Payer::Account(account))
+    }
+
+    /// Takes a send from one account to another. Sends of an account to itself are free.
+    pub fn send(&self, sender: UserId, target: UserId) -> Result<(), Wait> {
+        if sender == target {
+            return Ok(());
+        }
+        let Err(wait) = self.received.take(Payer::Account(target)) else { return Ok(()) };
+        self.trickle.take(Payer::Pair(sender, target)).map_err(|other| wait.min(other))
+    }
+
+    /// Takes a fetch of another account's prekey bundles. An account's own are free.
+    pub fn bundles(&self, asker: UserId, target: UserId) -> Result<(), Wait> {
+        if asker == target { Ok(()) } else { self.bundles.take(Payer::Pair(asker, target)) }
+    }
+
+    /// Returns true if such a fetch may spend one-time prekeys of the target. All accounts that ask share this.
+    pub fn may_spend_one_time_prekeys(&self, asker: UserId, target: UserId) -> bool {
+        asker == target || self.one_time_prekeys.take(Payer::Account(target)).is_ok()
+    }
+
+    /// The memory that bodies of this payer's requests have, in KiB.
+    pub fn bodies(&self, payer: Payer) -> &Amount {
+        if matches!(payer, Payer::Account(_)) { &self.account_bodies } else { &self.guest_bodies }
+    }
+}
+
+/// Bytes in whole KiB.
+pub fn kib(bytes: usize) -> u32 {
+    u32::try_from(bytes.div_ceil(1024)).unwrap_or(u32::MAX)
+}
+
+#[cfg(test)]
+mod tests;
