@@ -1,5 +1,7 @@
 //! Whether there is room to grow, so that a full disk is met early and on purpose, and not by accident.
 
+pub mod reserve;
+
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering};
@@ -9,6 +11,8 @@ use tracing::{info, warn};
 
 /// How long an answer of the file system is good for, in milliseconds.
 const FRESH_MILLIS: u64 = 1000;
+/// Inodes that stay free for the files of the database. Of a small file system it is a tenth.
+const RESERVED_INODES: u64 = 1024;
 
 /// What there is room for. Attachments stop first, so that messages go on for longer.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -43,8 +47,13 @@ struct Inner {
     /// When the file system was last asked, in milliseconds since `opened`.
     asked_at: AtomicU64,
     free_bytes: AtomicU64,
+    /// `u64::MAX` on a file system that makes inodes as it needs them.
+    free_inodes: AtomicU64,
+    reserved_inodes: AtomicU64,
     /// Bytes of the uploads under way. Counted in full, though part of them is on the disk already.
     claimed: AtomicU64,
+    /// How many uploads are under way.
+    claims: AtomicU64,
     warned: AtomicBool,
     /// The room that the operator was last told of.
     told: AtomicU8,
@@ -63,7 +72,10 @@ impl Disk {
             opened: Instant::now(),
             asked_at: AtomicU64::new(0),
             free_bytes: AtomicU64::new(u64::MAX),
+            free_inodes: AtomicU64::new(u64::MAX),
+            reserved_inodes: AtomicU64::new(0),
             claimed: AtomicU64::new(0),
+            claims: AtomicU64::new(0),
             warned: AtomicBool::new(false),
             told: AtomicU8::new(Room::Enough as u8),
         };
@@ -76,7 +88,7 @@ impl Disk {
         let (free, reserve) = (self.inner.free_bytes(), self.inner.reserve_bytes);
         if free < reserve || self.inner.database_is_full() {
             Room::Full
-        } else if self.inner.folder.is_some() && free < reserve.saturating_mul(2) {
+        } else if self.inner.folder.is_some() && (free < reserve.saturating_mul(2) || !self.inner.has_inodes(1)) {
             Room::Low
         } else {
             Room::Enough
@@ -88,6 +100,12 @@ impl Disk {
         self.inner.folder.as_ref().map(|_| self.inner.free_bytes()).filter(|free| *free != u64::MAX)
     }
 
+    /// How many more files the disk can have, if that is looked at and the file system has a limit.
+    pub fn free_inodes(&self) -> Option<u64> {
+        self.inner.refresh();
+        Some(self.inner.free_inodes.load(Ordering::Relaxed)).filter(|free| *free != u64::MAX)
+    }
+
     /// Lets messages, accounts, devices and keys in while there is room for them.
     pub fn check_growth(&self) -> Result<(), NoGrowth> {
         if self.room() == Room::Full { Err(NoGrowth) } else { Ok(()) }
@@ -96,9 +114,11 @@ impl Disk {
     /// Room for an attachment of this size, while it is being uploaded.
     pub fn room_for_attachment(&self, bytes: u64) -> Option<Claim> {
         let claimed = self.inner.claimed.fetch_add(bytes, Ordering::Relaxed) + bytes;
+        let claims = self.inner.claims.fetch_add(1, Ordering::Relaxed) + 1;
         let claim = Claim { disk: self.clone(), bytes };
         let free = self.inner.free_bytes().saturating_sub(claimed);
-        let is_room = self.inner.folder.is_none() || free >= self.inner.reserve_bytes.saturating_mul(2);
+        let is_room = self.inner.folder.is_none()
+            || free >= self.inner.reserve_bytes.saturating_mul(2) && self.inner.has_inodes(claims);
         (is_room && !self.inner.database_is_full()).then_some(claim)
     }
 
@@ -120,7 +140,7 @@ impl Disk {
         }
         match room {
             Room::Enough => info!("there is room again; nothing is refused for lack of it"),
-            Room::Low => warn!("the disk is nearly full; new attachments are refused"),
+            Room::Low => warn!("the disk is nearly full, or out of inodes; new attachments are refused"),
             Room::Full => {
                 warn!("there is no room to grow; new attachments, messages, accounts, devices and keys are refused");
             }
@@ -138,6 +158,7 @@ pub struct Claim {
 impl Drop for Claim {
     fn drop(&mut self) {
         self.disk.inner.claimed.fetch_sub(self.bytes, Ordering::Relaxed);
+        self.disk.inner.claims.fetch_sub(1, Ordering::Relaxed);
     }
 }
 
@@ -146,8 +167,20 @@ impl Inner {
         self.max_database_bytes > 0 && self.database_bytes.load(Ordering::Relaxed) > self.max_database_bytes
     }
 
-    /// The free space as it was at most about a second ago. One caller in a second asks the file system.
+    /// The free space as it was at most about a second ago.
     fn free_bytes(&self) -> u64 {
+        self.refresh();
+        self.free_bytes.load(Ordering::Relaxed)
+    }
+
+    /// True when so many files can be made without touching the reserve.
+    fn has_inodes(&self, files: u64) -> bool {
+        let [free, reserved] = [&self.free_inodes, &self.reserved_inodes].map(|number| number.load(Ordering::Relaxed));
+        free >= reserved.saturating_add(files)
+    }
+
+    /// One caller in a second asks the file system.
+    fn refresh(&self) {
         let now = u64::try_from(self.opened.elapsed().as_millis()).unwrap_or(u64::MAX);
         let asked_at = self.asked_at.load(Ordering::Relaxed);
         let is_stale = now.saturating_sub(asked_at) >= FRESH_MILLIS;
@@ -155,13 +188,18 @@ impl Inner {
         if is_stale && may_ask() {
             self.ask();
         }
-        self.free_bytes.load(Ordering::Relaxed)
     }
 
     fn ask(&self) {
         let Some(folder) = &self.folder else { return };
         let free = match rustix::fs::statvfs(folder) {
-            Ok(found) => found.f_bavail.saturating_mul(found.f_frsize),
+            Ok(found) => {
+                // Some file systems, such as btrfs, have no fixed number, and say zero.
+                let inodes = if found.f_files == 0 { u64::MAX } else { found.f_favail };
+                self.free_inodes.store(inodes, Ordering::Relaxed);
+                self.reserved_inodes.store(RESERVED_INODES.min(found.f_files / 10), Ordering::Relaxed);
+                found.f_bavail.saturating_mul(found.f_frsize)
+            }
             Err(error) => {
                 if !self.warned.swap(true, Ordering::Relaxed) {
                     warn!(%error, "the free disk space can't be found out, so nothing is refused for lack of it");
@@ -205,6 +243,22 @@ mod tests {
         assert_eq!(room(free / 4 * 3), (Room::Low, true, false));
         assert_eq!(room(free.saturating_mul(2)), (Room::Full, false, false));
         assert_eq!(room(u64::MAX), (Room::Full, false, false));
+    }
+
+    #[test]
+    fn attachments_are_refused_before_the_last_inodes_are_taken() {
+        let folder = tempfile::tempdir().unwrap();
+        let disk = Disk::new(Some(folder.path().to_owned()), 1, 0);
+        let inner = &disk.inner;
+        inner.asked_at.store(inner.opened.elapsed().as_millis() as u64 + 60_000, Ordering::Relaxed);
+        inner.reserved_inodes.store(10, Ordering::Relaxed);
+        inner.free_inodes.store(12, Ordering::Relaxed);
+        let claims: Vec<_> = (0..3).filter_map(|_| disk.room_for_attachment(1)).collect();
+        assert_eq!((claims.len(), disk.room()), (2, Room::Enough));
+        inner.free_inodes.store(10, Ordering::Relaxed);
+        assert_eq!((disk.room(), disk.check_growth()), (Room::Low, Ok(())), "messages need no inode");
+        inner.free_inodes.store(u64::MAX, Ordering::Relaxed);
+        assert_eq!((disk.room(), disk.free_inodes()), (Room::Enough, None));
     }
 
     #[test]

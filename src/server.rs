@@ -19,7 +19,7 @@ use crate::blobs::Blobs;
 use crate::bus::Bus;
 use crate::clock::{Clock, EARLIEST};
 use crate::config::{self, Config};
-use crate::disk::Disk;
+use crate::disk::{Disk, reserve};
 use crate::files::{self, Files, Lock};
 use crate::limits::Limits;
 use crate::listener::{self, Patience};
@@ -83,6 +83,11 @@ impl Server {
             bail!("the clock of this machine is wrong (it is before 2026); set it, and start the server then");
         }
         files::refuse_remains(&config)?;
+        if let Some(file) = config.database.file() {
+            // On a full disk the start needs what is held back for it: to see that the folder can be written, and for the log
+            // of the database. A job makes it anew.
+            reserve::release(file);
+        }
         config.open_data_dir()?;
         config.check_secret()?;
         let lock = match config.database.file() {

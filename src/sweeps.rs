@@ -8,13 +8,15 @@ mod figures;
 mod files;
 
 use std::fmt::Display;
+use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
-use tracing::{info, warn};
+use tracing::{debug, info, warn};
 
 use crate::app::App;
+use crate::disk::{Room, reserve};
 use crate::store::{REPEAT_WINDOW, StoreError};
 use crate::sweeps::attachments::Walk;
 use crate::tasks::Round;
@@ -146,7 +148,25 @@ async fn room_to_grow(app: App) -> Result<Round, StoreError> {
     if let Some(free) = app.disk.free_bytes() {
         app.metrics.disk_free.set((), free);
     }
+    if let Some(free) = app.disk.free_inodes() {
+        app.metrics.disk_free_inodes.set((), free);
+    }
+    hold_reserve(&app).await;
     Ok(Round::Done)
+}
+
+/// Makes what the next start needs on a full disk, while there is room for it.
+async fn hold_reserve(app: &App) {
+    let keep_free = app.config.disk_reserve_bytes;
+    let Some(file) = app.config.database.file().map(Path::to_owned) else { return };
+    if keep_free == 0 || app.disk.room() != Room::Enough {
+        return;
+    }
+    // A few looks at the file system, and the first time a little work for it.
+    let held = tokio::task::spawn_blocking(move || reserve::hold(&file, keep_free)).await;
+    if let Ok(Err(error)) = held {
+        debug!(%error, "nothing could be held back on the disk for the next start");
+    }
 }
 
 async fn database_connections(app: App) -> Result<Round, StoreError> {

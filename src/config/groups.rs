@@ -9,7 +9,7 @@ use std::{
 use ipnet::IpNet;
 
 use crate::config::table::SAMPLE_DATABASE;
-use crate::config::{Accounts, Secret};
+use crate::config::{Accounts, Apns, Fcm, Secret, WebPush};
 
 /// Everything that can be set, checked. Each room gets its own group; only `main` and `server` see all of it.
 #[derive(Clone, Debug)]
@@ -347,45 +347,6 @@ impl Attachments {
     pub fn folder(&self) -> Option<&Path> {
         self.endpoint.as_deref()?.strip_prefix("file:").map(Path::new)
     }
-}
-
-/// Firebase Cloud Messaging. Without credentials its pushes are only logged.
-#[derive(Clone, Debug)]
-pub struct Fcm {
-    /// Project; without it, the one of the credentials.
-    pub project_id: Option<String>,
-    /// Service account key, a JSON file.
-    pub credentials_file: Option<PathBuf>,
-    /// How long a provider, whichever it is, keeps a push for a phone it cannot reach.
-    pub ttl: Duration,
-    /// Where the service is.
-    pub endpoint: String,
-}
-
-/// The Apple Push Notification service. Without a key its pushes are only logged.
-#[derive(Clone, Debug)]
-pub struct Apns {
-    /// Signing key, a `.p8` file. It needs the next three.
-    pub key_file: Option<PathBuf>,
-    /// Apple's name of the key.
-    pub key_id: Option<String>,
-    /// Apple's name of the developer.
-    pub team_id: Option<String>,
-    /// The app, by its bundle id.
-    pub topic: Option<String>,
-    /// Where the service is.
-    pub endpoint: String,
-}
-
-/// Web Push and UnifiedPush.
-#[derive(Clone, Debug)]
-pub struct WebPush {
-    /// `mailto:` or `https:`, for whoever runs a push service and has something to complain of.
-    pub contact: Option<String>,
-    /// Networks that are not public in which endpoints may be called all the same; usually empty.
-    pub allowed_networks: Vec<IpNet>,
-    /// Certificates, beside those of the system, that a push provider may be signed by.
-    pub ca_file: Option<PathBuf>,
 }
 
 /// Logs, traces and metrics.

@@ -7,6 +7,7 @@ mod accounts;
 mod given;
 mod groups;
 mod option;
+mod push;
 mod read;
 mod reference;
 mod secret;
@@ -15,10 +16,11 @@ mod table;
 pub use accounts::Accounts;
 pub use given::ConfigError;
 pub use groups::{
-    AccountRates, Apns, Attachments, Auth, Config, Database, Fcm, Gateway, Grouping, Health, LogFormat, Messaging,
-    Notifications, Prekeys, Pubsub, RateLimits, Server, Telemetry, WebPush,
+    AccountRates, Attachments, Auth, Config, Database, Gateway, Grouping, Health, LogFormat, Messaging, Notifications,
+    Prekeys, Pubsub, RateLimits, Server, Telemetry,
 };
 pub use option::{Group, Opt, Takes, Value};
+pub use push::{Apns, Fcm, WebPush};
 pub use read::{Loaded, environment};
 pub use reference::reference_page;
 pub use secret::{KEPT_SECRET, Secret};

@@ -49,7 +49,7 @@ pub static GROUPS: &[Group] = &[
         optional("data-dir", "OBSCURA_DATA_DIR", Folder,
             "embedded mode: database, attachments and the signing secret are kept in this folder, and no other service is needed"),
         option("disk-reserve-bytes", "OBSCURA_DISK_RESERVE_BYTES", "268435456", Bytes(0, MAX_STORE_BYTES),
-            "new messages, accounts, devices and keys are refused when the data folder's disk has less free space than this, new attachments below twice that; 0 turns it off").ours(),
+            "new messages, accounts, devices and keys are refused when the data folder's disk has less free space than this, new attachments below twice that, and when it is short of inodes; 0 turns it off").ours(),
     ] },
     Group { title: "Retention", options: &[
         option("ttl-days", "OBSCURA_TTL_DAYS", "30", Days(1, 36_500),

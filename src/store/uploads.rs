@@ -60,10 +60,9 @@ const DAY: Duration = Duration::from_hours(24);
 /// is for clocks that differ.
 const LONGEST_DEBT: Duration = Duration::from_hours(25);
 
-/// An account may have as many attachments as blocks of this size fit into its quota, and at least [`MIN_COUNT`].
-/// Otherwise a million attachments of a byte each would fill the disk without passing any quota.
-const BLOCK_BYTES: i64 = 4096;
-const MIN_COUNT: i64 = 16;
+/// An upload counts at least this many bytes, since that is what a file takes. Otherwise a million attachments of a byte
+/// each would fill the disk without passing any quota.
+const BLOCK_BYTES: u64 = 4096;
 
 /// Uploads that begin or end at the same time.
 pub(super) type Uploads = Gather<Step, Taken>;
@@ -89,8 +88,7 @@ pub(super) fn none() -> Arc<Uploads> {
 /// What counts against an account.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 struct Used {
-    /// Attachments stored or being uploaded, and their bytes. Nought when there is no quota.
-    count: i64,
+    /// Bytes that the attachments stored or being uploaded count. Zero when there is no quota.
     bytes: i64,
     /// When, at the allowed bytes a day, all that was uploaded lately will have been allowed.
     paid_at: Option<Timestamp>,
@@ -149,16 +147,14 @@ impl Used {
                 paid_at => self.paid_at = Some(paid_at.unwrap_or(upload.now).max(upload.now) + cost),
             }
         }
-        self.count += 1;
-        self.bytes = self.bytes.saturating_add(whole(upload.size));
+        self.bytes = self.bytes.saturating_add(counted(upload.size));
         Reserved::Yes
     }
 
     /// True when the account would pass its quota.
     fn has_no_room(&self, upload: &Reservation) -> bool {
         let quota = whole(upload.allowance.quota_bytes);
-        let passes = self.bytes.saturating_add(whole(upload.size)) > quota;
-        quota != 0 && (passes || self.count >= (quota / BLOCK_BYTES).max(MIN_COUNT))
+        quota != 0 && self.bytes.saturating_add(counted(upload.size)) > quota
     }
 }
 
@@ -169,7 +165,7 @@ fn cost(upload: &Reservation) -> Option<Duration> {
     if bytes_per_day == 0 {
         return None;
     }
-    let millis = (u128::from(upload.size) * DAY.as_millis()).div_ceil(u128::from(bytes_per_day));
+    let millis = (u128::from(upload.size.max(BLOCK_BYTES)) * DAY.as_millis()).div_ceil(u128::from(bytes_per_day));
     // The largest attachment may be larger than what is allowed in a day. It then takes all of it.
     Some(Duration::from_millis(u64::try_from(millis).unwrap_or(u64::MAX)).min(DAY))
 }
@@ -182,6 +178,11 @@ fn wait(paid_at: Timestamp, latest: Timestamp) -> Duration {
 /// Beginnings are stored in whole seconds.
 fn began(now: Timestamp) -> Timestamp {
     Timestamp::from_seconds(now.seconds())
+}
+
+/// The bytes that an attachment of this size counts.
+fn counted(size: u64) -> i64 {
+    whole(size.max(BLOCK_BYTES))
 }
 
 /// A number of bytes as the database counts them.

@@ -3,7 +3,10 @@
 use serde_json::json;
 
 use crate::harness::signer::Identity;
-use crate::harness::{Device, Keys, PASSWORD, Response, TestServer, eventually, send_request, signed_key, unique_name};
+use crate::harness::{
+    Device, Keys, PASSWORD, PATIENCE, Response, SmallDisk, TestServer, eventually, send_request, signed_key,
+    unique_name,
+};
 
 /// More than any disk has.
 const ENORMOUS: u64 = u64::MAX / 4;
@@ -30,11 +33,11 @@ async fn a_full_disk_refuses_sends_and_uploads_and_lets_everything_else_go_on() 
     let database = server.database().await;
     eventually("the ack to be applied", async || database.queued(&bob).await == 0).await;
     alice.remove(&linked).await;
-    alice.log_in().await;
+    let alice = alice.log_in().await;
 
     server.restart_with(|config| config.disk_reserve_bytes = 0).await;
     alice.send_to(&bob, "room again").await;
-    upload().send().await.expect(201);
+    alice.request("POST", "/v1/attachments").body("ciphertext").send().await.expect(201);
 }
 
 /// The answer to an attempt to register.
@@ -154,4 +157,70 @@ async fn a_refused_upload_is_not_read() {
     let answer = crate::harness::raw_request(server.address(), head.as_bytes()).await;
     assert!(answer.starts_with("HTTP/1.1 507 "), "{answer}");
     assert_eq!(server.database().await.number("SELECT count(*) FROM attachments").await, 0);
+}
+
+#[tokio::test]
+async fn a_disk_without_a_free_byte_or_inode_does_not_prevent_the_start() {
+    let folder = tempfile::tempdir().unwrap();
+    let disk = SmallDisk::make(folder.path(), 64, 80);
+    let options = ["--disk-reserve-bytes=16000000"];
+    let mut server = disk.start(&options).await;
+    let (alice, bob) = (Device::register(&server.client()).await, Device::register(&server.client()).await);
+    let linked = alice.link().await;
+    alice.send_to(&bob, "waiting").await;
+    let upload = |device: &Device| device.request("POST", "/v1/attachments").body("ciphertext");
+    let id = upload(&alice).send().await.expect(201).json()["id"].as_str().unwrap().to_owned();
+    server.terminate();
+    server.exit(PATIENCE).await;
+    disk.fill();
+
+    let server = disk.start(&options).await;
+    let (alice, bob) = (alice.at(&server.client()), bob.at(&server.client()));
+    alice.request("GET", &format!("/v1/attachments/{id}")).send().await.expect(200);
+    alice.post_messages(uuid::Uuid::new_v4(), &send_request(&[(&bob, b"too much")])).await.expect(507);
+    upload(&alice).send().await.expect(507);
+    let mut socket = bob.connect().await;
+    let envelopes = socket.messages(1).await;
+    socket.ack(&envelopes).await;
+    drop(socket);
+    alice.remove(&linked).await;
+    eventually("the ack to be applied", async || {
+        let page = String::from_utf8(server.management().get("/metrics").send().await.body.to_vec()).unwrap();
+        page.contains("obscura_queue_left_total{cause=\"acked\"} 1")
+    })
+    .await;
+    bob.log_in().await;
+}
+
+#[tokio::test]
+async fn uploads_of_a_byte_stop_before_the_inodes_run_out_and_the_next_start_succeeds() {
+    let folder = tempfile::tempdir().unwrap();
+    let disk = SmallDisk::make(folder.path(), 64, 100);
+    let options = ["--disk-reserve-bytes=16000000"];
+    let mut server = disk.start(&options).await;
+    let alice = Device::register(&server.client()).await;
+    let mut stored = 0;
+    let refused = loop {
+        let answer = alice.request("POST", "/v1/attachments").body("a").send().await;
+        if answer.status != 201 {
+            break answer;
+        }
+        stored += 1;
+        assert!(stored < 100, "a disk of 100 files took as many attachments");
+        // What the file system says is remembered for a second.
+        if stored % 20 == 0 {
+            tokio::time::sleep(std::time::Duration::from_millis(1100)).await;
+        }
+    };
+    refused.expect(507);
+    let free = rustix::fs::statvfs(disk.seen_from_here()).unwrap().f_favail;
+    assert!(free >= 5, "{free} inodes are left");
+    let bob = Device::register(&server.client()).await;
+    alice.send_to(&bob, "messages need no inode").await;
+    let page = String::from_utf8(server.management().get("/metrics").send().await.body.to_vec()).unwrap();
+    assert!(page.contains("\nobscura_disk_free_inodes"), "{page}");
+    server.terminate();
+    server.exit(PATIENCE).await;
+    let server = disk.start(&options).await;
+    bob.at(&server.client()).connect().await.expect_message("messages need no inode").await;
 }

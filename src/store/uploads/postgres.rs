@@ -5,7 +5,7 @@ use std::time::Duration;
 use crate::model::ids::AttachmentId;
 use crate::store::attachments::{PENDING, STORED};
 use crate::store::database::{Tx, on, run};
-use crate::store::uploads::{DAY, LONGEST_DEBT, Reservation, Reserved, Used, began, cost, wait, whole};
+use crate::store::uploads::{DAY, LONGEST_DEBT, Reservation, Reserved, Used, began, cost, counted, wait, whole};
 use crate::store::{Result, devices};
 
 pub(super) async fn reserve(mut tx: Tx, upload: Reservation) -> Result<Reserved> {
@@ -18,9 +18,10 @@ async fn admit(tx: &mut Tx, upload: &Reservation) -> Result<Reserved> {
     if upload.allowance.quota_bytes > 0 {
         // So that two uploads don't pass the quota together.
         devices::lock_account(tx, upload.user).await?;
-        let statement = "SELECT COUNT(*), CAST(COALESCE(SUM(size), 0) AS BIGINT) FROM attachments WHERE user_id = $1";
-        let (count, bytes) = on!(tx, |db| sqlx::query_as(statement).bind(upload.user).fetch_one(db))?;
-        if (Used { count, bytes, paid_at: None }).has_no_room(upload) {
+        let statement =
+            "SELECT CAST(COALESCE(SUM(GREATEST(size, $2)), 0) AS BIGINT) FROM attachments WHERE user_id = $1";
+        let bytes = on!(tx, |db| sqlx::query_scalar(statement).bind(upload.user).bind(counted(0)).fetch_one(db))?;
+        if (Used { bytes, paid_at: None }).has_no_room(upload) {
             return Ok(Reserved::QuotaExceeded);
         }
     }

@@ -9,7 +9,7 @@ use sqlx::{FromRow, Row, Sqlite};
 
 use crate::model::ids::{AttachmentId, UserId};
 use crate::store::sqlite::SqliteStore;
-use crate::store::uploads::{Reservation, Reserved, Step, Taken, Used, began, whole};
+use crate::store::uploads::{Reservation, Reserved, Step, Taken, Used, began, counted, whole};
 use crate::store::{Result, json_list};
 
 macro_rules! complete {
@@ -26,7 +26,7 @@ const COMPLETE: &str = concat!(complete!(), "COMMIT");
 /// Completes, and asks what counts against the accounts of those that begin: one row for each, in their order.
 const COMPLETE_AND_ASK: &str = concat!(
     complete!(),
-    "SELECT COUNT(a.size), COALESCE(SUM(a.size), 0),
+    "SELECT COALESCE(SUM(MAX(a.size, $6)), 0),
             (SELECT d.paid_at FROM upload_debts d WHERE d.user_id = substr($3, asked.value, 16))
      FROM json_each($4) asked
      LEFT JOIN attachments a ON $5 AND a.user_id = substr($3, asked.value, 16)
@@ -66,7 +66,8 @@ pub(super) async fn take(sqlite: &SqliteStore, steps: &[Step]) -> Result<Vec<Tak
     let question = completion(COMPLETE_AND_ASK, &complete)
         .bind(users.iter().flat_map(|user| *user.as_bytes()).collect::<Vec<u8>>())
         .bind(json_list((0..users.len()).map(|n| n * 16 + 1)))
-        .bind(has_quota);
+        .bind(has_quota)
+        .bind(counted(0));
     let [_begun, completed, used] = tx.run(question).await?;
     let used = used.rows.iter().map(|row| Ok(Used::from_row(row)?)).collect::<Result<Vec<_>>>()?;
     let mut used: HashMap<UserId, Used> = users.into_iter().zip(used).collect();
@@ -116,6 +117,6 @@ fn answers(steps: &[Step], completed: &[SqliteRow], reserved: Vec<Reserved>) -> 
 
 impl<'r> FromRow<'r, SqliteRow> for Used {
     fn from_row(row: &'r SqliteRow) -> sqlx::Result<Self> {
-        Ok(Self { count: row.try_get(0)?, bytes: row.try_get(1)?, paid_at: row.try_get(2)? })
+        Ok(Self { bytes: row.try_get(0)?, paid_at: row.try_get(1)? })
     }
 }

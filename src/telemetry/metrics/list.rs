@@ -182,6 +182,8 @@ metrics! {
             "By how much the clock of the machine is ahead of the time that the server trusts; below 0 when it is behind. 0 while it is not in doubt.",
         disk_free: Gauge = "obscura.disk.free" "By"
             "What is free on the disk of the data folder. Not there without one, or with `--disk-reserve-bytes=0`.",
+        disk_free_inodes: Gauge = "obscura.disk.free.inodes" "{inode}"
+            "How many more files the disk of the data folder can have. Not there if the file system has no fixed number.",
         room: Gauge = "obscura.disk.room" "{level}"
             "0 while there is room; 1 while attachments are refused for lack of it; 2 while messages are, too.",
     }

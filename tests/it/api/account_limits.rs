@@ -151,18 +151,18 @@ async fn many_askers_do_not_drain_the_one_time_prekeys_of_an_account() {
 
 #[tokio::test]
 async fn an_account_uploads_so_many_bytes_in_a_day_on_any_node_and_after_any_restart() {
-    let mut server = TestServer::start_with(|config| config.attachments.bytes_per_day = 1000).await;
+    let mut server = TestServer::start_with(|config| config.attachments.bytes_per_day = 1_000_000).await;
     let (alice, bob) = (server.account().await, server.account().await);
     let upload =
         async |device: &Device, size| device.request("POST", "/v1/attachments").body(vec![7; size]).send().await;
-    upload(&alice, 900).await.expect(201);
+    upload(&alice, 900_000).await.expect(201);
     server.restart().await;
-    let refused = upload(&alice, 600).await.expect(429);
+    let refused = upload(&alice, 600_000).await.expect(429);
     assert!((43_190..=43_201).contains(&wait(&refused)), "half a day");
-    upload(&alice, 100).await.expect(201);
-    upload(&bob, 900).await.expect(201);
+    upload(&alice, 100_000).await.expect(201);
+    upload(&bob, 900_000).await.expect(201);
     server.clock.advance(Duration::from_secs(wait(&refused)));
-    upload(&alice.log_in().await, 500).await.expect(201);
+    upload(&alice.log_in().await, 500_000).await.expect(201);
 }
 
 #[tokio::test]

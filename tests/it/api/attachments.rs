@@ -283,15 +283,15 @@ async fn the_sweep_removes_what_has_expired_and_passes_over_what_it_can_not_remo
 
 #[tokio::test]
 async fn an_account_has_a_quota_of_its_own() {
-    let server = TestServer::start_with(|config| config.attachments.quota_bytes = 1000).await;
+    let server = TestServer::start_with(|config| config.attachments.quota_bytes = 10_000).await;
     let (device, other) = (server.account().await, server.account().await);
-    put(&device, &[7; 600]).await;
-    let refused: Response = upload(&device, vec![7; 401]).send().await.expect(413);
+    put(&device, &[7; 5_500]).await;
+    let refused: Response = upload(&device, vec![7; 4_501]).send().await.expect(413);
     assert!(!refused.error().is_empty());
     let linked = device.link().await;
-    upload(&linked, vec![7; 401]).send().await.expect(413);
-    put(&other, &[7; 1000]).await;
-    put(&linked, &[7; 400]).await;
+    upload(&linked, vec![7; 4_501]).send().await.expect(413);
+    put(&other, &[7; 10_000]).await;
+    put(&linked, &[7; 4_500]).await;
     upload(&device, "a").send().await.expect(413);
     // What had come in of the refused ones goes behind the answer.
     eventually("only the accepted ones to be there", async || stored(&server).await.len() == 3).await;

@@ -118,6 +118,16 @@ impl Binary {
         Self::launch(deployment::embedded_options(folder), options, &[], targets).await
     }
 
+    /// The same, started by another program such as `nsenter`, which turns into it.
+    pub async fn start_within(starter: &[&str], folder: &Path, options: &[&str]) -> Self {
+        let layout = deployment::embedded_options(folder);
+        let (program, arguments) = starter.split_first().expect("a program");
+        let mut command = command_of(program, &[]);
+        command.args(arguments).arg(env!("CARGO_BIN_EXE_obscura-server"));
+        command.args(&layout).args(TEST_OPTIONS).args(options);
+        Self::launched(command, layout, (Target::anywhere(), Target::anywhere()), true).await
+    }
+
     /// The program in embedded mode with the limits that it has by default.
     pub async fn start_limited(folder: &Path, options: &[&str]) -> Self {
         let layout = deployment::embedded_options(folder);

@@ -16,6 +16,7 @@ mod s3;
 mod s3_proxy;
 pub mod server;
 pub mod signer;
+mod small_disk;
 mod socket;
 mod valkey;
 
@@ -38,6 +39,7 @@ pub use record::without_welcome;
 pub use s3::{Bucket, S3, S3Process};
 pub use s3_proxy::{Fate, S3Proxy};
 pub use server::{TestServer, impatient};
+pub use small_disk::SmallDisk;
 pub use socket::{Event, Socket, distinct_ids};
 pub use valkey::Valkey;
 

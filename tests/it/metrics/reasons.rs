@@ -21,7 +21,7 @@ async fn a_429_tells_by_which_limit() {
         config.account_rates.bundles_per_hour = 1;
         config.rate_limits.auth_per_second = 1;
         config.rate_limits.auth_burst = 3;
-        config.attachments.bytes_per_day = 100;
+        config.attachments.bytes_per_day = 5000;
     })
     .await;
     let (alice, bob) = (server.account().await, server.account().await);

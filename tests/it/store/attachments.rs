@@ -12,6 +12,8 @@ use super::fixture::{NOW, TestStore};
 const DAY: Duration = Duration::from_hours(24);
 const SECOND: Duration = Duration::from_secs(1);
 const NO_QUOTA: u64 = 0;
+/// No upload counts less.
+const BLOCK: u64 = 4096;
 
 fn quota(quota_bytes: u64) -> Allowance {
     Allowance { quota_bytes, bytes_per_day: 0 }
@@ -51,9 +53,10 @@ async fn reserve(store: &Store, user: UserId, size: u64, bytes: u64) -> (Attachm
     )
 }
 
-/// What becomes of an upload of an account that may upload 1000 bytes a day.
-async fn upload(store: &Store, user: UserId, size: u64, at: Timestamp) -> Reserved {
-    let allowance = Allowance { quota_bytes: NO_QUOTA, bytes_per_day: 1000 };
+/// What becomes of an upload of so many blocks of an account that may upload 1000 of them a day.
+async fn upload(store: &Store, user: UserId, blocks: u64, at: Timestamp) -> Reserved {
+    let size = blocks.saturating_mul(BLOCK);
+    let allowance = Allowance { quota_bytes: NO_QUOTA, bytes_per_day: 1000 * BLOCK };
     store
         .reserve_attachment(Reservation { user, id: AttachmentId::random(), size, now: at, born: at, allowance })
         .await
@@ -89,37 +92,48 @@ async fn an_attachment_ends_with_the_second_that_was_announced() {
 async fn the_quota_counts_what_is_stored_and_what_is_under_way() {
     let store = TestStore::open().await;
     let user = UserId::random();
-    let (first, reserved) = reserve(&store, user, 60, 100).await;
+    let (first, reserved) = reserve(&store, user, 60 * BLOCK, 100 * BLOCK).await;
     assert_eq!(reserved, Reserved::Yes);
-    assert_eq!(reserve(&store, user, 41, 100).await.1, Reserved::QuotaExceeded);
+    assert_eq!(reserve(&store, user, 41 * BLOCK, 100 * BLOCK).await.1, Reserved::QuotaExceeded);
     assert!(store.attachment_stored(first).await.unwrap());
-    assert_eq!(reserve(&store, user, 41, 100).await.1, Reserved::QuotaExceeded);
-    assert_eq!(reserve(&store, UserId::random(), 100, 100).await.1, Reserved::Yes, "everybody has a quota of his own");
-    assert_eq!(reserve(&store, user, 40, 100).await.1, Reserved::Yes);
-    assert_eq!(reserve(&store, user, 1, 100).await.1, Reserved::QuotaExceeded);
+    assert_eq!(reserve(&store, user, 41 * BLOCK, 100 * BLOCK).await.1, Reserved::QuotaExceeded);
+    assert_eq!(
+        reserve(&store, UserId::random(), 100 * BLOCK, 100 * BLOCK).await.1,
+        Reserved::Yes,
+        "everybody has a quota of his own"
+    );
+    assert_eq!(reserve(&store, user, 40 * BLOCK, 100 * BLOCK).await.1, Reserved::Yes);
+    assert_eq!(reserve(&store, user, BLOCK, 100 * BLOCK).await.1, Reserved::QuotaExceeded);
     store.forget_attachments(&[first]).await.unwrap();
-    assert_eq!(reserve(&store, user, 60, 100).await.1, Reserved::Yes);
-    assert_eq!(reserve(&store, user, u64::MAX, 100).await.1, Reserved::QuotaExceeded);
+    assert_eq!(reserve(&store, user, 60 * BLOCK, 100 * BLOCK).await.1, Reserved::Yes);
+    assert_eq!(reserve(&store, user, u64::MAX, 100 * BLOCK).await.1, Reserved::QuotaExceeded);
     assert_eq!(reserve(&store, user, 1 << 40, NO_QUOTA).await.1, Reserved::Yes);
 }
 
 #[tokio::test]
 async fn a_refused_reservation_leaves_nothing() {
     let store = TestStore::open().await;
-    let (id, reserved) = reserve(&store, UserId::random(), 101, 100).await;
+    let (id, reserved) = reserve(&store, UserId::random(), 101 * BLOCK, 100 * BLOCK).await;
     assert_eq!(reserved, Reserved::QuotaExceeded);
     assert!(!store.attachment_stored(id).await.unwrap());
 }
 
 #[tokio::test]
-async fn tiny_attachments_are_limited_in_number() {
+async fn an_upload_counts_at_least_a_block_of_the_quota_and_of_the_day() {
     let store = TestStore::open().await;
-    for (quota, count) in [(1000, 16), (20 * 4096, 20)] {
+    for allowance in [
+        Allowance { quota_bytes: 20 * BLOCK, bytes_per_day: 0 },
+        Allowance { quota_bytes: 0, bytes_per_day: 20 * BLOCK },
+    ] {
         let user = UserId::random();
-        for _ in 0..count {
-            assert_eq!(reserve(&store, user, 1, quota).await.1, Reserved::Yes);
+        let reserve = async |size| {
+            let upload = Reservation { user, id: AttachmentId::random(), size, now: NOW, allowance };
+            store.reserve_attachment(upload).await.unwrap()
+        };
+        for size in [1, 0, BLOCK - 1, BLOCK].into_iter().cycle().take(20) {
+            assert_eq!(reserve(size).await, Reserved::Yes);
         }
-        assert_eq!(reserve(&store, user, 1, quota).await.1, Reserved::QuotaExceeded);
+        assert_ne!(reserve(1).await, Reserved::Yes);
     }
 }
 
@@ -127,7 +141,7 @@ async fn tiny_attachments_are_limited_in_number() {
 async fn reservations_at_the_same_time_do_not_pass_the_quota_together() {
     let store = TestStore::open().await;
     let user = store.account().await.user;
-    let reservations = join_all((0..30).map(|_| reserve(&store, user, 10, 100))).await;
+    let reservations = join_all((0..30).map(|_| reserve(&store, user, 10 * BLOCK, 100 * BLOCK))).await;
     assert_eq!(reservations.iter().filter(|(_, reserved)| *reserved == Reserved::Yes).count(), 10);
 }
 
@@ -148,9 +162,12 @@ async fn an_account_may_upload_so_many_bytes_in_a_day() {
 #[tokio::test]
 async fn an_upload_that_came_to_nothing_counts_against_the_day() {
     let (store, user, id) = (TestStore::open().await, UserId::random(), AttachmentId::random());
-    let allowance = Allowance { quota_bytes: 1000, bytes_per_day: 1000 };
+    let allowance = Allowance { quota_bytes: 1000 * BLOCK, bytes_per_day: 1000 * BLOCK };
     assert_eq!(
-        store.reserve_attachment(Reservation { user, id, size: 1000, now: NOW, born: NOW, allowance }).await.unwrap(),
+        store
+            .reserve_attachment(Reservation { user, id, size: 1000 * BLOCK, now: NOW, born: NOW, allowance })
+            .await
+            .unwrap(),
         Reserved::Yes
     );
     store.forget_attachments(&[id]).await.unwrap();
