@@ -4,12 +4,15 @@
 //! at: only the inbox says whether it is still to be woken, so neither a connection nor an ack cancels anything that mail
 //! is left for. The queue between the two holds nothing but "look at this device then", and is rebuilt from the inboxes.
 
+mod attempts;
 mod janitor;
 mod lane;
 mod outbox;
 mod providers;
 mod queue;
 mod rebuild;
+mod refusals;
+mod waiting;
 mod worker;
 
 use std::path::PathBuf;

@@ -29,8 +29,12 @@ pub enum Pushed {
     Accepted,
     /// The provider says that the token will never work again.
     TokenGone,
+    /// A Web Push service says that it doesn't know the subscription. A proxy in front of it may say the same.
+    Missing,
     /// This push was not taken; others may be.
     Refused {
+        /// The status of the answer, if there was one.
+        status: Option<u16>,
         /// How long the provider asks to wait, if it does.
         retry_after: Option<Duration>,
     },
@@ -52,8 +56,8 @@ impl Pushed {
             Self::Accepted if !is_real => PushOutcome::Logged,
             Self::Accepted => PushOutcome::Accepted,
             Self::TokenGone => PushOutcome::TokenGone,
-            Self::Refused { .. } | Self::Unfit if is_over => PushOutcome::GivenUp,
-            Self::Refused { .. } | Self::Unfit => PushOutcome::Refused,
+            Self::Missing | Self::Refused { .. } | Self::Unfit if is_over => PushOutcome::GivenUp,
+            Self::Missing | Self::Refused { .. } | Self::Unfit => PushOutcome::Refused,
             Self::Unavailable { .. } => PushOutcome::Unavailable,
         }
     }
@@ -61,8 +65,19 @@ impl Pushed {
     /// How long the provider asks to wait.
     pub fn asked_to_wait(&self) -> Duration {
         match self {
-            Self::Refused { retry_after } | Self::Unavailable { retry_after, .. } => retry_after.unwrap_or_default(),
-            Self::Accepted | Self::TokenGone | Self::Unfit => Duration::ZERO,
+            Self::Refused { retry_after, .. } | Self::Unavailable { retry_after, .. } => {
+                retry_after.unwrap_or_default()
+            }
+            Self::Accepted | Self::TokenGone | Self::Missing | Self::Unfit => Duration::ZERO,
+        }
+    }
+
+    /// The status with which this push alone was refused.
+    pub fn refused_with(&self) -> Option<u16> {
+        match self {
+            Self::Missing => Some(404),
+            Self::Refused { status, .. } => *status,
+            Self::Accepted | Self::TokenGone | Self::Unfit | Self::Unavailable { .. } => None,
         }
     }
 
@@ -71,7 +86,7 @@ impl Pushed {
         match self {
             Self::Accepted => "accepted",
             Self::TokenGone => "token_gone",
-            Self::Refused { .. } | Self::Unfit => "refused",
+            Self::Missing | Self::Refused { .. } | Self::Unfit => "refused",
             Self::Unavailable { .. } => "unavailable",
         }
     }
@@ -131,7 +146,7 @@ impl Provider {
         match tokio::time::timeout(patience, self.try_to_push(target)).await {
             Ok(pushed) => pushed,
             // One endpoint that hangs says nothing about others.
-            Err(_) if matches!(self, Self::WebPush(_)) => Pushed::Refused { retry_after: None },
+            Err(_) if matches!(self, Self::WebPush(_)) => Pushed::Refused { status: None, retry_after: None },
             Err(_) => Pushed::Unavailable { cause: Cause::NoAnswer, retry_after: None },
         }
     }

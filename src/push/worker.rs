@@ -1,7 +1,9 @@
 //! The worker: leases devices that are due, asks the store whether they are still to be woken, hands them to their
 //! providers, and settles what came of it.
 
-use std::collections::{HashMap, HashSet};
+mod starting;
+
+use std::collections::HashMap;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -9,35 +11,28 @@ use tokio::sync::mpsc;
 use tokio::time::{Instant, MissedTickBehavior, interval, timeout};
 use tracing::{debug, info, warn};
 
-use crate::clock::Clock;
+use crate::clock::{Clock, Timestamp};
 use crate::config::Config;
 use crate::model::ids::DeviceNo;
 use crate::push::Push;
+use crate::push::attempts::Attempts;
 use crate::push::janitor::Janitor;
-use crate::push::lane::{Blocked, Lanes};
+use crate::push::lane::Lanes;
 use crate::push::outbox::Outbox;
 use crate::push::providers::Pushed;
 use crate::push::queue::{Fate, Job, Leased, Queue, QueueError, Reason};
+use crate::push::refusals::Refusals;
+use crate::push::waiting::Waiting;
 use crate::store::{Sleeper, Store, StoreError};
-use crate::tasks::{Tasks, jittered};
+use crate::tasks::Tasks;
 use crate::telemetry::Telemetry;
-use crate::telemetry::metrics::Metrics;
+use crate::telemetry::metrics::{Metrics, PushStatus};
 use crate::telemetry::traces::Traces;
 
 /// Sessions that have ended and are looked at together.
 const ENDED: usize = 500;
-/// The longest time that one push may take, whatever it needs for that.
-const PATIENCE: Duration = Duration::from_secs(15);
-/// The longest pause between two attempts for one device.
-const LONGEST_RETRY: Duration = Duration::from_hours(1);
-/// After so many attempts a device is left alone until there is newer mail, or a day has passed.
-const ATTEMPTS: u32 = 10;
-/// Devices whose failed attempts are counted.
-const COUNTED: usize = 10_000;
-/// A second reason to wake a device that is just being woken waits for so long.
-const BEHIND_ANOTHER: Duration = Duration::from_secs(2);
-/// A device whose provider has no slot free waits for so many looks, so that those behind it get their turn.
-const WHILE_FULL: u32 = 3;
+/// A subscription that its service doesn't know is deleted when that has lasted for so long.
+const MISSING_FOR: Duration = Duration::from_hours(12);
 /// How often the length of the queue is looked at.
 const MEASURING: Duration = Duration::from_secs(5);
 /// At shutdown, so much time for the pushes under way. What is not settled then is found in the inboxes again.
@@ -71,8 +66,10 @@ pub(super) struct Worker {
     metrics: Metrics,
     /// When the length of the queue is looked at next.
     measure_at: Instant,
-    /// Failed attempts in a row, since this node started.
-    attempts: HashMap<Job, u32>,
+    attempts: Attempts,
+    refusals: Refusals,
+    /// Leased, and without a slot yet.
+    waiting: Waiting,
     tried: (mpsc::Sender<Tried>, mpsc::Receiver<Tried>),
     is_outage_told: bool,
 }
@@ -97,8 +94,10 @@ impl Worker {
             traces: telemetry.traces.clone(),
             // Each push under way keeps its slot until its outcome is in here.
             tried: mpsc::channel(config.notifications.worker_concurrency),
+            attempts: Attempts::default(),
+            refusals: Refusals::new(config.web_push.contact.is_some()),
+            waiting: Waiting::new(config.notifications.worker_concurrency, config.notifications.visibility_timeout),
             config: config.clone(),
-            attempts: HashMap::new(),
             is_outage_told: false,
         }
     }
@@ -113,6 +112,9 @@ impl Worker {
                 Some(tried) = self.tried.1.recv() => {
                     let settled = self.settle(tried).await;
                     self.tell(settled);
+                    // Their slots are free now.
+                    let admitted = self.admit(&tasks).await;
+                    self.tell(admitted);
                 }
                 _ = ticks.tick() => {
                     let looked = self.look(&tasks).await;
@@ -131,6 +133,9 @@ impl Worker {
         self.tell(ended);
         let flushed = self.flush().await;
         self.tell(flushed.map_err(Trouble::from));
+        let given_up = self.waiting.give_up().into_iter().map(|leased| (leased, Fate::Later(Duration::ZERO))).collect();
+        let given_back = self.end(given_up).await;
+        self.tell(given_back);
         let (closed, _) = mpsc::channel(1);
         // Ends when all that are under way have said what came of them.
         self.tried.0 = closed;
@@ -148,17 +153,20 @@ impl Worker {
             self.measure_at = Instant::now() + MEASURING;
             self.metrics.push_queue.set((), self.queue.length().await?);
         }
+        self.admit(tasks).await?;
         let limit = self.config.notifications.worker_concurrency;
         loop {
+            let since = Instant::now();
             let leased = self.queue.lease(limit, self.config.notifications.visibility_timeout).await?;
             let is_full = leased.len() >= limit;
-            self.judge(leased, tasks).await?;
+            self.judge(leased, since, tasks).await?;
             if !is_full || tasks.is_stopping() {
                 return Ok(());
             }
             while let Ok(tried) = self.tried.1.try_recv() {
                 self.settle(tried).await?;
             }
+            self.admit(tasks).await?;
         }
     }
 
@@ -192,81 +200,6 @@ impl Worker {
         }
     }
 
-    /// Decides for each device whether it is to be woken, and starts that.
-    async fn judge(&mut self, leased: Vec<Leased>, tasks: &Tasks) -> Result<(), Trouble> {
-        if leased.is_empty() {
-            return Ok(());
-        }
-        let now = self.clock.latest();
-        let sleepers = self.sleepers(leased.iter().map(|leased| leased.job)).await?;
-        let (mut settled, mut woken) = (Vec::new(), HashSet::new());
-        for leased in leased {
-            let job = leased.job;
-            let Some(sleeper) = sleepers.get(&job.device) else {
-                settled.push((leased, Fate::Done));
-                continue;
-            };
-            let wait = match job.reason {
-                Reason::Mail => sleeper.waiting_since.map(|since| self.wait(since, now)),
-                Reason::Keys => self.has_few_keys(sleeper).await?.then_some(Duration::ZERO),
-            };
-            let fate = match wait {
-                None => Fate::Done,
-                Some(wait) if !wait.is_zero() => Fate::Later(wait),
-                Some(_) if !woken.insert(job.device) => Fate::Later(BEHIND_ANOTHER),
-                Some(_) => match self.start(leased, sleeper.clone(), tasks) {
-                    Ok(()) => continue,
-                    Err(Blocked::Paused(pause)) => Fate::Later(pause + jittered(Duration::from_secs(1))),
-                    Err(Blocked::Full) => Fate::Later(jittered(WHILE_FULL * self.config.notifications.worker_interval)),
-                },
-            };
-            settled.push((leased, fate));
-        }
-        self.end(settled).await
-    }
-
-    /// How long mail that came at `since` still has to be fetched. A clock that was wrong then makes nobody wait longer.
-    fn wait(&self, since: crate::clock::Timestamp, now: crate::clock::Timestamp) -> Duration {
-        let grace = self.config.notifications.push_delay;
-        (since + grace).since_epoch().saturating_sub(now.since_epoch()).min(grace)
-    }
-
-    async fn has_few_keys(&self, sleeper: &Sleeper) -> Result<bool, StoreError> {
-        if !sleeper.may_hear_of_keys {
-            return Ok(false);
-        }
-        let counts = self.store.prekey_counts(sleeper.device).await?;
-        Ok(counts.is_some_and(|counts| counts.is_below(self.config.prekeys.refill_threshold)))
-    }
-
-    fn start(&self, leased: Leased, sleeper: Sleeper, tasks: &Tasks) -> Result<(), Blocked> {
-        let lane = self.lanes.of(&sleeper.target).clone();
-        let slot = lane.enter(&sleeper.target)?;
-        // Over before the lease is, so that nobody else begins with the same push.
-        let patience = PATIENCE.min(self.config.notifications.visibility_timeout.mul_f64(0.8));
-        let (tried, stopping, metrics) = (self.tried.0.clone(), tasks.clone(), self.metrics.clone());
-        let span = self.traces.begin_call("push.send");
-        span.set("obscura.push.provider", lane.name.text());
-        tasks.attend(async move {
-            let last_words = async {
-                stopping.stopping().await;
-                tokio::time::sleep(LAST_WORDS).await;
-            };
-            let start = Instant::now();
-            let pushed = tokio::select! {
-                pushed = span.run(lane.provider.push(&sleeper.target, patience)) => pushed,
-                () = last_words => return,
-            };
-            metrics.push_time.time(lane.name, start.elapsed());
-            span.set("obscura.push.outcome", pushed.name());
-            drop(span);
-            // Fails only when the worker has ended.
-            let _ = tried.send(Tried { leased, sleeper, pushed }).await;
-            drop(slot);
-        });
-        Ok(())
-    }
-
     /// Settles this push, and all that have come to an end with it.
     async fn settle(&mut self, first: Tried) -> Result<(), Trouble> {
         let mut all = vec![first];
@@ -275,18 +208,23 @@ impl Worker {
         }
         let now = self.clock.now();
         let (mut settled, mut sent) = (Vec::new(), Vec::new());
-        let mut unheard = 0;
+        let (mut unheard, mut missing, mut known) = (0, Vec::new(), Vec::new());
         for Tried { leased, sleeper, pushed } in all {
             let lane = self.lanes.of(&sleeper.target).clone();
+            if let Some(status) = pushed.refused_with() {
+                self.metrics.push_refusals.one((lane.name, PushStatus::of(status)));
+                self.refusals.tell(&sleeper.target, status);
+            }
+            let pushed = judged(pushed, &sleeper, now, &mut missing, &mut known);
             match &pushed {
                 Pushed::Unavailable { cause, retry_after } => {
                     lane.has_failed(*cause, *retry_after, self.config.notifications.visibility_timeout);
                 }
                 // Or a single made-up token would end the pause of a provider that is away.
                 Pushed::Unfit => {}
-                Pushed::Accepted | Pushed::TokenGone | Pushed::Refused { .. } => lane.is_well(),
+                Pushed::Accepted | Pushed::TokenGone | Pushed::Missing | Pushed::Refused { .. } => lane.is_well(),
             }
-            let fate = self.fate(leased.job, &pushed);
+            let fate = self.attempts.fate(leased.job, &pushed, self.config.notifications.visibility_timeout);
             self.metrics.pushes.one((lane.name, pushed.outcome(lane.is_real(), fate == Fate::Done)));
             let fate = match fate {
                 Fate::Done if pushed == Pushed::TokenGone => {
@@ -313,35 +251,9 @@ impl Worker {
         if !sent.is_empty() {
             self.store.remember_pushes(&sent, now).await?;
         }
+        self.store.mark_push_targets(&missing, Some(now)).await?;
+        self.store.mark_push_targets(&known, None).await?;
         self.end(settled).await
-    }
-
-    /// What becomes of a job after an attempt.
-    fn fate(&mut self, job: Job, pushed: &Pushed) -> Fate {
-        let visibility = self.config.notifications.visibility_timeout;
-        match pushed {
-            Pushed::Accepted | Pushed::TokenGone => {
-                self.attempts.remove(&job);
-                Fate::Done
-            }
-            // It says nothing about the device, so it isn't counted.
-            Pushed::Unavailable { .. } => Fate::Later(jittered(visibility).max(pushed.asked_to_wait())),
-            Pushed::Refused { .. } | Pushed::Unfit => {
-                if self.attempts.len() >= COUNTED {
-                    self.attempts.clear();
-                }
-                let attempts = self.attempts.entry(job).or_default();
-                *attempts += 1;
-                let failed = *attempts;
-                if failed >= ATTEMPTS {
-                    self.attempts.remove(&job);
-                    debug!("a device could not be woken, and is left alone for now");
-                    return Fate::Done;
-                }
-                let pause = visibility.saturating_mul(1 << (failed - 1).min(16)).min(LONGEST_RETRY);
-                Fate::Later(jittered(pause).max(pushed.asked_to_wait()))
-            }
-        }
     }
 
     /// Ends leases. Mail that came while a job was leased found it in the queue, so whoever is done is looked at once
@@ -387,4 +299,23 @@ impl Worker {
             }
         }
     }
+}
+
+/// What the answer comes to, given how long the target has been unknown to its provider. Targets that are unknown for the first
+/// time, or known again, are added to the lists.
+fn judged(
+    pushed: Pushed,
+    sleeper: &Sleeper,
+    now: Timestamp,
+    missing: &mut Vec<(DeviceNo, String)>,
+    known: &mut Vec<(DeviceNo, String)>,
+) -> Pushed {
+    let target = || (sleeper.device, sleeper.target.token().to_owned());
+    match (&pushed, sleeper.missing_since) {
+        (Pushed::Missing, Some(since)) if since + MISSING_FOR <= now => return Pushed::TokenGone,
+        (Pushed::Missing, None) => missing.push(target()),
+        (Pushed::Accepted, Some(_)) => known.push(target()),
+        _ => {}
+    }
+    pushed
 }

@@ -1,5 +1,6 @@
 //! Push tokens: how a push provider knows a device. Of all that a device may have, the last one counts.
 
+use crate::clock::Timestamp;
 use crate::model::ids::DeviceNo;
 use crate::model::push::{PushTarget, Subscription};
 use crate::store::database::{on, run};
@@ -56,6 +57,25 @@ impl Store {
         Ok(gone)
     }
 
+    /// Writes down, to the hour, since when these targets have been unknown to their provider; `None` when it knows them
+    /// again. A target that was replaced meanwhile is left alone.
+    pub async fn mark_push_targets(&self, targets: &[(DeviceNo, String)], missing: Option<Timestamp>) -> Result<()> {
+        if targets.is_empty() {
+            return Ok(());
+        }
+        let hour = |at: Timestamp| Timestamp::from_seconds(at.seconds() / 3600 * 3600);
+        let since = missing.map_or(Timestamp::from_seconds(0), hour);
+        // In one order on all nodes, so that two never wait for each other.
+        let mut targets: Vec<_> = targets.iter().collect();
+        targets.sort_unstable();
+        let mut tx = self.begin().await?;
+        for (device, token) in targets {
+            let statement = "UPDATE push_tokens SET missing_since = $3 WHERE device_no = $1 AND token = $2";
+            run!(&mut tx, sqlx::query(statement).bind(*device).bind(token).bind(since))?;
+        }
+        tx.commit().await
+    }
+
     /// The key of this name that all nodes share; `made`, if there is none yet.
     pub async fn server_key(&self, name: &str, made: &[u8]) -> Result<Vec<u8>> {
         let mut tx = self.begin().await?;
@@ -89,7 +109,7 @@ const SET: &str = "\
     ON CONFLICT (device_no) DO UPDATE SET \
         provider = excluded.provider, p256dh = excluded.p256dh, auth = excluded.auth, \
         pushed_to = CASE WHEN push_tokens.token = excluded.token THEN push_tokens.pushed_to ELSE 0 END, \
-        token = excluded.token";
+        token = excluded.token, missing_since = 0";
 
 const SET_IN_POSTGRES: &str = "\
     INSERT INTO push_tokens (device_no, token, provider, p256dh, auth) \
@@ -97,4 +117,4 @@ const SET_IN_POSTGRES: &str = "\
     ON CONFLICT (device_no) DO UPDATE SET \
         provider = excluded.provider, p256dh = excluded.p256dh, auth = excluded.auth, \
         pushed_to = CASE WHEN push_tokens.token = excluded.token THEN push_tokens.pushed_to ELSE 0 END, \
-        token = excluded.token";
+        token = excluded.token, missing_since = 0";

@@ -31,6 +31,8 @@ pub struct Sleeper {
     pub newest: Position,
     /// No push for few prekeys was sent lately.
     pub may_hear_of_keys: bool,
+    /// Since when its provider has said that it doesn't know the target, in whole hours.
+    pub missing_since: Option<Timestamp>,
 }
 
 /// A part of the walk over all devices that can be woken.
@@ -56,6 +58,7 @@ impl Store {
                 newest: row.newest,
                 // A time that lies far ahead is of a clock that was wrong.
                 may_hear_of_keys: row.keys_pushed_at <= now - BETWEEN_KEYS || row.keys_pushed_at > now + REMEMBERED,
+                missing_since: (row.missing_since > Timestamp::from_seconds(0)).then_some(row.missing_since),
             })
         };
         Ok(rows.into_iter().filter_map(sleeper).collect())
@@ -127,6 +130,7 @@ struct Row {
     p256dh: Option<Vec<u8>>,
     auth: Option<Vec<u8>>,
     keys_pushed_at: Timestamp,
+    missing_since: Timestamp,
     waiting_since: Option<Timestamp>,
     newest: Position,
 }
@@ -137,7 +141,7 @@ fn list(devices: &[DeviceNo]) -> String {
 }
 
 const SLEEPERS: &str = "\
-    SELECT t.device_no, t.provider, t.token, t.p256dh, t.auth, t.keys_pushed_at, \
+    SELECT t.device_no, t.provider, t.token, t.p256dh, t.auth, t.keys_pushed_at, t.missing_since, \
         (SELECT m.received_at FROM messages m WHERE m.device_no = t.device_no \
             AND m.position > (CASE WHEN t.pushed_at > $2 AND t.pushed_at < $2 + 172800000 THEN t.pushed_to ELSE 0 END) \
             ORDER BY m.position LIMIT 1) AS waiting_since, \
@@ -145,7 +149,7 @@ const SLEEPERS: &str = "\
     FROM push_tokens t WHERE t.device_no IN (SELECT value FROM json_each($1))";
 
 const SLEEPERS_IN_POSTGRES: &str = "\
-    SELECT t.device_no, t.provider, t.token, t.p256dh, t.auth, t.keys_pushed_at, \
+    SELECT t.device_no, t.provider, t.token, t.p256dh, t.auth, t.keys_pushed_at, t.missing_since, \
         (SELECT m.received_at FROM messages m WHERE m.device_no = t.device_no \
             AND m.position > (CASE WHEN t.pushed_at > $2 AND t.pushed_at < $2 + 172800000 THEN t.pushed_to ELSE 0 END) \
             ORDER BY m.position LIMIT 1) AS waiting_since, \

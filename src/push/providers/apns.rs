@@ -125,7 +125,7 @@ fn judge(status: StatusCode, body: &[u8], retry_after: Option<Duration>) -> Push
         (429, Some("TooManyProviderTokenUpdates")) | (500.., _) => {
             Pushed::Unavailable { cause: Cause::Busy, retry_after }
         }
-        _ => Pushed::Refused { retry_after },
+        _ => Pushed::Refused { status: Some(status.as_u16()), retry_after },
     }
 }
 

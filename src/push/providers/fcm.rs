@@ -188,7 +188,7 @@ fn judge(status: StatusCode, body: &[u8], retry_after: Option<Duration>) -> Push
         (500.., _) => Pushed::Unavailable { cause: Cause::Busy, retry_after },
         // What has a code of FCM's own is about this token, be it the quota of its device or a sender that is not ours.
         (429, None) => Pushed::Unavailable { cause: Cause::Busy, retry_after },
-        _ => Pushed::Refused { retry_after },
+        _ => Pushed::Refused { status: Some(status.as_u16()), retry_after },
     }
 }
 
@@ -233,7 +233,10 @@ mod tests {
         let down = |cause| Pushed::Unavailable { cause, retry_after: None };
         assert_eq!(judged(403, &json!({})), down(Cause::Credentials));
         assert_eq!(judged(503, &with_code("UNAVAILABLE")), down(Cause::Busy));
-        assert_eq!(judged(429, &with_code("QUOTA_EXCEEDED")), Pushed::Refused { retry_after: None });
-        assert_eq!(judged(403, &with_code("SENDER_ID_MISMATCH")), Pushed::Refused { retry_after: None });
+        assert_eq!(judged(429, &with_code("QUOTA_EXCEEDED")), Pushed::Refused { status: Some(429), retry_after: None });
+        assert_eq!(
+            judged(403, &with_code("SENDER_ID_MISMATCH")),
+            Pushed::Refused { status: Some(403), retry_after: None }
+        );
     }
 }

@@ -56,7 +56,7 @@ impl WebPush {
 
     /// Wakes the subscriber. Nothing that one endpoint does says anything about others.
     pub(super) async fn push(&self, subscription: &Subscription) -> Pushed {
-        let refused = Pushed::Refused { retry_after: None };
+        let refused = Pushed::Refused { status: None, retry_after: None };
         let Some(endpoint) = self.allowed.endpoint(&subscription.endpoint) else { return refused };
         let Ok(sealed) = sealing::seal(TEXT, subscription) else { return refused };
         let contact = self.contact.as_deref();
@@ -79,8 +79,10 @@ impl WebPush {
         match response.status() {
             status if status.is_success() => Pushed::Accepted,
             // What a push service says of a subscription that has ended. The URL belongs to one device alone.
-            StatusCode::NOT_FOUND | StatusCode::GONE => Pushed::TokenGone,
-            _ => Pushed::Refused { retry_after },
+            StatusCode::GONE => Pushed::TokenGone,
+            // The same, or a proxy that doesn't find the service.
+            StatusCode::NOT_FOUND => Pushed::Missing,
+            status => Pushed::Refused { status: Some(status.as_u16()), retry_after },
         }
     }
 }

@@ -167,6 +167,7 @@ pub(super) static TABLES: &[Table] = &[
             bigint("pushed_to"),
             bigint("pushed_at"),
             bigint("keys_pushed_at"),
+            bigint("missing_since"),
         ],
     ),
     table("server_keys", 1, &[text("name"), bytes("secret")]),

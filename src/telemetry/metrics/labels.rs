@@ -258,6 +258,36 @@ label! {
 }
 
 label! {
+    /// With which status a push was refused.
+    PushStatus "status" {
+        BadRequest "400" "the provider doesn't understand or allow it",
+        Unauthorized "401" "it doesn't accept our key",
+        Forbidden "403" "it doesn't accept our key, or wants a contact",
+        NotFound "404" "it doesn't know the subscription",
+        TooLarge "413" "it is too large",
+        TooMany "429" "there are too many",
+        Failure "5xx" "the service has a problem of its own",
+        Other "other" "any other",
+    }
+}
+
+impl PushStatus {
+    /// The label of an answer with this status.
+    pub fn of(status: u16) -> Self {
+        match status {
+            400 => Self::BadRequest,
+            401 => Self::Unauthorized,
+            403 => Self::Forbidden,
+            404 => Self::NotFound,
+            413 => Self::TooLarge,
+            429 => Self::TooMany,
+            500..=599 => Self::Failure,
+            _ => Self::Other,
+        }
+    }
+}
+
+label! {
     /// Where signals go to or come from.
     SignalWay "way" {
         Local "local" "told to sessions of this node by itself",

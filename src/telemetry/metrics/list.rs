@@ -160,6 +160,8 @@ metrics! {
     "Push" {
         pushes: Counter<(PushProvider, PushOutcome)> = "obscura.push.attempts" "{push}"
             "Pushes tried, by what came of them.",
+        push_refusals: Counter<(PushProvider, PushStatus)> = "obscura.push.refusals" "{push}"
+            "Pushes that were refused one by one, by the status of the answer; 404 of Web Push among them.",
         push_time: Histogram<PushProvider> = "obscura.push.duration" "s"
             "Time a provider took to answer.",
         push_queue: Gauge = "obscura.push.queue.length" "{device}"

@@ -47,7 +47,7 @@ async fn behind_a_pgbouncer_that_pools_sessions_mail_flows_and_the_settings_hold
     let hold = format!("BEGIN; SELECT 1 FROM account_locks WHERE user_id = '{}' FOR UPDATE", bob.user);
     sqlx::raw_sql(sqlx::AssertSqlSafe(hold)).execute(&mut holder).await.unwrap();
     let since = Instant::now();
-    bob.request("POST", "/v1/link-sessions").json(&serde_json::json!({})).send().await.expect(503);
+    bob.request("POST", "/v1/attachments").body("x").send().await.expect(503);
     assert!(since.elapsed() < Duration::from_secs(4), "it waited for {:?}", since.elapsed());
     drop(holder);
 }

@@ -109,6 +109,31 @@ async fn a_provider_that_asks_to_wait_is_asked_no_sooner() {
 }
 
 #[tokio::test]
+async fn free_slots_are_used_at_once_by_those_who_wait_for_one() {
+    let project = Project::start().await;
+    let server = TestServer::start_with(|config| {
+        project.configure(config);
+        config.notifications.worker_concurrency = 10;
+        config.notifications.worker_interval = Duration::from_secs(1);
+        config.notifications.visibility_timeout = Duration::from_secs(30);
+    })
+    .await;
+    let alice = server.account().await;
+    let mut phones = Vec::new();
+    for n in 0..60 {
+        phones.push(phone(&server, &format!("phone{n}")).await);
+    }
+    project.fcm.set(Answer::Late(Duration::from_millis(200)));
+    let all: Vec<_> = phones.iter().map(|phone| (phone, &b"x"[..])).collect();
+    alice.send(&all).await;
+    eventually("the first push", async || !project.fcm.pushes().is_empty()).await;
+    let since = std::time::Instant::now();
+    eventually("all to be pushed", async || project.fcm.pushes().len() == 60).await;
+    // Six rounds of 200 ms; with a look in three seconds for each ten it was twelve seconds.
+    assert!(since.elapsed() < Duration::from_secs(4), "it took {:?}", since.elapsed());
+}
+
+#[tokio::test]
 async fn a_provider_that_hangs_does_not_stop_another() {
     let project = Project::start().await;
     let apns = Provider::start_http2().await;

@@ -48,6 +48,8 @@ pub enum Answer {
     RetryAfter(u16, &'static str),
     Redirect(&'static str),
     Nothing,
+    /// Good, after this time.
+    Late(std::time::Duration),
     /// Good, once there is a permit.
     After(Arc<Semaphore>),
 }
@@ -147,6 +149,10 @@ impl Provider {
                 Response::builder().status(status).header("retry-after", after).body(Body::empty())
             }
             Answer::Redirect(to) => Response::builder().status(307).header("location", to).body(Body::empty()),
+            Answer::Late(time) => {
+                tokio::time::sleep(time).await;
+                Response::builder().body(Body::empty())
+            }
             Answer::After(gate) => {
                 gate.acquire().await.expect("an open gate").forget();
                 Response::builder().body(Body::empty())

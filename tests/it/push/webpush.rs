@@ -9,6 +9,7 @@ use base64::Engine;
 use base64::engine::general_purpose::URL_SAFE_NO_PAD;
 use jsonwebtoken::{Algorithm, DecodingKey, Validation};
 use obscura_server::config::Config;
+use obscura_server::telemetry::metrics::{PushProvider, PushStatus};
 use serde_json::{Value, json};
 
 use super::provider::{Answer, Provider};
@@ -135,6 +136,43 @@ async fn a_subscription_that_has_ended_is_deleted_and_one_that_was_refused_is_no
     service.pushed("bob", 2).await;
     assert_eq!(tokens(&server).await, 1);
     service.set(Answer::Status(410, json!({})));
+    eventually("the subscription to go", async || tokens(&server).await == 0).await;
+}
+
+#[tokio::test]
+async fn a_404_deletes_a_subscription_only_when_it_lasts_for_hours_and_is_counted() {
+    let folder = tempfile::tempdir().unwrap();
+    let authority = folder.path().join("ca.pem");
+    let service = Provider::start_encrypted(&authority).await;
+    let server = TestServer::start_with(|config| {
+        trust(config, &authority);
+        // A device that is left alone is found again.
+        config.notifications.gc_interval = std::time::Duration::from_millis(100);
+    })
+    .await;
+    let (alice, bob) = (server.account().await, server.account().await);
+    let endpoint = format!("https://127.0.0.1:{}/bob", service.port());
+    register(&bob, json!({"subscription": Browser::new().subscription(&endpoint)})).await;
+    let database = server.database().await;
+    let is_missing = async || database.number("SELECT count(*) FROM push_tokens WHERE missing_since > 0").await == 1;
+    service.set(Answer::Status(404, json!({})));
+    alice.send_to(&bob, "x").await;
+    service.pushed("bob", 2).await;
+    eventually("the 404 to be written down", is_missing).await;
+    assert_eq!(tokens(&server).await, 1, "one page of a proxy deletes nothing");
+    let refused = (PushProvider::WebPush, PushStatus::NotFound);
+    assert!(server.server().app().metrics.push_refusals.value(refused) >= 1);
+
+    // The service is found again, so the next 404 is a first one.
+    service.set(Answer::Status(201, json!({})));
+    eventually("the service to be found", async || !is_missing().await).await;
+    server.clock.advance(std::time::Duration::from_hours(25));
+    let alice = alice.log_in().await;
+    service.set(Answer::Status(404, json!({})));
+    alice.send_to(&bob, "y").await;
+    eventually("the next 404 to be written down", is_missing).await;
+    assert_eq!(tokens(&server).await, 1);
+    server.clock.advance(std::time::Duration::from_hours(13));
     eventually("the subscription to go", async || tokens(&server).await == 0).await;
 }
 

@@ -1,4 +1,4 @@
-//! Push tokens and who should be woken: `set_push_target`, `forget_push_target`, `forget_dead_tokens`, `server_key`,
+//! Push tokens and who should be woken: `set_push_target`, `forget_push_target`, `forget_dead_tokens`, `mark_push_targets`, `server_key`,
 //! `sleepers`, `remember_pushes`, `remember_keys_push`, `forget_pushes`, `overslept`.
 
 use std::time::Duration;
@@ -159,4 +159,23 @@ async fn the_walk_goes_in_steps() {
         from = next;
     }
     assert_eq!(steps, [Some(phones[1]), Some(phones[3]), None]);
+}
+
+#[tokio::test]
+async fn how_long_a_target_has_been_unknown_is_kept_to_the_hour_and_ends_with_the_target() {
+    let store = TestStore::open().await;
+    let bob = phone(&store).await;
+    let since = async || sleeper(&store, &bob, NOW).await.missing_since;
+    assert_eq!(since().await, None);
+    let hour = Timestamp::from_seconds(NOW.seconds() / 3600 * 3600);
+    let mark = async |token: &str, at| store.mark_push_targets(&[(bob.no, token.to_owned())], at).await.unwrap();
+    mark("another", Some(NOW)).await;
+    assert_eq!(since().await, None);
+    mark("token", Some(NOW)).await;
+    assert_eq!(since().await, Some(hour));
+    mark("token", None).await;
+    assert_eq!(since().await, None);
+    mark("token", Some(NOW)).await;
+    assert!(store.set_push_target(bob.no, i64::MAX, &fcm("token")).await.unwrap());
+    assert_eq!(since().await, None, "the client has registered it anew");
 }

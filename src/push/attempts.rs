@@ -1,0 +1,50 @@
+//! What becomes of a device after an attempt to wake it: it is done, or tried again ever later.
+
+use std::collections::HashMap;
+use std::time::Duration;
+
+use tracing::debug;
+
+use crate::push::providers::Pushed;
+use crate::push::queue::{Fate, Job};
+use crate::tasks::jittered;
+
+/// The longest pause between two attempts for one device.
+const LONGEST_RETRY: Duration = Duration::from_hours(1);
+/// After so many attempts a device is left alone until there is newer mail, or a day has passed.
+const ATTEMPTS: u32 = 10;
+/// Devices whose failed attempts are counted.
+const COUNTED: usize = 10_000;
+
+/// Failed attempts in a row, since this node started.
+#[derive(Default)]
+pub(super) struct Attempts(HashMap<Job, u32>);
+
+impl Attempts {
+    /// What becomes of a job after an attempt. `first_pause` is the pause after the first failure.
+    pub(super) fn fate(&mut self, job: Job, pushed: &Pushed, first_pause: Duration) -> Fate {
+        match pushed {
+            Pushed::Accepted | Pushed::TokenGone => {
+                self.0.remove(&job);
+                Fate::Done
+            }
+            // It says nothing about the device, so it isn't counted.
+            Pushed::Unavailable { .. } => Fate::Later(jittered(first_pause).max(pushed.asked_to_wait())),
+            Pushed::Missing | Pushed::Refused { .. } | Pushed::Unfit => {
+                if self.0.len() >= COUNTED {
+                    self.0.clear();
+                }
+                let attempts = self.0.entry(job).or_default();
+                *attempts += 1;
+                let failed = *attempts;
+                if failed >= ATTEMPTS {
+                    self.0.remove(&job);
+                    debug!("a device could not be woken, and is left alone for now");
+                    return Fate::Done;
+                }
+                let pause = first_pause.saturating_mul(1 << (failed - 1).min(16)).min(LONGEST_RETRY);
+                Fate::Later(jittered(pause).max(pushed.asked_to_wait()))
+            }
+        }
+    }
+}

@@ -1,0 +1,145 @@
+//! Which of the leased devices are woken now, and the start of their pushes.
+
+use std::collections::{HashMap, HashSet};
+use std::time::Duration;
+
+use tokio::time::Instant;
+
+use crate::clock::Timestamp;
+use crate::model::ids::DeviceNo;
+use crate::push::lane::{Blocked, Slot};
+use crate::push::queue::{Fate, Job, Leased, Reason};
+use crate::push::waiting::{Admitted, Waits};
+use crate::push::worker::{LAST_WORDS, Tried, Trouble, Worker};
+use crate::store::{Sleeper, StoreError};
+use crate::tasks::{Tasks, jittered};
+
+/// The longest time that one push may take, whatever it needs for that.
+const PATIENCE: Duration = Duration::from_secs(15);
+/// A second reason to wake a device that is just being woken waits for so long.
+const BEHIND_ANOTHER: Duration = Duration::from_secs(2);
+/// A device for which there was no slot, nor a place to wait for one, waits for so many looks, so that those behind it get
+/// their turn.
+const WHILE_FULL: u32 = 3;
+
+impl Worker {
+    /// Decides for each device whether it is to be woken, and starts that. They were leased at `since` or later.
+    pub(super) async fn judge(&mut self, leased: Vec<Leased>, since: Instant, tasks: &Tasks) -> Result<(), Trouble> {
+        if leased.is_empty() {
+            return Ok(());
+        }
+        let sleepers = self.sleepers(leased.iter().map(|leased| leased.job)).await?;
+        let (mut settled, mut woken) = (Vec::new(), HashSet::new());
+        for leased in leased {
+            if let Some(fate) = self.early_fate(leased.job, &sleepers, &mut woken).await? {
+                settled.push((leased, fate));
+                continue;
+            }
+            let sleeper = sleepers[&leased.job.device].clone();
+            let lane = self.lanes.of(&sleeper.target).clone();
+            let fate = match lane.enter(&sleeper.target) {
+                Ok(slot) => {
+                    self.start(leased, since, sleeper, slot, tasks);
+                    continue;
+                }
+                Err(Blocked::Paused(pause)) => (leased, paused(pause)),
+                Err(Blocked::Full) => match self.waiting.add(Waits { leased, since, target: sleeper.target }) {
+                    Ok(()) => continue,
+                    Err(leased) => (leased, self.put_off()),
+                },
+            };
+            settled.push(fate);
+        }
+        self.end(settled).await
+    }
+
+    /// Starts those that have waited for a slot and have one now. They are looked at again: their mail may have been fetched.
+    pub(super) async fn admit(&mut self, tasks: &Tasks) -> Result<(), Trouble> {
+        let Admitted { started, late, paused: alone } = self.waiting.admit(&self.lanes);
+        let mut settled: Vec<_> = late.into_iter().map(|leased| (leased, self.put_off())).collect();
+        settled.extend(alone.into_iter().map(|(leased, pause)| (leased, paused(pause))));
+        let sleepers = self.sleepers(started.iter().map(|(waits, _)| waits.leased.job)).await?;
+        let mut woken = HashSet::new();
+        for (Waits { leased, since, target }, slot) in started {
+            match self.early_fate(leased.job, &sleepers, &mut woken).await? {
+                Some(fate) => settled.push((leased, fate)),
+                // Another target needs another slot.
+                None if sleepers[&leased.job.device].target != target => {
+                    settled.push((leased, Fate::Later(Duration::ZERO)));
+                }
+                None => self.start(leased, since, sleepers[&leased.job.device].clone(), slot, tasks),
+            }
+        }
+        if settled.is_empty() { Ok(()) } else { self.end(settled).await }
+    }
+
+    /// What becomes of a job that is not to be pushed now; `None` when it is. `woken` are the devices that are being woken.
+    async fn early_fate(
+        &self,
+        job: Job,
+        sleepers: &HashMap<DeviceNo, Sleeper>,
+        woken: &mut HashSet<DeviceNo>,
+    ) -> Result<Option<Fate>, StoreError> {
+        let Some(sleeper) = sleepers.get(&job.device) else { return Ok(Some(Fate::Done)) };
+        let wait = match job.reason {
+            Reason::Mail => sleeper.waiting_since.map(|since| self.wait(since, self.clock.latest())),
+            Reason::Keys => self.has_few_keys(sleeper).await?.then_some(Duration::ZERO),
+        };
+        Ok(match wait {
+            None => Some(Fate::Done),
+            Some(wait) if !wait.is_zero() => Some(Fate::Later(wait)),
+            Some(_) if !woken.insert(job.device) => Some(Fate::Later(BEHIND_ANOTHER)),
+            Some(_) => None,
+        })
+    }
+
+    fn put_off(&self) -> Fate {
+        Fate::Later(jittered(WHILE_FULL * self.config.notifications.worker_interval))
+    }
+
+    /// How long mail that came at `since` still has to be fetched. A clock that was wrong then makes nobody wait longer.
+    pub(super) fn wait(&self, since: Timestamp, now: Timestamp) -> Duration {
+        let grace = self.config.notifications.push_delay;
+        (since + grace).since_epoch().saturating_sub(now.since_epoch()).min(grace)
+    }
+
+    async fn has_few_keys(&self, sleeper: &Sleeper) -> Result<bool, StoreError> {
+        if !sleeper.may_hear_of_keys {
+            return Ok(false);
+        }
+        let counts = self.store.prekey_counts(sleeper.device).await?;
+        Ok(counts.is_some_and(|counts| counts.is_below(self.config.prekeys.refill_threshold)))
+    }
+
+    fn start(&self, leased: Leased, since: Instant, sleeper: Sleeper, slot: Slot, tasks: &Tasks) {
+        let lane = self.lanes.of(&sleeper.target).clone();
+        // Over before the lease is, so that no other node begins with the same push.
+        let lease = self.config.notifications.visibility_timeout.mul_f64(0.8);
+        let patience = PATIENCE.min(lease.saturating_sub(since.elapsed()));
+        let (tried, stopping, metrics) = (self.tried.0.clone(), tasks.clone(), self.metrics.clone());
+        let span = self.traces.begin_call("push.send");
+        span.set("obscura.push.provider", lane.name.text());
+        tasks.attend(async move {
+            let last_words = async {
+                stopping.stopping().await;
+                tokio::time::sleep(LAST_WORDS).await;
+            };
+            let start = Instant::now();
+            let pushed = tokio::select! {
+                pushed = span.run(lane.provider.push(&sleeper.target, patience)) => pushed,
+                () = last_words => return,
+            };
+            metrics.push_time.time(lane.name, start.elapsed());
+            span.set("obscura.push.outcome", pushed.name());
+            drop(span);
+            // Fails only when the worker has ended.
+            let _ = tried.send(Tried { leased, sleeper, pushed }).await;
+            drop(slot);
+        });
+    }
+}
+
+/// What becomes of a job whose provider is left alone for so long.
+fn paused(pause: Duration) -> Fate {
+    Fate::Later(pause + jittered(Duration::from_secs(1)))
+}
