@@ -3,10 +3,23 @@
 use clap::builder::PossibleValuesParser;
 use clap::{Arg, ArgAction, Command, value_parser};
 
+use crate::modes::attack::ATTACKS;
 use crate::options::Axis;
 
-const MODES: &[&str] =
-    &["register", "send", "relay", "open", "light", "drain", "idle", "attachments", "mixed", "start", "growth"];
+const MODES: &[&str] = &[
+    "register",
+    "send",
+    "relay",
+    "open",
+    "light",
+    "drain",
+    "idle",
+    "attachments",
+    "mixed",
+    "start",
+    "growth",
+    "attack",
+];
 
 const BEHIND: &str = "\
 Modes:
@@ -20,6 +33,7 @@ Modes:
   mixed        a day in the life: devices come and go, write to each other and to groups, share attachments
   start        the start of a server on a full database
   growth       sends and relay while there is ever more of something else
+  attack       attacks beside ten honest clients, on a server with default limits; fails when they feel it
 
 It starts a server of its own for each run, on an empty folder, unless --target names one that runs.
 load/README.md explains what is measured and every figure.";
@@ -30,6 +44,13 @@ pub fn grammar() -> Command {
         .about("Measures a relay of the obscura.v1 protocol")
         .after_help(BEHIND)
         .arg(Arg::new("mode").required(true).value_parser(PossibleValuesParser::new(MODES)).help("What to measure"))
+        .arg(
+            Arg::new("attacks")
+                .value_name("NAME")
+                .num_args(0..)
+                .value_parser(PossibleValuesParser::new(ATTACKS.iter().map(|attack| attack.name)))
+                .help("attack: these only [all]"),
+        )
         .args(whom())
         .args(how_much())
         .args(output())
@@ -78,7 +99,7 @@ fn how_much() -> [Arg; 14] {
         ),
         number("recipients", "send, growth: devices written to; drain: devices with full inboxes [200; drain 50]"),
         number("receivers", "relay, open: devices that are online [50; open 16]"),
-        number("seconds", "How long [10; open, idle, mixed 30; growth 5 for each step]"),
+        number("seconds", "How long [10; open, idle, mixed 30; growth 5 for each step, attack 5 for each]"),
         number("size", "Bytes of a message, or of an attachment [1024; attachments 1048576]"),
         number("rate", "relay, open: sends per second; mixed: actions per second [open 1000; light 100; mixed 500]"),
         number("sockets", "idle: open sockets [15000]"),
@@ -94,8 +115,13 @@ fn how_much() -> [Arg; 14] {
     ]
 }
 
-fn output() -> [Arg; 2] {
+fn output() -> [Arg; 4] {
     [
+        text("markdown", "FILE", "attack: writes the table into this file, as Markdown"),
+        Arg::new("untimed")
+            .long("untimed")
+            .action(ArgAction::SetTrue)
+            .help("attack: latencies are told and not judged, for machines that are busy"),
         text("json", "FILE", "Appends the figures to this file, as one line [printed behind the table]"),
         text("plot", "FILE", "Draws latencies and throughput into this SVG file"),
     ]

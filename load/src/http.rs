@@ -8,6 +8,8 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 use tokio::time::timeout;
 
+use crate::origin::Origin;
+
 /// How long an answer may take. Longer than any time limit of a server, so that its own answer is seen.
 const PATIENCE: Duration = Duration::from_secs(150);
 /// How much of a long body is read at a time.
@@ -16,6 +18,7 @@ const PART: usize = 256 << 10;
 /// An open connection.
 pub struct Connection {
     address: SocketAddr,
+    origin: Origin,
     stream: TcpStream,
     answer: Vec<u8>,
 }
@@ -45,10 +48,19 @@ impl Answer<'_> {
 
 impl Connection {
     pub async fn open(address: SocketAddr) -> Result<Self> {
-        let stream = timeout(PATIENCE, TcpStream::connect(address)).await?;
+        Self::open_from(address, &Origin::default()).await
+    }
+
+    /// Opens a connection whose requests come from `origin`.
+    pub async fn open_from(address: SocketAddr, origin: &Origin) -> Result<Self> {
+        let stream = timeout(PATIENCE, origin.connect(address, None)).await?;
         let stream = stream.with_context(|| format!("no connection to {address}"))?;
-        stream.set_nodelay(true)?;
-        Ok(Self { address, stream, answer: Vec::with_capacity(4096) })
+        Ok(Self { address, origin: origin.clone(), stream, answer: Vec::with_capacity(4096) })
+    }
+
+    /// Where its requests come from.
+    pub fn origin(&self) -> &Origin {
+        &self.origin
     }
 
     /// Sends a request in one or two pieces and reads the whole answer.
@@ -72,8 +84,9 @@ impl Connection {
 
     /// A request; `fields` are whole lines.
     pub async fn request(&mut self, method: &str, path: &str, fields: &str, body: &[u8]) -> Result<Answer<'_>> {
-        let (address, length) = (self.address, body.len());
-        let head = format!("{method} {path} HTTP/1.1\r\nhost: {address}\r\n{fields}content-length: {length}\r\n\r\n");
+        let (address, length, origin) = (self.address, body.len(), self.origin.fields());
+        let head =
+            format!("{method} {path} HTTP/1.1\r\nhost: {address}\r\n{origin}{fields}content-length: {length}\r\n\r\n");
         self.call(head.as_bytes(), body).await
     }
 
@@ -93,8 +106,8 @@ impl Connection {
 
     /// Reads an attachment and holds it against what it should be, without ever having all of it in memory.
     pub async fn download(&mut self, path: &str, token: &str, expected: &[u8]) -> Result<()> {
-        let (address, field) = (self.address, bearer(token));
-        let request = format!("GET {path} HTTP/1.1\r\nhost: {address}\r\n{field}\r\n");
+        let (address, origin, field) = (self.address, self.origin.fields(), bearer(token));
+        let request = format!("GET {path} HTTP/1.1\r\nhost: {address}\r\n{origin}{field}\r\n");
         let reading = timeout(PATIENCE, async {
             self.stream.write_all(request.as_bytes()).await?;
             let head = read_head(&mut self.stream, &mut self.answer).await?;

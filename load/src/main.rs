@@ -14,6 +14,7 @@ mod leftovers;
 mod meter;
 mod modes;
 mod options;
+mod origin;
 mod output;
 mod pace;
 mod people;
@@ -27,7 +28,6 @@ mod watch;
 mod wire;
 
 #[path = "../../tests/it/harness/signer.rs"]
-#[expect(dead_code, reason = "the tests use all of it, this tool only a part")]
 mod signer;
 
 use anyhow::{Context, Result, anyhow, bail};
@@ -43,6 +43,12 @@ use server::Server;
 async fn main() -> Result<()> {
     let job = Job::new(Options::parse());
     let mut told_to_end = ToldToEnd::listen()?;
+    if job.options.mode == Mode::Attack {
+        return tokio::select! {
+            outcome = modes::attack::run(&job) => outcome,
+            () = told_to_end.wait() => bail!("interrupted"),
+        };
+    }
     let subjects = &job.options.subjects;
     let mut runs: Vec<Vec<Figures>> = subjects.iter().map(|_| Vec::new()).collect();
     for run in 1..=job.options.runs {
@@ -116,5 +122,6 @@ async fn once(job: &Job, server: &mut Server) -> Result<Figures> {
         Mode::Attachments => modes::attachments::measure(job, server).await,
         Mode::Mixed => modes::mixed::measure(job, server).await,
         Mode::Start => modes::start::measure(job, server).await,
+        Mode::Attack => bail!("attacks have no figures of this kind"),
     }
 }

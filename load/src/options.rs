@@ -33,6 +33,8 @@ pub enum Mode {
     Start,
     /// The same sends while there is ever more of something else.
     Growth,
+    /// Attacks beside honest clients, with default limits.
+    Attack,
 }
 
 /// What there is ever more of.
@@ -97,6 +99,14 @@ pub struct Options {
     pub fill: usize,
     pub axes: Vec<Axis>,
     pub steps: Option<Vec<usize>>,
+    /// Names of the attacks to run; empty: all.
+    pub attacks: Vec<String>,
+    /// Whether the latencies under attack have to be within their reach too.
+    pub is_timed: bool,
+    /// A `resolv.conf` for our own servers instead of the machine's.
+    pub resolver: Option<PathBuf>,
+    /// Where the Markdown table of the attacks goes.
+    pub markdown: Option<PathBuf>,
     pub json: Option<PathBuf>,
     pub plot: Option<PathBuf>,
     mode_name: String,
@@ -125,6 +135,7 @@ impl Mode {
             "mixed" => Self::Mixed,
             "start" => Self::Start,
             "growth" => Self::Growth,
+            "attack" => Self::Attack,
             _ => Self::Send,
         }
     }
@@ -148,7 +159,7 @@ impl Mode {
             Self::Attachments => Defaults { connections: 16, size: 1 << 20, ..usual },
             Self::Mixed => Defaults { seconds: 30, rate: 500, ..usual },
             Self::Start => Defaults { connections: 16, recipients: 16, seconds: 2, ..usual },
-            Self::Growth => Defaults { seconds: 5, ..usual },
+            Self::Growth | Self::Attack => Defaults { seconds: 5, ..usual },
         }
     }
 }
@@ -169,7 +180,7 @@ impl Options {
         let axes: Vec<String> = given.get_many("grow").into_iter().flatten().cloned().collect();
         Self {
             mode,
-            runs: number("runs", 3).max(1),
+            runs: number("runs", if mode == Mode::Attack { 1 } else { 3 }).max(1),
             subjects: subjects(given),
             others: given.get_many::<String>("other-pid").into_iter().flatten().map(|text| named_pid(text)).collect(),
             server_options: given.get_many("server-options").into_iter().flatten().cloned().collect(),
@@ -190,6 +201,10 @@ impl Options {
             fill: number("fill", 1_000_000),
             axes: axes.iter().filter_map(|axis| Axis::of(axis)).collect(),
             steps: given.get_many::<usize>("steps").map(|steps| steps.copied().collect()),
+            attacks: given.get_many("attacks").into_iter().flatten().cloned().collect(),
+            is_timed: !given.get_flag("untimed"),
+            resolver: None,
+            markdown: text("markdown").map(PathBuf::from),
             json: text("json").map(PathBuf::from),
             plot: text("plot").map(PathBuf::from),
             mode_name,
@@ -224,6 +239,7 @@ impl Options {
             "fill": self.fill,
             "grow": self.axes.iter().map(|axis| axis.option()).collect::<Vec<_>>(),
             "steps": self.steps,
+            "attacks": self.attacks,
         })
     }
 }

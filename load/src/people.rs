@@ -16,7 +16,8 @@ use crate::signer::{Identity, ec_public_key};
 const AT_ONCE: usize = 4;
 /// One-time prekeys of each device: so many that the server does not ask for more.
 const PREKEYS: u64 = 25;
-const PASSWORD: &str = "a password for measurements";
+/// Of every account.
+pub const PASSWORD: &str = "a password for measurements";
 
 /// A device that is logged in.
 #[derive(Clone, Debug)]
@@ -24,6 +25,7 @@ pub struct Device {
     pub user: [u8; 16],
     pub id: [u8; 16],
     pub token: String,
+    pub refresh_token: String,
 }
 
 /// Makes sign-ups with names that nobody else has.
@@ -46,7 +48,7 @@ impl Registrar {
     }
 
     /// Signs up account number `n` with `devices` devices.
-    async fn sign_up_with(&self, connection: &mut Connection, n: usize, devices: usize) -> Result<Vec<Device>> {
+    pub async fn sign_up_with(&self, connection: &mut Connection, n: usize, devices: usize) -> Result<Vec<Device>> {
         let identity = Identity::generate();
         let account = self.account(n, &identity);
         let primary = device(&connection.post_json("/v1/users", &account).await?.json(201)?);
@@ -65,14 +67,21 @@ impl Registrar {
         Ok(all)
     }
 
-    fn account(&self, n: usize, identity: &Identity) -> Value {
+    /// The user name of account number `n`.
+    pub fn name(&self, n: usize) -> String {
+        format!("load_{:x}_{n}", self.run)
+    }
+
+    /// What account number `n` signs up with.
+    pub fn account(&self, n: usize, identity: &Identity) -> Value {
         let mut account = self.keys(identity);
-        account["username"] = format!("load_{:x}_{n}", self.run).into();
+        account["username"] = self.name(n).into();
         account["password"] = PASSWORD.into();
         account
     }
 
-    fn keys(&self, identity: &Identity) -> Value {
+    /// The members of a new device's keys, for an account with this identity.
+    pub fn keys(&self, identity: &Identity) -> Value {
         let signed = ec_public_key(0);
         json!({
             "identityKey": identity.public_key_base64(),
@@ -110,7 +119,14 @@ pub async fn register_with(api: SocketAddr, count: usize, devices: usize) -> Res
     Ok(work.join_all().await.into_iter().collect::<Result<Vec<_>>>()?.concat())
 }
 
-fn device(answer: &Value) -> Option<Device> {
+/// The device that an `AuthResponse` is for.
+pub fn device(answer: &Value) -> Option<Device> {
     let id = |member: &str| Some(answer[member].as_str()?.parse::<Uuid>().ok()?.into_bytes());
-    Some(Device { user: id("userId")?, id: id("deviceId")?, token: answer["token"].as_str()?.to_owned() })
+    let text = |member: &str| Some(answer[member].as_str()?.to_owned());
+    Some(Device {
+        user: id("userId")?,
+        id: id("deviceId")?,
+        token: text("token")?,
+        refresh_token: text("refreshToken")?,
+    })
 }

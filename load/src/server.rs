@@ -13,14 +13,13 @@ use tempfile::TempDir;
 use crate::database::{Database, Rows};
 use crate::figures::Figures;
 use crate::http::Connection;
-use crate::options::{Options, Subject};
+use crate::options::{Mode, Options, Subject};
 use crate::proc::{forget_peak, peak_kib, resident_kib};
 
-/// Ports that are free, and limits that are not what is measured.
-const SERVER_OPTIONS: &[&str] = &[
-    "--server-host=127.0.0.1",
-    "--server-port=0",
-    "--mgmt-port=0",
+/// Ports that are free.
+const PORTS: &[&str] = &["--server-host=127.0.0.1", "--server-port=0", "--mgmt-port=0"];
+/// Limits that are not what is measured.
+const RAISED_LIMITS: &[&str] = &[
     "--rate-limit-per-second=1000000",
     "--rate-limit-burst=1000000",
     "--auth-rate-limit-per-second=1000000",
@@ -55,6 +54,9 @@ struct Own {
     child: Option<Child>,
     more: Vec<Child>,
     program: PathBuf,
+    has_default_limits: bool,
+    /// A `resolv.conf` that only this server sees.
+    resolver: Option<PathBuf>,
     options: Vec<String>,
     variables: Vec<(&'static str, String)>,
     folder: PathBuf,
@@ -94,6 +96,8 @@ impl Server {
             child: None,
             more: Vec::new(),
             program,
+            has_default_limits: options.mode == Mode::Attack,
+            resolver: options.resolver.clone(),
             options: options.server_options.clone(),
             variables: Vec::new(),
             database: Database::in_folder(folder.path()),
@@ -144,6 +148,16 @@ impl Server {
     pub fn processes(&self) -> Vec<u32> {
         let more = self.own.iter().flat_map(|own| own.more.iter().map(Child::id));
         self.process.into_iter().chain(more).collect()
+    }
+
+    /// The address of the management port of our own server.
+    pub fn management(&self) -> Option<SocketAddr> {
+        self.management
+    }
+
+    /// The most MiB of memory that the process has had since [`Self::forget_peak`].
+    pub fn peak_mib(&self) -> Option<f64> {
+        Some(peak_kib(self.process?)? / 1024.0)
     }
 
     /// Where all nodes are.
@@ -265,6 +279,15 @@ impl Own {
         Some(self.child.as_ref()?.id())
     }
 
+    fn command(&self) -> Command {
+        let Some(resolver) = &self.resolver else { return Command::new(&self.program) };
+        // The shell becomes the server, so the process that is measured and stopped is the right one.
+        let mut command = Command::new("unshare");
+        command.args(["--mount", "sh", "-c", "mount --bind \"$0\" /etc/resolv.conf && exec \"$@\""]);
+        command.arg(resolver).arg(&self.program);
+        command
+    }
+
     fn spawn(&mut self) -> Result<(SocketAddr, SocketAddr)> {
         let (child, api, management) = self.spawn_in(&self.folder)?;
         self.child = Some(child);
@@ -272,10 +295,12 @@ impl Own {
     }
 
     fn spawn_in(&self, folder: &Path) -> Result<(Child, SocketAddr, SocketAddr)> {
-        let mut child = Command::new(&self.program)
+        let mut child = self
+            .command()
             .arg("--data-dir")
             .arg(folder)
-            .args(SERVER_OPTIONS)
+            .args(PORTS)
+            .args(if self.has_default_limits { &[] } else { RAISED_LIMITS })
             .args(&self.options)
             .envs(self.variables.iter().map(|(name, value)| (name, value)))
             .env("RUST_LOG", "warn")

@@ -36,15 +36,19 @@ pub struct Mail {
 }
 
 impl Socket {
-    /// Gets a ticket over `connection` and opens a socket with it. The socket reads `buffer` bytes at a time.
+    /// Gets a ticket over `connection` and opens a socket with it, from the same origin. The socket reads `buffer` bytes at
+    /// a time.
     pub async fn open(connection: &mut Connection, api: SocketAddr, device: &Device, buffer: usize) -> Result<Self> {
         let answer = connection.post("/v1/gateway/ticket", &device.token).await?.json(201)?;
         let ticket = answer["ticket"].as_str().context("no ticket")?;
-        let request = format!("ws://{api}/v1/gateway?ticket={ticket}").into_client_request()?;
+        let mut request = format!("ws://{api}/v1/gateway?ticket={ticket}").into_client_request()?;
+        let origin = connection.origin().clone();
+        if let Some(address) = origin.forwarded() {
+            request.headers_mut().insert("x-forwarded-for", address.parse()?);
+        }
         let config = WebSocketConfig::default().read_buffer_size(buffer).write_buffer_size(0);
         let opening = timeout(PATIENCE, async {
-            let tcp = TcpStream::connect(api).await?;
-            tcp.set_nodelay(true)?;
+            let tcp = origin.connect(api, None).await?;
             anyhow::Ok(tokio_tungstenite::client_async_with_config(request, tcp, Some(config)).await?)
         });
         let (stream, _) = opening.await.context("a socket did not open in time")??;

@@ -201,6 +201,30 @@ fn deliveries_between_nodes_are_exact_and_a_folder_has_one_node() {
     }
 }
 
+/// Attacks whose reach holds, apart from latencies, which other tests on the same machine decide.
+const HELD: &[&str] =
+    &["bodies-drip", "uploads-one-byte", "sign-ups-one-address", "prekey-drain", "forwarded-untrusted", "silent-api"];
+
+#[test]
+fn honest_clients_do_not_feel_attacks() {
+    let folder = tempfile::tempdir().unwrap();
+    let json = folder.path().join("attacks.json");
+    let attack = ["attack", "--seconds=2", "--untimed"];
+    let output = command(&attack, folder.path()).arg("--json").arg(&json).output().unwrap();
+    let said = format!("{}{}", String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
+    let line: Value = serde_json::from_str(&std::fs::read_to_string(json).expect(&said)).unwrap();
+    let attacks = line["attacks"].as_array().unwrap();
+    for name in HELD {
+        let attack = attacks.iter().find(|attack| attack["name"] == *name).unwrap();
+        assert_eq!(attack["misses"], serde_json::json!([]), "{name}: {said}");
+    }
+    let ran = attacks.iter().filter(|attack| attack["skipped"].is_null());
+    for attack in ran {
+        assert!(attack["honest"]["succeeded"].as_u64().unwrap() > 0, "{attack}");
+        assert!(attack["attacker"]["attempts"].as_u64().unwrap() > 0, "{attack}");
+    }
+}
+
 /// Two at once, in turn; neither ends with the tool.
 #[test]
 fn two_servers_that_run_already_are_measured_beside_each_other() {

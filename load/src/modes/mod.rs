@@ -1,6 +1,7 @@
 //! One file for each thing that is measured.
 
 pub mod attachments;
+pub mod attack;
 pub mod drain;
 pub mod growth;
 pub mod idle;

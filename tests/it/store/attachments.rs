@@ -127,7 +127,7 @@ async fn an_upload_counts_at_least_a_block_of_the_quota_and_of_the_day() {
     ] {
         let user = UserId::random();
         let reserve = async |size| {
-            let upload = Reservation { user, id: AttachmentId::random(), size, now: NOW, allowance };
+            let upload = Reservation { user, id: AttachmentId::random(), size, now: NOW, born: NOW, allowance };
             store.reserve_attachment(upload).await.unwrap()
         };
         for size in [1, 0, BLOCK - 1, BLOCK].into_iter().cycle().take(20) {
