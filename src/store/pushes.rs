@@ -58,7 +58,9 @@ impl Store {
                 newest: row.newest,
                 // A time that lies far ahead is of a clock that was wrong.
                 may_hear_of_keys: row.keys_pushed_at <= now - BETWEEN_KEYS || row.keys_pushed_at > now + REMEMBERED,
-                missing_since: (row.missing_since > Timestamp::from_seconds(0)).then_some(row.missing_since),
+                missing_since: (row.missing_since > Timestamp::from_seconds(0)
+                    && row.missing_since <= now + REMEMBERED)
+                    .then_some(row.missing_since),
             })
         };
         Ok(rows.into_iter().filter_map(sleeper).collect())
