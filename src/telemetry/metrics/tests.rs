@@ -64,6 +64,8 @@ fn used() -> (Metrics, Reader) {
         &metrics.attachment_bytes,
         &metrics.push_tokens,
         &metrics.start_time,
+        &metrics.clock_ahead,
+        &metrics.disk_free_inodes,
         &metrics.uptime,
         &metrics.runtime_workers,
         &metrics.runtime_tasks,
