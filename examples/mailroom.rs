@@ -228,6 +228,7 @@ async fn through_the_mailroom(options: &Options, folder: &Path, postgres: Option
     let folder = folder.to_str().context("a path that is text")?;
     let mut arguments = vec!["obscura-server", "--data-dir", folder, "--server-host=127.0.0.1", "--server-port=0"];
     arguments.extend(["--mgmt-port=0", "--pubsub-url=local:", "--max-inbox-size=1000000"]);
+    arguments.extend(["--inbox-max-bytes=0", "--inbox-sender-share-percent=100", "--sender-bytes-per-day=0"]);
     // Given as a variable is, so that the list of processes does not show it.
     let variable = |name: &str| (name == "OBSCURA_DATABASE_URL").then(|| postgres.map(OsString::from)).flatten();
     let config = Config::parse_from(arguments, variable)?.config;
@@ -270,7 +271,7 @@ async fn keep_sending(
             sender,
             key: IdempotencyKey::random(),
             digest: [0; 16],
-            recipients: vec![Recipient { user: to.user, submissions: vec![(to.device, body.clone())] }],
+            recipients: vec![Recipient { user: to.user, submissions: vec![(to.device, body.clone())], busy_for: None }],
         };
         let sent = mailroom.send(mail).await?;
         ensure!(sent.outcome == Outcome::default(), "a send was accepted in part only");

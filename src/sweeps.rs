@@ -132,7 +132,10 @@ async fn expired_messages(app: App) -> Result<Round, StoreError> {
 }
 
 async fn outcomes_of_sends(app: App) -> Result<Round, StoreError> {
-    app.store.expire_sends(app.clock.earliest(), STEP).await.map(round)
+    let now = app.clock.earliest();
+    let outcomes = app.store.expire_sends(now, STEP).await?;
+    let debts = app.store.expire_send_debts(now, STEP).await?;
+    Ok(round(outcomes.max(debts)))
 }
 
 async fn unused_space(app: App) -> Result<Round, StoreError> {

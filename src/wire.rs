@@ -6,8 +6,9 @@ use bytes::Bytes;
 use prost::Message as _;
 use prost::encoding::{self, DecodeContext, WireType};
 
+use crate::clock::Timestamp;
 use crate::model::ids::{DeviceId, IdempotencyKey, MessageId, UserId};
-use crate::model::mail::{Envelope, Outcome, Outgoing, Recipient, Sealed, Sender};
+use crate::model::mail::{Envelope, Outcome, Outgoing, Recipient, Sealed, Sender, Shortage};
 
 mod v1 {
     include!(concat!(env!("OUT_DIR"), "/obscura.v1.rs"));
@@ -15,7 +16,7 @@ mod v1 {
 
 pub use v1::web_socket_frame::Payload;
 pub use v1::{
-    AckMessage, EnvelopeBatch, PreKeyStatus, SendMessageRequest, SendMessageResponse, WebSocketFrame,
+    AckMessage, EnvelopeBatch, InboxNotice, PreKeyStatus, SendMessageRequest, SendMessageResponse, WebSocketFrame,
     send_message_request, send_message_response,
 };
 
@@ -71,7 +72,7 @@ pub fn outgoing(
             }
             submissions.push((device, Sealed(submission.message)));
         }
-        recipients.push(Recipient { user, submissions });
+        recipients.push(Recipient { user, submissions, busy_for: None });
     }
     Ok(Outgoing { sender, key, digest, recipients })
 }
@@ -109,6 +110,20 @@ pub fn send_response(outcome: &Outcome) -> SendMessageResponse {
                 missing_device_ids: missing.iter().map(id).collect(),
             })
             .collect(),
+        refused_devices: outcome
+            .refused
+            .iter()
+            .map(|refused| send_message_response::RefusedDevice {
+                device_id: id(&refused.device),
+                reason: match refused.shortage {
+                    Shortage::Inbox => send_message_response::Reason::InboxFull,
+                    Shortage::Share => send_message_response::Reason::SenderShare,
+                    Shortage::Day => send_message_response::Reason::SenderDay,
+                    Shortage::Target => send_message_response::Reason::TooManySends,
+                }
+                .into(),
+            })
+            .collect(),
     }
 }
 
@@ -134,6 +149,16 @@ pub fn prekey_status(ec: u32, pq: u32, threshold: u32) -> Bytes {
         one_time_pre_key_count: count(ec),
         min_threshold: count(threshold),
         pq_pre_key_count: count(pq),
+    }))
+}
+
+/// A gateway frame that tells how many messages expired or were refused, to be acknowledged by this id.
+pub fn inbox_notice(id: MessageId, since: Timestamp, expired: u64, refused: u64) -> Bytes {
+    frame(Payload::InboxNotice(InboxNotice {
+        id: Bytes::copy_from_slice(id.as_bytes()),
+        since: since.millis().unsigned_abs(),
+        expired_count: expired,
+        refused_count: refused,
     }))
 }
 

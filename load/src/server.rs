@@ -38,6 +38,13 @@ const RAISED_LIMITS: &[&str] = &[
     "--access-token-ttl-secs=86400",
 ];
 
+/// More of these limits, as variables: a former version that does not know them passes them over.
+const UNLIMITED: &[(&str, &str)] = &[
+    ("OBSCURA_MESSAGING_INBOX_MAX_BYTES", "0"),
+    ("OBSCURA_MESSAGING_INBOX_SENDER_SHARE_PERCENT", "100"),
+    ("OBSCURA_MESSAGING_SENDER_BYTES_PER_DAY", "0"),
+];
+
 /// A server. Dropping it kills the process and removes the folder, if they are ours.
 pub struct Server {
     pub api: SocketAddr,
@@ -99,7 +106,7 @@ impl Server {
             has_default_limits: options.mode == Mode::Attack,
             resolver: options.resolver.clone(),
             options: options.server_options.clone(),
-            variables: Vec::new(),
+            variables: UNLIMITED.iter().map(|(name, value)| (*name, (*value).to_owned())).collect(),
             database: Database::in_folder(folder.path()),
             folder: folder.path().to_owned(),
             made_in: None,

@@ -1,20 +1,25 @@
 //! Sending.
 
 use axum::extract::State;
-use axum::http::{HeaderMap, HeaderName, HeaderValue};
+use axum::http::{HeaderMap, HeaderName, HeaderValue, header};
 use axum::response::{IntoResponse, Response};
 use sha2::{Digest, Sha256};
 
 use crate::api::error::ApiError;
 use crate::api::extract::{Caller, Protobuf, RawBody, required_key};
 use crate::app::App;
-use crate::model::mail::{Replay, Sender, Sent};
+use crate::model::mail::{Outgoing, Replay, Sender, Sent};
+use crate::limits::Wait;
+use crate::telemetry::metrics::Refusal;
 use crate::wire::{self, BadSend};
 
+const PREFER: HeaderName = HeaderName::from_static("prefer");
+const PREFERENCE_APPLIED: HeaderName = HeaderName::from_static("preference-applied");
 const REPLAYED: HeaderName = HeaderName::from_static("idempotency-replayed");
 const MISMATCH: HeaderName = HeaderName::from_static("idempotency-mismatch");
 
-/// `POST /v1/messages`: queues sealed messages. What it answers with 200 is durable.
+/// `POST /v1/messages`: queues sealed messages. What it answers with 200 is durable; with 429, what it doesn't name as
+/// refused to those who ask for that is as well, and a repeat queues the rest.
 pub async fn send(
     State(app): State<App>,
     caller: Caller,
@@ -25,21 +30,55 @@ pub async fn send(
     let digest = Sha256::digest(&body);
     let digest = *digest.first_chunk().expect("SHA-256 has 32 bytes");
     let sender = Sender { user: caller.user, device: caller.device, no: caller.no };
-    let mail = wire::outgoing(body, sender, key, digest, app.config.messaging.send_batch_limit)?;
-    for recipient in &mail.recipients {
-        app.limits.send(caller.user, recipient.user)?;
-    }
+    let mut mail = wire::outgoing(body, sender, key, digest, app.config.messaging.send_batch_limit)?;
+    hold_back(&app, &mut mail)?;
     if let Err(full) = app.disk.check_growth()
         && !app.store.has_outcome(caller.no, key).await?
     {
         return Err(full.into());
     }
     let sent = app.mailroom.send(mail).await?;
-    Ok(answer(&sent))
+    Ok(answer(&sent, is_lenient(&headers)))
 }
 
-fn answer(sent: &Sent) -> Response {
-    let mut response = Protobuf(wire::send_response(&sent.outcome)).into_response();
+/// Marks the recipients that get too much at the moment. When all of them do, there is nothing to look at.
+fn hold_back(app: &App, mail: &mut Outgoing) -> Result<(), ApiError> {
+    let mut shortest: Option<Wait> = None;
+    let mut held = 0;
+    for recipient in &mut mail.recipients {
+        if let Err(wait) = app.limits.send(mail.sender.user, recipient.user) {
+            recipient.busy_for = Some(wait.0);
+            shortest = Some(shortest.map_or(wait, |other| other.min(wait)));
+            held += 1;
+        }
+    }
+    match shortest {
+        Some(wait) if held == mail.recipients.len() => Err(wait.into()),
+        _ => Ok(()),
+    }
+}
+
+/// Whether the request says that it understands an answer by which a part was refused (RFC 7240).
+fn is_lenient(headers: &HeaderMap) -> bool {
+    let values = headers.get_all(PREFER).iter().filter_map(|value| value.to_str().ok());
+    let mut preferences = values.flat_map(|value| value.split(','));
+    preferences.any(|preference| {
+        let (name, value) = preference.split(';').next().unwrap_or_default().split_once('=').unwrap_or_default();
+        name.trim().eq_ignore_ascii_case("handling") && value.trim().trim_matches('"').eq_ignore_ascii_case("lenient")
+    })
+}
+
+fn answer(sent: &Sent, is_lenient: bool) -> Response {
+    let mut response = match sent.retry_after {
+        Some(wait) if !is_lenient => ApiError::from(Wait(wait, Refusal::InboxRoom)).into_response(),
+        _ => Protobuf(wire::send_response(&sent.outcome)).into_response(),
+    };
+    if is_lenient {
+        response.headers_mut().insert(PREFERENCE_APPLIED, HeaderValue::from_static("handling=lenient"));
+        if let Some(wait) = sent.retry_after {
+            response.headers_mut().insert(header::RETRY_AFTER, HeaderValue::from(wait.as_secs() + 1));
+        }
+    }
     let yes = HeaderValue::from_static("true");
     if sent.replay.is_some() {
         response.headers_mut().insert(REPLAYED, yes.clone());

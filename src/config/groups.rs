@@ -203,6 +203,12 @@ pub struct Health {
 pub struct Messaging {
     /// Pending messages of one device, at least 1.
     pub max_inbox_size: u32,
+    /// Bytes of sealed messages that may wait for one device; 0 is no limit.
+    pub inbox_max_bytes: u64,
+    /// Per cent of an inbox that one sending account may fill, once the inbox is more than half full, from 1 to 100.
+    pub sender_share_percent: u64,
+    /// Bytes of sealed messages that an account may queue in a day; 0 is no limit.
+    pub sender_bytes_per_day: u64,
     /// Pause between two removals of expired messages.
     pub cleanup_interval: Duration,
     /// Messages in one database read and one frame.

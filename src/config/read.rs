@@ -224,6 +224,9 @@ fn health(given: &Given) -> Health {
 fn messaging(given: &Given) -> Messaging {
     Messaging {
         max_inbox_size: given.number("max-inbox-size"),
+        inbox_max_bytes: given.number("inbox-max-bytes"),
+        sender_share_percent: given.number("inbox-sender-share-percent"),
+        sender_bytes_per_day: given.number("sender-bytes-per-day"),
         cleanup_interval: given.duration("messaging-cleanup-interval-secs"),
         batch_limit: given.number("batch-limit"),
         send_batch_limit: given.number("messaging-send-batch-limit"),

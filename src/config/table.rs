@@ -158,6 +158,12 @@ pub static GROUPS: &[Group] = &[
     Group { title: "Messages", options: &[
         option("max-inbox-size", "OBSCURA_MESSAGING_INBOX_MAX_SIZE", "1000", Count(1, MAX_COUNT),
             "pending messages per device").or("messaging-inbox-max-size"),
+        option("inbox-max-bytes", "OBSCURA_MESSAGING_INBOX_MAX_BYTES", "67108864", Bytes(0, MAX_STORE_BYTES),
+            "bytes of pending messages per device, at least 2 MiB, which one message may have; 0 turns it off").ours(),
+        option("inbox-sender-share-percent", "OBSCURA_MESSAGING_INBOX_SENDER_SHARE_PERCENT", "25", Count(1, 100),
+            "how much of an inbox one account may fill once the inbox is more than half full; 100 is all; an account's own devices are exempt").ours(),
+        option("sender-bytes-per-day", "OBSCURA_MESSAGING_SENDER_BYTES_PER_DAY", "1073741824", Bytes(0, MAX_STORE_BYTES),
+            "bytes of messages that one account may queue in a day, for its own devices too; 0 turns it off").ours(),
         option("messaging-cleanup-interval-secs", "OBSCURA_MESSAGING_CLEANUP_INTERVAL_SECS", "300", Seconds(1, MAX_SECONDS),
             "pause between two removals of expired messages"),
         option("batch-limit", "OBSCURA_MESSAGING_BATCH_LIMIT", "50", Count(1, 10_000),

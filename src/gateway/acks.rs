@@ -10,6 +10,7 @@ use tracing::warn;
 use crate::app::App;
 use crate::config;
 use crate::model::ids::{DeviceNo, MessageId, Position};
+use crate::store::Notice;
 use crate::telemetry::traces::Span;
 
 /// The pause after a failed write.
@@ -24,13 +25,22 @@ pub(super) type Stored = bool;
 #[derive(Default)]
 pub(super) struct Acks {
     waiting: Vec<Ack>,
+    /// What the client has been told of mail that it doesn't get, and has acknowledged.
+    told: Option<Box<Notice>>,
     due: Option<Instant>,
     /// Set after a failed write: nothing is tried before.
     retry_at: Option<Instant>,
     /// The write under way, and what it writes in case it fails.
-    storing: Option<(Vec<Ack>, BoxFuture<'static, Stored>)>,
+    storing: Option<(Batch, BoxFuture<'static, Stored>)>,
     /// Of those that wait and belong to traces.
     spans: Vec<Span>,
+}
+
+/// What is written at once.
+#[derive(Clone, Default)]
+struct Batch {
+    acks: Vec<Ack>,
+    told: Option<Box<Notice>>,
 }
 
 #[derive(Clone, Copy)]
@@ -44,6 +54,12 @@ impl Acks {
     /// Takes an ack in; it is to be written at `due` at the latest.
     pub(super) fn add(&mut self, id: MessageId, position: Option<Position>, due: Instant) {
         self.waiting.push(Ack { id, position });
+        self.due.get_or_insert(due);
+    }
+
+    /// Takes in that the client has acknowledged a notice.
+    pub(super) fn tell(&mut self, told: Notice, due: Instant) {
+        self.told = Some(Box::new(told));
         self.due.get_or_insert(due);
     }
 
@@ -75,7 +91,7 @@ impl Acks {
     /// Starts to write a batch.
     pub(super) fn store(&mut self, app: &App, device: DeviceNo) {
         let batch_size = self.waiting.len().min(app.config.gateway.ack_batch_size);
-        let batch: Vec<Ack> = self.waiting.drain(..batch_size).collect();
+        let batch = Batch { acks: self.waiting.drain(..batch_size).collect(), told: self.told.take() };
         if self.waiting.is_empty() {
             (self.waiting, self.due) = (Vec::new(), None);
         }
@@ -96,8 +112,9 @@ impl Acks {
         let Some((mut batch, _)) = self.storing.take() else { return };
         self.retry_at = None;
         if !stored {
-            batch.append(&mut self.waiting);
-            self.waiting = batch;
+            batch.acks.append(&mut self.waiting);
+            self.waiting = batch.acks;
+            self.told = self.told.take().or(batch.told);
             let retry_at = Instant::now() + RETRY;
             (self.due, self.retry_at) = (Some(retry_at), Some(retry_at));
         }
@@ -108,7 +125,7 @@ impl Acks {
         let give_up = Instant::now() + LAST_TRIES;
         while Instant::now() < give_up {
             if self.storing.is_none() {
-                if self.waiting.is_empty() {
+                if self.waiting.is_empty() && self.told.is_none() {
                     return;
                 }
                 self.store(app, device);
@@ -133,7 +150,13 @@ async fn traced(spans: Vec<Span>, write: impl Future<Output = Stored>) -> Stored
     stored
 }
 
-async fn write(app: App, device: DeviceNo, batch: Vec<Ack>) -> Stored {
+async fn write(app: App, device: DeviceNo, Batch { acks: batch, told }: Batch) -> Stored {
+    if let Some(told) = told
+        && let Err(error) = app.store.notice_told(device, *told, app.clock.now()).await
+    {
+        warn!(%error, "an acknowledged notice could not be written down; it will be tried again");
+        return false;
+    }
     let mut positions: Vec<Position> = batch.iter().filter_map(|ack| ack.position).collect();
     let unknown: Vec<MessageId> = batch.iter().filter(|ack| ack.position.is_none()).map(|ack| ack.id).collect();
     if !unknown.is_empty() {
@@ -162,7 +185,8 @@ mod tests {
             acks.add(MessageId::random(), None, Instant::now());
         }
         assert!(acks.are_due(Instant::now(), &config));
-        acks.storing = Some((acks.waiting.drain(..config.ack_batch_size).collect(), Box::pin(pending())));
+        let batch = Batch { acks: acks.waiting.drain(..config.ack_batch_size).collect(), told: None };
+        acks.storing = Some((batch, Box::pin(pending())));
         acks.settle(false);
         assert_eq!(acks.waiting.len(), 2 * config.ack_batch_size, "nothing is lost");
         assert!(!acks.are_due(Instant::now(), &config));

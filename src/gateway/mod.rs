@@ -2,6 +2,7 @@
 
 mod acks;
 mod inflight;
+mod look;
 mod pipe;
 mod session;
 mod trail;

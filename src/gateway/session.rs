@@ -14,11 +14,12 @@ use crate::bus::{Signal, Signals, Wakeups};
 use crate::clock::Timestamp;
 use crate::gateway::acks::Acks;
 use crate::gateway::inflight::Inflight;
+use crate::gateway::look::{NoFrame, Retry, timely};
 use crate::gateway::pipe::{Event, Pipe, Progress};
 use crate::gateway::trail::Trails;
 use crate::limits::{Held, Payer, kib};
-use crate::model::ids::{Address, DeviceNo, Position};
-use crate::store::{Result, SessionHolder};
+use crate::model::ids::{Address, DeviceNo, MessageId, Position};
+use crate::store::{Notice, SessionHolder};
 use crate::tasks::jittered;
 use crate::telemetry::metrics::{Closed, Direction};
 use crate::wire;
@@ -27,8 +28,6 @@ use crate::wire;
 const FIRST_RETRY: Duration = Duration::from_millis(100);
 /// The longest pause while the retry budget lasts. After that it is as long as the budget.
 const SLOWEST_RETRY: Duration = Duration::from_secs(1);
-/// No single look at the database may hold a session up for longer.
-const LOOK_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// Pings that fall due within so short a time go out together: to wake up for each of them costs more than the ping.
 const PING_SLOT: Duration = Duration::from_millis(250);
@@ -61,13 +60,14 @@ impl End {
     }
 }
 
-/// Serves one socket from its handshake to its end.
-pub async fn run(app: App, holder: SessionHolder, socket: WebSocket, progress: Arc<Progress>) {
+/// Serves one socket from its handshake to its end. `wants_notice`: the client is told of mail that it doesn't get.
+pub async fn run(app: App, holder: SessionHolder, wants_notice: bool, socket: WebSocket, progress: Arc<Progress>) {
     // Subscribed before the first read: what is queued from here on is either read or signalled.
     let wakeups = app.bus.subscribe(Address { user: holder.user, device: holder.no });
     let _open = app.metrics.sockets.hold(());
     app.metrics.sockets_opened.one(());
     let mut session = Session::new(app, &holder, Pipe::new(socket, progress));
+    session.notice_wanted = wants_notice;
     let end = session.serve(&wakeups).await;
     drop(wakeups);
     let Session { app, device, pipe, acks, .. } = session;
@@ -105,6 +105,9 @@ struct Session {
     mail_wanted: bool,
     status_wanted: bool,
     standing_wanted: bool,
+    notice_wanted: bool,
+    /// What the client was told on this socket and has not acknowledged, with its id.
+    notice: Option<Box<(MessageId, Notice)>>,
     /// Set while prekey signals are being gathered.
     status_due: Option<Instant>,
     retry: Option<Retry>,
@@ -113,14 +116,6 @@ struct Session {
     last_heard: Instant,
     /// When to look next whether the frame under way makes progress.
     moving_due: Instant,
-}
-
-/// A failing database is asked again, ever more slowly.
-#[derive(Clone, Copy)]
-struct Retry {
-    since: Instant,
-    pause: Duration,
-    due: Instant,
 }
 
 impl Session {
@@ -145,6 +140,8 @@ impl Session {
             status_wanted: true,
             // The device may have been removed between the redeemed ticket and our subscription.
             standing_wanted: true,
+            notice_wanted: false,
+            notice: None,
             status_due: None,
             retry: None,
             ping_due,
@@ -210,7 +207,10 @@ impl Session {
     fn has_to_look(&self) -> bool {
         match self.retry {
             Some(retry) => retry.due <= Instant::now(),
-            None => self.standing_wanted || (!self.pipe.is_writing() && (self.status_wanted || self.mail_wanted)),
+            None => {
+                self.standing_wanted
+                    || (!self.pipe.is_writing() && (self.status_wanted || self.notice_wanted || self.mail_wanted))
+            }
         }
     }
 
@@ -258,7 +258,22 @@ impl Session {
                 return Ok(Some(Message::Binary(wire::prekey_status(counts.ec, counts.pq, threshold))));
             }
         }
+        if self.notice_wanted {
+            let notice = timely(self.app.store.notice(self.device)).await?;
+            self.notice_wanted = false;
+            if let Some(notice) = notice {
+                return Ok(Some(self.tell(notice)));
+            }
+        }
         if self.mail_wanted { self.next_batch().await } else { Ok(None) }
+    }
+
+    /// The frame that tells of mail that expired or was refused.
+    fn tell(&mut self, notice: Notice) -> Message {
+        let id = MessageId::random();
+        let (expired, refused) = (notice.expired.max(0).unsigned_abs(), notice.refused.max(0).unsigned_abs());
+        self.notice = Some(Box::new((id, notice)));
+        Message::Binary(wire::inbox_notice(id, notice.since, expired, refused))
     }
 
     async fn next_batch(&mut self) -> std::result::Result<Option<Message>, NoFrame> {
@@ -311,6 +326,10 @@ impl Session {
         self.app.metrics.frame_bytes.add(Direction::In, frame.len() as u64);
         let due = self.last_heard + self.app.config.gateway.ack_flush_interval;
         for id in wire::acknowledged(frame) {
+            if let Some(told) = self.notice.take_if(|told| told.0 == id) {
+                self.acks.tell(told.1, due);
+                continue;
+            }
             let position = self.inflight.take(id);
             if let Some(position) = position {
                 self.acks.trace(self.trails.acknowledged(&self.app.traces, position));
@@ -376,27 +395,4 @@ fn next_ping(now: Instant, wall: Timestamp, interval: Duration) -> Instant {
     let slot = PING_SLOT.min(interval / 8).as_millis().max(1);
     let due = u128::from(wall.millis().unsigned_abs()) + interval.as_millis();
     now + interval.saturating_sub(Duration::from_millis((due % slot) as u64))
-}
-
-/// Why there is no frame to send.
-enum NoFrame {
-    /// The device is gone or logged out.
-    Dismissed,
-    /// The database failed or took too long. It has been logged.
-    Failed,
-}
-
-async fn timely<T>(look: impl Future<Output = Result<T>>) -> std::result::Result<T, NoFrame> {
-    match tokio::time::timeout(LOOK_TIMEOUT, look).await {
-        Ok(Ok(value)) => Ok(value),
-        // Each session meets an outage, and the requests tell of it already.
-        Ok(Err(error)) => {
-            debug!(%error, "a session could not read the database; it will try again");
-            Err(NoFrame::Failed)
-        }
-        Err(_) => {
-            debug!("a session waited too long for the database; it will try again");
-            Err(NoFrame::Failed)
-        }
-    }
 }

@@ -87,7 +87,8 @@ mod tests {
     /// A send by this number to these accounts.
     fn send(number: i64, users: &[UserId]) -> Waiting {
         let sender = Sender { user: UserId::random(), device: DeviceId::random(), no: DeviceNo(number) };
-        let recipients = users.iter().map(|user| Recipient { user: *user, submissions: Vec::new() }).collect();
+        let recipients =
+            users.iter().map(|user| Recipient { user: *user, submissions: Vec::new(), busy_for: None }).collect();
         Waiting {
             mail: Outgoing { sender, key: IdempotencyKey::random(), digest: [0; 16], recipients },
             slip: Slip {

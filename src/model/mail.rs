@@ -1,6 +1,7 @@
 //! Messages on their way in and on their way out.
 
 use std::fmt;
+use std::time::Duration;
 
 use bytes::Bytes;
 
@@ -63,9 +64,35 @@ pub struct Recipient {
     pub user: UserId,
     /// A sealed message for each targeted device, in the order of the request.
     pub submissions: Vec<(DeviceId, Sealed)>,
+    /// Set when the account gets too much at the moment, with how long that takes: nothing is queued for it then.
+    pub busy_for: Option<Duration>,
 }
 
-/// What became of a send. Both lists are empty exactly when everything was queued.
+/// Why there was no room for a message.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Shortage {
+    /// The inbox has as many messages, or as many bytes, as it may hold.
+    Inbox,
+    /// The inbox is more than half full, and the sending account has its share of it.
+    Share,
+    /// The sending account has queued as many bytes as it may in a day.
+    Day,
+    /// The account that is written to gets too many sends at the moment.
+    Target,
+}
+
+/// A message that was not queued for want of room. A repeat of the send under its key queues it when there is some.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Refused {
+    /// The account written to.
+    pub user: UserId,
+    /// Its device.
+    pub device: DeviceId,
+    /// What was lacking when that was last looked at.
+    pub shortage: Shortage,
+}
+
+/// What became of a send. All lists are empty exactly when everything was queued.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Outcome {
     /// Targets that aren't devices of their recipient (any more), in the order of the request. Not queued.
@@ -73,6 +100,8 @@ pub struct Outcome {
     /// Recipients for whom nothing was queued, because devices of theirs were left out, with those devices in
     /// ascending order of their bytes.
     pub mismatches: Vec<(UserId, Vec<DeviceId>)>,
+    /// Devices for which there was no room, in the order of the request.
+    pub refused: Vec<Refused>,
 }
 
 /// What the store answers to a send.
@@ -82,8 +111,10 @@ pub struct Sent {
     pub outcome: Outcome,
     /// The devices that have new mail.
     pub woken: Vec<Address>,
-    /// Set when the key had been used before and nothing was queued now.
+    /// Set when the key had been used before. Nothing was queued now but what had been refused.
     pub replay: Option<Replay>,
+    /// When a repeat may find room for what was refused.
+    pub retry_after: Option<Duration>,
 }
 
 /// A send whose key had been used before.

@@ -239,8 +239,9 @@ async fn forget_mail(tx: &mut Tx, gone: &[DeviceNo]) -> Result<u64> {
 const MAIL_AT_ONCE: i64 = 16 << 20;
 
 /// $1 is a JSON array of device numbers.
-const FORGET: [&str; 9] = [
+const FORGET: [&str; 10] = [
     "DELETE FROM sends WHERE sender_no IN (SELECT value FROM json_each($1))",
+    "DELETE FROM inbox_notices WHERE device_no IN (SELECT value FROM json_each($1))",
     "DELETE FROM push_tokens WHERE device_no IN (SELECT value FROM json_each($1))",
     "DELETE FROM gateway_tickets WHERE device_no IN (SELECT value FROM json_each($1))",
     "DELETE FROM refresh_uses WHERE device_no IN (SELECT value FROM json_each($1))",
@@ -262,9 +263,10 @@ const FORGET_MAIL: &str = "\
         WHERE size_before < $2)";
 
 /// $1 is an array of device numbers. A hand-out under way holds the row in `device_keys`, so `used_prekeys` comes behind it.
-const FORGET_IN_POSTGRES: [&str; 9] = [
+const FORGET_IN_POSTGRES: [&str; 10] = [
     "DELETE FROM devices WHERE no = ANY($1)",
     "DELETE FROM sends WHERE sender_no = ANY($1)",
+    "DELETE FROM inbox_notices WHERE device_no = ANY($1)",
     "DELETE FROM push_tokens WHERE device_no = ANY($1)",
     "DELETE FROM gateway_tickets WHERE device_no = ANY($1)",
     "DELETE FROM refresh_uses WHERE device_no = ANY($1)",

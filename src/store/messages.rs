@@ -9,6 +9,7 @@ use crate::clock::Timestamp;
 use crate::model::ids::{DeviceId, DeviceNo, MessageId, Position, UserId};
 use crate::model::mail::{Envelope, MAX_MESSAGE_BYTES, Sealed};
 use crate::store::database::{Database, on, run};
+use crate::store::notices::{self, Counts, Unread};
 use crate::store::postgres::PostgresStore;
 use crate::store::{Result, Store, json_list};
 use crate::telemetry::metrics::Left;
@@ -136,7 +137,8 @@ impl Store {
 
     /// Deletes messages that are past the retention, in a step of up to `limit` messages and 16 MiB, so that nobody
     /// waits long for the writer. `now` is the earliest that it may be, `latest` the latest. A message that is a day behind
-    /// that was received while the clock was wrong; it counts as received now, or it would outlive its age.
+    /// that was received while the clock was wrong; it counts as received now, or it would outlive its age. Its device is
+    /// told how many expired: see [`Store::notice`].
     pub async fn expire_messages(&self, now: Timestamp, latest: Timestamp, limit: u32) -> Result<Expired> {
         let mut tx = self.begin().await?;
         let corrected = tx.either(CORRECT, CORRECT_IN_POSTGRES);
@@ -144,10 +146,28 @@ impl Store {
         run!(&mut tx, sqlx::query(corrected).bind(now).bind(ahead).bind(i64::from(limit)))?;
         let expired = tx.either(EXPIRE, EXPIRE_IN_POSTGRES);
         let before = now - self.limits.retention;
-        let deleted = run!(&mut tx, sqlx::query(expired).bind(before).bind(i64::from(limit)).bind(STEP_BYTES))?;
+        let gone: Vec<DeviceNo> = on!(&mut tx, |db| sqlx::query_scalar(expired)
+            .bind(before)
+            .bind(i64::from(limit))
+            .bind(STEP_BYTES)
+            .fetch_all(db))?;
+        let deleted = gone.len() as u64;
+        let mut counts = Counts::new();
+        gone.into_iter().for_each(|device| *counts.entry(device).or_default() += 1);
+        notices::add(&mut tx, &counts, Unread::Expired, now).await?;
         tx.commit().await?;
         self.metrics.left.add(Left::Expired, deleted);
         Ok(Expired { deleted, more: deleted > 0 })
+    }
+
+    /// Forgets up to `limit` accounts whose sends of the last day don't count any more.
+    pub async fn expire_send_debts(&self, now: Timestamp, limit: u32) -> Result<u64> {
+        let mut tx = self.begin().await?;
+        let statement = "DELETE FROM send_debts WHERE paid_at <= $1 AND user_id IN (
+                 SELECT user_id FROM send_debts WHERE paid_at <= $1 ORDER BY paid_at LIMIT $2)";
+        let forgotten = run!(&mut tx, sqlx::query(statement).bind(now).bind(i64::from(limit)))?;
+        tx.commit().await?;
+        Ok(forgotten)
     }
 
     /// Forgets up to about `limit` outcomes that are past their age. One whose messages still wait is kept, and looked
@@ -242,7 +262,8 @@ const EXPIRE: &str = "\
             SELECT position, size, SUM(size) OVER (ORDER BY received_at, position) AS total FROM ( \
                 SELECT position, received_at, LENGTH(body) AS size FROM messages \
                 WHERE received_at <= $1 ORDER BY received_at LIMIT $2)) \
-        WHERE total <= $3 OR total = size)";
+        WHERE total <= $3 OR total = size) \
+    RETURNING device_no";
 
 /// What somebody else is deleting at this moment is left to them.
 const EXPIRE_IN_POSTGRES: &str = "\
@@ -251,7 +272,8 @@ const EXPIRE_IN_POSTGRES: &str = "\
         WHERE received_at <= $1 ORDER BY received_at, position LIMIT $2 FOR UPDATE SKIP LOCKED) \
     DELETE FROM messages m USING ( \
         SELECT device_no, position, size, SUM(size) OVER (ORDER BY received_at, position) AS total FROM oldest) gone \
-    WHERE m.device_no = gone.device_no AND m.position = gone.position AND (gone.total <= $3 OR gone.total = gone.size)";
+    WHERE m.device_no = gone.device_no AND m.position = gone.position AND (gone.total <= $3 OR gone.total = gone.size) \
+    RETURNING m.device_no";
 
 const FORGET_SENDS: &str = "\
     DELETE FROM sends WHERE review_at <= $1 AND NOT EXISTS \

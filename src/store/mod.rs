@@ -14,6 +14,7 @@ mod inventory;
 mod jobs;
 mod links;
 mod messages;
+mod notices;
 mod numbering;
 mod outcome;
 mod pool;
@@ -23,6 +24,7 @@ mod push_tokens;
 mod pushes;
 mod refill;
 mod restore;
+mod room;
 mod send;
 mod sessions;
 mod sqlite;
@@ -45,6 +47,7 @@ use crate::store::gather::Gather;
 use crate::store::messages::Look;
 use crate::store::numbering::Numbering;
 use crate::store::postgres::PostgresStore;
+use crate::store::room::Rooms;
 use crate::store::sessions::Tickets;
 use crate::store::sqlite::SqliteStore;
 use crate::store::standings::Standings;
@@ -60,6 +63,7 @@ pub use error::{OpenError, StoreError};
 pub use inventory::Inventory;
 pub use links::{Approval, Approved, LinkBody, Linked, NewLink};
 pub use messages::{Expired, Page};
+pub use notices::Notice;
 pub use prekeys::{Bundle, HandedOut, PrekeyCounts};
 pub use pushes::{Overslept, Sleeper};
 pub use refill::Refilled;
@@ -81,6 +85,8 @@ const LOOK_LANES: usize = 2;
 pub struct Store {
     database: Database,
     numbering: Numbering,
+    /// What is known of inboxes and of what accounts have queued.
+    rooms: Rooms,
     limits: Limits,
     metrics: Metrics,
     /// When a group last had to pass over accounts that somebody else holds.
@@ -103,6 +109,12 @@ pub struct Limits {
     pub retention: Duration,
     /// Messages that may wait for one device.
     pub max_inbox_size: u32,
+    /// Bytes of sealed messages that may wait for one device; 0 is no limit.
+    pub inbox_max_bytes: u64,
+    /// Per cent of an inbox that one sending account may fill, once the inbox is more than half full.
+    pub sender_share_percent: u64,
+    /// Bytes of sealed messages that an account may queue in a day; 0 is no limit.
+    pub sender_bytes_per_day: u64,
     /// How long the outcome of a send is kept for repeats.
     pub idempotency_lifetime: Duration,
     /// One-time prekeys of one kind that a device may have.
@@ -117,6 +129,9 @@ impl Limits {
         Self {
             retention: config.retention,
             max_inbox_size: config.messaging.max_inbox_size,
+            inbox_max_bytes: config.messaging.inbox_max_bytes,
+            sender_share_percent: config.messaging.sender_share_percent,
+            sender_bytes_per_day: config.messaging.sender_bytes_per_day,
             idempotency_lifetime: config.messaging.idempotency_lifetime,
             max_prekeys: config.prekeys.max,
             max_devices: config.auth.max_devices_per_user,
@@ -147,9 +162,8 @@ impl Store {
         let looks = Arc::new(Gather::new(LOOK_LANES, GATHERED));
         let (tickets, uploads) = (Arc::new(Tickets::new()), uploads::none());
         let metrics = metrics.clone();
-        let held_up = Arc::default();
-        let usage = Arc::new(Usage::new());
-        Ok(Self { database, numbering, limits, metrics, held_up, standings, looks, tickets, uploads, usage })
+        let (held_up, usage, rooms) = (Arc::default(), Arc::new(Usage::new()), Rooms::new(&limits));
+        Ok(Self { database, numbering, rooms, limits, metrics, held_up, standings, looks, tickets, uploads, usage })
     }
 
     /// Answers when the database can be read and written.

@@ -1,6 +1,5 @@
 //! What a node's writer of messages remembers between two groups.
 
-use std::collections::{HashMap, HashSet};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -8,11 +7,8 @@ use sqlx::SqliteConnection;
 use uuid::ContextV7;
 
 use crate::clock::Timestamp;
-use crate::model::ids::{DeviceNo, MessageId};
-use crate::store::outcome::Queued;
+use crate::model::ids::MessageId;
 
-/// Devices whose inbox size is remembered. Past that all are forgotten, and counted again when they get mail.
-const REMEMBERED_INBOXES: usize = 100_000;
 /// A clock that steps back by less than this doesn't change the order of receipt times.
 const CLOCK_STEP: Duration = Duration::from_hours(24);
 
@@ -36,9 +32,6 @@ struct State {
     sequence: ContextV7,
     /// SQLite only: the place of the newest message.
     last_position: i64,
-    /// SQLite only: at most so many messages wait for a device. Acks don't lower it, so it may be too high, never too
-    /// low; a device that seems to pass its limit is counted afresh. So the inbox that is emptied in time costs nothing.
-    at_most: HashMap<DeviceNo, u32>,
 }
 
 impl Numbering {
@@ -87,26 +80,5 @@ impl Numbering {
         let first = state.last_position + 1;
         state.last_position += i64::try_from(count).unwrap_or(i64::MAX);
         first
-    }
-
-    /// Counts new mail in, and answers the devices that have to be counted because they may have passed `max`.
-    pub(super) fn add(&self, queued: &[Queued<'_>], max: u32) -> Vec<DeviceNo> {
-        let mut state = self.state();
-        if state.at_most.len() > REMEMBERED_INBOXES {
-            state.at_most.clear();
-        }
-        let mut unsure = HashSet::new();
-        for message in queued {
-            let at_most = state.at_most.entry(message.device).or_insert(u32::MAX);
-            *at_most = at_most.saturating_add(1);
-            if *at_most > max {
-                unsure.insert(message.device);
-            }
-        }
-        unsure.into_iter().collect()
-    }
-
-    pub(super) fn set(&self, device: DeviceNo, count: u32) {
-        self.state().at_most.insert(device, count);
     }
 }

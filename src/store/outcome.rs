@@ -1,19 +1,29 @@
 //! Decides what a send queues, and writes its outcome down for repeats. Pure: no database in here.
 
 use std::collections::HashMap;
+use std::time::Duration;
 
 use crate::model::ids::{DeviceId, DeviceNo, UserId};
-use crate::model::mail::{Outcome, Outgoing, Sealed};
+use crate::model::mail::{Outcome, Outgoing, Recipient, Refused, Sealed, Shortage};
 
 /// The devices of some accounts at one moment.
 pub(super) type Devices = HashMap<UserId, Vec<(DeviceId, DeviceNo)>>;
 
-/// A message that is to be queued.
+/// A message that is to be queued, if there is room for it.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Queued<'a> {
     pub(super) user: UserId,
+    pub(super) id: DeviceId,
     pub(super) device: DeviceNo,
     pub(super) sealed: &'a Sealed,
+    /// Set when its account gets too much at the moment.
+    pub(super) busy_for: Option<Duration>,
+}
+
+impl<'a> Queued<'a> {
+    fn new(recipient: &'a Recipient, (id, device): (DeviceId, DeviceNo), sealed: &'a Sealed) -> Self {
+        Self { user: recipient.user, id, device, sealed, busy_for: recipient.busy_for }
+    }
 }
 
 /// Holds a send against the devices that there are: for each recipient either all its devices are covered and get
@@ -27,8 +37,8 @@ pub(super) fn evaluate<'a>(mail: &'a Outgoing, devices: &Devices) -> (Outcome, V
         let (mut valid, mut covered) = (Vec::with_capacity(recipient.submissions.len()), 0);
         for (target, sealed) in &recipient.submissions {
             match current().find(|(id, _)| id == target) {
-                Some((_, device)) => {
-                    valid.push(Queued { user: recipient.user, device: *device, sealed });
+                Some(found) => {
+                    valid.push(Queued::new(recipient, *found, sealed));
                     covered += 1;
                 }
                 None => outcome.invalid_devices.push(*target),
@@ -46,17 +56,47 @@ pub(super) fn evaluate<'a>(mail: &'a Outgoing, devices: &Devices) -> (Outcome, V
     (outcome, queued)
 }
 
+/// What is left to do when a send is repeated of which something had been refused: the messages that were refused, for
+/// the devices that are still there. Those that are gone have become invalid.
+pub(super) fn rest<'a>(mail: &'a Outgoing, former: &Outcome, devices: &Devices) -> (Outcome, Vec<Queued<'a>>) {
+    let mut outcome = Outcome { refused: Vec::new(), ..former.clone() };
+    let mut queued = Vec::new();
+    for recipient in &mail.recipients {
+        let current = devices.get(&recipient.user).map_or(&[][..], Vec::as_slice);
+        for (target, sealed) in &recipient.submissions {
+            if !former.refused.iter().any(|refused| refused.device == *target) {
+                continue;
+            }
+            match current.iter().find(|(id, _)| id == target) {
+                Some(found) => queued.push(Queued::new(recipient, *found, sealed)),
+                None => outcome.invalid_devices.push(*target),
+            }
+        }
+    }
+    (outcome, queued)
+}
+
 /// The stored form of an outcome: empty when everything was queued, else counts (big-endian `u32`) and 16-byte ids.
+///
+/// Refused devices stand among the mismatches, as missing ones of their account whose first one is there twice, which no
+/// other mismatch has. A node of a former version takes them for missing: its client encrypts for them once more and sends
+/// under another key, so nothing is taken for queued that is not.
 pub(super) fn encode(outcome: &Outcome) -> Vec<u8> {
     if *outcome == Outcome::default() {
         return Vec::new();
     }
     let mut bytes = Vec::new();
     push_ids(&mut bytes, &outcome.invalid_devices);
-    push_count(&mut bytes, outcome.mismatches.len());
+    let refused: Vec<&[Refused]> = outcome.refused.chunk_by(|one, next| one.user == next.user).collect();
+    push_count(&mut bytes, outcome.mismatches.len() + refused.len());
     for (user, missing) in &outcome.mismatches {
         bytes.extend_from_slice(user.as_bytes());
         push_ids(&mut bytes, missing);
+    }
+    for refused in refused {
+        bytes.extend_from_slice(refused[0].user.as_bytes());
+        let devices = refused.iter().map(|refused| refused.device);
+        push_ids(&mut bytes, &std::iter::once(refused[0].device).chain(devices).collect::<Vec<_>>());
     }
     bytes
 }
@@ -68,10 +108,18 @@ pub(super) fn decode(bytes: &[u8]) -> Option<Outcome> {
     }
     let mut rest = bytes;
     let invalid_devices = take_ids(&mut rest)?;
-    let mismatches = (0..take_count(&mut rest)?)
-        .map(|_| Some((UserId::from_bytes(rest.split_off(..16)?)?, take_ids(&mut rest)?)))
-        .collect::<Option<_>>()?;
-    rest.is_empty().then_some(Outcome { invalid_devices, mismatches })
+    let mut outcome = Outcome { invalid_devices, ..Outcome::default() };
+    for _ in 0..take_count(&mut rest)? {
+        let (user, devices) = (UserId::from_bytes(rest.split_off(..16)?)?, take_ids(&mut rest)?);
+        match &devices[..] {
+            [first, refused @ ..] if refused.first() == Some(first) => {
+                let refused = refused.iter().map(|device| Refused { user, device: *device, shortage: Shortage::Inbox });
+                outcome.refused.extend(refused);
+            }
+            _ => outcome.mismatches.push((user, devices)),
+        }
+    }
+    rest.is_empty().then_some(outcome)
 }
 
 fn push_count(bytes: &mut Vec<u8>, count: usize) {
@@ -93,41 +141,13 @@ fn take_ids(rest: &mut &[u8]) -> Option<Vec<DeviceId>> {
     (0..take_count(rest)?).map(|_| DeviceId::from_bytes(rest.split_off(..16)?)).collect()
 }
 
-/// Which messages of an over-full inbox go, so that `max` are left: first the expired ones, then again and again the
-/// oldest of the account that has the most waiting. So nobody can flush another's mail by sending much.
-///
-/// `inbox` is (position, sending account, whether expired), oldest first.
-pub(super) fn cut<P: Copy>(inbox: &[(P, UserId, bool)], max: usize) -> Vec<P> {
-    let mut gone: Vec<P> = inbox.iter().filter(|(_, _, expired)| *expired).map(|(position, ..)| *position).collect();
-    let alive: Vec<_> = inbox.iter().filter(|(_, _, expired)| !expired).collect();
-    let mut waiting: HashMap<UserId, usize> = HashMap::new();
-    alive.iter().for_each(|(_, sender, _)| *waiting.entry(*sender).or_default() += 1);
-    let mut taken: HashMap<UserId, usize> = HashMap::new();
-    for _ in 0..alive.len().saturating_sub(max) {
-        let Some(most) = waiting.values().max().copied() else { break };
-        // Among equals the one whose message has waited longest gives way.
-        let Some((_, sender, _)) = alive.iter().find(|(_, sender, _)| waiting.get(sender) == Some(&most)) else {
-            break;
-        };
-        *waiting.entry(*sender).or_default() -= 1;
-        *taken.entry(*sender).or_default() += 1;
-    }
-    for (position, sender, _) in alive {
-        if let Some(left) = taken.get_mut(sender).filter(|left| **left > 0) {
-            *left -= 1;
-            gone.push(*position);
-        }
-    }
-    gone
-}
-
 #[cfg(test)]
 mod tests {
     use bytes::Bytes;
 
     use super::*;
     use crate::model::ids::IdempotencyKey;
-    use crate::model::mail::{Recipient, Sender};
+    use crate::model::mail::Sender;
 
     fn device(n: u8) -> DeviceId {
         DeviceId::from_bytes(&[n; 16]).unwrap()
@@ -135,6 +155,10 @@ mod tests {
 
     fn user(n: u8) -> UserId {
         UserId::from_bytes(&[n; 16]).unwrap()
+    }
+
+    fn refused(n: u8, of_device: u8) -> Refused {
+        Refused { user: user(n), device: device(of_device), shortage: Shortage::Inbox }
     }
 
     fn mail(recipients: &[(u8, &[u8])]) -> Outgoing {
@@ -145,7 +169,7 @@ mod tests {
             digest: [0; 16],
             recipients: recipients
                 .iter()
-                .map(|(n, ids)| Recipient { user: user(*n), submissions: submissions(ids) })
+                .map(|(n, ids)| Recipient { user: user(*n), submissions: submissions(ids), busy_for: None })
                 .collect(),
         }
     }
@@ -170,13 +194,13 @@ mod tests {
     fn an_uncovered_device_stops_its_user_and_nobody_else() {
         let result = queued(&mail(&[(2, &[20]), (3, &[30])]), &devices(&[(2, &[22, 20, 21]), (3, &[30])]));
         let mismatches = vec![(user(2), vec![device(21), device(22)])];
-        assert_eq!(result, (Outcome { invalid_devices: vec![], mismatches }, vec![30]));
+        assert_eq!(result, (Outcome { mismatches, ..Outcome::default() }, vec![30]));
     }
 
     #[test]
     fn a_stale_target_is_reported_and_the_rest_is_queued() {
         let result = queued(&mail(&[(2, &[29, 20])]), &devices(&[(2, &[20])]));
-        assert_eq!(result, (Outcome { invalid_devices: vec![device(29)], mismatches: vec![] }, vec![20]));
+        assert_eq!(result, (Outcome { invalid_devices: vec![device(29)], ..Outcome::default() }, vec![20]));
     }
 
     #[test]
@@ -189,7 +213,7 @@ mod tests {
     fn a_probe_reports_the_devices_of_a_user_who_has_some() {
         let found = devices(&[(2, &[20])]);
         let mismatches = vec![(user(2), vec![device(20)])];
-        assert_eq!(queued(&mail(&[(2, &[]), (3, &[])]), &found).0, Outcome { invalid_devices: vec![], mismatches });
+        assert_eq!(queued(&mail(&[(2, &[]), (3, &[])]), &found).0, Outcome { mismatches, ..Outcome::default() });
     }
 
     #[test]
@@ -197,6 +221,7 @@ mod tests {
         let outcome = Outcome {
             invalid_devices: vec![device(1), device(2)],
             mismatches: vec![(user(3), vec![device(4)]), (user(5), vec![])],
+            refused: vec![refused(6, 7), refused(6, 8), refused(9, 10)],
         };
         let bytes = encode(&outcome);
         assert_eq!(decode(&bytes), Some(outcome));
@@ -205,22 +230,22 @@ mod tests {
     }
 
     #[test]
-    fn a_flood_cuts_only_the_sender_who_floods() {
-        let inbox: Vec<_> = (0..10).map(|n| (n, if n < 2 { user(2) } else { user(3) }, false)).collect();
-        assert_eq!(cut(&inbox, 8), vec![2, 3]);
+    fn a_node_of_the_former_version_takes_refused_devices_for_missing_ones() {
+        let bytes = encode(&Outcome { refused: vec![refused(6, 7)], ..Outcome::default() });
+        let mut former = &bytes[..];
+        assert_eq!(take_ids(&mut former), Some(vec![]), "no invalid devices");
+        assert_eq!(take_count(&mut former), Some(1));
+        assert_eq!(former.split_off(..16), Some(&user(6).as_bytes()[..]));
+        assert_eq!(take_ids(&mut former), Some(vec![device(7), device(7)]));
+        assert!(former.is_empty());
     }
 
     #[test]
-    fn among_equal_senders_the_oldest_message_goes() {
-        let inbox: Vec<_> = [4, 5, 4, 5].into_iter().enumerate().map(|(n, who)| (n, user(who), false)).collect();
-        assert_eq!(cut(&inbox, 3), vec![0]);
-        assert_eq!(cut(&inbox, 2), vec![0, 1]);
-    }
-
-    #[test]
-    fn expired_messages_go_before_all_others() {
-        let inbox = [(1, user(2), true), (2, user(3), false), (3, user(3), false)];
-        assert_eq!(cut(&inbox, 2), vec![1]);
-        assert_eq!(cut(&inbox, 5), vec![1]);
+    fn the_rest_is_what_was_refused_and_is_still_there() {
+        let mail = mail(&[(2, &[20, 21, 22]), (3, &[30])]);
+        let former = Outcome { refused: vec![refused(2, 20), refused(2, 22)], ..Outcome::default() };
+        let (outcome, queued) = rest(&mail, &former, &devices(&[(2, &[20, 21, 23]), (3, &[30])]));
+        assert_eq!(queued.iter().map(|message| message.device.0).collect::<Vec<_>>(), [20]);
+        assert_eq!(outcome, Outcome { invalid_devices: vec![device(22)], ..Outcome::default() });
     }
 }

@@ -2,23 +2,24 @@
 //!
 //! The judgement and its order are the same on both databases; their statements are in `sqlite` and `postgres`.
 
+mod judge;
 mod postgres;
 mod sqlite;
 
 use std::collections::HashMap;
-use std::ops::Range;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use tokio::time::Instant;
 
 use crate::clock::Timestamp;
-use crate::model::ids::{Address, DeviceNo, IdempotencyKey, MessageId, Position, UserId};
-use crate::model::mail::{Outcome, Outgoing, Replay, Sent};
+use crate::model::ids::{DeviceNo, IdempotencyKey, MessageId, Position, UserId};
+use crate::model::mail::{Outcome, Outgoing, Replay, Sent, Shortage};
 use crate::store::database::{Database, reading};
 use crate::store::outcome::{self, Devices, Queued};
-use crate::store::{Result, Store, StoreError};
-use crate::telemetry::metrics::{Left, Metrics, Repeat};
+use crate::store::send::judge::{Changed, Judged, candidates, cases, judge};
+use crate::store::{Limits, Result, Store, StoreError};
+use crate::telemetry::metrics::{Left, Metrics, QueueRefusal, Repeat};
 
 /// How often a group is tried in all, when it meets another one.
 const ATTEMPTS: u32 = 5;
@@ -30,8 +31,15 @@ const GROUPS_IN_POSTGRES: usize = 2;
 /// So long after a group met accounts that somebody held, the next ones don't wait for any.
 const HELD_UP_FOR: Duration = Duration::from_secs(1);
 
-/// The outcomes of former sends, each with the digest of its request.
-type Known = HashMap<(DeviceNo, IdempotencyKey), (Outcome, [u8; 16])>;
+/// The outcomes of former sends.
+type Known = HashMap<(DeviceNo, IdempotencyKey), Former>;
+
+/// The outcome of a former send.
+struct Former {
+    outcome: Outcome,
+    digest: [u8; 16],
+    sent_at: Timestamp,
+}
 
 /// A message that is about to be queued.
 struct NewMessage<'a> {
@@ -50,23 +58,12 @@ struct Receipt<'a> {
     last: Position,
 }
 
-/// What a group comes to, before anything is written.
-struct Judgement<'a> {
-    /// An answer for each send that was judged.
-    sent: Vec<Option<Sent>>,
-    /// The messages, with the send each is of.
-    rows: Vec<(&'a Outgoing, Queued<'a>)>,
-    /// The sends that are no repeats.
-    judged: Vec<Judged<'a>>,
-}
-
 /// What a group has done to the queue, in rows that were really there.
 #[derive(Clone, Copy, Debug, Default)]
 struct Tally {
     accepted: u64,
     accepted_bytes: u64,
     acked: u64,
-    cut: u64,
 }
 
 impl Tally {
@@ -75,11 +72,18 @@ impl Tally {
         metrics.accepted.add((), self.accepted);
         metrics.accepted_bytes.add((), self.accepted_bytes);
         metrics.left.add(Left::Acked, self.acked);
-        metrics.left.add(Left::Cut, self.cut);
         for replay in sent.iter().flatten().filter_map(|sent| sent.replay) {
             metrics.repeats.one(match replay {
                 Replay::SameBody => Repeat::Same,
                 Replay::OtherBody => Repeat::Other,
+            });
+        }
+        for refused in sent.iter().flatten().flat_map(|sent| &sent.outcome.refused) {
+            metrics.refused_messages.one(match refused.shortage {
+                Shortage::Inbox => QueueRefusal::Inbox,
+                Shortage::Share => QueueRefusal::Share,
+                Shortage::Day => QueueRefusal::Day,
+                Shortage::Target => QueueRefusal::Target,
             });
         }
     }
@@ -88,14 +92,6 @@ impl Tally {
         self.accepted += rows;
         self.accepted_bytes += messages.iter().map(|message| message.queued.sealed.0.len() as u64).sum::<u64>();
     }
-}
-
-/// A send that is no repeat.
-struct Judged<'a> {
-    mail: &'a Outgoing,
-    outcome: Outcome,
-    /// Those of the group's messages that are its own.
-    rows: Range<usize>,
 }
 
 /// What a group does about an account that somebody else holds.
@@ -126,7 +122,7 @@ impl Store {
     /// returns. Each send is judged by itself; repeats of a send within one group are found as well.
     ///
     /// `None` for a send that has to come again with a later group, so that the others need not wait for it: somebody
-    /// holds one of its accounts for too long, or too many full inboxes would have to be cut at once. On SQLite there
+    /// holds one of its accounts for too long, or too many inboxes would have to be counted at once. On SQLite there
     /// are none.
     pub async fn settle(
         &self,
@@ -163,10 +159,11 @@ impl Store {
 
     /// Whether this device has sent under this key before, so that a repeat would queue nothing new.
     pub async fn has_outcome(&self, sender: DeviceNo, key: IdempotencyKey) -> Result<bool> {
-        let statement = "SELECT sender_no FROM sends WHERE sender_no = $1 AND idempotency_key = $2";
-        let found: Option<DeviceNo> =
+        let statement = "SELECT outcome FROM sends WHERE sender_no = $1 AND idempotency_key = $2";
+        let found: Option<Vec<u8>> =
             reading!(self, |db| sqlx::query_scalar(statement).bind(sender).bind(key).fetch_optional(db))?;
-        Ok(found.is_some())
+        let outcome = found.and_then(|outcome| outcome::decode(&outcome));
+        Ok(outcome.is_some_and(|outcome| outcome.refused.is_empty()))
     }
 
     /// `None` when another group has stored one of the sends at this moment.
@@ -178,42 +175,15 @@ impl Store {
         locking: Locking,
     ) -> Result<Option<Vec<Option<Sent>>>> {
         let settled = match &self.database {
-            Database::Sqlite(sqlite) => Some(self.settle_in_sqlite(sqlite, sends, acks, now).await?),
-            Database::Postgres(postgres) => self.settle_in_postgres(postgres, sends, acks, now, locking).await?,
+            Database::Sqlite(sqlite) => self.settle_in_sqlite(sqlite, sends, acks, now).await.map(Some),
+            Database::Postgres(postgres) => self.settle_in_postgres(postgres, sends, acks, now, locking).await,
         };
+        let settled = settled.inspect_err(|_| self.rooms.forget())?;
         Ok(settled.map(|(sent, tally)| {
             tally.count(&sent, &self.metrics);
             sent
         }))
     }
-}
-
-/// Holds each send against what was sent before and against the devices that there are, but for those that are left for
-/// later.
-fn judge<'a>(sends: &'a [Outgoing], found: Found, is_later: impl Fn(&Outgoing) -> bool) -> Judgement<'a> {
-    let Found { mut known, devices } = found;
-    let (mut rows, mut judged, mut sent) = (Vec::new(), Vec::new(), Vec::with_capacity(sends.len()));
-    for mail in sends {
-        if is_later(mail) {
-            sent.push(None);
-            continue;
-        }
-        let id = (mail.sender.no, mail.key);
-        let (outcome, queued) = outcome::evaluate(mail, &devices);
-        let woken = queued.iter().map(|row| Address { user: row.user, device: row.device }).collect();
-        if let Some((outcome, digest)) = known.get(&id) {
-            let replay = if *digest == mail.digest { Replay::SameBody } else { Replay::OtherBody };
-            // The receivers are woken once more: whoever stored the first one may have gone before it could.
-            sent.push(Some(Sent { outcome: outcome.clone(), woken, replay: Some(replay) }));
-            continue;
-        }
-        let first = rows.len();
-        rows.extend(queued.into_iter().map(|row| (mail, row)));
-        judged.push(Judged { mail, outcome: outcome.clone(), rows: first..rows.len() });
-        known.insert(id, (outcome.clone(), mail.digest));
-        sent.push(Some(Sent { outcome, woken, replay: None }));
-    }
-    Judgement { sent, rows, judged }
 }
 
 /// Gives the messages their ids and places. The places ascend.
@@ -240,14 +210,21 @@ fn held_up(last: &Mutex<Option<Instant>>) -> MutexGuard<'_, Option<Instant>> {
     last.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-fn decoded(outcome: &[u8], digest: Vec<u8>) -> Result<(Outcome, [u8; 16])> {
+fn decoded(outcome: &[u8], digest: Vec<u8>, sent_at: Timestamp) -> Result<Former> {
     let outcome = outcome::decode(outcome).ok_or_else(|| malformed("outcome"))?;
     let digest = digest.try_into().map_err(|_| malformed("digest"))?;
-    Ok((outcome, digest))
+    Ok(Former { outcome, digest, sent_at })
 }
 
 fn malformed(column: &str) -> sqlx::Error {
     sqlx::Error::ColumnDecode { index: column.to_owned(), source: "not what this server writes".into() }
+}
+
+/// When the outcome of a repeat that queued something has been sent, as it is written down, and when it is looked at. Its
+/// messages came at different times, so the row doesn't name them: it stays until the last of them has expired.
+fn changed_at(limits: &Limits, now: Timestamp) -> (Timestamp, Timestamp) {
+    let later = limits.retention.saturating_sub(limits.idempotency_lifetime);
+    (now + later, now + limits.retention.max(limits.idempotency_lifetime))
 }
 
 /// The accounts written to, each once, in ascending order.

@@ -5,6 +5,8 @@
 //! higher than those of all groups that have been visible in these inboxes. Whatever else two groups could do to each
 //! other (the same send at the same moment, the same messages deleted in another order) makes one of them start over.
 
+mod rows;
+
 use std::collections::{HashMap, HashSet};
 use std::time::Duration;
 
@@ -12,37 +14,19 @@ use crate::clock::Timestamp;
 use crate::model::ids::{DeviceId, DeviceNo, IdempotencyKey, MessageId, Position, UserId};
 use crate::model::mail::{Outgoing, Sent};
 use crate::store::database::{PostgresTx, timely};
-use crate::store::outcome::{self, Devices};
+use crate::store::notices::{self, Unread};
+use crate::store::outcome::Devices;
 use crate::store::postgres::PostgresStore;
-use crate::store::send::{self, Found, Judgement, Known, Locking, NewMessage, Receipt, Tally};
-use crate::store::{Limits, Result, Store};
+use crate::store::room::Candidate;
+use crate::store::send::postgres::rows::Locked;
+use crate::store::send::{self, Found, Known, Locking, NewMessage, Receipt, Tally};
+use crate::store::{Result, Store};
 use crate::telemetry::traces::Span;
 
 /// Positions in a block of the sequence, as the migration says.
 const BLOCK: usize = 65_536;
-/// Accounts whose full inboxes are cut in one group.
-const FULL_AT_ONCE: usize = 16;
-
-/// $1 are accounts in ascending order, $2 how many more messages a device of each gets.
-const LOCK: &str = "
-    WITH locked AS MATERIALIZED (
-        SELECT l.user_id, asked.more FROM unnest($1, $2) AS asked (user_id, more) JOIN account_locks l USING (user_id)
-        ORDER BY l.user_id FOR NO KEY UPDATE OF l)
-    UPDATE account_locks l SET at_most = l.at_most + locked.more FROM locked
-    WHERE l.user_id = locked.user_id RETURNING l.user_id, l.at_most";
-
-/// The same without those that somebody else holds. Those that are not there at all are answered with 0.
-const LOCK_WHAT_IS_FREE: &str = "
-    WITH locked AS MATERIALIZED (
-        SELECT l.user_id, asked.more FROM unnest($1, $2) AS asked (user_id, more) JOIN account_locks l USING (user_id)
-        ORDER BY l.user_id FOR NO KEY UPDATE OF l SKIP LOCKED),
-    counted AS (
-        UPDATE account_locks l SET at_most = l.at_most + locked.more FROM locked
-        WHERE l.user_id = locked.user_id RETURNING l.user_id, l.at_most)
-    SELECT user_id, at_most FROM counted UNION ALL
-    SELECT user_id, 0 FROM unnest($1) AS asked (user_id)
-    WHERE NOT EXISTS (SELECT 1 FROM account_locks l WHERE l.user_id = asked.user_id)";
-
+/// Accounts whose inboxes are counted in one group.
+const COUNTED_AT_ONCE: usize = 16;
 /// The device is compared too, so that nothing but its own mail can ever be deleted.
 ///
 /// Two things keep each look-up on the primary key, also when it is planned while there are no messages: `OFFSET 0`,
@@ -65,7 +49,7 @@ macro_rules! delete_messages {
 /// The outcomes that are stored for the keys $2 of the senders $1; all devices of the accounts $4; and $5 blocks of positions.
 /// An outcome that is older than $3 still counts while a message of it waits, so that no message is ever queued twice.
 const ASK: &str = "
-    SELECT s.sender_no, s.idempotency_key, NULL::uuid, NULL::uuid, s.outcome, s.digest
+    SELECT s.sender_no, s.idempotency_key, NULL::uuid, NULL::uuid, s.outcome, s.digest, s.sent_at
     FROM unnest($1, $2) AS asked (sender_no, idempotency_key) CROSS JOIN LATERAL (
         SELECT * FROM sends known
         WHERE known.sender_no = asked.sender_no AND known.idempotency_key = asked.idempotency_key OFFSET 0) s
@@ -73,12 +57,20 @@ const ASK: &str = "
         SELECT 1 FROM messages m
         WHERE m.received_at = s.sent_at AND m.position BETWEEN s.first_position AND s.last_position)
     UNION ALL
-    SELECT no, NULL, user_id, id, NULL, NULL FROM devices WHERE user_id = ANY($4)
+    SELECT no, NULL, user_id, id, NULL, NULL, NULL FROM devices WHERE user_id = ANY($4)
     UNION ALL
-    SELECT nextval('message_blocks'), NULL, NULL, NULL, NULL, NULL FROM generate_series(1, $5)";
+    SELECT nextval('message_blocks'), NULL, NULL, NULL, NULL, NULL, NULL FROM generate_series(1, $5)";
 
-/// A row of the answer to `ASK`: a sender with its key, outcome and digest; or a device with its account; or a block.
-type Answer = (i64, Option<IdempotencyKey>, Option<UserId>, Option<DeviceId>, Option<Vec<u8>>, Option<Vec<u8>>);
+/// A row of the answer to `ASK`: a sender with its key, outcome, digest and time; or a device with its account; or a block.
+type Answer = (
+    i64,
+    Option<IdempotencyKey>,
+    Option<UserId>,
+    Option<DeviceId>,
+    Option<Vec<u8>>,
+    Option<Vec<u8>>,
+    Option<Timestamp>,
+);
 
 /// A row of `sends` that is replaced is past its age and has no message waiting: see `ASK`.
 const WRITE: &str = concat!(
@@ -154,18 +146,25 @@ impl Store {
             tally.acked = tx.delete_messages(acks).await?;
             return Ok(Some((Vec::new(), tally)));
         }
-        let (lifetime, max) = (self.limits.idempotency_lifetime, self.limits.max_inbox_size);
+        let lifetime = self.limits.idempotency_lifetime;
         let locked = tx.lock_accounts(sends, locking).await?;
-        let full = |at_most: i32| i64::from(at_most) > i64::from(max);
-        let (later, cut) =
-            left_for_later(sends, &locked, |user| locked.get(user).is_some_and(|most| full(*most)), locking);
+        // What the rows of accounts that may be more than half full say now, and said before this group.
+        let row = |user: UserId| locked.get(&user).filter(|row| self.rooms.is_over_half(row.now));
+        let is_unsure = |user: &UserId| row(*user).is_some_and(|row| !self.rooms.knows(*user, row.before));
+        let later = left_for_later(sends, &locked, is_unsure, locking);
         let (found, blocks) = tx.ask(sends, now - lifetime).await?;
         let is_later = |mail: &Outgoing| later.contains(&(mail.sender.no, mail.key));
-        let Judgement { sent, rows, judged } = send::judge(sends, found, is_later);
+        let cases = send::cases(sends, &found, is_later);
+        let coming = send::candidates(sends, &cases);
+        let counted = self.count_the_unsure(tx, &coming, &found.devices, &locked).await?;
+        let verdicts = self.rooms.judge(&coming, now, |user| row(user).map(|row| row.now));
+        self.rooms.learn(coming.iter().filter_map(|one| row(one.user).map(|row| (one.user, row.now))));
+        let judgement = send::judge(sends, cases, verdicts);
+        let (rows, judged) = (&judgement.rows, &judgement.judged);
         let received = self.numbering.receive(rows.len(), now);
         let position = |n: usize| blocks[n / BLOCK] + (n % BLOCK) as i64;
-        let receipts = send::receipts(&judged, position);
-        let messages = send::numbered(&rows, &received.ids, position);
+        let receipts = send::receipts(judged, position);
+        let messages = send::numbered(rows, &received.ids, position);
         let written = tx.write(&receipts, &messages, acks, received.received_at, lifetime).await?;
         // Another group has just written the outcome of one of these sends down.
         if written.receipts < receipts.len() as i64 {
@@ -176,63 +175,83 @@ impl Store {
             tally.acked += tx.delete_once(acks).await?;
         }
         tally.add(&messages, written.messages.unsigned_abs());
-        if !cut.is_empty() {
-            tally.cut = tx.hold_inbox_limit(&self.limits, &cut, now).await?;
+        if !judgement.is_plain() {
+            tx.change(&judgement.changed, send::changed_at(&self.limits, now)).await?;
+            notices::add_in_postgres(tx, &judgement.refused, Unread::Refused, now).await?;
+            notices::take_back_in_postgres(tx, &judgement.taken_back).await?;
         }
-        Ok(Some((sent, tally)))
+        let debts = self.rooms.unwritten(rows.iter().map(|(mail, _)| mail.sender.user));
+        if !debts.is_empty() {
+            self.rooms.written(&tx.owe(&debts, now).await?);
+        }
+        if !counted.is_empty() {
+            self.set_counted(tx, &counted, &found.devices).await?;
+        }
+        Ok(Some((judgement.sent, tally)))
+    }
+
+    /// Counts the inboxes of those accounts of which too little is known to judge these messages. Answers the accounts.
+    async fn count_the_unsure(
+        &self,
+        tx: &mut PostgresTx,
+        coming: &[Candidate],
+        devices: &Devices,
+        locked: &HashMap<UserId, Locked>,
+    ) -> Result<Vec<UserId>> {
+        let row = |user: UserId| locked.get(&user).filter(|row| self.rooms.is_over_half(row.now));
+        let unsure = self.rooms.unsure(coming, |user| row(user).map(|row| row.before));
+        let mut users: Vec<UserId> = unsure.into_iter().map(|(user, _)| user).collect();
+        users.sort_unstable();
+        users.dedup();
+        if users.is_empty() {
+            return Ok(users);
+        }
+        let found = tx.count(&users).await?;
+        for user in &users {
+            let of_user = devices.get(user).map(Vec::as_slice).unwrap_or_default();
+            let stamp = row(*user).map(|row| row.before).unwrap_or_default();
+            self.rooms.counted(of_user.iter().map(|(_, no)| *no), &found, stamp);
+        }
+        Ok(users)
+    }
+
+    /// Writes down how much waits at the most for a device of these accounts, which have just been counted.
+    async fn set_counted(&self, tx: &mut PostgresTx, users: &[UserId], devices: &Devices) -> Result<()> {
+        let mut rows = Vec::with_capacity(users.len());
+        for user in users {
+            let of_user: Vec<DeviceNo> =
+                devices.get(user).map(Vec::as_slice).unwrap_or_default().iter().map(|(_, no)| *no).collect();
+            rows.push((*user, self.rooms.stamped(*user, &of_user)));
+        }
+        tx.set_at_most(&rows).await
     }
 }
 
-/// The sends that are left for a later group, and the accounts whose inboxes have to be counted now. A send is left when
-/// one of its accounts could not be locked; and, but for the first one, when with it too many full accounts would come
-/// together, since cutting an inbox takes time, and everybody waits for it.
+/// The sends that are left for a later group: one of their accounts could not be locked; or, but for the first one, with
+/// them too many accounts would have to be counted, which takes time, and everybody waits for it.
 fn left_for_later(
     sends: &[Outgoing],
-    locked: &HashMap<UserId, i32>,
-    is_full: impl Fn(&UserId) -> bool,
+    locked: &HashMap<UserId, Locked>,
+    is_unsure: impl Fn(&UserId) -> bool,
     locking: Locking,
-) -> (HashSet<(DeviceNo, IdempotencyKey)>, Vec<UserId>) {
-    let (mut later, mut cut) = (HashSet::new(), HashSet::new());
+) -> HashSet<(DeviceNo, IdempotencyKey)> {
+    let (mut later, mut counted) = (HashSet::new(), HashSet::new());
     for mail in sends {
         let users = || mail.accounts();
         // Accounts that never were have no lock, and nobody holds it.
         let is_held = locking == Locking::PassOver && users().any(|user| !locked.contains_key(&user));
-        let full: Vec<UserId> = users().filter(&is_full).filter(|user| !cut.contains(user)).collect();
-        let is_too_much = !full.is_empty() && !cut.is_empty() && cut.len() + full.len() > FULL_AT_ONCE;
+        let unsure: Vec<UserId> = users().filter(&is_unsure).filter(|user| !counted.contains(user)).collect();
+        let is_too_much = !unsure.is_empty() && !counted.is_empty() && counted.len() + unsure.len() > COUNTED_AT_ONCE;
         if is_held || is_too_much {
             later.insert((mail.sender.no, mail.key));
         } else {
-            cut.extend(full);
+            counted.extend(unsure);
         }
     }
-    (later, cut.into_iter().collect())
+    later
 }
 
 impl PostgresTx {
-    /// Locks the accounts that are written to, and counts their mail in. Answers how many messages may wait at the most for
-    /// a device of each account that is locked now.
-    async fn lock_accounts(&mut self, sends: &[Outgoing], locking: Locking) -> Result<HashMap<UserId, i32>> {
-        // How many of these messages one device of an account gets at the most.
-        let mut per_device: HashMap<(UserId, DeviceId), i32> = HashMap::new();
-        for recipient in sends.iter().flat_map(|mail| &mail.recipients) {
-            for (device, _) in &recipient.submissions {
-                *per_device.entry((recipient.user, *device)).or_default() += 1;
-            }
-        }
-        let users = send::accounts(sends);
-        let mut more: HashMap<UserId, i32> = HashMap::with_capacity(users.len());
-        for ((user, _), count) in per_device {
-            more.entry(user).and_modify(|most| *most = count.max(*most)).or_insert(count);
-        }
-        let more: Vec<i32> = users.iter().map(|user| more.get(user).copied().unwrap_or_default()).collect();
-        let statement = match locking {
-            Locking::Wait => LOCK,
-            Locking::PassOver => LOCK_WHAT_IS_FREE,
-        };
-        let locked: Vec<(UserId, i32)> = self.all(sqlx::query_as(statement).bind(users).bind(more)).await?;
-        Ok(locked.into_iter().collect())
-    }
-
     /// What the sends depend on, and blocks of positions, enough for all of their messages. See `ASK`.
     async fn ask(&mut self, sends: &[Outgoing], alive_since: Timestamp) -> Result<(Found, Vec<i64>)> {
         let senders: Vec<DeviceNo> = sends.iter().map(|mail| mail.sender.no).collect();
@@ -244,13 +263,13 @@ impl PostgresTx {
         let (mut known, mut devices, mut blocks) = (Known::default(), Devices::default(), Vec::new());
         for row in self.all::<Answer>(ask).await? {
             match row {
-                (sender, Some(key), .., Some(outcome), Some(digest)) => {
-                    known.insert((DeviceNo(sender), key), send::decoded(&outcome, digest)?);
+                (sender, Some(key), .., Some(outcome), Some(digest), Some(sent_at)) => {
+                    known.insert((DeviceNo(sender), key), send::decoded(&outcome, digest, sent_at)?);
                 }
                 (no, _, Some(user), Some(device), ..) => {
                     devices.entry(user).or_default().push((device, DeviceNo(no)));
                 }
-                (block, None, None, None, None, None) => blocks.push(block),
+                (block, None, None, None, None, None, None) => blocks.push(block),
                 _ => return Err(send::malformed("answer").into()),
             }
         }
@@ -311,59 +330,5 @@ impl PostgresTx {
     /// ([`Store::expire_messages`]), is passed over, since it is not in its place any more; the next try finds it.
     async fn delete_once(&mut self, (devices, positions): &InOrder) -> Result<u64> {
         self.run(sqlx::query(delete_messages!("$1, $2")).bind(devices).bind(positions)).await
-    }
-
-    /// How many messages wait for each device of these accounts.
-    async fn inbox_sizes(&mut self, users: &[UserId]) -> Result<Vec<(UserId, DeviceNo, i64)>> {
-        let statement = "
-            SELECT d.user_id, d.no, (SELECT COUNT(*) FROM messages m WHERE m.device_no = d.no)
-            FROM devices d WHERE d.user_id = ANY($1)";
-        let count = sqlx::query_as(statement).bind(users);
-        self.all(count).await
-    }
-
-    async fn set_at_most(&mut self, at_most: &HashMap<UserId, i32>) -> Result<()> {
-        let (users, sizes): (Vec<UserId>, Vec<i32>) = at_most.iter().unzip();
-        let statement = "
-            UPDATE account_locks l SET at_most = counted.at_most FROM unnest($1, $2) AS counted (user_id, at_most)
-            WHERE l.user_id = counted.user_id";
-        self.run(sqlx::query(statement).bind(users).bind(sizes)).await?;
-        Ok(())
-    }
-
-    /// Counts the inboxes of these accounts, and cuts each that has passed its maximum back to it. Answers how many
-    /// messages that cost.
-    async fn hold_inbox_limit(&mut self, limits: &Limits, users: &[UserId], now: Timestamp) -> Result<u64> {
-        let max = limits.max_inbox_size;
-        let mut at_most: HashMap<UserId, i32> = users.iter().map(|user| (*user, 0)).collect();
-        let mut full = Vec::new();
-        for (user, device, count) in self.inbox_sizes(users).await? {
-            if count > i64::from(max) {
-                full.push(device);
-            }
-            let left = i32::try_from(count.min(i64::from(max))).unwrap_or(i32::MAX);
-            at_most.entry(user).and_modify(|most| *most = left.max(*most));
-        }
-        let cut = if full.is_empty() { 0 } else { self.cut_inboxes(limits, &full, now).await? };
-        self.set_at_most(&at_most).await?;
-        Ok(cut)
-    }
-
-    async fn cut_inboxes(&mut self, limits: &Limits, full: &[DeviceNo], now: Timestamp) -> Result<u64> {
-        let statement = "
-            SELECT device_no, position, sender_user, received_at <= $2 FROM messages
-            WHERE device_no = ANY($1) ORDER BY device_no, position";
-        let inboxes = sqlx::query_as(statement).bind(full).bind(now - limits.retention);
-        let messages: Vec<(DeviceNo, i64, UserId, bool)> = self.all(inboxes).await?;
-        let mut gone = Vec::new();
-        for inbox in messages.chunk_by(|one, next| one.0 == next.0) {
-            let of_senders: Vec<_> =
-                inbox.iter().map(|(_, position, sender, expired)| (*position, *sender, *expired)).collect();
-            let cut = outcome::cut(&of_senders, limits.max_inbox_size as usize);
-            gone.extend(cut.into_iter().map(|position| (inbox[0].0, Position(position))));
-        }
-        let cut = self.delete_messages(&in_order(&gone)).await?;
-        tracing::debug!(inboxes = full.len(), "full inboxes; their oldest mail was cut");
-        Ok(cut)
     }
 }

@@ -13,10 +13,12 @@ use sqlx::{FromRow, Row, Sqlite};
 use crate::clock::Timestamp;
 use crate::model::ids::{DeviceId, DeviceNo, Position, UserId};
 use crate::model::mail::{Outgoing, Sent};
-use crate::store::outcome::{self, Devices};
-use crate::store::send::{self, Found, Judgement, Known, NewMessage, Receipt, Tally};
+use crate::store::notices::{self, Unread};
+use crate::store::outcome::Devices;
+use crate::store::room::{self, Counted, LONGEST_DEBT, Stamp};
+use crate::store::send::{self, Changed, Found, Known, NewMessage, Receipt, Tally};
 use crate::store::sqlite::{SqliteStore, Transaction};
-use crate::store::{Result, Store, json_list};
+use crate::store::{Result, Store, StoreError, json_list};
 use crate::telemetry::traces::Span;
 
 /// The device is compared too, so that nothing but its own mail can ever be deleted.
@@ -36,7 +38,7 @@ const DELETE: &str = concat!("BEGIN IMMEDIATE;", delete_acknowledged!(), "COMMIT
 const DELETE_AND_ASK: &str = concat!(
     "BEGIN IMMEDIATE;",
     delete_acknowledged!(),
-    "SELECT s.sender_no, s.idempotency_key, s.outcome, s.digest
+    "SELECT s.sender_no, s.idempotency_key, s.outcome, s.digest, s.sent_at
      FROM json_each($2) asked
      CROSS JOIN sends s ON s.sender_no = asked.value AND s.idempotency_key = substr($3, asked.key * 16 + 1, 16)
      WHERE s.sent_at > $4
@@ -84,73 +86,100 @@ impl Store {
         let [_begun, deleted, known, devices] = Span::within("store.write").attempt(question).await?;
         let mut tally = Tally { acked: deleted.changed, ..Tally::default() };
         let found = Found { known: outcomes_of(&known.rows)?, devices: devices_of(&devices.rows)? };
-        let Judgement { sent, rows, judged } = send::judge(sends, found, |_| false);
+        let cases = send::cases(sends, &found, |_| false);
+        let coming = send::candidates(sends, &cases);
+        // Nobody else writes here, so what is remembered of an inbox holds until it is counted again.
+        let unsure = self.rooms.unsure(&coming, |_| Some(Stamp::default()));
+        if !unsure.is_empty() {
+            let unsure: Vec<DeviceNo> = unsure.into_iter().map(|(_, device)| device).collect();
+            let counted = Span::within("store.write").attempt(count(&mut tx, &unsure)).await?;
+            self.rooms.counted(unsure, &counted, Stamp::default());
+        }
+        let verdicts = self.rooms.judge(&coming, now, |_| Some(Stamp::default()));
+        let judgement = send::judge(sends, cases, verdicts);
 
-        let received = self.numbering.receive(rows.len(), now);
-        let first = self.numbering.place(rows.len());
+        let received = self.numbering.receive(judgement.rows.len(), now);
+        let first = self.numbering.place(judgement.rows.len());
         let position = |n: usize| first + n as i64;
-        let messages = send::numbered(&rows, &received.ids, position);
-        let receipts = send::receipts(&judged, position);
-        let queued: Vec<_> = rows.iter().map(|(_, row)| *row).collect();
-        let unsure = self.numbering.add(&queued, self.limits.max_inbox_size);
+        let messages = send::numbered(&judgement.rows, &received.ids, position);
+        let receipts = send::receipts(&judgement.judged, position);
+        let debts = self.rooms.unwritten(judgement.rows.iter().map(|(mail, _)| mail.sender.user));
         let insert = |text| insertion(text, (&messages, first, received.received_at), (&receipts, now, now + lifetime));
-        if unsure.is_empty() {
+        if debts.is_empty() && judgement.is_plain() {
             let write = tx.finish(insert(INSERT_AND_COMMIT));
             let [inserted, _receipts, _committed] = Span::within("store.commit").attempt(write).await?;
             tally.add(&messages, inserted.changed);
         } else {
-            let write = self.insert_and_cut(&mut tx, insert(INSERT), &unsure, now);
-            let (inserted, cut) = Span::within("store.write").attempt(write).await?;
+            let write = async {
+                let [inserted, _receipts] = tx.run(insert(INSERT)).await?;
+                notices::add_in_sqlite(&mut tx, &judgement.refused, Unread::Refused, now).await?;
+                notices::take_back_in_sqlite(&mut tx, &judgement.taken_back).await?;
+                change(&mut tx, &judgement.changed, send::changed_at(&self.limits, now)).await?;
+                self.rooms.written(&owe(&mut tx, &debts, now).await?);
+                Ok::<_, StoreError>(inserted.changed)
+            };
+            let inserted = Span::within("store.write").attempt(write).await?;
             tally.add(&messages, inserted);
-            tally.cut = cut;
             Span::within("store.commit").attempt(tx.commit()).await?;
         }
-        Ok((sent, tally))
+        Ok((judgement.sent, tally))
     }
+}
 
-    /// Inserts, then counts the inboxes of these devices and cuts each that has passed its maximum back to it. Answers how
-    /// many messages came and how many went.
-    async fn insert_and_cut(
-        &self,
-        tx: &mut Transaction,
-        insertion: Query<'_, Sqlite, SqliteArguments>,
-        unsure: &[DeviceNo],
-        now: Timestamp,
-    ) -> Result<(u64, u64)> {
-        let [inserted, _receipts] = tx.run(insertion).await?;
-        let (max, mut cut) = (self.limits.max_inbox_size, 0);
-        let counts: Vec<(DeviceNo, u32)> = sqlx::query_as(
-            "SELECT asked.value, (SELECT COUNT(*) FROM messages m WHERE m.device_no = asked.value)
-             FROM json_each($1) asked",
-        )
-        .bind(json_list(unsure.iter().map(|device| device.0)))
-        .fetch_all(&mut **tx)
-        .await?;
-        for (device, count) in counts {
-            if count > max {
-                cut += self.cut_inbox(tx, device, now).await?;
-            }
-            self.numbering.set(device, count.min(max));
-        }
-        Ok((inserted.changed, cut))
-    }
+/// What waits for these devices, by sending account. The length of a body is read without the body.
+async fn count(tx: &mut Transaction, devices: &[DeviceNo]) -> Result<Vec<Counted>> {
+    let rows: Vec<(DeviceNo, UserId, i64, i64)> = sqlx::query_as(
+        "SELECT m.device_no, m.sender_user, COUNT(*), SUM(LENGTH(m.body))
+         FROM json_each($1) asked CROSS JOIN messages m ON m.device_no = asked.value GROUP BY 1, 2",
+    )
+    .bind(json_list(devices.iter().map(|device| device.0)))
+    .fetch_all(&mut **tx)
+    .await?;
+    Ok(rows.into_iter().map(room::counted).collect())
+}
 
-    async fn cut_inbox(&self, tx: &mut Transaction, device: DeviceNo, now: Timestamp) -> Result<u64> {
-        let inbox: Vec<(i64, UserId, bool)> = sqlx::query_as(
-            "SELECT position, sender_user, received_at <= $2 FROM messages WHERE device_no = $1 ORDER BY position",
-        )
-        .bind(device)
-        .bind(now - self.limits.retention)
-        .fetch_all(&mut **tx)
-        .await?;
-        let gone = outcome::cut(&inbox, self.limits.max_inbox_size as usize);
-        let cut = sqlx::query("DELETE FROM messages WHERE position IN (SELECT value FROM json_each($1))")
-            .bind(json_list(gone.into_iter()))
-            .execute(&mut **tx)
-            .await?;
-        tracing::debug!("an inbox was full; its oldest mail was cut");
-        Ok(cut.rows_affected())
+/// Replaces outcomes that a repeat has changed.
+async fn change(
+    tx: &mut Transaction,
+    changed: &[Changed<'_>],
+    (sent_at, review_at): (Timestamp, Timestamp),
+) -> Result<()> {
+    if changed.is_empty() {
+        return Ok(());
     }
+    let (mut list, mut blob) = (String::from("["), Vec::new());
+    for Changed { mail, outcome } in changed {
+        let _ = write!(list, "[{},{},{}],", mail.sender.no.0, blob.len() + 1, outcome.len());
+        blob.extend_from_slice(mail.key.as_bytes());
+        blob.extend_from_slice(outcome);
+    }
+    let statement = "
+        UPDATE sends SET outcome = substr($2, (row.value ->> 1) + 16, row.value ->> 2), sent_at = $3, review_at = $4,
+            first_position = 0, last_position = -1
+        FROM json_each($1) row
+        WHERE sender_no = row.value ->> 0 AND idempotency_key = substr($2, row.value ->> 1, 16)";
+    sqlx::query(statement).bind(close(list)).bind(blob).bind(sent_at).bind(review_at).execute(&mut **tx).await?;
+    Ok(())
+}
+
+/// Writes down what accounts have queued, in milliseconds of their day. Answers until when they have paid for it.
+async fn owe(tx: &mut Transaction, debts: &[(UserId, i64)], now: Timestamp) -> Result<Vec<(UserId, Timestamp)>> {
+    if debts.is_empty() {
+        return Ok(Vec::new());
+    }
+    let (mut list, mut users) = (String::from("["), Vec::new());
+    for (user, cost) in debts {
+        let _ = write!(list, "[{},{cost}],", users.len() + 1);
+        users.extend_from_slice(user.as_bytes());
+    }
+    let statement = "
+        INSERT INTO send_debts (user_id, paid_at) SELECT substr($2, row.value ->> 0, 16), $3 + (row.value ->> 1)
+        FROM json_each($1) row WHERE true
+        ON CONFLICT (user_id) DO UPDATE SET paid_at = excluded.paid_at
+            + CASE WHEN paid_at > $3 AND paid_at <= $4 THEN paid_at - $3 ELSE 0 END
+        RETURNING user_id, paid_at";
+    let owe = sqlx::query_as(statement).bind(close(list)).bind(users).bind(now).bind(now + LONGEST_DEBT);
+    Ok(owe.fetch_all(&mut **tx).await?)
 }
 
 /// The list for `delete_acknowledged!`.
@@ -189,7 +218,10 @@ fn question(
 fn outcomes_of(rows: &[SqliteRow]) -> Result<Known> {
     let mut known = Known::with_capacity(rows.len());
     for row in rows {
-        known.insert((row.try_get(0)?, row.try_get(1)?), send::decoded(row.try_get(2)?, row.try_get(3)?)?);
+        known.insert(
+            (row.try_get(0)?, row.try_get(1)?),
+            send::decoded(row.try_get(2)?, row.try_get(3)?, row.try_get(4)?)?,
+        );
     }
     Ok(known)
 }

@@ -200,6 +200,12 @@ pub(super) static TABLES: &[Table] = &[
         ],
     ),
     table("attachments", 1, &[uuid("id"), uuid("user_id"), bigint("size"), integer("stored"), bigint("created_at")]),
+    table(
+        "inbox_notices",
+        1,
+        &[bigint("device_no"), bigint("period"), bigint("since"), bigint("expired"), bigint("refused")],
+    ),
+    table("send_debts", 1, &[uuid("user_id"), bigint("paid_at")]),
     table("upload_debts", 1, &[uuid("user_id"), bigint("paid_at")]),
 ];
 

@@ -206,10 +206,11 @@ impl Target {
     pub(super) async fn finish(&mut self, numbers: &Numbers) -> Result<(), TransferError> {
         self.run("BEGIN").await?;
         self.run_whole(
-            "INSERT INTO account_locks (user_id, at_most)
-             SELECT u.id, COALESCE(MAX(w.waiting), 0) FROM users u
+            "INSERT INTO account_locks (user_id, at_most, bytes_of, bytes_at_most)
+             SELECT u.id, COALESCE(MAX(w.waiting), 0), COALESCE(MAX(w.waiting), 0), COALESCE(MAX(w.bytes), 0) FROM users u
              LEFT JOIN devices d ON d.user_id = u.id
-             LEFT JOIN (SELECT device_no, COUNT(*) AS waiting FROM messages GROUP BY device_no) w ON w.device_no = d.no
+             LEFT JOIN (SELECT device_no, COUNT(*) AS waiting, SUM(octet_length(body))::bigint AS bytes
+                        FROM messages GROUP BY device_no) w ON w.device_no = d.no
              GROUP BY u.id",
         )
         .await?;

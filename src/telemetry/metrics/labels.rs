@@ -134,6 +134,7 @@ label! {
         AddressLimit "limit_address" "429: too many requests from an address",
         AddressAuthLimit "limit_address_auth" "429: too many log-ins and the like from an address",
         AccountLimit "limit_account" "429: too many requests of an account",
+        InboxRoom "inbox_room" "429: no room for a message of the send; the others are queued",
         TargetLimit "limit_target" "429: too much sent to one account",
         BundleLimit "limit_bundles" "429: one account looked at another's prekeys too often",
         UploadLimit "limit_upload_bytes" "429: an account's bytes of attachments for a day are used up",
@@ -181,8 +182,17 @@ label! {
     Left "cause" {
         Acked "acked" "its device acknowledged it",
         Expired "expired" "it was past its age, and swept",
-        Cut "cut" "its inbox was full (some of these were past their age)",
         Removed "removed" "its device or account was removed or reset",
+    }
+}
+
+label! {
+    /// Why a message was not queued.
+    QueueRefusal "reason" {
+        Inbox "inbox" "the inbox was full, in messages or bytes",
+        Share "share" "the inbox was more than half full, and the sending account had its share of it",
+        Day "day" "the sending account had queued as many bytes as it may in a day",
+        Target "target" "the account written to gets too many sends at the moment",
     }
 }
 

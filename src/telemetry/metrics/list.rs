@@ -112,6 +112,8 @@ metrics! {
             "Bytes of these messages.",
         left: Counter<Left> = "obscura.queue.left" "{message}"
             "Messages that left the queue for good, by cause.",
+        refused_messages: Counter<QueueRefusal> = "obscura.queue.refused" "{message}"
+            "Messages not queued for want of room, by reason; a repeat that finds none counts again.",
         repeats: Counter<Repeat> = "obscura.queue.repeats" "{send}"
             "Sends that had been sent before, and were answered with the first outcome.",
     }
@@ -121,7 +123,7 @@ metrics! {
         group_size: Histogram<Content> = "obscura.store.group.size" "{item}"
             "Sends, and acknowledged messages, in one group.",
         sends_left: Counter = "obscura.store.group.left" "{send}"
-            "Sends left for a later group, because another node holds one of their accounts, or too many inboxes were full.",
+            "Sends left for a later group, because another node holds one of their accounts, or too many inboxes had to be counted.",
         group_retries: Counter = "obscura.store.group.retries" "{attempt}"
             "Groups begun anew, because they met another one.",
         group_failures: Counter<GroupFailure> = "obscura.store.group.failures" "{group}"

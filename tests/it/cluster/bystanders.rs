@@ -84,7 +84,8 @@ async fn a_send_that_waits_for_its_turn_when_the_server_stops_is_stored() {
         let device = |id: Uuid| DeviceId::from_bytes(id.as_bytes()).unwrap();
         let sealed = Sealed(Bytes::from_static(b"x"));
         let sender = Sender { user: user(alice.user), device: device(alice.id), no: DeviceNo(no) };
-        let recipients = vec![Recipient { user: user(bob.user), submissions: vec![(device(bob.id), sealed)] }];
+        let recipients =
+            vec![Recipient { user: user(bob.user), submissions: vec![(device(bob.id), sealed)], busy_for: None }];
         let mail = Outgoing { sender, key: IdempotencyKey::random(), digest: [0; 16], recipients };
         assert!(mailroom.send(mail).now_or_never().is_none(), "it can't be stored yet");
     };

@@ -268,14 +268,20 @@ async fn device_sets_that_change_at_one_node_never_let_a_send_at_another_miss_a_
 
 #[tokio::test(flavor = "multi_thread")]
 async fn the_inbox_limit_holds_though_the_senders_are_at_two_nodes() {
-    let a = TestServer::start_node_with(|config| config.messaging.max_inbox_size = 10).await;
+    let a = TestServer::start_node_with(|config| {
+        (config.messaging.max_inbox_size, config.messaging.sender_share_percent) = (10, 100)
+    })
+    .await;
     let b = a.start_beside().await;
     let bob = a.account().await;
     let senders = [a.account().await, b.account().await];
     let database = a.database().await;
     for round in 0..10 {
-        let sends = senders.iter().map(|sender| sender.send_to(&bob, format!("{round}")));
-        join_all(sends).await;
+        let request = send_request(&[(&bob, format!("{round}").as_bytes())]);
+        let sends = senders.iter().map(|sender| sender.post_messages(Uuid::new_v4(), &request));
+        for answer in join_all(sends).await {
+            assert!([200, 429].contains(&answer.status), "{}", answer.status);
+        }
         assert!(database.queued(&bob).await <= 10);
     }
     assert_eq!(database.queued(&bob).await, 10);

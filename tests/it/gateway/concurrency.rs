@@ -199,49 +199,6 @@ fn raw_send(sender: &Device, receiver: &Device, number: usize) -> Vec<u8> {
     [head.into_bytes(), body].concat()
 }
 
-#[tokio::test]
-async fn a_full_inbox_loses_the_oldest_message_of_whoever_fills_it() {
-    const MAX: u32 = 20;
-    let server = TestServer::start_with(|config| config.messaging.max_inbox_size = MAX).await;
-    let (bob, friend, mallory) = (server.account().await, server.account().await, server.account().await);
-    let database = server.database().await;
-    for number in 0..5 {
-        friend.send_to(&bob, format!("friend {number}")).await;
-    }
-    for number in 0..60 {
-        mallory.send_to(&bob, format!("flood {number}")).await;
-        assert!(database.queued(&bob).await <= i64::from(MAX), "the limit holds when a message is queued");
-    }
-    let received = bob.connect().await.messages(MAX as usize).await;
-    let expected: Vec<String> =
-        (0..5).map(|n| format!("friend {n}")).chain((45..60).map(|n| format!("flood {n}"))).collect();
-    let received: Vec<String> = received.iter().map(|e| String::from_utf8_lossy(&e.message).into_owned()).collect();
-    assert_eq!(received, expected);
-}
-
-#[tokio::test]
-async fn a_flood_in_one_group_is_cut_as_well_and_other_inboxes_are_untouched() {
-    const MAX: u32 = 10;
-    let server = TestServer::start_with(|config| config.messaging.max_inbox_size = MAX).await;
-    let (alice, bob) = (server.account().await, server.account().await);
-    let tablet = bob.link().await;
-    let (phones, tablets) = (bob.clone(), tablet.clone());
-    let sends = (0..50).map(|_| alice.send_owned(vec![(phones.clone(), "p".into()), (tablets.clone(), "t".into())]));
-    futures_util::future::join_all(sends).await;
-    let database = server.database().await;
-    assert_eq!(database.queued(&bob).await, i64::from(MAX));
-    assert_eq!(database.queued(&tablet).await, i64::from(MAX));
-    // Acks make room again.
-    let mut socket = bob.connect().await;
-    let received = socket.messages(MAX as usize).await;
-    socket.ack(&received).await;
-    crate::harness::eventually("the inbox to empty", async || database.queued(&bob).await == 0).await;
-    for _ in 0..MAX {
-        alice.send(&[(&bob, b"p"), (&tablet, b"t")]).await;
-    }
-    assert_eq!(socket.messages(MAX as usize).await.len(), MAX as usize);
-}
-
 /// Sessions come and go while mail arrives; whoever is connected in the end has seen everything, once per connection.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_receiver_that_reconnects_all_the_time_misses_nothing() {

@@ -125,7 +125,7 @@ async fn a_client_that_takes_a_large_frame_slowly_is_not_closed() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn pings_are_answered_in_time_behind_a_backlog_of_fifty_megabytes() {
-    let server = TestServer::start().await;
+    let server = TestServer::start_with(|config| config.messaging.sender_share_percent = 100).await;
     let (alice, bob) = (server.account().await, server.account().await);
     fill(&alice, &bob, 26).await;
     let mut socket = bob.connect().await;

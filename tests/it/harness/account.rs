@@ -254,6 +254,12 @@ impl Device {
         }
     }
 
+    /// An open gateway socket of a client that is told of mail that it doesn't get.
+    pub async fn connect_with_notices(&self) -> Socket {
+        let path = format!("/v1/gateway?ticket={}&features=unheard-of,inbox-notice", self.ticket().await);
+        Socket::open_path(self.client.address(), &path).await.expect("a socket")
+    }
+
     /// The 16 bytes of the user id.
     pub fn user_bytes(&self) -> Bytes {
         Bytes::copy_from_slice(self.user.as_bytes())

@@ -30,6 +30,28 @@ pub struct SendMessageResponse {
     pub invalid_device_ids: Vec<Bytes>,
     #[prost(message, repeated, tag = "2")]
     pub device_mismatches: Vec<DeviceMismatch>,
+    #[prost(message, repeated, tag = "3")]
+    pub refused_devices: Vec<RefusedDevice>,
+}
+
+#[derive(Clone, PartialEq, prost::Message)]
+pub struct RefusedDevice {
+    #[prost(bytes = "bytes", tag = "1")]
+    pub device_id: Bytes,
+    #[prost(int32, tag = "2")]
+    pub reason: i32,
+}
+
+#[derive(Clone, PartialEq, prost::Message)]
+pub struct InboxNotice {
+    #[prost(bytes = "bytes", tag = "1")]
+    pub id: Bytes,
+    #[prost(uint64, tag = "2")]
+    pub since: u64,
+    #[prost(uint64, tag = "3")]
+    pub expired_count: u64,
+    #[prost(uint64, tag = "4")]
+    pub refused_count: u64,
 }
 
 #[derive(Clone, PartialEq, prost::Message)]
@@ -42,7 +64,7 @@ pub struct DeviceMismatch {
 
 #[derive(Clone, PartialEq, prost::Message)]
 pub struct WebSocketFrame {
-    #[prost(oneof = "Payload", tags = "11, 12, 13")]
+    #[prost(oneof = "Payload", tags = "11, 12, 13, 14")]
     pub payload: Option<Payload>,
 }
 
@@ -54,6 +76,8 @@ pub enum Payload {
     PreKeyStatus(PreKeyStatus),
     #[prost(message, tag = "13")]
     EnvelopeBatch(EnvelopeBatch),
+    #[prost(message, tag = "14")]
+    InboxNotice(InboxNotice),
 }
 
 #[derive(Clone, PartialEq, prost::Message)]

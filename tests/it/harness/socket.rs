@@ -13,7 +13,7 @@ use tokio_tungstenite::tungstenite::client::IntoClientRequest;
 use tokio_tungstenite::tungstenite::protocol::{CloseFrame, WebSocketConfig, frame::coding::CloseCode};
 use tokio_tungstenite::tungstenite::{Error, Message};
 
-use super::proto::{AckMessage, Envelope, Payload, PreKeyStatus, WebSocketFrame};
+use super::proto::{AckMessage, Envelope, InboxNotice, Payload, PreKeyStatus, WebSocketFrame};
 use super::{PATIENCE, record, within_time};
 use crate::openapi::{Answer, assert_documented};
 
@@ -24,6 +24,8 @@ pub enum Event {
     Mail(Vec<Envelope>),
     /// One-time prekeys run out.
     PreKeys(PreKeyStatus),
+    /// Mail expired or was refused.
+    Notice(InboxNotice),
     /// The server asks whether anybody is there. It has been answered.
     Ping,
     /// The answer to a ping of ours.
@@ -104,6 +106,7 @@ impl Socket {
                     Event::Mail(batch.envelopes)
                 }
                 Some(Payload::PreKeyStatus(status)) => Event::PreKeys(status),
+                Some(Payload::InboxNotice(notice)) => Event::Notice(notice),
                 other => panic!("the server sent {other:?}"),
             },
             Some(Ok(Message::Ping(_))) => Event::Ping,

@@ -26,6 +26,15 @@ const FIELDS: &[(&str, &str, i32, &str)] = &[
     ("Envelope", "timestamp", 4, "uint64"),
     ("Envelope", "message", 5, "bytes"),
     ("PreKeyStatus", "pq_pre_key_count", 3, "int32"),
+    // Ours, which clients of the contract pass over.
+    ("SendMessageResponse", "refused_devices", 3, "repeated SendMessageResponse.RefusedDevice"),
+    ("SendMessageResponse.RefusedDevice", "device_id", 1, "bytes"),
+    ("SendMessageResponse.RefusedDevice", "reason", 2, "SendMessageResponse.Reason"),
+    ("WebSocketFrame", "inbox_notice", 14, "payload InboxNotice"),
+    ("InboxNotice", "id", 1, "bytes"),
+    ("InboxNotice", "since", 2, "uint64"),
+    ("InboxNotice", "expired_count", 3, "uint64"),
+    ("InboxNotice", "refused_count", 4, "uint64"),
 ];
 
 /// A field as the table has it.

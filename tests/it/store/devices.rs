@@ -36,7 +36,7 @@ async fn send_bytes(store: &Store, from: &Member, to: &Member, others: &[&Member
         sender: Sender { user: from.user, device: from.device, no: from.no },
         key: IdempotencyKey::random(),
         digest: [0; 16],
-        recipients: vec![Recipient { user: to.user, submissions }],
+        recipients: vec![Recipient { user: to.user, submissions, busy_for: None }],
     };
     let sent = store.settle(&[mail], &[], NOW).await.unwrap();
     assert_eq!(sent[0].as_ref().unwrap().outcome, Default::default(), "everything was queued");
@@ -141,10 +141,10 @@ async fn a_reset_leaves_nothing_of_the_old_devices() {
 
 #[tokio::test]
 async fn a_full_inbox_goes_with_its_device() {
-    let store = TestStore::open_with(|limits| limits.max_inbox_size = 50).await;
+    let store = TestStore::open_with(|limits| (limits.max_inbox_size, limits.sender_share_percent) = (50, 100)).await;
     let (alice, bob) = (account(&store).await, account(&store).await);
     let second = linked(&store, &alice).await;
-    for _ in 0..60 {
+    for _ in 0..50 {
         send(&store, &bob, &second, &[&alice]).await;
     }
     store.remove_device(alice.user, second.device).await.unwrap();
@@ -153,7 +153,7 @@ async fn a_full_inbox_goes_with_its_device() {
 
 #[tokio::test]
 async fn a_very_large_inbox_goes_step_by_step() {
-    let store = TestStore::open().await;
+    let store = TestStore::open_with(|limits| (limits.inbox_max_bytes, limits.sender_share_percent) = (0, 100)).await;
     let (alice, bob) = (account(&store).await, account(&store).await);
     let second = linked(&store, &alice).await;
     let large = Bytes::from(vec![1; 1 << 20]);

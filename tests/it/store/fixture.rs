@@ -58,9 +58,14 @@ impl TestStore {
 
     /// In PostgreSQL, whatever this run is about.
     pub async fn open_in_postgres() -> Self {
+        Self::open_in_postgres_with(|_| {}).await
+    }
+
+    /// In PostgreSQL, with other limits.
+    pub async fn open_in_postgres_with(change: impl FnOnce(&mut Limits)) -> Self {
         let folder = StateFolder(tempfile::tempdir().expect("a folder for the store"));
         let config = deployment::config_of(&deployment::distributed_options(folder.path()).await);
-        Self::open_configured(folder, config, |_| {}).await
+        Self::open_configured(folder, config, change).await
     }
 
     async fn open_configured(folder: StateFolder, config: Config, change: impl FnOnce(&mut Limits)) -> Self {
@@ -76,6 +81,12 @@ impl TestStore {
         self.store.close().await;
         let store = self.open_again().await.expect("a store");
         Self { store, ..self }
+    }
+
+    /// The same with other limits from now on.
+    pub async fn reopened_with(mut self, change: impl FnOnce(&mut Limits)) -> Self {
+        change(&mut self.limits);
+        self.reopened().await
     }
 
     /// Settles a group of which nothing is left for later.

@@ -1,0 +1,43 @@
+//! A session's look at the database, which takes no longer than it may.
+
+use std::time::Duration;
+
+use tokio::time::Instant;
+use tracing::debug;
+
+use crate::store::Result;
+
+/// No single look at the database may hold a session up for longer.
+const LOOK_TIMEOUT: Duration = Duration::from_secs(5);
+
+/// A failing database is asked again, ever more slowly.
+#[derive(Clone, Copy)]
+pub(super) struct Retry {
+    pub(super) since: Instant,
+    pub(super) pause: Duration,
+    pub(super) due: Instant,
+}
+
+/// Why there is no frame to send.
+pub(super) enum NoFrame {
+    /// The device is gone or logged out.
+    Dismissed,
+    /// The database failed or took too long. It has been logged.
+    Failed,
+}
+
+/// What a look at the database found, within the time that one may take.
+pub(super) async fn timely<T>(look: impl Future<Output = Result<T>>) -> std::result::Result<T, NoFrame> {
+    match tokio::time::timeout(LOOK_TIMEOUT, look).await {
+        Ok(Ok(value)) => Ok(value),
+        // Each session meets an outage, and the requests tell of it already.
+        Ok(Err(error)) => {
+            debug!(%error, "a session could not read the database; it will try again");
+            Err(NoFrame::Failed)
+        }
+        Err(_) => {
+            debug!("a session waited too long for the database; it will try again");
+            Err(NoFrame::Failed)
+        }
+    }
+}

@@ -1,0 +1,110 @@
+use super::*;
+
+const MESSAGES: u64 = 20;
+const BYTES: u64 = 2000;
+
+fn rooms(bytes_per_day: u64) -> Rooms {
+    let limits = Limits {
+        retention: DAY * 30,
+        max_inbox_size: MESSAGES as u32,
+        inbox_max_bytes: BYTES,
+        sender_share_percent: 25,
+        sender_bytes_per_day: bytes_per_day,
+        idempotency_lifetime: DAY,
+        max_prekeys: 100,
+        max_devices: 10,
+    };
+    Rooms::new(&limits)
+}
+
+fn empty(rooms: &Rooms, device: DeviceNo) {
+    rooms.counted([device], &[], Stamp::default());
+}
+
+fn taken(rooms: &Rooms, one: Candidate) -> Result<(), Shortage> {
+    let now = Timestamp::from_seconds(1_800_000_000);
+    let verdict = rooms.judge(&[one], now, |_| Some(Stamp::default())).remove(0);
+    verdict.map_err(|(shortage, _)| shortage)
+}
+
+/// Whatever comes in whatever order: no inbox passes its limits, no other account passes its share but by what it had
+/// below the half, and nothing is refused for which all of that would leave room.
+#[test]
+fn limits_and_shares_hold_whatever_comes() {
+    for _ in 0..200 {
+        let (rooms, device, owner) = (rooms(0), DeviceNo(1), UserId::random());
+        empty(&rooms, device);
+        let senders: Vec<UserId> = (0..4).map(|_| UserId::random()).chain([owner]).collect();
+        let (mut total, mut of_senders) = (Load::default(), HashMap::<UserId, Load>::new());
+        for _ in 0..60 {
+            let sender = senders[rand::random_range(0..senders.len())];
+            let bytes = rand::random_range(1..300);
+            let load = of_senders.get(&sender).copied().unwrap_or_default();
+            let fits = total.messages < MESSAGES && total.bytes + bytes <= BYTES;
+            let is_over_half = total.messages > MESSAGES / 2 || total.bytes > BYTES / 2;
+            let has_share = load.messages == 0
+                || (load.messages < MESSAGES / 4 && load.bytes + bytes <= BYTES / 4)
+                || sender == owner
+                || !is_over_half;
+            let expected = match (fits, has_share) {
+                (false, _) => Err(Shortage::Inbox),
+                (true, false) => Err(Shortage::Share),
+                (true, true) => Ok(()),
+            };
+            // Shares are known only for an inbox that was counted when it was about half full.
+            let unsure = rooms.unsure(&[Candidate { user: owner, device, sender, bytes }], |_| Some(Stamp::default()));
+            if !unsure.is_empty() {
+                let found: Vec<Counted> = of_senders.iter().map(|(sender, load)| (device, *sender, *load)).collect();
+                rooms.counted([device], &found, Stamp::default());
+            }
+            assert_eq!(taken(&rooms, Candidate { user: owner, device, sender, bytes }), expected);
+            if expected.is_ok() {
+                total = total.plus(Load::one(bytes));
+                of_senders.insert(sender, load.plus(Load::one(bytes)));
+            }
+        }
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_full_inbox_is_counted_once_in_a_second_and_one_with_room_whenever_it_seems_full() {
+    let (rooms, owner, sender, device) = (rooms(0), UserId::random(), UserId::random(), DeviceNo(1));
+    let one = Candidate { user: owner, device, sender, bytes: 1 };
+    let is_unsure = || !rooms.unsure(&[one], |_| Some(Stamp::default())).is_empty();
+    assert!(is_unsure(), "nothing is known of it");
+    let full = [(device, sender, Load { messages: MESSAGES, bytes: 20 })];
+    rooms.counted([device], &full, Stamp::default());
+    assert!(is_unsure());
+    assert_eq!(taken(&rooms, one), Err(Shortage::Inbox));
+    assert!(!is_unsure());
+    tokio::time::advance(FULL_FOR).await;
+    assert!(is_unsure(), "there may be room by now");
+    empty(&rooms, device);
+    assert_eq!(taken(&rooms, one), Ok(()));
+    assert!(!is_unsure());
+}
+
+#[test]
+fn a_row_that_another_node_has_written_is_not_believed() {
+    let (rooms, owner, device) = (rooms(0), UserId::random(), DeviceNo(1));
+    let one = Candidate { user: owner, device, sender: UserId::random(), bytes: 1 };
+    rooms.counted([device], &[(device, one.sender, Load { messages: 1, bytes: 1 })], (12, 12));
+    assert!(rooms.unsure(&[one], |_| Some((12, 12))).is_empty());
+    assert_eq!(rooms.unsure(&[one], |_| Some((13, 13))), [(owner, device)]);
+    assert!(rooms.unsure(&[one], |_| None).is_empty(), "it is not half full");
+}
+
+#[test]
+fn a_day_is_charged_with_what_is_admitted_and_written_down_in_parts() {
+    let (rooms, owner, sender, device) = (rooms(640), UserId::random(), UserId::random(), DeviceNo(1));
+    empty(&rooms, device);
+    let one = Candidate { user: owner, device, sender, bytes: 5 };
+    assert_eq!(taken(&rooms, one), Ok(()));
+    assert_eq!(rooms.unwritten([sender].into_iter()), [], "half of a 64th");
+    assert_eq!(taken(&rooms, one), Ok(()));
+    let part = i64::try_from(DAY.as_millis() / 64).unwrap();
+    assert_eq!(rooms.unwritten([sender].into_iter()), [(sender, part)]);
+    let paid_at = Timestamp::from_seconds(1_800_000_000) + DAY - Duration::from_millis(1);
+    rooms.written(&[(sender, paid_at)]);
+    assert_eq!(taken(&rooms, one), Err(Shortage::Day));
+}

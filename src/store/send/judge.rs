@@ -1,0 +1,195 @@
+//! What becomes of the sends of a group: which are repeats, which messages ask for room, and what is queued. Pure.
+
+use std::collections::HashMap;
+use std::ops::Range;
+use std::time::Duration;
+
+use crate::clock::Timestamp;
+use crate::model::ids::{Address, DeviceNo, IdempotencyKey};
+use crate::model::mail::{Outcome, Outgoing, Refused, Replay, Sent, Shortage};
+use crate::store::notices::{Counts, TakenBack};
+use crate::store::outcome::{self, Queued};
+use crate::store::room::{Candidate, Verdict};
+use crate::store::send::Found;
+
+/// The wait that is told with an outcome that a repeat can't change.
+const SHORTEST_WAIT: Duration = Duration::from_secs(60);
+
+/// What a send is, held against what was sent before and against the devices that there are.
+pub(super) enum Case<'a> {
+    /// It comes again with a later group.
+    Later,
+    /// Nothing is done about it but to wake the receivers once more: whoever stored the first one may have gone before it
+    /// could.
+    Repeat { outcome: Outcome, replay: Replay, woken: Vec<Address> },
+    /// The same as another one of the group.
+    Twin { of: usize, replay: Replay },
+    /// It is no repeat. These are queued where there is room.
+    New { outcome: Outcome, queued: Vec<Queued<'a>> },
+    /// A repeat of a send of which something had been refused, when that was. These are queued where there is room.
+    Rest { outcome: Outcome, queued: Vec<Queued<'a>>, refused_at: Timestamp },
+}
+
+impl<'a> Case<'a> {
+    fn queued(&self) -> &[Queued<'a>] {
+        match self {
+            Self::New { queued, .. } | Self::Rest { queued, .. } => queued,
+            Self::Later | Self::Repeat { .. } | Self::Twin { .. } => &[],
+        }
+    }
+}
+
+/// What a group comes to, before anything is written.
+#[derive(Default)]
+pub(super) struct Judgement<'a> {
+    /// An answer for each send that was judged.
+    pub(super) sent: Vec<Option<Sent>>,
+    /// The messages, with the send each is of.
+    pub(super) rows: Vec<(&'a Outgoing, Queued<'a>)>,
+    /// The sends that are no repeats.
+    pub(super) judged: Vec<Judged<'a>>,
+    /// Outcomes that change with a repeat.
+    pub(super) changed: Vec<Changed<'a>>,
+    /// How many messages were refused for a device that had not been refused before.
+    pub(super) refused: Counts,
+    /// How many that had been refused are queued now, and when the last of them had been.
+    pub(super) taken_back: TakenBack,
+}
+
+/// A repeat that changes an outcome.
+pub(super) struct Changed<'a> {
+    pub(super) mail: &'a Outgoing,
+    pub(super) outcome: Vec<u8>,
+}
+
+/// A send that is no repeat.
+pub(super) struct Judged<'a> {
+    pub(super) mail: &'a Outgoing,
+    pub(super) outcome: Outcome,
+    /// Those of the group's messages that are its own.
+    pub(super) rows: Range<usize>,
+}
+
+/// Holds each send against what was sent before and against the devices that there are, but for those that are left for
+/// later.
+pub(super) fn cases<'a>(sends: &'a [Outgoing], found: &Found, is_later: impl Fn(&Outgoing) -> bool) -> Vec<Case<'a>> {
+    let mut first: HashMap<(DeviceNo, IdempotencyKey), usize> = HashMap::new();
+    let case = |(n, mail): (usize, &'a Outgoing)| {
+        if is_later(mail) {
+            return Case::Later;
+        }
+        let id = (mail.sender.no, mail.key);
+        let of = *first.entry(id).or_insert(n);
+        let former = found.known.get(&id);
+        let digest = former.map_or(sends[of].digest, |former| former.digest);
+        let replay = if digest == mail.digest { Replay::SameBody } else { Replay::OtherBody };
+        match former {
+            _ if of != n => Case::Twin { of, replay },
+            Some(former) if replay == Replay::SameBody && !former.outcome.refused.is_empty() => {
+                let (outcome, queued) = outcome::rest(mail, &former.outcome, &found.devices);
+                Case::Rest { outcome, queued, refused_at: former.sent_at }
+            }
+            Some(former) => {
+                let (_, queued) = outcome::evaluate(mail, &found.devices);
+                Case::Repeat { outcome: former.outcome.clone(), replay, woken: addresses(&queued) }
+            }
+            None => {
+                let (outcome, queued) = outcome::evaluate(mail, &found.devices);
+                Case::New { outcome, queued }
+            }
+        }
+    };
+    sends.iter().enumerate().map(case).collect()
+}
+
+fn addresses(queued: &[Queued<'_>]) -> Vec<Address> {
+    queued.iter().map(|row| Address { user: row.user, device: row.device }).collect()
+}
+
+/// The messages that ask for room, in order. An account that gets too much at the moment asks for none.
+pub(super) fn candidates(sends: &[Outgoing], cases: &[Case<'_>]) -> Vec<Candidate> {
+    let of_send = |(mail, case): (&Outgoing, &Case<'_>)| {
+        let sender = mail.sender.user;
+        let asking = case.queued().iter().filter(|row| row.busy_for.is_none());
+        asking
+            .map(|row| Candidate { user: row.user, device: row.device, sender, bytes: row.sealed.0.len() as u64 })
+            .collect::<Vec<_>>()
+    };
+    sends.iter().zip(cases).flat_map(of_send).collect()
+}
+
+/// Decides what is queued. `verdicts` are those on the candidates, in their order.
+pub(super) fn judge<'a>(
+    sends: &'a [Outgoing],
+    cases: Vec<Case<'a>>,
+    verdicts: impl IntoIterator<Item = Verdict>,
+) -> Judgement<'a> {
+    let mut verdicts = verdicts.into_iter();
+    let mut judgement = Judgement { sent: Vec::with_capacity(sends.len()), ..Judgement::default() };
+    for (mail, case) in sends.iter().zip(cases) {
+        let sent = match case {
+            Case::Later => None,
+            Case::Repeat { outcome, replay, woken } => {
+                let retry_after = (!outcome.refused.is_empty()).then_some(SHORTEST_WAIT);
+                Some(Sent { outcome, woken, replay: Some(replay), retry_after })
+            }
+            Case::Twin { of, replay } => judgement.sent[of].clone().map(|first| Sent { replay: Some(replay), ..first }),
+            Case::New { outcome, queued } => Some(judgement.add(mail, outcome, queued, None, &mut verdicts)),
+            Case::Rest { outcome, queued, refused_at } => {
+                Some(judgement.add(mail, outcome, queued, Some(refused_at), &mut verdicts))
+            }
+        };
+        judgement.sent.push(sent);
+    }
+    judgement
+}
+
+impl<'a> Judgement<'a> {
+    /// True when there is nothing to write but messages and new outcomes.
+    pub(super) fn is_plain(&self) -> bool {
+        self.changed.is_empty() && self.refused.is_empty() && self.taken_back.is_empty()
+    }
+
+    /// Queues what there is room for, and writes the rest down as refused.
+    fn add(
+        &mut self,
+        mail: &'a Outgoing,
+        mut outcome: Outcome,
+        queued: Vec<Queued<'a>>,
+        refused_at: Option<Timestamp>,
+        verdicts: &mut impl Iterator<Item = Verdict>,
+    ) -> Sent {
+        let first = self.rows.len();
+        let (mut woken, mut retry_after) = (Vec::with_capacity(queued.len()), None::<Duration>);
+        for row in queued {
+            let verdict = match row.busy_for {
+                Some(wait) => Err((Shortage::Target, wait)),
+                None => verdicts.next().expect("each candidate was judged"),
+            };
+            match verdict {
+                Ok(()) => {
+                    woken.push(Address { user: row.user, device: row.device });
+                    if let Some(refused_at) = refused_at {
+                        let (count, last) = self.taken_back.entry(row.device).or_default();
+                        (*count, *last) = (*count + 1, refused_at.max(*last));
+                    }
+                    self.rows.push((mail, row));
+                }
+                Err((shortage, wait)) => {
+                    retry_after = Some(retry_after.unwrap_or(wait).min(wait));
+                    if refused_at.is_none() {
+                        *self.refused.entry(row.device).or_default() += 1;
+                    }
+                    outcome.refused.push(Refused { user: row.user, device: row.id, shortage });
+                }
+            }
+        }
+        let rows = first..self.rows.len();
+        if refused_at.is_none() {
+            self.judged.push(Judged { mail, outcome: outcome.clone(), rows });
+        } else if !rows.is_empty() || outcome.refused.is_empty() {
+            self.changed.push(Changed { mail, outcome: outcome::encode(&outcome) });
+        }
+        Sent { outcome, woken, replay: refused_at.map(|_| Replay::SameBody), retry_after }
+    }
+}

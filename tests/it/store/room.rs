@@ -1,0 +1,252 @@
+//! Inboxes take what they can keep: limits, refusals, repeats that queue the rest, and what the receiver is told.
+
+use std::time::Duration;
+
+use bytes::Bytes;
+use obscura_server::model::ids::{DeviceId, IdempotencyKey, Position};
+use obscura_server::model::mail::{Outgoing, Recipient, Replay, Sealed, Sender, Sent, Shortage};
+use obscura_server::store::Notice;
+
+use super::fixture::{NOW, Person, TestStore};
+
+const HOUR: Duration = Duration::from_hours(1);
+
+fn send(from: &Person, to: &[(&Person, usize)]) -> Outgoing {
+    let recipient = |(person, bytes): &(&Person, usize)| Recipient {
+        user: person.user,
+        submissions: vec![(person.device, Sealed(Bytes::from(vec![7; *bytes])))],
+        busy_for: None,
+    };
+    Outgoing {
+        sender: Sender { user: from.user, device: from.device, no: from.no },
+        key: IdempotencyKey::random(),
+        digest: [1; 16],
+        recipients: to.iter().map(recipient).collect(),
+    }
+}
+
+async fn settle(store: &TestStore, mail: &Outgoing) -> Sent {
+    store.settle(std::slice::from_ref(mail), &[], NOW).await.unwrap().remove(0)
+}
+
+fn refused(sent: &Sent) -> Vec<(DeviceId, Shortage)> {
+    sent.outcome.refused.iter().map(|refused| (refused.device, refused.shortage)).collect()
+}
+
+async fn waiting(store: &TestStore, person: &Person) -> Vec<Position> {
+    let page = store.unsent(person.no, Position(0), NOW, 10_000, 1 << 30).await.unwrap();
+    page.envelopes.iter().map(|envelope| envelope.position).collect()
+}
+
+async fn acknowledge(store: &TestStore, person: &Person) {
+    let acks: Vec<_> = waiting(store, person).await.into_iter().map(|position| (person.no, position)).collect();
+    store.settle(&[], &acks, NOW).await.unwrap();
+}
+
+fn counts(notice: Option<Notice>) -> Option<(i64, i64)> {
+    notice.map(|notice| (notice.expired, notice.refused))
+}
+
+#[tokio::test]
+async fn a_full_inbox_takes_nothing_new_and_keeps_what_it_has() {
+    let store = TestStore::open_with(|limits| (limits.max_inbox_size, limits.sender_share_percent) = (5, 100)).await;
+    let (alice, bob, carol) = (store.account().await, store.account().await, store.account().await);
+    for _ in 0..5 {
+        assert!(refused(&settle(&store, &send(&alice, &[(&bob, 1)])).await).is_empty());
+    }
+    let before = waiting(&store, &bob).await;
+    let sent = settle(&store, &send(&carol, &[(&bob, 1), (&alice, 1)])).await;
+    assert_eq!(refused(&sent), [(bob.device, Shortage::Inbox)]);
+    assert!(sent.retry_after.is_some() && sent.replay.is_none());
+    assert_eq!(waiting(&store, &bob).await, before);
+    assert_eq!(waiting(&store, &alice).await.len(), 1, "another recipient of the same send is not held up");
+    let store = store.reopened().await;
+    assert_eq!(refused(&settle(&store, &send(&carol, &[(&bob, 1)])).await), [(bob.device, Shortage::Inbox)]);
+}
+
+#[tokio::test]
+async fn bytes_fill_an_inbox_as_messages_do() {
+    let store =
+        TestStore::open_with(|limits| (limits.inbox_max_bytes, limits.sender_share_percent) = (1000, 100)).await;
+    let (alice, bob) = (store.account().await, store.account().await);
+    assert!(refused(&settle(&store, &send(&alice, &[(&bob, 900)])).await).is_empty());
+    assert_eq!(refused(&settle(&store, &send(&alice, &[(&bob, 101)])).await), [(bob.device, Shortage::Inbox)]);
+    assert!(refused(&settle(&store, &send(&alice, &[(&bob, 100)])).await).is_empty());
+    assert_eq!(waiting(&store, &bob).await.len(), 2);
+}
+
+#[tokio::test]
+async fn a_sender_has_its_share_only_above_half_and_own_devices_have_all() {
+    let store = TestStore::open_with(|limits| limits.max_inbox_size = 8).await;
+    let (alice, bob, carol) = (store.account().await, store.account().await, store.account().await);
+    for _ in 0..5 {
+        assert!(refused(&settle(&store, &send(&alice, &[(&bob, 1)])).await).is_empty(), "up to more than half");
+    }
+    assert_eq!(refused(&settle(&store, &send(&alice, &[(&bob, 1)])).await), [(bob.device, Shortage::Share)]);
+    for _ in 0..2 {
+        assert!(refused(&settle(&store, &send(&carol, &[(&bob, 1)])).await).is_empty(), "another one has a share");
+    }
+    assert_eq!(refused(&settle(&store, &send(&carol, &[(&bob, 1)])).await), [(bob.device, Shortage::Share)]);
+    // Bob's other device.
+    let own = || {
+        let mail = send(&bob, &[(&bob, 1)]);
+        Outgoing { sender: Sender { device: DeviceId::random(), ..mail.sender }, ..mail }
+    };
+    assert!(refused(&settle(&store, &own()).await).is_empty());
+    assert_eq!(refused(&settle(&store, &own()).await), [(bob.device, Shortage::Inbox)]);
+}
+
+#[tokio::test]
+async fn an_account_queues_so_many_bytes_in_a_day_also_after_a_restart() {
+    let store = TestStore::open_with(|limits| limits.sender_bytes_per_day = 6400).await;
+    let (alice, bob) = (store.account().await, store.account().await);
+    for _ in 0..64 {
+        assert!(refused(&settle(&store, &send(&alice, &[(&bob, 100)])).await).is_empty());
+    }
+    let sent = settle(&store, &send(&alice, &[(&bob, 100)])).await;
+    assert_eq!(refused(&sent), [(bob.device, Shortage::Day)]);
+    assert!(sent.retry_after.unwrap() > Duration::from_mins(10), "a 64th of a day is more than that");
+    assert!(refused(&settle(&store, &send(&bob, &[(&alice, 100)])).await).is_empty(), "it is the sender's day");
+    let store = store.reopened().await;
+    // A new process learns of the day when it has a 64th of it to write down.
+    assert!(refused(&settle(&store, &send(&alice, &[(&bob, 100)])).await).is_empty());
+    assert_eq!(refused(&settle(&store, &send(&alice, &[(&bob, 100)])).await), [(bob.device, Shortage::Day)]);
+    assert_eq!(store.expire_send_debts(NOW, 100).await.unwrap(), 0);
+    assert!(store.expire_send_debts(NOW + HOUR * 72, 100).await.unwrap() > 0);
+}
+
+#[tokio::test]
+async fn a_repeat_queues_only_what_was_refused_also_after_a_restart() {
+    let store = TestStore::open_with(|limits| (limits.max_inbox_size, limits.sender_share_percent) = (2, 100)).await;
+    let (alice, bob, carol) = (store.account().await, store.account().await, store.account().await);
+    for _ in 0..2 {
+        settle(&store, &send(&alice, &[(&bob, 1)])).await;
+    }
+    let both = send(&alice, &[(&bob, 1), (&carol, 1)]);
+    assert_eq!(refused(&settle(&store, &both).await), [(bob.device, Shortage::Inbox)]);
+    let store = store.reopened().await;
+    let repeated = settle(&store, &both).await;
+    assert_eq!((refused(&repeated), repeated.replay), (vec![(bob.device, Shortage::Inbox)], Some(Replay::SameBody)));
+    acknowledge(&store, &bob).await;
+    acknowledge(&store, &carol).await;
+    let store = store.reopened().await;
+    let other = Outgoing { digest: [2; 16], ..both.clone() };
+    let mismatched = settle(&store, &other).await;
+    assert_eq!(mismatched.replay, Some(Replay::OtherBody), "another body queues no rest");
+    assert_eq!((refused(&mismatched).len(), waiting(&store, &bob).await.len()), (1, 0));
+    for _ in 0..2 {
+        assert!(refused(&settle(&store, &both).await).is_empty());
+        assert_eq!(waiting(&store, &bob).await.len(), 1);
+        assert_eq!(waiting(&store, &carol).await.len(), 0, "what was accepted is not queued again");
+    }
+    // Also when the outcome is past its age while the message waits.
+    store.expire_sends(NOW + HOUR * 25, 100).await.unwrap();
+    store.settle(std::slice::from_ref(&both), &[], NOW + HOUR * 25).await.unwrap();
+    assert_eq!(waiting(&store, &bob).await.len(), 1);
+}
+
+#[tokio::test]
+async fn a_mismatch_and_a_refusal_meet_in_one_send() {
+    let store = TestStore::open_with(|limits| limits.max_inbox_size = 1).await;
+    let (alice, bob, carol) = (store.account().await, store.account().await, store.account().await);
+    settle(&store, &send(&alice, &[(&bob, 1)])).await;
+    let mut mail = send(&alice, &[(&bob, 1), (&carol, 1)]);
+    mail.recipients[1].submissions.clear();
+    let sent = settle(&store, &mail).await;
+    assert_eq!(sent.outcome.mismatches, [(carol.user, vec![carol.device])]);
+    assert_eq!(refused(&sent), [(bob.device, Shortage::Inbox)]);
+    acknowledge(&store, &bob).await;
+    let store = store.reopened().await;
+    let sent = settle(&store, &mail).await;
+    assert_eq!(sent.outcome.mismatches, [(carol.user, vec![carol.device])]);
+    assert_eq!((refused(&sent).len(), waiting(&store, &bob).await.len()), (0, 1));
+}
+
+#[tokio::test]
+async fn only_the_recipient_that_gets_too_much_is_left_out() {
+    let store = TestStore::open().await;
+    let (alice, bob, carol) = (store.account().await, store.account().await, store.account().await);
+    let mut mail = send(&alice, &[(&bob, 1), (&carol, 1)]);
+    mail.recipients[0].busy_for = Some(Duration::from_secs(3));
+    let sent = settle(&store, &mail).await;
+    assert_eq!(refused(&sent), [(bob.device, Shortage::Target)]);
+    assert_eq!((sent.retry_after, waiting(&store, &carol).await.len()), (Some(Duration::from_secs(3)), 1));
+    mail.recipients[0].busy_for = None;
+    assert!(refused(&settle(&store, &mail).await).is_empty());
+    assert_eq!((waiting(&store, &bob).await.len(), waiting(&store, &carol).await.len()), (1, 1));
+}
+
+#[tokio::test]
+async fn an_inbox_that_is_over_a_new_limit_keeps_everything() {
+    let store = TestStore::open().await;
+    let (alice, bob) = (store.account().await, store.account().await);
+    for _ in 0..10 {
+        settle(&store, &send(&alice, &[(&bob, 1)])).await;
+    }
+    let store = store.reopened_with(|limits| limits.max_inbox_size = 3).await;
+    assert_eq!(refused(&settle(&store, &send(&alice, &[(&bob, 1)])).await), [(bob.device, Shortage::Inbox)]);
+    assert_eq!(waiting(&store, &bob).await.len(), 10);
+}
+
+#[tokio::test]
+async fn a_notice_counts_each_refused_send_once_and_what_expired_until_it_is_acknowledged() {
+    let store = TestStore::open_with(|limits| (limits.max_inbox_size, limits.sender_share_percent) = (2, 100)).await;
+    let (alice, bob) = (store.account().await, store.account().await);
+    for _ in 0..2 {
+        settle(&store, &send(&alice, &[(&bob, 1)])).await;
+    }
+    assert_eq!(store.notice(bob.no).await.unwrap(), None);
+    let (one, other) = (send(&alice, &[(&bob, 1)]), send(&alice, &[(&bob, 1)]));
+    for mail in [&one, &one, &other, &one] {
+        settle(&store, mail).await;
+    }
+    assert_eq!(counts(store.notice(bob.no).await.unwrap()), Some((0, 2)));
+    acknowledge(&store, &bob).await;
+    let store = store.reopened().await;
+    settle(&store, &one).await;
+    let told = store.notice(bob.no).await.unwrap();
+    assert_eq!(counts(told), Some((0, 1)), "a repeat that was queued takes its refusal back");
+    let told = told.unwrap();
+    assert_eq!(told.since.millis() % 3_600_000, 0);
+
+    let later = NOW + HOUR * 24 * 31;
+    assert_eq!(store.expire_messages(later, later, 100).await.unwrap().deleted, 1);
+    assert_eq!(counts(store.notice(bob.no).await.unwrap()), Some((1, 1)));
+    store.notice_told(bob.no, told, later).await.unwrap();
+    assert_eq!(counts(store.notice(bob.no).await.unwrap()), Some((1, 0)), "what came after is still to be told");
+    store.notice_told(bob.no, told, later).await.unwrap();
+    assert_eq!(counts(store.notice(bob.no).await.unwrap()), Some((1, 0)), "an ack that comes again changes nothing");
+    let rest = store.notice(bob.no).await.unwrap().unwrap();
+    store.notice_told(bob.no, rest, later).await.unwrap();
+    assert_eq!(store.notice(bob.no).await.unwrap(), None);
+    assert_eq!(store.database().await.number("SELECT count(*) FROM inbox_notices").await, 0);
+}
+
+#[tokio::test]
+async fn two_stores_on_one_database_queue_the_rest_once() {
+    let store = TestStore::open_in_postgres_with(|limits| limits.max_inbox_size = 1).await;
+    let beside = store.open_again().await.unwrap();
+    let (alice, bob) = (store.account().await, store.account().await);
+    settle(&store, &send(&alice, &[(&bob, 1)])).await;
+    let mail = send(&alice, &[(&bob, 1)]);
+    assert_eq!(refused(&settle(&store, &mail).await).len(), 1);
+    acknowledge(&store, &bob).await;
+    let both = [mail.clone()];
+    let (one, other) = tokio::join!(beside.settle(&both, &[], NOW), beside.settle(&both, &[], NOW));
+    for sent in [one.unwrap(), other.unwrap()] {
+        assert!(sent[0].as_ref().is_some_and(|sent| sent.outcome.refused.is_empty()));
+    }
+    assert_eq!(waiting(&store, &bob).await.len(), 1);
+}
+
+#[tokio::test]
+async fn bytes_that_a_former_version_did_not_count_are_counted_when_it_matters() {
+    let store = TestStore::open_in_postgres_with(|limits| limits.inbox_max_bytes = 4 << 20).await;
+    let (alice, bob, carol) = (store.account().await, store.account().await, store.account().await);
+    settle(&store, &send(&alice, &[(&bob, 3 << 20)])).await;
+    // A node of a former version counts messages alone.
+    let database = store.database().await;
+    database.execute("UPDATE account_locks SET bytes_at_most = 0, bytes_of = 0").await;
+    assert_eq!(refused(&settle(&store, &send(&carol, &[(&bob, 2 << 20)])).await), [(bob.device, Shortage::Inbox)]);
+    assert!(refused(&settle(&store, &send(&carol, &[(&bob, 1 << 20)])).await).is_empty());
+}
