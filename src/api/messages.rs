@@ -8,8 +8,8 @@ use sha2::{Digest, Sha256};
 use crate::api::error::ApiError;
 use crate::api::extract::{Caller, Protobuf, RawBody, required_key};
 use crate::app::App;
-use crate::model::mail::{Outgoing, Replay, Sender, Sent};
 use crate::limits::Wait;
+use crate::model::mail::{Outgoing, Replay, Sender, Sent};
 use crate::telemetry::metrics::Refusal;
 use crate::wire::{self, BadSend};
 

@@ -16,6 +16,7 @@ const OPEN: &[(&str, &str)] = &[
     ("POST", "/v1/session"),
     ("POST", "/v1/session/refresh"),
     ("POST", "/v1/link-sessions"),
+    ("GET", "/v1/link-sessions"),
     ("GET", "/v1/link-sessions/{id}"),
     ("POST", "/v1/devices"),
     ("GET", "/v1/gateway"),
