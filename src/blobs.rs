@@ -41,7 +41,9 @@ enum Place {
 pub struct Blob {
     /// The size of the whole.
     pub size: u64,
-    /// The bytes that were asked for.
+    /// Which of its bytes these are: those that were asked for, or all of them, where a service does not know ranges.
+    pub range: Range<u64>,
+    /// The bytes.
     pub bytes: BoxStream<'static, Result<Bytes, BlobError>>,
 }
 

@@ -1,30 +1,34 @@
 //! Accepts connections and serves HTTP on them, each within bounds.
 
-use std::io;
+mod linger;
+mod stream;
+
+use std::convert::Infallible;
 use std::net::SocketAddr;
-use std::pin::Pin;
 use std::sync::Arc;
-use std::task::{Context, Poll};
 use std::time::Duration;
 
 use axum::Router;
-use axum::body::Body;
 use axum::extract::{ConnectInfo, Request};
+use axum::http::header;
+use axum::response::Response;
 use hyper::body::Incoming;
 use hyper::server::conn::http1;
 use hyper::service::service_fn;
 use hyper_util::rt::{TokioIo, TokioTimer};
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
-use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
-use tokio::net::{TcpListener, TcpStream};
-use tokio::time::Sleep;
+use socket2::SockRef;
+use tokio::net::TcpListener;
 use tower::ServiceExt;
-use tracing::{debug, error, info};
+use tracing::{debug, error, info, warn};
 
-use crate::api::connections::{Connections, Permit};
+use crate::api::arrival::{Arriving, announce_end, announced_length};
+use crate::api::connections::Connections;
 use crate::gateway::Progress;
+use crate::listener::linger::Lingering;
+use crate::listener::stream::{Bounded, Common, UNSENT_BYTES};
 use crate::tasks::Tasks;
-use crate::telemetry::metrics::{Held, Metrics, Port};
+use crate::telemetry::metrics::{Metrics, Port};
 
 /// The most that hyper buffers of a connection: bounds the request head and what is read ahead of a body.
 const BUFFER_BYTES: usize = 64 << 10;
@@ -58,7 +62,7 @@ pub fn connections_that_fit(wanted: usize) -> usize {
 pub struct Patience {
     /// For each request head, and for the pause before it.
     pub head: Duration,
-    /// For the next byte of an answer or a frame to be taken.
+    /// For the first bytes of an answer or a frame to be taken. What a client takes gives it more time, by a least rate.
     pub write: Duration,
 }
 
@@ -71,6 +75,12 @@ pub async fn serve(
     (port, metrics): (Port, Metrics),
     tasks: Tasks,
 ) {
+    // Connections inherit it. Without it a client that takes nothing is only noticed later.
+    if let Err(error) = SockRef::from(&listener).set_tcp_notsent_lowat(UNSENT_BYTES) {
+        warn!(%error, "the system does not limit what waits unsent for a client");
+    }
+    let lingering = Lingering::beside(&connections, tasks.clone());
+    let common = Arc::new(Common { write_timeout: patience.write, lingering });
     loop {
         let accepted = tokio::select! {
             () = tasks.stopping() => return,
@@ -93,21 +103,17 @@ pub async fn serve(
         let _ = stream.set_nodelay(true);
         metrics.connections_accepted.one(port);
         let place = (permit, metrics.connections.hold(port));
-        let progress = Arc::<Progress>::default();
-        let stream = Bounded { stream, progress, write_timeout: patience.write, stalled: None, _place: place };
+        let stream = Bounded::new(stream, Arc::<Progress>::default(), common.clone(), place);
         tasks.attend(converse(stream, peer, router.clone(), patience.head, tasks.clone()));
     }
 }
 
 /// One connection, from its first request to its last.
 async fn converse(stream: Bounded, peer: SocketAddr, router: Router, head_timeout: Duration, tasks: Tasks) {
-    let progress = stream.progress.clone();
-    let service = service_fn(move |request: Request<Incoming>| {
-        let mut request = request.map(Body::new);
-        request.extensions_mut().insert(ConnectInfo(peer));
-        request.extensions_mut().insert(progress.clone());
-        router.clone().oneshot(request)
-    });
+    let progress = stream.progress().clone();
+    let (of_service, of_tasks) = (progress.clone(), tasks.clone());
+    let service =
+        service_fn(move |request: Request<Incoming>| answer(router.clone(), request, peer, (&of_service, &of_tasks)));
     let connection = http1::Builder::new()
         .timer(TokioTimer::new())
         .header_read_timeout(head_timeout)
@@ -123,69 +129,46 @@ async fn converse(stream: Bounded, peer: SocketAddr, router: Router, head_timeou
         }
     };
     if let Err(error) = ended {
+        // Of a request that is no HTTP, most may still be to come.
+        progress.is_left_unread();
         debug!(%error, "a connection ended early");
     }
 }
 
-/// A connection that counts the bytes the kernel takes, ends when it takes none for too long, and holds its place among
-/// the open ones for as long as it lives, also as a WebSocket.
-struct Bounded {
-    stream: TcpStream,
-    progress: Arc<Progress>,
-    write_timeout: Duration,
-    /// Runs while a write waits for the client to read. Boxed, because most connections never need it.
-    stalled: Option<Pin<Box<Sleep>>>,
-    _place: (Permit, Held),
-}
-
-impl Bounded {
-    fn watch(&mut self, context: &mut Context<'_>, written: Poll<io::Result<usize>>) -> Poll<io::Result<usize>> {
-        if let Poll::Ready(done) = written {
-            self.stalled = None;
-            self.progress.add(done.as_ref().copied().unwrap_or_default());
-            return Poll::Ready(done);
+/// Answers one request. What is left of its body is announced as lost.
+fn answer(
+    router: Router,
+    request: Request<Incoming>,
+    peer: SocketAddr,
+    (progress, tasks): (&Arc<Progress>, &Tasks),
+) -> impl Future<Output = Result<Response, Infallible>> + use<> {
+    // There is a next request, so the one before was read to its end.
+    progress.is_read_again();
+    let (head, body) = request.into_parts();
+    let (body, arrival) = Arriving::watch(body, progress);
+    let length = announced_length(&head.headers);
+    let is_forwarded = head.headers.contains_key("x-forwarded-for") || head.headers.contains_key(header::FORWARDED);
+    let mut request = Request::from_parts(head, body);
+    request.extensions_mut().insert(ConnectInfo(peer));
+    request.extensions_mut().insert(progress.clone());
+    if let Some(arrival) = &arrival {
+        request.extensions_mut().insert(arrival.clone());
+    }
+    let waits_for_body = is_forwarded && !request.headers().contains_key(header::EXPECT);
+    let (progress, tasks) = (progress.clone(), tasks.clone());
+    let answered = router.oneshot(request);
+    async move {
+        let mut response = answered.await?;
+        if let Some(arrival) = arrival {
+            if waits_for_body {
+                tokio::select! {
+                    () = tasks.stopping() => {}
+                    () = arrival.read_to_end(length, &progress) => {}
+                }
+            }
+            announce_end(&mut response, &arrival, length);
         }
-        let timeout = self.write_timeout;
-        let stalled = self.stalled.get_or_insert_with(|| Box::pin(tokio::time::sleep(timeout)));
-        std::task::ready!(stalled.as_mut().poll(context));
-        self.progress.has_stalled();
-        Poll::Ready(Err(io::ErrorKind::TimedOut.into()))
-    }
-}
-
-impl AsyncRead for Bounded {
-    fn poll_read(self: Pin<&mut Self>, context: &mut Context<'_>, buffer: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.get_mut().stream).poll_read(context, buffer)
-    }
-}
-
-impl AsyncWrite for Bounded {
-    fn poll_write(self: Pin<&mut Self>, context: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
-        let this = self.get_mut();
-        let written = Pin::new(&mut this.stream).poll_write(context, bytes);
-        this.watch(context, written)
-    }
-
-    fn poll_write_vectored(
-        self: Pin<&mut Self>,
-        context: &mut Context<'_>,
-        bytes: &[io::IoSlice<'_>],
-    ) -> Poll<io::Result<usize>> {
-        let this = self.get_mut();
-        let written = Pin::new(&mut this.stream).poll_write_vectored(context, bytes);
-        this.watch(context, written)
-    }
-
-    fn is_write_vectored(&self) -> bool {
-        self.stream.is_write_vectored()
-    }
-
-    fn poll_flush(self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.get_mut().stream).poll_flush(context)
-    }
-
-    fn poll_shutdown(self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.get_mut().stream).poll_shutdown(context)
+        Ok(response)
     }
 }
 

@@ -13,9 +13,10 @@ use serde::Serialize;
 use tokio_util::sync::CancellationToken;
 use tracing::{error, warn};
 
+use crate::api::arrival::announced_length;
 use crate::api::attachments::conditions::{Part, entity_tag, is_known, requested_part};
 use crate::api::error::ApiError;
-use crate::api::extract::{PathId, Unmetered};
+use crate::api::extract::{PathId, Unmetered, check_encoding};
 use crate::app::App;
 use crate::blobs::{Staged, UploadError};
 use crate::clock::Timestamp;
@@ -47,7 +48,8 @@ pub async fn upload(
     headers: HeaderMap,
     body: Body,
 ) -> Result<(StatusCode, axum::Json<Attachment>), ApiError> {
-    let size = content_length(&headers).ok_or(ApiError::LengthRequired)?;
+    check_encoding(&headers)?;
+    let size = announced_length(&headers).ok_or(ApiError::LengthRequired)?;
     check_size(size, &app.config.attachments)?;
     // In a bucket it takes nothing of our own disk but a row.
     let on_disk = if app.config.attachments.folder().is_some() { size } else { 0 };
@@ -115,20 +117,13 @@ pub async fn download(
         Ok(bytes) => sent.add(Direction::Out, bytes.len() as u64),
         Err(_) => failures.one(BlobOperation::Download),
     }));
-    let Some(Range { start, end }) = range else {
+    // A storage service may not know ranges; then the client gets the whole, as it may always.
+    let Some(Range { start, end }) = range.filter(|range| *range == blob.range) else {
         return Ok((fields, [(header::CONTENT_LENGTH, size.to_string())], body).into_response());
     };
     let content_range = format!("bytes {start}-{}/{size}", end - 1);
     let part = [(header::CONTENT_LENGTH, (end - start).to_string()), (header::CONTENT_RANGE, content_range)];
     Ok((StatusCode::PARTIAL_CONTENT, fields, part, body).into_response())
-}
-
-/// The length that the client announced. A chunked body has none.
-fn content_length(headers: &HeaderMap) -> Option<u64> {
-    if headers.contains_key(header::TRANSFER_ENCODING) {
-        return None;
-    }
-    headers.get(header::CONTENT_LENGTH)?.to_str().ok()?.parse().ok()
 }
 
 fn check_size(size: u64, limits: &config::Attachments) -> Result<(), ApiError> {

@@ -28,6 +28,11 @@ impl Connections {
         Self { open: Amount::new(Terms { shares, ..Terms::total(total) }), server }
     }
 
+    /// A count of its own with these limits, for which the same peers are proxies.
+    pub fn like(&self, max: usize, max_per_client: usize) -> Self {
+        Self::new(max, max_per_client, self.server.clone())
+    }
+
     /// Counts a new connection, or refuses it.
     pub fn admit(&self, peer: IpAddr) -> Option<Permit> {
         let is_proxy = self.server.as_ref().is_some_and(|server| server.trusts(peer));

@@ -41,6 +41,8 @@ pub enum ApiError {
     TooLarge(Cow<'static, str>),
     /// 415: the body is not JSON.
     UnsupportedMediaType,
+    /// 415: the body has a `content-encoding`, such as gzip.
+    UnsupportedEncoding,
     /// 416, with the size of the whole.
     RangeNotSatisfiable {
         /// Bytes.
@@ -101,7 +103,7 @@ impl ApiError {
             Self::Conflict(_) => Refusal::Conflict,
             Self::LengthRequired => Refusal::LengthRequired,
             Self::TooLarge(_) => Refusal::TooLarge,
-            Self::UnsupportedMediaType => Refusal::UnsupportedMediaType,
+            Self::UnsupportedMediaType | Self::UnsupportedEncoding => Refusal::UnsupportedMediaType,
             Self::RangeNotSatisfiable { .. } => Refusal::RangeNotSatisfiable,
             Self::Unprocessable(_) => Refusal::Unprocessable,
             Self::UpgradeRequired => Refusal::UpgradeRequired,
@@ -123,7 +125,7 @@ impl ApiError {
             Self::Conflict(_) => StatusCode::CONFLICT,
             Self::LengthRequired => StatusCode::LENGTH_REQUIRED,
             Self::TooLarge(_) => StatusCode::PAYLOAD_TOO_LARGE,
-            Self::UnsupportedMediaType => StatusCode::UNSUPPORTED_MEDIA_TYPE,
+            Self::UnsupportedMediaType | Self::UnsupportedEncoding => StatusCode::UNSUPPORTED_MEDIA_TYPE,
             Self::RangeNotSatisfiable { .. } => StatusCode::RANGE_NOT_SATISFIABLE,
             Self::Unprocessable(_) => StatusCode::UNPROCESSABLE_ENTITY,
             Self::UpgradeRequired => StatusCode::UPGRADE_REQUIRED,
@@ -147,6 +149,7 @@ impl ApiError {
             Self::Timeout => "Request timeout",
             Self::LengthRequired => "Length required",
             Self::UnsupportedMediaType => "Expected a body of content-type application/json",
+            Self::UnsupportedEncoding => "Expected a body without content-encoding",
             Self::RangeNotSatisfiable { .. } => "Range not satisfiable",
             Self::UpgradeRequired => "Expected a WebSocket upgrade over HTTP/1.1",
             Self::TooManyRequests { .. } => "Too many requests",

@@ -163,6 +163,7 @@ impl FromRequest<App> for RawBody {
             error!("a body came in on a route without a limit");
             return Err(ApiError::Internal);
         };
+        check_encoding(request.headers())?;
         let too_large = || ApiError::TooLarge("Payload too large".into());
         if announced_bytes(&request) > max_body as u64 {
             return Err(too_large());
@@ -189,6 +190,14 @@ impl FromRequest<App> for RawBody {
 /// The length of the body as far as the client has told it.
 pub fn announced_bytes(request: &Request) -> u64 {
     axum::body::HttpBody::size_hint(request.body()).lower()
+}
+
+/// Bodies are taken as they are. One that is compressed, say, is 415.
+pub fn check_encoding(headers: &HeaderMap) -> Result<(), ApiError> {
+    let lines = headers.get_all(header::CONTENT_ENCODING).iter();
+    let mut codings = lines.flat_map(|line| line.as_bytes().split(|&byte| byte == b',')).map(<[u8]>::trim_ascii);
+    let is_plain = codings.all(|coding| coding.is_empty() || coding.eq_ignore_ascii_case(b"identity"));
+    if is_plain { Ok(()) } else { Err(ApiError::UnsupportedEncoding) }
 }
 
 /// A protobuf answer.
@@ -307,6 +316,16 @@ mod tests {
         ] {
             headers.insert(header::CONTENT_TYPE, HeaderValue::from_static(value));
             assert_eq!(is_json(&headers), expected, "{value}");
+        }
+    }
+
+    #[test]
+    fn only_bodies_that_are_not_encoded_are_taken() {
+        let mut headers = HeaderMap::new();
+        assert!(check_encoding(&headers).is_ok());
+        for (value, is_taken) in [("identity", true), ("Identity, ", true), ("gzip", false), ("identity, br", false)] {
+            headers.insert(header::CONTENT_ENCODING, HeaderValue::from_static(value));
+            assert_eq!(check_encoding(&headers).is_ok(), is_taken, "{value}");
         }
     }
 

@@ -1,7 +1,7 @@
 //! Prekeys: refill, count, fetch bundles.
 
 use axum::extract::State;
-use axum::http::StatusCode;
+use axum::http::{Method, StatusCode};
 use serde::{Deserialize, Serialize};
 
 use crate::api::device_keys::{OneTimePreKeyBody, PqPreKeyBody, PreKeysBody, SignedPreKeyBody};
@@ -112,10 +112,11 @@ pub async fn counts(State(app): State<App>, caller: Caller) -> Result<axum::Json
 pub async fn bundles(
     State(app): State<App>,
     caller: Caller,
+    method: Method,
     PathId(user): PathId<UserId>,
 ) -> Result<axum::Json<BundleList>, ApiError> {
     app.limits.bundles(caller.user, user)?;
-    let bundles = app.tasks.clone().finish(hand_out(app, caller.user, user, None)).await?;
+    let bundles = app.tasks.clone().finish(asked_for(app, method, caller.user, (user, None))).await?;
     Ok(axum::Json(BundleList { bundles }))
 }
 
@@ -123,11 +124,27 @@ pub async fn bundles(
 pub async fn bundle(
     State(app): State<App>,
     caller: Caller,
+    method: Method,
     PathIds(user, device): PathIds<UserId, DeviceId>,
 ) -> Result<axum::Json<BundleBody>, ApiError> {
     app.limits.bundles(caller.user, user)?;
-    let mut bundles = app.tasks.clone().finish(hand_out(app, caller.user, user, Some(device))).await?;
+    let mut bundles = app.tasks.clone().finish(asked_for(app, method, caller.user, (user, Some(device)))).await?;
     bundles.pop().map(axum::Json).ok_or(ApiError::NotFound)
+}
+
+/// A GET takes the bundles out. A HEAD changes nothing, and is told what a GET would get without one-time prekeys.
+async fn asked_for(
+    app: App,
+    method: Method,
+    asker: UserId,
+    (user, device): (UserId, Option<DeviceId>),
+) -> Result<Vec<BundleBody>, ApiError> {
+    if method != Method::HEAD {
+        return hand_out(app, asker, user, device).await;
+    }
+    let threshold = app.config.prekeys.refill_threshold;
+    let lasting = app.store.lasting_bundles(user, device, threshold).await?.ok_or(ApiError::NotFound)?;
+    Ok(lasting.bundles.into_iter().map(BundleBody::from).collect())
 }
 
 /// Takes the bundles out, and tells the devices that have few keys left. When the target's one-time prekeys have been asked

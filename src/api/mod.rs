@@ -1,6 +1,7 @@
 //! The REST API. `ROUTES` is the table of contents; each resource has a file of its own.
 
 pub mod accounts;
+pub mod arrival;
 pub mod attachments;
 pub mod clients;
 pub mod connections;
@@ -117,9 +118,9 @@ routes! {
     DELETE "/v1/session"                          Auth     Nothing  sessions::log_out     => [204 401 408 429 500 503 507];
     POST   "/v1/session/refresh"                  Auth     Words    sessions::refresh     => [200 400 401 408 413 415 422 429 500 503 507];
     POST   "/v1/link-sessions"                    Auth     Words    links::open           => [201 400 401 408 413 415 422 429 500 503 507];
-    PUT    "/v1/link-sessions"                    Standard Parcel   links::approve        => [204 400 401 403 404 408 409 413 429 500 503 507];
+    PUT    "/v1/link-sessions"                    Standard Parcel   links::approve        => [204 400 401 403 404 408 409 413 415 429 500 503 507];
     GET    "/v1/link-sessions"                    Standard Nothing  links::read           => [200 204 400 404 408 429 500 503];
-    PUT    "/v1/link-sessions/{id}"               Standard Parcel   links::approve        => [204 400 401 403 404 408 409 413 429 500 503 507];
+    PUT    "/v1/link-sessions/{id}"               Standard Parcel   links::approve        => [204 400 401 403 404 408 409 413 415 429 500 503 507];
     GET    "/v1/link-sessions/{id}"               Standard Nothing  links::read           => [200 204 400 404 408 429 500 503];
     POST   "/v1/devices"                          Standard Keys     devices::link         => [201 400 403 408 413 415 422 429 500 503 507];
     GET    "/v1/devices"                          Standard Nothing  devices::list         => [200 401 408 429 500 503];
@@ -128,13 +129,13 @@ routes! {
     GET    "/v1/keys"                             Standard Nothing  keys::counts          => [200 401 408 429 500 503];
     GET    "/v1/keys/{userId}"                    Standard Nothing  keys::bundles         => [200 400 401 404 408 429 500 503 507];
     GET    "/v1/keys/{userId}/devices/{deviceId}" Standard Nothing  keys::bundle          => [200 400 401 404 408 429 500 503 507];
-    POST   "/v1/messages"                         Standard Messages messages::send        => [200 400 401 408 413 429 500 503 507];
+    POST   "/v1/messages"                         Standard Messages messages::send        => [200 400 401 408 413 415 429 500 503 507];
     POST   "/v1/gateway/ticket"                   Standard Nothing  gateway::ticket       => [201 401 408 429 500 503 507];
     GET    "/v1/gateway"                          Standard Nothing  gateway::connect      => [101 400 401 408 426 429 500];
     PUT    "/v1/push-token"                       Standard Parcel   push_token::put       => [204 400 401 408 413 415 422 429 500 503 507];
     DELETE "/v1/push-token"                       Standard Nothing  push_token::delete    => [204 401 408 429 500 503 507];
     GET    "/v1/push/vapid-key"                   Standard Nothing  push_token::vapid_key => [200 401 408 429 500 503];
-    POST   "/v1/attachments"                      Open     Stream   attachments::upload   => [201 400 401 408 411 413 429 500 503 507];
+    POST   "/v1/attachments"                      Open     Stream   attachments::upload   => [201 400 401 408 411 413 415 429 500 503 507];
     GET    "/v1/attachments/{id}"                 Open     Nothing  attachments::download => [200 206 304 400 401 404 408 416 429 500 503];
     GET    "/openapi.yaml"                        Open     Nothing  document              => [200 429];
 }

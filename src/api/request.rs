@@ -2,14 +2,17 @@
 
 use std::borrow::Cow;
 use std::net::{IpAddr, SocketAddr};
+use std::sync::Arc;
 use std::time::Duration;
 
 use axum::extract::{ConnectInfo, MatchedPath, Request, State};
 use axum::http::{HeaderMap, HeaderName, HeaderValue, Method};
 use axum::middleware::Next;
 use axum::response::{IntoResponse, Response};
+use tokio::time::Instant;
 use uuid::Uuid;
 
+use crate::api::arrival::{Arrival, Deadline};
 use crate::api::error::ApiError;
 use crate::app::App;
 use crate::telemetry::parent::Parent;
@@ -33,11 +36,19 @@ fn fresh_id() -> HeaderValue {
     HeaderValue::from_str(text).expect("hex digits and hyphens are visible ASCII")
 }
 
-/// Answers 408 when a request has no answer in time. The time runs from the request's head to the answer's head.
+/// Answers 408 when a request has no answer in time. The time runs from the last byte of the body to the answer's head; a
+/// body that comes in too slowly uses it up.
 pub(super) async fn bounded_in_time(State(app): State<App>, request: Request, next: Next) -> Response {
-    match tokio::time::timeout(time_limit(&app, &request), next.run(request)).await {
-        Ok(response) => response,
-        Err(_) => ApiError::Timeout.into_response(),
+    let mut deadline = Deadline::new(time_limit(&app, &request));
+    let arrival = request.extensions().get::<Arc<Arrival>>().cloned();
+    let mut answered = std::pin::pin!(next.run(request));
+    loop {
+        if let Ok(response) = tokio::time::timeout_at(deadline.at(), answered.as_mut()).await {
+            return response;
+        }
+        if deadline.is_over(arrival.as_deref(), Instant::now()) {
+            return ApiError::Timeout.into_response();
+        }
     }
 }
 

@@ -106,13 +106,18 @@ impl Bucket {
 
     /// Reads an attachment, or `range` of it; `None` when there is no such attachment.
     pub async fn read(&self, id: AttachmentId, range: Option<Range<u64>>) -> Result<Option<Blob>, BlobError> {
+        let asks_for_part = range.is_some();
         let options = GetOptions { range: range.map(Into::into), ..GetOptions::default() };
         let found = match limited(self.service.store.get_opts(&self.keys.of(id), options)).await {
             Err(error) if error.is_of_missing_object() => return Ok(None),
+            // A success that is not understood: the service may have given the whole.
+            Err(error) if asks_for_part && error.is_misunderstood() => {
+                limited(self.service.store.get_opts(&self.keys.of(id), GetOptions::default())).await?
+            }
             found => found?,
         };
-        let size = found.meta.size;
-        Ok(Some(Blob { size, bytes: found.into_stream().map_err(BlobError::from).boxed() }))
+        let (size, range) = (found.meta.size, found.range.clone());
+        Ok(Some(Blob { size, range, bytes: found.into_stream().map_err(BlobError::from).boxed() }))
     }
 
     /// Deletes complete objects, many with one request.

@@ -77,6 +77,11 @@ impl BlobError {
         matches!(self.0, Cause::Network { .. } | Cause::Late)
     }
 
+    /// True when an answer came that is no refusal, and not what was asked for.
+    pub(super) fn is_misunderstood(&self) -> bool {
+        matches!(self.0, Cause::Other(_))
+    }
+
     /// The status of the service's answer, if there was one.
     pub(super) fn status(&self) -> Option<u16> {
         if let Cause::Answer { status, .. } = &self.0 { Some(*status) } else { None }

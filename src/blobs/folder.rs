@@ -106,10 +106,10 @@ impl Folder {
         };
         let (size, range) = (found.meta.size, found.range.clone());
         let bytes = match found.payload {
-            GetResultPayload::File(file, _) => read_file(file, range)?,
+            GetResultPayload::File(file, _) => read_file(file, range.clone())?,
             GetResultPayload::Stream(stream) => stream.map_err(BlobError::from).boxed(),
         };
-        Ok(Some(Blob { size, bytes }))
+        Ok(Some(Blob { size, range, bytes }))
     }
 
     /// Deletes attachments for good, also those that were not published yet. One that isn't there counts as deleted.

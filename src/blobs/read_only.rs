@@ -38,8 +38,12 @@ impl ReadOnlyFolder {
     pub async fn read(&self, id: AttachmentId) -> Result<Option<Blob>, BlobError> {
         match self.store.get(&self.keys.of(id)).await {
             Ok(found) => {
-                let size = found.meta.size;
-                Ok(Some(Blob { size, bytes: found.into_stream().map(|bytes| bytes.map_err(BlobError::from)).boxed() }))
+                let (size, range) = (found.meta.size, found.range.clone());
+                Ok(Some(Blob {
+                    size,
+                    range,
+                    bytes: found.into_stream().map(|bytes| bytes.map_err(BlobError::from)).boxed(),
+                }))
             }
             Err(object_store::Error::NotFound { .. }) => Ok(None),
             Err(error) => Err(error.into()),

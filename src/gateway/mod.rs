@@ -1,11 +1,13 @@
 //! One task for each open socket: delivers the inbox of its device and takes its acks.
 
 mod acks;
+mod end;
 mod inflight;
 mod look;
+mod pace;
 mod pipe;
 mod session;
 mod trail;
 
-pub use pipe::{Progress, limited};
+pub use pipe::{LATE, LEAST_RATE, Progress, limited};
 pub use session::run;

@@ -8,10 +8,11 @@ use std::task::{Context, Poll};
 use std::time::Duration;
 
 use axum::extract::WebSocketUpgrade;
-use axum::extract::ws::{CloseFrame, Message, WebSocket};
+use axum::extract::ws::{CloseCode, CloseFrame, Message, WebSocket, close_code};
 use bytes::Bytes;
 use futures_util::{Sink, Stream, StreamExt};
 use tokio::time::Sleep;
+use tungstenite::error::{Error as WebSocketError, ProtocolError};
 
 /// The largest frame, and the largest message of several frames, that a client may send.
 const MAX_INBOUND_BYTES: usize = 256 << 10;
@@ -22,26 +23,51 @@ const UNANSWERED_PINGS: u32 = 16;
 /// How long a client may take to take notice of our goodbye.
 const GOODBYE: Duration = Duration::from_secs(1);
 
-/// How many bytes the kernel has accepted for one connection; it tells a slow reader from one that doesn't read.
+/// Bytes a second that each client has to take or send, once it has used up the time that it may do nothing. A steady
+/// client with 20 kB/s stays far enough above it, whatever buffers are between.
+pub const LEAST_RATE: u64 = 8 << 10;
+
+/// A timer that fires so late was held up: the process, the virtual machine or the whole node was paused. What the
+/// client did meanwhile still waits in the kernel, so its time begins anew.
+pub const LATE: Duration = Duration::from_secs(1);
+
+/// How far one connection is: what its client has taken, which tells a slow reader from one that doesn't read, and
+/// whether it ends before all that the client sent was read.
 #[derive(Debug, Default)]
 pub struct Progress {
-    written: AtomicU64,
+    taken: AtomicU64,
     stalled: AtomicBool,
+    left_unread: AtomicBool,
 }
 
 impl Progress {
-    /// Counts bytes that were written.
-    pub fn add(&self, bytes: usize) {
-        self.written.fetch_add(bytes as u64, Ordering::Relaxed);
+    /// Counts bytes that the client has taken.
+    pub fn add(&self, bytes: u64) {
+        self.taken.fetch_add(bytes, Ordering::Relaxed);
     }
 
-    /// The client has taken no bytes for too long, and the connection is being ended for that.
+    /// The client has taken too little for too long, and the connection is being ended for that.
     pub fn has_stalled(&self) {
         self.stalled.store(true, Ordering::Relaxed);
     }
 
+    /// The server reads no further, though the client may still be sending.
+    pub fn is_left_unread(&self) {
+        self.left_unread.store(true, Ordering::Relaxed);
+    }
+
+    /// All that the client has sent so far was read.
+    pub fn is_read_again(&self) {
+        self.left_unread.store(false, Ordering::Relaxed);
+    }
+
+    /// True when bytes of the client may come in that nothing reads. Not when it takes none either.
+    pub fn was_left_unread(&self) -> bool {
+        self.left_unread.load(Ordering::Relaxed) && !self.stalled.load(Ordering::Relaxed)
+    }
+
     fn bytes(&self) -> u64 {
-        self.written.load(Ordering::Relaxed)
+        self.taken.load(Ordering::Relaxed)
     }
 }
 
@@ -65,6 +91,8 @@ pub(super) enum Event {
     Written,
     /// The connection has ended.
     Closed,
+    /// The client has broken the protocol, for which the socket is closed with this code.
+    Offended(CloseCode),
 }
 
 /// The socket of one session.
@@ -74,14 +102,14 @@ pub(super) struct Pipe {
     writing: bool,
     /// Pings whose answers may still wait in the socket.
     unanswered: u32,
-    written_before: u64,
+    taken_before: u64,
     /// Set when writing has failed. Until it ends, what has arrived (acks, say) is still read.
     broken: Option<Pin<Box<Sleep>>>,
 }
 
 impl Pipe {
     pub(super) fn new(socket: WebSocket, progress: Arc<Progress>) -> Self {
-        Self { socket, progress, writing: false, unanswered: 0, written_before: 0, broken: None }
+        Self { socket, progress, writing: false, unanswered: 0, taken_before: 0, broken: None }
     }
 
     /// True while a frame of ours is under way. Another one may be started only when it is not.
@@ -89,10 +117,10 @@ impl Pipe {
         self.writing || self.broken.is_some()
     }
 
-    /// True when the kernel has accepted bytes since the last call.
-    pub(super) fn has_moved(&mut self) -> bool {
-        let written = self.progress.bytes();
-        std::mem::replace(&mut self.written_before, written) != written
+    /// How many bytes the client has taken since the last call.
+    pub(super) fn taken(&mut self) -> u64 {
+        let taken = self.progress.bytes();
+        taken - std::mem::replace(&mut self.taken_before, taken)
     }
 
     /// True when the connection was ended because its client took no bytes.
@@ -150,7 +178,15 @@ impl Pipe {
                     Poll::Ready(Event::Alive)
                 }
                 Some(Ok(Message::Text(_) | Message::Pong(_))) => Poll::Ready(Event::Alive),
-                Some(Err(_)) | None => Poll::Ready(Event::Closed),
+                Some(Err(error)) => Poll::Ready(match offence(error) {
+                    Some(code) => {
+                        // What follows is not read as frames any more, and must not cost the client our word.
+                        self.progress.is_left_unread();
+                        Event::Offended(code)
+                    }
+                    None => Event::Closed,
+                }),
+                None => Poll::Ready(Event::Closed),
             };
         }
     }
@@ -164,5 +200,20 @@ impl Pipe {
         };
         // A client that doesn't read isn't waited for.
         let _ = tokio::time::timeout(GOODBYE, goodbye).await;
+    }
+}
+
+/// The close code for what a client did wrong; `None` when the connection is what failed.
+fn offence(error: axum::Error) -> Option<CloseCode> {
+    match error.into_inner().downcast_ref()? {
+        WebSocketError::Capacity(_) => Some(close_code::SIZE),
+        WebSocketError::Utf8(_) => Some(close_code::INVALID),
+        WebSocketError::Protocol(
+            ProtocolError::ResetWithoutClosingHandshake
+            | ProtocolError::SendAfterClosing
+            | ProtocolError::ReceivedAfterClosing,
+        ) => None,
+        WebSocketError::Protocol(_) => Some(close_code::PROTOCOL),
+        _ => None,
     }
 }

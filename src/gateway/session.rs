@@ -4,7 +4,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use axum::extract::ws::{CloseFrame, Message, WebSocket, close_code};
+use axum::extract::ws::{CloseFrame, Message, Utf8Bytes, WebSocket, close_code};
 use bytes::Bytes;
 use tokio::time::Instant;
 use tracing::debug;
@@ -13,9 +13,11 @@ use crate::app::App;
 use crate::bus::{Signal, Signals, Wakeups};
 use crate::clock::Timestamp;
 use crate::gateway::acks::Acks;
+use crate::gateway::end::End;
 use crate::gateway::inflight::Inflight;
 use crate::gateway::look::{NoFrame, Retry, timely};
-use crate::gateway::pipe::{Event, Pipe, Progress};
+use crate::gateway::pace::{MODEST_BYTES, Pace};
+use crate::gateway::pipe::{Event, LATE, Pipe, Progress};
 use crate::gateway::trail::Trails;
 use crate::limits::{Held, Payer, kib};
 use crate::model::ids::{Address, DeviceNo, MessageId, Position};
@@ -31,34 +33,6 @@ const SLOWEST_RETRY: Duration = Duration::from_secs(1);
 
 /// Pings that fall due within so short a time go out together: to wake up for each of them costs more than the ping.
 const PING_SLOT: Duration = Duration::from_millis(250);
-
-/// A frame with up to so many bytes of messages, or with a single larger one, is sent however little memory is left.
-const MODEST_BYTES: usize = 64 << 10;
-
-/// Why a session ends.
-enum End {
-    /// The client is gone.
-    Gone,
-    /// The client has not been heard of for too long.
-    Silent,
-    /// The device was removed or logged out, or has opened newer sockets instead.
-    Dismissed(Closed),
-    /// The server stops.
-    Stopping,
-}
-
-impl End {
-    /// What it counts as.
-    fn reason(&self, pipe: &Pipe) -> Closed {
-        match self {
-            Self::Gone if pipe.is_stalled() => Closed::Slow,
-            Self::Gone => Closed::Gone,
-            Self::Silent => Closed::Silent,
-            Self::Dismissed(reason) => *reason,
-            Self::Stopping => Closed::Stopping,
-        }
-    }
-}
 
 /// Serves one socket from its handshake to its end. `wants_notice`: the client is told of mail that it doesn't get.
 pub async fn run(app: App, holder: SessionHolder, wants_notice: bool, socket: WebSocket, progress: Arc<Progress>) {
@@ -76,6 +50,7 @@ pub async fn run(app: App, holder: SessionHolder, wants_notice: bool, socket: We
         match end {
             End::Gone => {}
             End::Silent | End::Dismissed(_) => pipe.close(None).await,
+            End::Offended(code) => pipe.close(Some(CloseFrame { code, reason: Utf8Bytes::default() })).await,
             End::Stopping => {
                 let reason = "Server shutting down".into();
                 pipe.close(Some(CloseFrame { code: close_code::AWAY, reason })).await;
@@ -116,6 +91,7 @@ struct Session {
     last_heard: Instant,
     /// When to look next whether the frame under way makes progress.
     moving_due: Instant,
+    pace: Pace,
 }
 
 impl Session {
@@ -148,6 +124,7 @@ impl Session {
             look_due,
             last_heard: now,
             moving_due: now,
+            pace: Pace::new(now),
         }
     }
 
@@ -182,10 +159,12 @@ impl Session {
                     Event::Written => {
                         self.share = None;
                         self.trails.written();
+                        self.pace.was_taken(self.pipe.taken(), self.app.config.gateway.max_batch_bytes);
                     }
                     Event::Closed => return End::Gone,
+                    Event::Offended(code) => return End::Offended(code),
                 },
-                () = &mut timer => if let Some(end) = self.tick() { return end },
+                () = &mut timer => if let Some(end) = self.tick(due) { return end },
             }
         }
     }
@@ -229,8 +208,10 @@ impl Session {
     }
 
     fn start(&mut self, frame: Message) {
-        self.moving_due = Instant::now() + self.moving_step();
+        let now = Instant::now();
+        self.moving_due = now + self.moving_step();
         if let Message::Binary(bytes) = &frame {
+            self.pace.starts(bytes.len(), now);
             self.app.metrics.frames.one(Direction::Out);
             self.app.metrics.frame_bytes.add(Direction::Out, bytes.len() as u64);
         }
@@ -277,7 +258,8 @@ impl Session {
     }
 
     async fn next_batch(&mut self) -> std::result::Result<Option<Message>, NoFrame> {
-        let (limit, max_bytes) = (self.app.config.messaging.batch_limit, self.app.config.gateway.max_batch_bytes);
+        let limit = self.app.config.messaging.batch_limit;
+        let max_bytes = self.app.config.gateway.max_batch_bytes.min(self.pace.frame_limit());
         let now = self.app.clock.earliest();
         // Large frames only while there is memory for them; modest ones always.
         let mut share = self.app.limits.frames.try_take(self.payer, kib(max_bytes));
@@ -338,12 +320,19 @@ impl Session {
         }
     }
 
-    /// What has become due with time.
-    fn tick(&mut self) -> Option<End> {
+    /// What has become due with time. It was due at `due`.
+    fn tick(&mut self, due: Instant) -> Option<End> {
         let now = Instant::now();
+        if now.duration_since(due) > LATE {
+            // The server was paused. What the client said meanwhile still waits to be read, and it was asked nothing.
+            let asked_now = now.checked_sub(self.app.config.gateway.ping_interval).unwrap_or(now);
+            self.last_heard = self.last_heard.max(asked_now);
+            self.ping_due = now;
+            return None;
+        }
         if self.pipe.is_writing() && self.moving_due <= now {
             self.moving_due = now + self.moving_step();
-            if self.pipe.has_moved() {
+            if self.pace.takes(self.pipe.taken(), now) {
                 // Bytes of a long frame are being taken, so somebody is there.
                 self.last_heard = now;
             }
@@ -373,7 +362,8 @@ impl Session {
 
     /// When a client that says nothing from now on is given up.
     fn silent_at(&self) -> Instant {
-        self.last_heard + self.app.config.gateway.ping_interval + self.app.config.gateway.ping_timeout
+        let config = &self.app.config.gateway;
+        (self.last_heard + config.ping_interval).max(self.pace.reading_until()) + config.ping_timeout
     }
 
     /// How often a frame under way is looked at.

@@ -126,3 +126,20 @@ async fn no_endpoint_answers_nonsense_with_anything_undocumented() {
     }
     alice.request("GET", "/v1/devices").send().await.expect(200);
 }
+
+#[tokio::test]
+async fn bodies_that_are_compressed_are_refused_everywhere() {
+    let server = TestServer::start().await;
+    let alice = server.account().await;
+    let database = server.database().await;
+    let before = database.everything().await;
+    let others = [("PUT", "/v1/link-sessions/{id}"), ("POST", "/v1/messages"), ("POST", "/v1/attachments")];
+    for (method, template) in JSON.iter().copied().chain(others) {
+        let request = alice.request(method, &filled(template)).header("idempotency-key", Uuid::new_v4().to_string());
+        let request = request.header("content-type", "application/json").header("content-encoding", "gzip");
+        request.body(&b"\x1f\x8b\x08\0\0\0\0\0\0\x03"[..]).send().await.expect(415);
+    }
+    assert!(database.everything().await == before, "something was changed");
+    let plain = alice.request("POST", "/v1/attachments").header("content-encoding", "identity");
+    plain.body("sealed").send().await.expect(201);
+}

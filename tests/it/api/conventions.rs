@@ -263,3 +263,27 @@ async fn without_a_good_token_every_authenticated_endpoint_says_401_and_changes_
     }
     assert!(database.everything().await == before, "something was changed");
 }
+
+#[tokio::test]
+async fn a_head_request_changes_nothing_anywhere() {
+    let server = TestServer::start().await;
+    let alice = server.account().await;
+    let (id, ticket) = (upload(&alice).await, alice.ticket().await);
+    let database = server.database().await;
+    let before = database.everything().await;
+    for template in routes().filter(|(method, _)| *method == "GET").map(|(_, path)| path) {
+        let path = match template {
+            "/v1/keys/{userId}" => format!("/v1/keys/{}", alice.user),
+            "/v1/keys/{userId}/devices/{deviceId}" => format!("/v1/keys/{}/devices/{}", alice.user, alice.id),
+            "/v1/attachments/{id}" => format!("/v1/attachments/{id}"),
+            "/v1/gateway" => format!("/v1/gateway?ticket={ticket}"),
+            other => filled(other),
+        };
+        let request = || alice.request("HEAD", &path).header("connection", "upgrade").header("upgrade", "websocket");
+        for _ in 0..3 {
+            let handshake = request().header("sec-websocket-version", "13");
+            handshake.header("sec-websocket-key", "dGhlIHNhbXBsZSBub25jZQ==").send().await;
+        }
+    }
+    assert!(database.everything().await == before, "something was changed");
+}

@@ -6,6 +6,7 @@ mod attachments;
 mod bodies;
 mod conventions;
 mod devices;
+mod early;
 mod inbox;
 mod keys;
 mod limits;

@@ -2,6 +2,7 @@
 
 use std::time::{Duration, Instant};
 
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 use uuid::Uuid;
 
@@ -89,4 +90,64 @@ async fn what_is_no_http_does_no_harm() {
     let mut stream = TcpStream::connect(server.address()).await.unwrap();
     let _ = tokio::io::AsyncWriteExt::write_all(&mut stream, &endless).await;
     server.client().get("/openapi.yaml").send().await.expect(200);
+}
+
+/// Sends the head of an upload of so many pieces, and the pieces with this pause behind each, until it is answered.
+async fn paced(server: &TestServer, device: &Device, pieces: usize, piece: usize, pause: Duration) -> String {
+    let mut stream = TcpStream::connect(server.address()).await.unwrap();
+    let head = format!(
+        "POST /v1/attachments HTTP/1.1\r\nhost: test\r\nauthorization: Bearer {}\r\ncontent-length: {}\r\n\r\n",
+        device.token,
+        pieces * piece
+    );
+    stream.write_all(head.as_bytes()).await.unwrap();
+    for _ in 0..pieces {
+        if stream.write_all(&vec![7; piece]).await.is_err() {
+            break;
+        }
+        tokio::time::sleep(pause).await; // the pace is the point
+    }
+    raw_answer(&mut stream, b"").await
+}
+
+#[tokio::test]
+async fn an_upload_may_take_longer_than_its_time_while_it_comes_in_steadily() {
+    let server = TestServer::start_with(|config| config.attachments.timeout = Duration::from_secs(1)).await;
+    let alice = server.account().await;
+    let answer = paced(&server, &alice, 12, 8 << 10, Duration::from_millis(300)).await;
+    assert!(answer.starts_with("HTTP/1.1 201 "), "{answer}");
+}
+
+#[tokio::test]
+async fn an_upload_that_trickles_in_ends() {
+    let server = TestServer::start_with(|config| config.attachments.timeout = Duration::from_secs(1)).await;
+    let alice = server.account().await;
+    let begun = Instant::now();
+    let answer = paced(&server, &alice, 200, 1, Duration::from_millis(100)).await;
+    assert!(answer.starts_with("HTTP/1.1 408 "), "{answer}");
+    assert!(begun.elapsed() < Duration::from_secs(30));
+}
+
+/// With a receive buffer of 64 KiB, and pauses in which it takes nothing for longer than `--ws-write-timeout-secs`.
+#[tokio::test]
+async fn a_download_that_is_taken_steadily_is_not_cut() {
+    const LENGTH: usize = 8 << 20;
+    let server = TestServer::start_with(|config| config.gateway.write_timeout = Duration::from_secs(1)).await;
+    let alice = server.account().await;
+    let answer = alice.request("POST", "/v1/attachments").body(vec![5; LENGTH]).send().await.expect(201).json();
+    let socket = tokio::net::TcpSocket::new_v4().unwrap();
+    socket.set_recv_buffer_size(64 << 10).unwrap();
+    let mut stream = socket.connect(server.address()).await.unwrap();
+    let head = format!(
+        "GET /v1/attachments/{} HTTP/1.1\r\nhost: test\r\nauthorization: Bearer {}\r\nconnection: close\r\n\r\n",
+        answer["id"].as_str().unwrap(),
+        alice.token
+    );
+    stream.write_all(head.as_bytes()).await.unwrap();
+    let (mut received, mut piece) = (0, vec![0; 1 << 20]);
+    while let Ok(length) = stream.read_exact(&mut piece).await {
+        received += length;
+        tokio::time::sleep(Duration::from_millis(1300)).await; // the pace is the point
+    }
+    assert_eq!(received, LENGTH);
 }

@@ -194,3 +194,14 @@ async fn a_service_that_does_not_answer_is_given_up_in_time() {
     assert_eq!(blobs.discard(&[id, stored]).await.gone.len(), 2);
     assert!(bucket.is_empty().await);
 }
+
+#[tokio::test]
+async fn a_service_that_does_not_know_ranges_gives_the_whole() {
+    const WHOLE: &[u8] = b"0123456789";
+    let (_bucket, proxy, blobs) = disturbed().await;
+    let id = put(&blobs, &Bytes::from_static(WHOLE)).await;
+    proxy.rule(|method, _| if method == "GET" { Fate::Whole(WHOLE) } else { Fate::Pass });
+    let read = blobs.read(id, Some(2..5)).await.unwrap().unwrap();
+    assert_eq!((read.size, read.range), (10, 0..10));
+    assert_eq!(get(&blobs, id, Some(2..5)).await.unwrap().unwrap(), WHOLE);
+}

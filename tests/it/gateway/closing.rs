@@ -3,6 +3,7 @@
 use std::time::Duration;
 
 use bytes::Bytes;
+use tokio::io::AsyncWriteExt;
 use tokio_tungstenite::tungstenite::Message;
 
 use crate::harness::{Event, RawSocket, Socket, TestServer, eventually, opcode};
@@ -140,7 +141,7 @@ async fn a_close_is_answered_behind_a_backlog() {
 }
 
 #[tokio::test]
-async fn a_frame_of_256_kib_is_ignored_and_a_larger_one_drops_the_socket() {
+async fn a_frame_of_256_kib_is_ignored_and_a_larger_one_closes_the_socket_as_too_large() {
     let server = TestServer::start().await;
     let (alice, bob) = (server.account().await, server.account().await);
     let mut socket = bob.connect().await;
@@ -148,40 +149,44 @@ async fn a_frame_of_256_kib_is_ignored_and_a_larger_one_drops_the_socket() {
     socket.send(Message::Binary(Bytes::from(vec![0; 256 * KIB]))).await;
     assert_eq!(socket.until_pong().await, []);
     socket.send(Message::Binary(Bytes::from(vec![0; 256 * KIB + 1]))).await;
-    socket.until_end().await;
+    assert_eq!(socket.until_end().await, [Event::Close(Some((1009, String::new()))), Event::End]);
     assert_eq!(other.until_pong().await, []);
     alice.send_to(&bob, "hello").await;
     other.expect_message("hello").await;
 }
 
 #[tokio::test]
-async fn fragments_that_add_up_to_more_than_256_kib_drop_the_socket() {
+async fn fragments_that_add_up_to_more_than_256_kib_are_too_large() {
     let server = TestServer::start().await;
     let alice = server.account().await;
     let mut socket = RawSocket::open(server.address(), &alice.ticket().await).await;
     socket.send_part(opcode::TEXT, &[b'x'; 200 * KIB]).await.unwrap();
-    let _ = socket.send_part(opcode::CONTINUATION, &[b'x'; 200 * KIB]).await;
-    socket.drain().await;
+    socket.send_part(opcode::CONTINUATION, &[b'x'; 200 * KIB]).await.unwrap();
+    assert_eq!(socket.receive().await, Some((opcode::CLOSE, 1009_u16.to_be_bytes().to_vec())));
+    assert_eq!(socket.receive().await, None);
 }
 
 #[tokio::test]
-async fn a_client_that_breaks_the_protocol_is_dropped() {
+async fn a_client_that_breaks_the_protocol_is_told_how() {
     let server = TestServer::start().await;
     let alice = server.account().await;
     let mut large_length = vec![0x82, 0xff];
-    large_length.extend(u64::MAX.to_be_bytes());
+    large_length.extend((1_u64 << 40).to_be_bytes());
     large_length.extend([0; 4]);
-    let wrong: [&[u8]; 5] = [
-        &[0x82, 0x02, 1, 2],                   // not masked
-        &[0xf2, 0x80, 0, 0, 0, 0],             // reserved bits
-        &[0x83, 0x80, 0, 0, 0, 0],             // an unknown opcode
-        &[0x81, 0x82, 0, 0, 0, 0, 0xff, 0xff], // text that is not UTF-8
-        &large_length,
+    let wrong: [(u16, &[u8]); 6] = [
+        (1002, &[0x82, 0x02, 1, 2]),                   // not masked
+        (1002, &[0xf2, 0x80, 0, 0, 0, 0]),             // reserved bits
+        (1002, &[0x83, 0x80, 0, 0, 0, 0]),             // an unknown opcode
+        (1002, &[0x80, 0x80, 0, 0, 0, 0]),             // the rest of a message that was not begun
+        (1007, &[0x81, 0x82, 0, 0, 0, 0, 0xff, 0xff]), // text that is not UTF-8
+        (1009, &large_length),
     ];
-    for bytes in wrong {
+    for (code, bytes) in wrong {
         let mut socket = RawSocket::open(server.address(), &alice.ticket().await).await;
-        socket.stream.try_write(bytes).unwrap();
-        socket.drain().await;
+        // What follows must not cost the client the answer.
+        socket.stream.write_all(&[bytes, &vec![0; 300 * KIB]].concat()).await.unwrap();
+        assert_eq!(socket.receive().await, Some((opcode::CLOSE, code.to_be_bytes().to_vec())), "{bytes:?}");
+        assert_eq!(socket.receive().await, None);
     }
     alice.connect().await.until_pong().await;
 }

@@ -4,7 +4,7 @@ use std::time::{Duration, Instant};
 
 use obscura_server::config::Config;
 
-use crate::harness::{Device, Event, RawSocket, TestServer, opcode, within_time};
+use crate::harness::{Binary, Device, Event, RawSocket, TestServer, opcode, within_time};
 
 const SECOND: Duration = Duration::from_secs(1);
 
@@ -147,4 +147,29 @@ async fn pings_are_answered_in_time_behind_a_backlog_of_fifty_megabytes() {
     while received < 26 {
         received += socket.mail().await.len();
     }
+}
+
+/// As when a container is frozen or a virtual machine is moved: nothing was asked meanwhile, so silence said nothing.
+#[tokio::test(flavor = "multi_thread")]
+async fn sockets_outlive_a_pause_of_the_server_that_is_longer_than_their_patience() {
+    let folder = tempfile::tempdir().unwrap();
+    let options = ["--ws-ping-interval-secs=1", "--ws-ping-timeout-secs=1"];
+    let server = Binary::start(folder.path(), &options).await;
+    let bob = Device::register(&server.client()).await;
+    let mut talking = bob.connect().await;
+    let mut quiet = RawSocket::open(server.address(), &bob.ticket().await).await;
+    talking.until_pong().await;
+    assert_eq!(quiet.receive().await, Some((opcode::PING, Vec::new())));
+    quiet.send(opcode::PONG, b"").await.unwrap();
+    server.signal("STOP");
+    // The length is the point here: four times as long as a client may be silent for beside its ping.
+    tokio::time::sleep(SECOND * 8).await;
+    talking.ping(b"while it was away").await;
+    server.signal("CONT");
+    // The quiet one is asked again, and has its time to answer.
+    for _ in 0..2 {
+        while quiet.receive().await != Some((opcode::PING, Vec::new())) {}
+        quiet.send(opcode::PONG, b"").await.unwrap();
+    }
+    assert_eq!(talking.until_pong().await.into_iter().filter(|event| *event == Event::End).count(), 0);
 }

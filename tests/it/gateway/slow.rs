@@ -177,3 +177,63 @@ async fn sockets_that_ended_leave_nothing_behind() {
     }
     eventually("all sessions to end", async || app.bus.listening() == 0).await;
 }
+
+/// The size of the next frame, and its bytes read at this pace: a piece, then a pause.
+async fn frame_read_slowly(socket: &mut RawSocket, piece: usize, pause: Duration) -> u64 {
+    let header = within("a frame", socket.stream.read_u8()).await.unwrap();
+    let length = match socket.stream.read_u8().await.unwrap() {
+        126 => u64::from(socket.stream.read_u16().await.unwrap()),
+        127 => socket.stream.read_u64().await.unwrap(),
+        length => u64::from(length),
+    };
+    let mut left = length as usize;
+    let mut buffer = vec![0; piece];
+    while left > 0 {
+        let part = left.min(piece);
+        within("more of the frame", socket.stream.read_exact(&mut buffer[..part])).await.expect("an open connection");
+        left -= part;
+        tokio::time::sleep(pause).await; // the pace is the point
+    }
+    if header & 0xf == opcode::BINARY { length } else { 0 }
+}
+
+/// It never answers a ping meanwhile, since it has not come as far as to read it.
+#[tokio::test]
+async fn a_client_that_takes_its_frames_steadily_gets_all_of_them_however_slowly() {
+    const MESSAGES: u64 = 12;
+    let second = Duration::from_secs(1);
+    let server = TestServer::start_with(|config| {
+        config.gateway.write_timeout = second;
+        (config.gateway.ping_interval, config.gateway.ping_timeout) = (second, second);
+    })
+    .await;
+    let (alice, bob) = (server.account().await, server.account().await);
+    for number in 0..MESSAGES {
+        alice.send_to(&bob, vec![number as u8; 128 * KIB as usize]).await;
+    }
+    let mut socket = RawSocket::open_with_buffer(server.address(), &bob.ticket().await, 64 << 10).await;
+    let mut received = 0;
+    while received < MESSAGES * 128 * KIB {
+        // 160 kB/s, in pieces between which more time passes than a client may take nothing for that has taken nothing.
+        received += frame_read_slowly(&mut socket, 192 << 10, second * 6 / 5).await;
+    }
+}
+
+#[tokio::test]
+async fn the_first_frame_of_a_backlog_is_modest_and_a_quick_client_gets_larger_ones() {
+    let server = TestServer::start().await;
+    let (alice, bob) = (server.account().await, server.account().await);
+    for number in 0..60 {
+        alice.send_to(&bob, vec![number; 100 * KIB as usize]).await;
+    }
+    let mut socket = RawSocket::open_with_buffer(server.address(), &bob.ticket().await, 4 << 20).await;
+    let (mut sizes, mut received) = (Vec::new(), 0);
+    while received < 60 * 100 * KIB {
+        if let Some((opcode::BINARY, frame)) = socket.receive().await {
+            sizes.push(frame.len() as u64);
+            received += frame.len() as u64;
+        }
+    }
+    assert!(sizes[0] <= 257 * KIB, "{sizes:?}");
+    assert!(sizes.iter().any(|size| *size > 900 * KIB), "{sizes:?}");
+}

@@ -17,6 +17,8 @@ pub enum Fate {
     CutRequest(u64),
     /// The connection is cut after so many bytes of the answer, its head included.
     CutAnswer(u64),
+    /// It is answered with 200 and these bytes, whatever range it asks for.
+    Whole(&'static [u8]),
     /// It waits for ever.
     Stall,
 }
@@ -92,6 +94,11 @@ async fn serve(mut client: TcpStream, state: Arc<State>) -> io::Result<()> {
             copy(&mut client, &mut tokio::io::sink(), length).await?;
             let answer = format!("HTTP/1.1 {status} No\r\nconnection: close\r\ncontent-length: 0\r\n\r\n");
             client.write_all(answer.as_bytes()).await?;
+            return client.shutdown().await;
+        }
+        Fate::Whole(bytes) => {
+            let head = format!("HTTP/1.1 200 OK\r\nconnection: close\r\ncontent-length: {}\r\n\r\n", bytes.len());
+            client.write_all(&[head.as_bytes(), bytes].concat()).await?;
             return client.shutdown().await;
         }
         _ => {}

@@ -1,0 +1,258 @@
+//! The body of a request while it comes in: how far it is, when its sender is too slow, and whether it was read at all.
+
+use std::pin::Pin;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::task::{Context, Poll};
+use std::time::Duration;
+
+use axum::body::{Body, HttpBody};
+use axum::http::{HeaderMap, HeaderValue, header};
+use axum::response::Response;
+use bytes::Bytes;
+use http_body_util::BodyExt;
+use hyper::body::{Frame, Incoming, SizeHint};
+use tokio::time::Instant;
+
+use crate::gateway::{LATE, LEAST_RATE, Progress};
+
+/// What is left of an unread body and is no more than this is left to hyper: it often has it already, and then the
+/// connection stays open.
+const SMALL_REST: u64 = 64 << 10;
+
+/// What is read before an early answer that goes through a proxy: bodies up to this size, for this time.
+const MOST_READ_FIRST: u64 = 8 << 20;
+const LONGEST_READ_FIRST: Duration = Duration::from_secs(30);
+
+/// How much of a request's body has come in, and since when. Times are milliseconds since the head was read.
+#[derive(Debug)]
+pub struct Arrival {
+    began: Instant,
+    bytes: AtomicU64,
+    last: AtomicU64,
+    is_whole: AtomicBool,
+    /// What was dropped before its end.
+    rest: Mutex<Option<Incoming>>,
+}
+
+impl Arrival {
+    fn new() -> Self {
+        Self {
+            began: Instant::now(),
+            bytes: AtomicU64::new(0),
+            last: AtomicU64::new(0),
+            is_whole: false.into(),
+            rest: Mutex::default(),
+        }
+    }
+
+    fn add(&self, bytes: usize) {
+        self.bytes.fetch_add(bytes as u64, Ordering::Relaxed);
+        self.is_now();
+    }
+
+    fn ends(&self) {
+        self.is_whole.store(true, Ordering::Relaxed);
+        self.is_now();
+    }
+
+    fn is_now(&self) {
+        let since = u64::try_from(self.began.elapsed().as_millis()).unwrap_or(u64::MAX);
+        self.last.store(since, Ordering::Relaxed);
+    }
+
+    /// Reads and throws away what was left of the body, if that is not much. For answers that go through a proxy: some
+    /// close their own client's connection when an answer comes early, and the client then loses it.
+    pub async fn read_to_end(&self, announced: Option<u64>, progress: &Progress) {
+        let mut rest = self.rest.lock().unwrap_or_else(PoisonError::into_inner).take();
+        let Some(body) = &mut rest else { return };
+        if announced.is_some_and(|announced| announced > MOST_READ_FIRST) {
+            return;
+        }
+        let reading = async {
+            while self.bytes.load(Ordering::Relaxed) <= MOST_READ_FIRST {
+                match body.frame().await {
+                    Some(Ok(frame)) => self.add(frame.data_ref().map_or(0, Bytes::len)),
+                    Some(Err(_)) => return,
+                    None => {
+                        self.ends();
+                        progress.is_read_again();
+                        return;
+                    }
+                }
+            }
+        };
+        let _ = tokio::time::timeout(LONGEST_READ_FIRST, reading).await;
+    }
+
+    fn last(&self) -> Instant {
+        self.began + Duration::from_millis(self.last.load(Ordering::Relaxed))
+    }
+}
+
+/// Until when a request has to be answered. The limit counts from the last byte of the body, but a body that comes in
+/// more slowly than [`LEAST_RATE`] uses it up.
+pub struct Deadline {
+    at: Instant,
+    limit: Duration,
+    seen: u64,
+}
+
+impl Deadline {
+    /// This long from now, or from the last byte of the body.
+    pub fn new(limit: Duration) -> Self {
+        Self { at: Instant::now() + limit, limit, seen: 0 }
+    }
+
+    /// The time at which [`Deadline::is_over`] has to be asked.
+    pub fn at(&self) -> Instant {
+        self.at
+    }
+
+    /// True when the time is over at `now`. Otherwise bytes have come in that put it off.
+    pub fn is_over(&mut self, arrival: Option<&Arrival>, now: Instant) -> bool {
+        if now.saturating_duration_since(self.at) > LATE {
+            self.at = now + self.limit;
+            return false;
+        }
+        let Some(arrival) = arrival else { return true };
+        let bytes = arrival.bytes.load(Ordering::Relaxed);
+        let latest = arrival.last() + self.limit;
+        self.at = if arrival.is_whole.load(Ordering::Relaxed) {
+            latest
+        } else {
+            latest.min(self.at + time_for(bytes - self.seen))
+        };
+        self.seen = bytes;
+        self.at <= now
+    }
+}
+
+/// How long so many bytes may take.
+fn time_for(bytes: u64) -> Duration {
+    Duration::from_millis(bytes.saturating_mul(1000) / LEAST_RATE)
+}
+
+/// A body that tells how it comes in. Dropped before its end, it has the connection read on behind the answer.
+pub struct Arriving {
+    /// Present until it is dropped.
+    body: Option<Incoming>,
+    arrival: Arc<Arrival>,
+    progress: Arc<Progress>,
+}
+
+impl Arriving {
+    /// The body of a request on the connection with this progress; `None` for a request without one.
+    pub fn watch(body: Incoming, progress: &Arc<Progress>) -> (Body, Option<Arc<Arrival>>) {
+        if body.is_end_stream() {
+            return (Body::empty(), None);
+        }
+        let arrival = Arc::new(Arrival::new());
+        (Body::new(Self { body: Some(body), arrival: arrival.clone(), progress: progress.clone() }), Some(arrival))
+    }
+}
+
+impl HttpBody for Arriving {
+    type Data = Bytes;
+    type Error = hyper::Error;
+
+    fn poll_frame(self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, hyper::Error>>> {
+        let this = self.get_mut();
+        let Some(body) = &mut this.body else { return Poll::Ready(None) };
+        let frame = std::task::ready!(Pin::new(&mut *body).poll_frame(context));
+        match &frame {
+            Some(Ok(frame)) => this.arrival.add(frame.data_ref().map_or(0, Bytes::len)),
+            Some(Err(_)) => {}
+            None => this.arrival.ends(),
+        }
+        if body.is_end_stream() {
+            this.arrival.ends();
+        }
+        Poll::Ready(frame)
+    }
+
+    fn is_end_stream(&self) -> bool {
+        self.body.as_ref().is_none_or(Incoming::is_end_stream)
+    }
+
+    fn size_hint(&self) -> SizeHint {
+        self.body.as_ref().map_or_else(|| SizeHint::with_exact(0), Incoming::size_hint)
+    }
+}
+
+impl Drop for Arriving {
+    fn drop(&mut self) {
+        if !self.arrival.is_whole.load(Ordering::Relaxed) {
+            self.progress.is_left_unread();
+            *self.arrival.rest.lock().unwrap_or_else(PoisonError::into_inner) = self.body.take();
+        }
+    }
+}
+
+/// Announces the end of the connection on an answer that came before a large body was read: the rest is thrown away.
+pub fn announce_end(response: &mut Response, arrival: &Arrival, length: Option<u64>) {
+    let missing = length.map(|length| length.saturating_sub(arrival.bytes.load(Ordering::Relaxed)));
+    if !arrival.is_whole.load(Ordering::Relaxed) && missing.is_none_or(|missing| missing > SMALL_REST) {
+        response.headers_mut().append(header::CONNECTION, HeaderValue::from_static("close"));
+    }
+}
+
+/// The announced length of a body; `None` for one that comes in chunks.
+pub fn announced_length(headers: &HeaderMap) -> Option<u64> {
+    if headers.contains_key(header::TRANSFER_ENCODING) {
+        return None;
+    }
+    headers.get(header::CONTENT_LENGTH)?.to_str().ok()?.parse().ok()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const SECOND: Duration = Duration::from_secs(1);
+
+    /// Plays a body that comes in with `rate` bytes a second until it has `total`; answers when it was cut, if it was.
+    async fn played(limit: Duration, rate: u64, total: u64) -> Option<Duration> {
+        let (arrival, mut deadline) = (Arrival::new(), Deadline::new(limit));
+        for _ in 0..total / rate {
+            tokio::time::advance(SECOND).await;
+            let now = Instant::now();
+            if deadline.at() <= now && deadline.is_over(Some(&arrival), now) {
+                return Some(arrival.began.elapsed());
+            }
+            arrival.add(usize::try_from(rate).unwrap());
+        }
+        None
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_body_has_as_long_as_it_comes_in_steadily() {
+        assert_eq!(played(30 * SECOND, 20_000, 50 << 20).await, None);
+        assert_eq!(played(120 * SECOND, 350_000, 50 << 20).await, None);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_body_that_trickles_in_uses_its_time_up() {
+        assert_eq!(played(30 * SECOND, 1, 2 << 20).await, Some(30 * SECOND));
+        let took = played(30 * SECOND, LEAST_RATE / 2, 2 << 20).await.unwrap();
+        assert!(took < 75 * SECOND, "{took:?}");
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_request_has_its_whole_time_behind_the_last_byte_and_behind_a_pause() {
+        let (arrival, mut deadline) = (Arrival::new(), Deadline::new(3 * SECOND));
+        tokio::time::advance(2 * SECOND).await;
+        arrival.add(1);
+        arrival.ends();
+        tokio::time::advance(SECOND).await;
+        assert!(!deadline.is_over(Some(&arrival), Instant::now()));
+        assert_eq!(deadline.at(), arrival.began + 5 * SECOND);
+        tokio::time::advance(2 * SECOND).await;
+        assert!(deadline.is_over(Some(&arrival), Instant::now()));
+        let mut paused = Deadline::new(SECOND);
+        tokio::time::advance(60 * SECOND).await;
+        assert!(!paused.is_over(None, Instant::now()));
+        tokio::time::advance(SECOND).await;
+        assert!(paused.is_over(None, Instant::now()));
+    }
+}
