@@ -11,7 +11,7 @@ use crate::clock::Clock;
 use crate::config::Config;
 use crate::disk::Disk;
 use crate::files::Files;
-use crate::limits::Limits;
+use crate::limits::{AccountLimits, Limits};
 use crate::mailroom::Mailroom;
 use crate::push::Push;
 use crate::store::Store;
@@ -59,6 +59,8 @@ pub struct Parts {
     pub tokens: Tokens,
     /// How often and how much addresses and accounts may.
     pub limits: Limits,
+    /// How many accounts may be made, and how often one may be guessed at or upload.
+    pub account_limits: AccountLimits,
     /// Whether there is room to grow.
     pub disk: Disk,
     /// What time it is.

@@ -21,7 +21,7 @@ use crate::clock::{Clock, EARLIEST};
 use crate::config::{self, Config};
 use crate::disk::{Disk, reserve};
 use crate::files::{self, Files, Lock};
-use crate::limits::Limits;
+use crate::limits::{AccountLimits, Limits};
 use crate::listener::{self, Patience};
 use crate::mailroom::{Mailroom, Waking};
 use crate::push::Push;
@@ -243,6 +243,7 @@ async fn open(
             config.auth.refresh_token_lifetime,
         ),
         limits: Limits::new(&config.rate_limits, &config.account_rates, api::largest_guest_body(&config)),
+        account_limits: AccountLimits::new(&config.accounts),
         disk: Disk::new(
             config.database.file().and_then(Path::parent).map(Path::to_owned),
             config.disk_reserve_bytes,

@@ -9,8 +9,8 @@ use crate::api::device_keys::{
 };
 use crate::api::devices::dismiss;
 use crate::api::error::ApiError;
-use crate::api::extract::Json;
-use crate::api::sessions::{AuthResponse, MAX_PASSWORD_BYTES, NewSession, authenticate};
+use crate::api::extract::{Client, Json};
+use crate::api::sessions::{AuthResponse, Claim, MAX_PASSWORD_BYTES, NewSession, authenticate};
 use crate::app::App;
 use crate::model::ids::{DeviceId, UserId};
 use crate::store::{NewAccount, NewDevice, Registered};
@@ -23,6 +23,9 @@ pub struct AccountRequest {
     pub username: String,
     /// Its password: 12 to 1024 bytes.
     pub password: String,
+    /// For a reset: a live refresh token of a device of the account. With it, wrong passwords that others try don't slow
+    /// this request.
+    pub refresh_token: Option<String>,
     /// What the owner calls the device.
     pub name: Option<String>,
     /// The account's identity key.
@@ -42,9 +45,10 @@ pub struct AccountRequest {
 /// Makes an account with its primary device.
 pub async fn register(
     State(app): State<App>,
+    Client(client): Client,
     Json(request): Json<AccountRequest>,
 ) -> Result<(StatusCode, axum::Json<AuthResponse>), ApiError> {
-    let (username, password, keys) = request.into_parts();
+    let (username, password, _, keys) = request.into_parts();
     let username = checked_username(&username)?;
     check_password(&password)?;
     let keys = keys.check(app.config.prekeys.max).await?;
@@ -53,7 +57,8 @@ pub async fn register(
         return Err(username_taken());
     }
     app.disk.check_growth()?;
-    let password_hash = app.passwords.hash(password).await?;
+    app.account_limits.sign_up(client)?;
+    let password_hash = app.passwords.hash(password, client).await?;
     let now = app.clock.latest();
     let session = NewSession::begin(&app.tokens, now);
     let (user, identity) = (UserId::random(), keys.identity);
@@ -72,11 +77,13 @@ pub async fn register(
 /// Starts an account over with a new identity and one new device.
 pub async fn reset(
     State(app): State<App>,
+    Client(client): Client,
     Json(request): Json<AccountRequest>,
 ) -> Result<axum::Json<AuthResponse>, ApiError> {
-    let (username, password, keys) = request.into_parts();
+    let (username, password, proof, keys) = request.into_parts();
     let keys = keys.check(app.config.prekeys.max).await?;
-    let user = authenticate(&app, &username, password).await?;
+    let proof = proof.as_deref().map(|token| (token, None));
+    let user = authenticate(&app, client, Claim { username: &username, password, proof }).await?;
     app.tasks
         .clone()
         .finish(async move {
@@ -95,7 +102,7 @@ pub async fn reset(
 }
 
 impl AccountRequest {
-    fn into_parts(self) -> (String, String, DeviceKeysBody) {
+    fn into_parts(self) -> (String, String, Option<String>, DeviceKeysBody) {
         let keys = DeviceKeysBody {
             name: self.name,
             identity_key: self.identity_key,
@@ -107,7 +114,7 @@ impl AccountRequest {
                 pq_one_time: self.pq_pre_keys,
             },
         };
-        (self.username, self.password, keys)
+        (self.username, self.password, self.refresh_token, keys)
     }
 }
 

@@ -51,6 +51,7 @@ pub async fn upload(
     check_encoding(&headers)?;
     let size = announced_length(&headers).ok_or(ApiError::LengthRequired)?;
     check_size(size, &app.config.attachments)?;
+    let under_way = app.account_limits.upload(caller.user)?;
     // In a bucket it takes nothing of our own disk but a row.
     let on_disk = if app.config.attachments.folder().is_some() { size } else { 0 };
     let claim = app.disk.room_for_attachment(on_disk).ok_or(ApiError::DiskFull)?;
@@ -74,7 +75,7 @@ pub async fn upload(
     let _guard = abandoned.clone().drop_guard();
     let uploaded = upload.run(app.clone(), body, abandoned);
     let uploaded = async move {
-        let _claim = claim;
+        let _held = (claim, under_way);
         uploaded.await
     };
     app.tasks.finish(carried(uploaded)).await?;

@@ -94,6 +94,19 @@ fn bearer_token(headers: &HeaderMap) -> Option<&str> {
     headers.get(header::AUTHORIZATION)?.to_str().ok()?.strip_prefix("Bearer ")
 }
 
+/// The client of a request that needs no token, as its budgets know it.
+#[derive(Clone, Copy, Debug)]
+pub struct Client(pub Payer);
+
+impl FromRequestParts<App> for Client {
+    type Rejection = ApiError;
+
+    async fn from_request_parts(parts: &mut Parts, _: &App) -> Result<Self, ApiError> {
+        // Every route lets requests in by `admit`.
+        parts.extensions.get::<Admitted>().map(|admitted| Self(admitted.payer)).ok_or(ApiError::Internal)
+    }
+}
+
 /// A JSON body of type `T`, read strictly: unknown members are passed over, everything else has to fit.
 #[derive(Debug)]
 pub struct Json<T>(pub T);

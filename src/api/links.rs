@@ -9,8 +9,8 @@ use axum::response::{IntoResponse, Response};
 use serde::{Deserialize, Serialize};
 
 use crate::api::error::ApiError;
-use crate::api::extract::{Caller, FromPath, Json, MAX_BODY_BYTES, PathId, RawBody, announced_bytes};
-use crate::api::sessions::authenticate;
+use crate::api::extract::{Caller, Client, FromPath, Json, MAX_BODY_BYTES, PathId, RawBody, announced_bytes};
+use crate::api::sessions::{Claim, authenticate};
 use crate::app::App;
 use crate::auth::tokens::OpaqueSecret;
 use crate::store::{Approval, Approved, LinkBody};
@@ -26,6 +26,8 @@ pub struct OpenLinkSessionRequest {
     pub username: String,
     /// Its password.
     pub password: String,
+    /// A live refresh token of a device of the account. With it, wrong passwords that others try don't slow this request.
+    pub refresh_token: Option<String>,
 }
 
 /// A link session that was just opened.
@@ -93,9 +95,12 @@ fn proof_required(headers: &HeaderMap) -> Result<bool, ApiError> {
 /// Opens a link session for a device that does not exist yet.
 pub async fn open(
     State(app): State<App>,
+    Client(client): Client,
     Json(request): Json<OpenLinkSessionRequest>,
 ) -> Result<(StatusCode, axum::Json<LinkSession>), ApiError> {
-    let user = authenticate(&app, &request.username, request.password).await?;
+    let proof = request.refresh_token.as_deref().map(|token| (token, None));
+    let claim = Claim { username: &request.username, password: request.password, proof };
+    let user = authenticate(&app, client, claim).await?;
     // Now, and not only when somebody has typed in what links the device.
     app.disk.check_growth()?;
     let id = OpaqueSecret::random();

@@ -1,18 +1,22 @@
 //! Sessions: log in, refresh, log out.
 
+use std::time::Duration;
+
 use axum::extract::State;
 use axum::http::StatusCode;
 use serde::{Deserialize, Deserializer, Serialize, de};
 use tracing::warn;
 
 use crate::api::error::ApiError;
-use crate::api::extract::{Caller, Json, OptionalKey};
+use crate::api::extract::{Caller, Client, Json, OptionalKey};
 use crate::app::App;
 use crate::auth::tokens::{RefreshToken, Tokens};
 use crate::bus::Signal;
 use crate::clock::Timestamp;
+use crate::limits::Payer;
 use crate::model::ids::{Address, DeviceId, UserId};
 use crate::store::{Refresh, Refreshed, SessionGrant, SessionHolder, StoreError};
+use crate::telemetry::throttle::Throttle;
 
 /// Longer passwords can't be set, so they need not be tried.
 pub const MAX_PASSWORD_BYTES: usize = 1024;
@@ -28,6 +32,8 @@ pub struct LogInRequest {
     /// The device that logs in.
     #[serde(deserialize_with = "device_id")]
     pub device_id: DeviceId,
+    /// A live refresh token of that device. With it, wrong passwords that others try don't slow this log-in.
+    pub refresh_token: Option<String>,
 }
 
 /// `POST /v1/session/refresh`
@@ -57,9 +63,12 @@ pub struct AuthResponse {
 /// Logs in a device that the account already has. The session it had before ends, its sockets included.
 pub async fn log_in(
     State(app): State<App>,
+    Client(client): Client,
     Json(request): Json<LogInRequest>,
 ) -> Result<axum::Json<AuthResponse>, ApiError> {
-    let user = authenticate(&app, &request.username, request.password).await?;
+    let proof = request.refresh_token.as_deref().map(|token| (token, Some(request.device_id)));
+    let claim = Claim { username: &request.username, password: request.password, proof };
+    let user = authenticate(&app, client, claim).await?;
     let now = app.clock.latest();
     let session = NewSession::begin(&app.tokens, now);
     let begun = app.tasks.finish(begin(app.clone(), user, request.device_id, session.grant)).await?;
@@ -110,18 +119,79 @@ pub async fn log_out(State(app): State<App>, caller: Caller) -> Result<StatusCod
         .await
 }
 
-/// The account whose name and password these are; otherwise 401, after the same work whether or not the name exists.
-pub async fn authenticate(app: &App, username: &str, password: String) -> Result<UserId, ApiError> {
+/// Somebody's claim to be the owner of an account.
+pub struct Claim<'a> {
+    /// The account's name, in any case.
+    pub username: &'a str,
+    /// Its password.
+    pub password: String,
+    /// A live refresh token of a device of the account, if the client shows one: of this device, if one is given.
+    pub proof: Option<(&'a str, Option<DeviceId>)>,
+}
+
+/// The account whose name and password these are; otherwise 401, after the same work whether or not the name exists. After
+/// many wrong passwords for one name, from wherever they come, each further try waits its turn: 429.
+pub async fn authenticate(app: &App, client: Payer, claim: Claim<'_>) -> Result<UserId, ApiError> {
+    let Claim { username, password, proof } = claim;
     if username.contains('\0') {
         return Err(ApiError::bad_request("The username must not contain a NUL character"));
     }
     if password.len() > MAX_PASSWORD_BYTES {
         return Err(ApiError::Unauthorized);
     }
-    let found = app.store.credentials(&username.to_ascii_lowercase()).await?;
+    let username = username.to_ascii_lowercase();
+    let (guess, found) = match app.account_limits.guess(&username) {
+        Ok(guess) => (guess, app.store.credentials(&username).await?),
+        Err(wait) => {
+            tell_of_guessing();
+            let Some((token, device)) = proof else { return Err(wait.into()) };
+            let holder = holder_of(app, token).await?;
+            let found = app.store.credentials(&username).await?;
+            let owner = found.as_ref().zip(holder).filter(|(found, holder)| {
+                found.user == holder.user && device.is_none_or(|device| device == holder.device)
+            });
+            let Some((owner, _)) = owner else { return Err(wait.into()) };
+            (app.account_limits.proven_guess(owner.user)?, found)
+        }
+    };
     let (user, hash) = found.map(|found| (found.user, found.password_hash)).unzip();
-    let is_right = app.passwords.verify(password, hash).await?;
-    user.filter(|_| is_right).ok_or(ApiError::Unauthorized)
+    // A password that could not be looked at was no guess.
+    let is_right = match app.passwords.verify(password, hash, client).await {
+        Ok(is_right) => is_right,
+        Err(busy) => {
+            guess.was_right();
+            return Err(busy.into());
+        }
+    };
+    match user.filter(|_| is_right) {
+        Some(user) => {
+            guess.was_right();
+            Ok(user)
+        }
+        None => {
+            app.metrics.passwords_wrong.one(());
+            Err(ApiError::Unauthorized)
+        }
+    }
+}
+
+/// The device whose live refresh token this is. A used or expired one proves nothing.
+async fn holder_of(app: &App, token: &str) -> Result<Option<SessionHolder>, StoreError> {
+    match RefreshToken::parse(token) {
+        Some(token) => app.store.session_holder(&token.family(), &token.secret_hash(), app.clock.now()).await,
+        None => Ok(None),
+    }
+}
+
+/// One line a minute tells the operator. It names nobody.
+fn tell_of_guessing() {
+    static TOLD: Throttle = Throttle::every(Duration::from_mins(1));
+    if TOLD.lets_through() {
+        warn!(
+            "passwords are being guessed: there were so many wrong ones for an account that further tries at it have to \
+             wait (obscura_passwords_wrong_total counts them)"
+        );
+    }
 }
 
 /// A session that is about to begin, or to go on, with a new refresh token.

@@ -1,26 +1,34 @@
 //! Passwords: hashing them and checking them, a few at a time and off the async threads.
 
 use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
 
 use argon2::password_hash::phc::PasswordHash;
 use argon2::{Algorithm, Argon2, Block, Params, Version};
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD_NO_PAD;
 use subtle::ConstantTimeEq;
-use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tracing::error;
 
-use crate::telemetry::metrics::{Held, Metrics};
+use crate::limits::{Amount, Held as Place, Payer, Quota, Rate, Scope, Terms};
+use crate::telemetry::metrics::{Held, Metrics, Refusal};
 
 /// What one hash costs: 19 MiB, two passes, one lane (OWASP's first choice for Argon2id).
 const MEMORY_KIB: u32 = 19 * 1024;
 const PASSES: u32 = 2;
 const LANES: u32 = 1;
 
-/// How many may wait for a processor. At some 25 ms each, those behind would not wait for their answer anyway.
-const MAX_WAITING: usize = 64;
+/// A network (/24, /48) that has had so many wrong passwords at once is no longer served before others …
+const WRONG_AT_ONCE: u32 = 2;
+/// … until they are forgotten, so many in an hour.
+const WRONG_PER_HOUR: u32 = 60;
+/// Requests that may wait for a processor. Networks take turns, so the number of networks that keep it full has to come
+/// near this one before others notice.
+const MAX_WAITING: usize = 1024;
+/// The longest wait for a processor. A client that has waited longer does not wait any more.
+const PATIENCE: Duration = Duration::from_secs(10);
 
-/// Too many passwords are waiting; come again in a second.
+/// Too many passwords are waiting, for this client's network as well; it should come again in a second.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Busy;
 
@@ -31,11 +39,13 @@ pub struct Passwords {
 }
 
 struct Queue {
-    /// One permit for everybody who is in here, hashing or waiting.
-    places: Arc<Semaphore>,
-    /// One permit for each processor, so that no more memory than that is taken at once.
-    processors: Arc<Semaphore>,
-    /// What hashes work in, one for each processor at the most. It is kept, because allocators hand such large pieces
+    /// One for each processor. Networks that wait take turns.
+    processors: Amount,
+    /// Half as many on top, for networks that guess: those that don't never wait behind them.
+    aside: Amount,
+    /// Wrong passwords of each network.
+    wrong: Rate,
+    /// What hashes work in, one for each place at most. It is kept, because allocators hand such large pieces
     /// back late or never when threads take turns with them.
     memory: Mutex<Vec<Memory>>,
     metrics: Metrics,
@@ -49,8 +59,10 @@ impl Passwords {
         let processors = std::thread::available_parallelism().map_or(1, usize::from);
         Self {
             queue: Arc::new(Queue {
-                places: Arc::new(Semaphore::new(processors + MAX_WAITING)),
-                processors: Arc::new(Semaphore::new(processors)),
+                processors: Amount::new(in_turn(processors)),
+                aside: Amount::new(in_turn(processors.div_ceil(2))),
+                wrong: Rate::new(Refusal::PasswordLimit)
+                    .with(Scope::Block, Quota::per_hour_with_burst(WRONG_PER_HOUR, WRONG_AT_ONCE)),
                 memory: Mutex::default(),
                 metrics: metrics.clone(),
             }),
@@ -58,8 +70,8 @@ impl Passwords {
     }
 
     /// The hash of a password, with a salt of its own, in PHC form.
-    pub async fn hash(&self, password: String) -> Result<String, Busy> {
-        self.in_turn(move |memory| {
+    pub async fn hash(&self, password: String, client: Payer) -> Result<String, Busy> {
+        self.in_turn(&self.queue.processors, client, move |memory| {
             let salt: [u8; 16] = rand::random();
             let mut output = [0; Params::DEFAULT_OUTPUT_LEN];
             argon2id(our_costs(), &password, &salt, &mut output, memory).expect("the parameters are valid");
@@ -71,18 +83,26 @@ impl Passwords {
 
     /// Whether the password is the one that was hashed. Without a hash it never is, and finding that out takes the same
     /// work: so the time tells nobody whether an account exists.
-    pub async fn verify(&self, password: String, hash: Option<String>) -> Result<bool, Busy> {
-        self.in_turn(move |memory| match hash {
-            Some(hash) => is_hash_of(&hash, &password, memory),
-            None => {
-                let mut unused = [0; Params::DEFAULT_OUTPUT_LEN];
-                argon2id(our_costs(), &password, b"nobody's account", &mut unused, memory)
-                    .expect("the parameters are valid");
-                std::hint::black_box(unused);
-                false
-            }
-        })
-        .await
+    pub async fn verify(&self, password: String, hash: Option<String>, client: Payer) -> Result<bool, Busy> {
+        // A wrong password is what costs, so a try counts as one until it is known.
+        let is_trusted = self.queue.wrong.take(client).is_ok();
+        let places = if is_trusted { &self.queue.processors } else { &self.queue.aside };
+        let is_right = self
+            .in_turn(places, client, move |memory| match hash {
+                Some(hash) => is_hash_of(&hash, &password, memory),
+                None => {
+                    let mut unused = [0; Params::DEFAULT_OUTPUT_LEN];
+                    argon2id(our_costs(), &password, b"nobody's account", &mut unused, memory)
+                        .expect("the parameters are valid");
+                    std::hint::black_box(unused);
+                    false
+                }
+            })
+            .await;
+        if is_trusted && is_right != Ok(false) {
+            self.queue.wrong.give_back(client);
+        }
+        is_right
     }
 
     /// How many hashes have been computed.
@@ -90,22 +110,23 @@ impl Passwords {
         self.queue.metrics.password_hashes_done.value(())
     }
 
-    /// Runs `work` when a processor is free. Whoever stops waiting gives up the place at once; work that has begun keeps
-    /// its permits to its end, because its memory is taken until then.
+    /// Runs `work` when a processor is free. A caller that stops waiting gives up its place at once; work that has begun
+    /// keeps its processor to its end, because its memory is taken until then.
     async fn in_turn<T: Send + 'static>(
         &self,
+        places: &Amount,
+        client: Payer,
         work: impl FnOnce(&mut Memory) -> T + Send + 'static,
     ) -> Result<T, Busy> {
         let metrics = &self.queue.metrics;
-        let Ok(place) = self.queue.places.clone().try_acquire_owned() else {
+        let held = metrics.password_hashes.hold(());
+        let Ok(processor) = places.take(client, 1, PATIENCE).await else {
             metrics.passwords_refused.one(());
             return Err(Busy);
         };
-        let held = metrics.password_hashes.hold(());
-        let processor = self.queue.processors.clone().acquire_owned().await.expect("the semaphore is never closed");
         let queue = self.queue.clone();
         let done = tokio::task::spawn_blocking(move || {
-            let _permits: ([OwnedSemaphorePermit; 2], Held) = ([processor, place], held);
+            let _counted: (Place, Held) = (processor, held);
             let mut memory = queue.memory().pop().unwrap_or_default();
             let result = work(&mut memory);
             queue.memory().push(memory);
@@ -114,6 +135,12 @@ impl Passwords {
         });
         Ok(done.await.unwrap_or_else(|error| std::panic::resume_unwind(error.into_panic())))
     }
+}
+
+/// Places for which networks take turns.
+fn in_turn(places: usize) -> Terms {
+    let total = u32::try_from(places).unwrap_or(u32::MAX);
+    Terms { max_waiting: MAX_WAITING, turns: Scope::Block, ..Terms::total(total) }
 }
 
 impl Queue {
@@ -170,6 +197,12 @@ mod tests {
 
     const PASSWORD: &str = "correct horse battery staple";
 
+    const CLIENT: Payer = Payer::Exempt;
+
+    fn processors() -> usize {
+        std::thread::available_parallelism().map_or(1, usize::from)
+    }
+
     fn passwords() -> Passwords {
         Passwords::new(&Metrics::unread())
     }
@@ -177,27 +210,33 @@ mod tests {
     #[tokio::test]
     async fn only_the_password_that_was_hashed_is_right() {
         let passwords = passwords();
-        let hash = passwords.hash(PASSWORD.into()).await.unwrap();
+        let hash = passwords.hash(PASSWORD.into(), CLIENT).await.unwrap();
         assert!(hash.starts_with("$argon2id$v=19$m=19456,t=2,p=1$"), "{hash}");
-        assert_eq!(passwords.verify(PASSWORD.into(), Some(hash.clone())).await, Ok(true));
-        assert_eq!(passwords.verify("correct horse battery stable".into(), Some(hash.clone())).await, Ok(false));
-        assert_eq!(passwords.verify(String::new(), Some(hash)).await, Ok(false));
+        assert_eq!(passwords.verify(PASSWORD.into(), Some(hash.clone()), CLIENT).await, Ok(true));
+        assert_eq!(
+            passwords.verify("correct horse battery stable".into(), Some(hash.clone()), CLIENT).await,
+            Ok(false)
+        );
+        assert_eq!(passwords.verify(String::new(), Some(hash), CLIENT).await, Ok(false));
     }
 
     #[tokio::test]
     async fn one_password_has_many_hashes() {
         let passwords = passwords();
-        assert_ne!(passwords.hash(PASSWORD.into()).await.unwrap(), passwords.hash(PASSWORD.into()).await.unwrap());
+        assert_ne!(
+            passwords.hash(PASSWORD.into(), CLIENT).await.unwrap(),
+            passwords.hash(PASSWORD.into(), CLIENT).await.unwrap()
+        );
     }
 
     #[tokio::test]
     async fn without_a_hash_nothing_is_right_after_the_same_work() {
         let passwords = passwords();
-        let hash = passwords.hash(PASSWORD.into()).await.unwrap();
+        let hash = passwords.hash(PASSWORD.into(), CLIENT).await.unwrap();
         assert_eq!(passwords.hashes_done(), 1);
-        passwords.verify(PASSWORD.into(), Some(hash)).await.unwrap();
+        passwords.verify(PASSWORD.into(), Some(hash), CLIENT).await.unwrap();
         assert_eq!(passwords.hashes_done(), 2);
-        assert_eq!(passwords.verify(PASSWORD.into(), None).await, Ok(false));
+        assert_eq!(passwords.verify(PASSWORD.into(), None, CLIENT).await, Ok(false));
         assert_eq!(passwords.hashes_done(), 3);
     }
 
@@ -206,12 +245,12 @@ mod tests {
         let costs = Params::new(1024, 1, 1, None).unwrap();
         let older = Argon2::new(Algorithm::Argon2id, Version::V0x13, costs);
         let hash = older.hash_password(PASSWORD.as_bytes()).unwrap().to_string();
-        assert_eq!(passwords().verify(PASSWORD.into(), Some(hash)).await, Ok(true));
+        assert_eq!(passwords().verify(PASSWORD.into(), Some(hash), CLIENT).await, Ok(true));
     }
 
     #[tokio::test]
     async fn our_hashes_are_what_the_library_itself_makes_and_accepts() {
-        let hash = passwords().hash(PASSWORD.into()).await.unwrap();
+        let hash = passwords().hash(PASSWORD.into(), CLIENT).await.unwrap();
         let parsed = PasswordHash::new(&hash).unwrap();
         assert!(Argon2::default().verify_password(PASSWORD.as_bytes(), &parsed).is_ok());
     }
@@ -219,50 +258,107 @@ mod tests {
     #[tokio::test]
     async fn no_more_memory_is_kept_than_processors_can_use() {
         let passwords = passwords();
-        join_all((0..20).map(|_| passwords.verify(PASSWORD.into(), None))).await;
+        join_all((0..20).map(|_| passwords.verify(PASSWORD.into(), None, CLIENT))).await;
         let kept = passwords.queue.memory().len();
-        assert!((1..=passwords.queue.processors.available_permits()).contains(&kept), "{kept}");
+        assert!((1..=processors() + processors().div_ceil(2)).contains(&kept), "{kept}");
     }
 
     #[tokio::test]
     async fn a_damaged_hash_fits_no_password() {
         for damaged in ["", "nonsense", "$argon2id$v=19$m=19456,t=2,p=1$c2FsdHNhbHQ"] {
-            assert_eq!(passwords().verify(PASSWORD.into(), Some(damaged.into())).await, Ok(false), "{damaged}");
+            assert_eq!(passwords().verify(PASSWORD.into(), Some(damaged.into()), CLIENT).await, Ok(false), "{damaged}");
         }
+    }
+
+    fn network(n: usize) -> Payer {
+        Payer::Address(std::net::Ipv4Addr::new(198, 18, n as u8, 1).into())
+    }
+
+    fn taken(passwords: &Passwords) -> usize {
+        passwords.queue.processors.taken() as usize
     }
 
     #[tokio::test]
     async fn a_full_queue_refuses_at_once_and_recovers() {
         let passwords = passwords();
-        let processors = passwords.queue.processors.available_permits();
-        let (ends, waits): (Vec<_>, Vec<_>) = (0..processors).map(|_| mpsc::channel::<()>()).unzip();
-        let mut running = join_all(waits.into_iter().map(|wait| passwords.in_turn(move |_| wait.recv().is_ok())));
+        let (ends, waits): (Vec<_>, Vec<_>) = (0..processors()).map(|_| mpsc::channel::<()>()).unzip();
+        let mut running = join_all(
+            waits
+                .into_iter()
+                .map(|wait| passwords.in_turn(&passwords.queue.processors, CLIENT, move |_| wait.recv().is_ok())),
+        );
         assert!(poll!(&mut running).is_pending());
-        assert_eq!(passwords.queue.processors.available_permits(), 0);
+        assert_eq!(taken(&passwords), processors());
 
-        let mut waiting = Box::pin(join_all((0..MAX_WAITING).map(|_| passwords.in_turn(|_| ()))));
+        let mut waiting = Box::pin(join_all(
+            (0..MAX_WAITING).map(|_| passwords.in_turn(&passwords.queue.processors, network(1), |_| ())),
+        ));
         assert!(poll!(&mut waiting).is_pending());
-        assert_eq!(passwords.hash(PASSWORD.into()).await, Err(Busy));
-        assert_eq!(passwords.verify(PASSWORD.into(), None).await, Err(Busy));
+        assert_eq!(passwords.hash(PASSWORD.into(), network(1)).await, Err(Busy));
+
+        // The network that fills it makes room for another one.
+        let mut other = Box::pin(passwords.in_turn(&passwords.queue.processors, network(2), |_| "other"));
+        assert!(poll!(&mut other).is_pending());
 
         drop(waiting); // their clients hang up
-        let next = passwords.in_turn(|_| "next");
         ends.iter().for_each(|end| end.send(()).unwrap());
-        assert_eq!(next.await, Ok("next"));
+        assert_eq!(other.await, Ok("other"));
         assert!(running.await.iter().all(|done| *done == Ok(true)));
     }
 
     #[tokio::test]
     async fn work_that_has_begun_keeps_its_memory_counted_though_its_client_is_gone() {
         let passwords = passwords();
-        let processors = passwords.queue.processors.available_permits();
         let (end, wait) = mpsc::channel::<()>();
-        let mut running = Box::pin(passwords.in_turn(move |_| wait.recv().is_ok()));
+        let mut running =
+            Box::pin(passwords.in_turn(&passwords.queue.processors, CLIENT, move |_| wait.recv().is_ok()));
         assert!(poll!(&mut running).is_pending());
         drop(running);
-        assert_eq!(passwords.queue.processors.available_permits(), processors - 1);
+        assert_eq!(taken(&passwords), 1);
         end.send(()).unwrap();
-        let all = passwords.queue.processors.acquire_many(u32::try_from(processors).unwrap()).await;
-        assert!(all.is_ok(), "the permit comes back when the work ends");
+        let all = u32::try_from(processors()).unwrap();
+        let all = passwords.queue.processors.take(CLIENT, all, PATIENCE).await;
+        assert!(all.is_ok(), "the processor is free when the work ends");
+    }
+
+    /// Many networks that ask without a pause make others wait for a few turns, and are served all the same.
+    #[tokio::test(flavor = "multi_thread")]
+    async fn networks_take_turns() {
+        let passwords = passwords();
+        let (end, wait) = mpsc::channel::<()>();
+        let blocked: Vec<_> = (1..processors()).map(|_| passwords.queue.processors.try_take(CLIENT, 1)).collect();
+        let mut first = Box::pin(passwords.in_turn(&passwords.queue.processors, CLIENT, move |_| wait.recv().is_ok()));
+        assert!(poll!(&mut first).is_pending());
+        let order = Arc::new(Mutex::new(Vec::new()));
+        let turn = |n: usize| {
+            let order = order.clone();
+            passwords.in_turn(&passwords.queue.processors, network(n), move |_| order.lock().unwrap().push(n))
+        };
+        // One network asks for fifty, then another one for one.
+        let mut many = Box::pin(join_all((0..50).map(|_| turn(1))));
+        assert!(poll!(&mut many).is_pending());
+        let mut one = Box::pin(turn(2));
+        assert!(poll!(&mut one).is_pending());
+        end.send(()).unwrap();
+        let _ = tokio::join!(first, many, one);
+        let place = order.lock().unwrap().iter().position(|n| *n == 2).unwrap();
+        assert!(place <= 1, "{place}");
+        drop(blocked);
+    }
+
+    #[tokio::test]
+    async fn networks_that_guess_wait_apart_from_those_that_do_not() {
+        let passwords = passwords();
+        let hash = passwords.hash(PASSWORD.into(), CLIENT).await.unwrap();
+        for _ in 0..WRONG_AT_ONCE {
+            assert_eq!(passwords.verify("wrong".into(), Some(hash.clone()), network(1)).await, Ok(false));
+            assert_eq!(passwords.verify(PASSWORD.into(), Some(hash.clone()), network(2)).await, Ok(true));
+        }
+        let all = |places: &Amount, n: usize| places.try_take(CLIENT, u32::try_from(n).unwrap()).unwrap();
+        let _aside = all(&passwords.queue.aside, processors().div_ceil(2));
+        let mut guess = Box::pin(passwords.verify("wrong".into(), Some(hash.clone()), network(1)));
+        assert!(poll!(&mut guess).is_pending());
+        assert_eq!(passwords.verify(PASSWORD.into(), Some(hash), network(2)).await, Ok(true));
+        assert!(poll!(&mut guess).is_pending(), "it waits for its own kind");
     }
 }

@@ -70,6 +70,13 @@ impl Config {
             health: health(&given),
             retention: given.duration("ttl-days"),
             accounts: Accounts {
+                sign_ups_per_hour: given.number("sign-ups-per-hour"),
+                sign_ups_per_address: given.number("sign-ups-per-day-per-address"),
+                sign_ups_per_network: given.number("sign-ups-per-day-per-network"),
+                wrong_passwords_per_hour: given.number("wrong-passwords-per-hour"),
+                wrong_passwords_burst: given.number("wrong-passwords-burst"),
+                uploads_per_second: given.number("upload-rate-limit-per-second"),
+                uploads_burst: given.number("upload-rate-limit-burst"),
                 idle: given.duration("account-idle-days"),
                 unused: given.duration("account-unused-days"),
             },

@@ -4,6 +4,7 @@
 //! share by a [`Scope`]. Stored quantities (bytes of attachments, messages of an inbox) count for the whole deployment
 //! and live in the store. `docs/SECURITY-LIMITS.md` lists every default.
 
+mod accounts;
 mod amounts;
 mod payer;
 mod rates;
@@ -13,6 +14,7 @@ use std::sync::Arc;
 use std::thread::available_parallelism;
 use std::time::Duration;
 
+pub use accounts::AccountLimits;
 pub use amounts::{Amount, Held, NoRoom, Terms};
 pub use payer::{Payer, Scope};
 pub use rates::{Quota, Rate, Wait};

@@ -88,6 +88,13 @@ impl Rate {
         }
         tables().try_for_each(|(table, key)| table.take(key, now).map_err(refuse))
     }
+
+    /// Gives a token back in every scope of this payer, for something that in the end did not count.
+    pub fn give_back(&self, payer: Payer) {
+        for (scope, table) in &self.tables {
+            payer.key(*scope).iter().for_each(|key| table.give_back(*key));
+        }
+    }
 }
 
 /// The buckets of one scope.
@@ -123,6 +130,15 @@ impl Table {
         // Both, so that a payer which has both cells for itself has one burst and not two.
         let [one, other] = self.cells(key).map(take);
         one.or_else(|wait| other.map_err(|other| wait.min(other)))
+    }
+
+    /// A cell that another payer has emptied meanwhile gets a token as well, which does no harm.
+    fn give_back(&self, key: Key) {
+        for cell in self.cells(key) {
+            let back = |full_at: u64| Some(full_at.saturating_sub(self.step));
+            // It always succeeds.
+            let _ = cell.fetch_update(Ordering::Relaxed, Ordering::Relaxed, back);
+        }
     }
 
     /// The same without taking one.

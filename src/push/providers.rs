@@ -4,6 +4,7 @@ mod apns;
 mod endpoints;
 mod fcm;
 mod http;
+mod names;
 mod sealing;
 mod vapid;
 mod webpush;

@@ -173,6 +173,22 @@ impl Store {
         Ok(refreshed)
     }
 
+    /// The device whose current refresh token this is, if it has not expired at `now`. Asking changes nothing.
+    pub async fn session_holder(
+        &self,
+        family: &[u8; 16],
+        secret_hash: &[u8; 32],
+        now: Timestamp,
+    ) -> Result<Option<SessionHolder>> {
+        let statement = "SELECT d.user_id, d.id, d.no, d.tokens_void_to FROM sessions s JOIN devices d ON d.no = s.device_no \
+                         WHERE s.family = $1 AND s.secret_hash = $2 AND s.expires_at > $3";
+        reading!(self, |db| sqlx::query_as(statement)
+            .bind(&family[..])
+            .bind(&secret_hash[..])
+            .bind(now)
+            .fetch_optional(db))
+    }
+
     /// Ends the device's session: its refresh token, its tickets and its push token are forgotten, and its access tokens
     /// that expire at or before the Unix second `void_to` are void. The device, its keys and its queued messages stay.
     pub async fn log_out(&self, no: DeviceNo, void_to: i64) -> Result<()> {

@@ -240,7 +240,11 @@ pub(super) async fn mark(tx: &mut Tx, user: UserId, day: Option<i64>) -> Result<
 
 /// Deletes what belongs to the account and not to a device of it.
 async fn forget_account(tx: &mut Tx, user: UserId) -> Result<()> {
-    for statement in ["DELETE FROM link_sessions WHERE user_id = $1", "DELETE FROM upload_debts WHERE user_id = $1"] {
+    for statement in [
+        "DELETE FROM link_sessions WHERE user_id = $1",
+        "DELETE FROM upload_debts WHERE user_id = $1",
+        "DELETE FROM send_debts WHERE user_id = $1",
+    ] {
         run!(tx, sqlx::query(statement).bind(user))?;
     }
     if matches!(tx, Tx::Postgres(_)) {

@@ -9,18 +9,26 @@ const PAUSE: Duration = Duration::from_secs(10);
 /// Lets one line through in ten seconds. The metrics count the others. It is about the log, which a process has one of;
 /// so it may be a `static`, as nothing else is.
 #[derive(Debug)]
-pub struct Throttle(Mutex<Option<Instant>>);
+pub struct Throttle {
+    last: Mutex<Option<Instant>>,
+    pause: Duration,
+}
 
 impl Throttle {
     /// The first line is let through.
     pub const fn new() -> Self {
-        Self(Mutex::new(None))
+        Self::every(PAUSE)
+    }
+
+    /// The same with this pause between two lines.
+    pub const fn every(pause: Duration) -> Self {
+        Self { last: Mutex::new(None), pause }
     }
 
     /// Whether this line may be logged above `debug`.
     pub fn lets_through(&self) -> bool {
-        let mut last = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        let is_due = last.is_none_or(|at| at.elapsed() >= PAUSE);
+        let mut last = self.last.lock().unwrap_or_else(PoisonError::into_inner);
+        let is_due = last.is_none_or(|at| at.elapsed() >= self.pause);
         if is_due {
             *last = Some(Instant::now());
         }
@@ -42,7 +50,7 @@ mod tests {
     fn of_many_lines_at_once_one_is_let_through() {
         let throttle = Throttle::new();
         assert_eq!((0..1000).filter(|_| throttle.lets_through()).count(), 1);
-        *throttle.0.lock().unwrap() = Instant::now().checked_sub(PAUSE);
+        *throttle.last.lock().unwrap() = Instant::now().checked_sub(PAUSE);
         assert_eq!((0..1000).filter(|_| throttle.lets_through()).count(), 1);
     }
 }

@@ -23,7 +23,7 @@ const MIDDLE: &[(&str, &[&str])] = &[
     ("disk", &[]),
     ("files", &[]),
     ("store", &[]),
-    ("push", &["store", "bus"]),
+    ("push", &["store", "bus", "limits"]),
     ("mailroom", &["store", "bus", "push"]),
 ];
 

@@ -17,7 +17,8 @@ const NO_RATE_LIMITS = [
   ['--rate-limit-per-second', '10000'], ['--rate-limit-burst', '10000'],
   ['--auth-rate-limit-per-second', '10000'], ['--auth-rate-limit-burst', '10000'],
   ['--account-rate-limit-per-second', '0'], ['--target-rate-limit-per-second', '0'], ['--prekey-fetches-per-hour', '0'],
-  ['--one-time-prekeys-per-hour', '0'],
+  ['--one-time-prekeys-per-hour', '0'], ['--sign-ups-per-hour', '0'], ['--sign-ups-per-day-per-address', '0'],
+  ['--sign-ups-per-day-per-network', '0'], ['--wrong-passwords-per-hour', '0'], ['--upload-rate-limit-per-second', '0'],
 ].flat();
 
 /** A running server. `api` and `management` are its two addresses; both change when it is started again. */

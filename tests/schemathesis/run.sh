@@ -70,7 +70,8 @@ env "${variables[@]}" "$server" --server-host 127.0.0.1 --server-port 0 --mgmt-p
   --rate-limit-per-second 100000 --rate-limit-burst 100000 \
   --auth-rate-limit-per-second 100000 --auth-rate-limit-burst 100000 \
   --account-rate-limit-per-second 0 --target-rate-limit-per-second 0 --prekey-fetches-per-hour 0 \
-  --one-time-prekeys-per-hour 0 \
+  --one-time-prekeys-per-hour 0 --sign-ups-per-hour 0 --sign-ups-per-day-per-address 0 \
+  --sign-ups-per-day-per-network 0 --wrong-passwords-per-hour 0 --upload-rate-limit-per-second 0 \
   >"$scratch/stdout" 2>"$scratch/stderr" &
 pid=$!
 

@@ -7,9 +7,12 @@ use ipnet::IpNet;
 use reqwest::Url;
 use reqwest::dns::{Addrs, Name, Resolve, Resolving};
 
+use crate::push::providers::names::Names;
+
 /// Which addresses may be called.
-#[derive(Clone, Debug)]
+#[derive(Clone)]
 pub(super) struct Allowed {
+    names: Names,
     /// Called though they are not public.
     networks: Vec<IpNet>,
 }
@@ -27,8 +30,8 @@ pub(super) struct Endpoint {
 struct NotPublic;
 
 impl Allowed {
-    pub(super) fn new(networks: Vec<IpNet>) -> Self {
-        Self { networks }
+    pub(super) fn new(networks: Vec<IpNet>, names: Names) -> Self {
+        Self { names, networks }
     }
 
     /// Reads an endpoint; `None` if it may not be called.
@@ -53,10 +56,10 @@ impl Allowed {
     }
 
     async fn resolve(&self, name: &str) -> Result<Addrs, Box<dyn std::error::Error + Send + Sync>> {
-        let found: Vec<SocketAddr> = tokio::net::lookup_host((name, 0)).await?.collect();
-        if found.iter().all(|address| self.has(address.ip())) {
+        let found = self.names.addresses(name).await?;
+        if found.iter().all(|address| self.has(*address)) {
             // The connection is made to one of these and to nothing else.
-            Ok(Box::new(found.into_iter()))
+            Ok(Box::new(found.into_iter().map(|address| SocketAddr::new(address, 0))))
         } else {
             Err(NotPublic.into())
         }
@@ -113,7 +116,7 @@ mod tests {
 
     #[test]
     fn only_https_to_public_addresses_is_called() {
-        let allowed = Allowed::new(Vec::new());
+        let allowed = Allowed::new(Vec::new(), Names::of_the_system());
         for good in
             ["https://push.example/a?b=c", "https://8.8.8.8/x", "https://[2606:4700::1111]:8443/", "https://a:444"]
         {
@@ -152,14 +155,14 @@ mod tests {
 
     #[tokio::test]
     async fn a_name_is_called_only_if_all_its_addresses_may_be() {
-        assert!(Allowed::new(Vec::new()).resolve("localhost").await.is_err());
+        assert!(Allowed::new(Vec::new(), Names::of_the_system()).resolve("localhost").await.is_err());
         let loopback = ["127.0.0.0/8", "::1/128"].map(|network| network.parse().unwrap()).to_vec();
-        assert!(Allowed::new(loopback).resolve("localhost").await.is_ok());
+        assert!(Allowed::new(loopback, Names::of_the_system()).resolve("localhost").await.is_ok());
     }
 
     #[test]
     fn a_network_may_be_allowed() {
-        let allowed = Allowed::new(vec!["10.1.0.0/16".parse().unwrap()]);
+        let allowed = Allowed::new(vec!["10.1.0.0/16".parse().unwrap()], Names::of_the_system());
         assert!(allowed.endpoint("https://10.1.2.3/").is_some() && allowed.endpoint("https://10.2.2.3/").is_none());
     }
 }

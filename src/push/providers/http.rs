@@ -1,6 +1,7 @@
 //! How providers are called: without redirects, with a limit for the time and for what is read of the answer.
 
 use std::path::Path;
+use std::sync::Arc;
 use std::time::{Duration, UNIX_EPOCH};
 
 use reqwest::header::{HeaderMap, RETRY_AFTER};
@@ -9,6 +10,7 @@ use reqwest::{Certificate, Client, ClientBuilder, Response};
 
 use crate::clock::Timestamp;
 use crate::push::PushError;
+use crate::push::providers::names::Names;
 
 /// One call, from its start to the end of the answer.
 pub(super) const TIMEOUT: Duration = Duration::from_secs(10);
@@ -23,6 +25,8 @@ pub(super) fn client(ca_file: Option<&Path>) -> Result<ClientBuilder, PushError>
     let mut builder = Client::builder()
         // A proxy would look names up itself, and what is allowed to be called would no longer be ours to say.
         .no_proxy()
+        // Web Push replaces it by one that looks at the addresses.
+        .dns_resolver(Arc::new(Names::of_the_system()))
         .redirect(Policy::none())
         .connect_timeout(CONNECT_TIMEOUT)
         .timeout(TIMEOUT)

@@ -11,6 +11,7 @@ use crate::config::Config;
 use crate::model::push::Subscription;
 use crate::push::PushError;
 use crate::push::providers::endpoints::Allowed;
+use crate::push::providers::names::Names;
 use crate::push::providers::vapid::VapidKey;
 use crate::push::providers::{Pushed, http, sealing};
 
@@ -29,7 +30,7 @@ pub struct WebPush {
 
 impl WebPush {
     pub(super) fn open(config: &Config, clock: &Clock, key: VapidKey) -> Result<Self, PushError> {
-        let allowed = Allowed::new(config.web_push.allowed_networks.clone());
+        let allowed = Allowed::new(config.web_push.allowed_networks.clone(), Names::of_the_system());
         let client = http::client(config.web_push.ca_file.as_deref())?
             .https_only(true)
             .pool_max_idle_per_host(2)

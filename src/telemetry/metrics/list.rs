@@ -86,6 +86,8 @@ metrics! {
             "Passwords that are being hashed, or wait for a processor.",
         password_hashes_done: Counter = "obscura.passwords.hashes" "{hash}"
             "Passwords hashed or checked.",
+        passwords_wrong: Counter = "obscura.passwords.wrong" "{password}"
+            "Passwords that were wrong, for accounts that exist or not.",
         passwords_refused: Counter = "obscura.passwords.refused" "{hash}"
             "Passwords turned away, because too many waited.",
     }

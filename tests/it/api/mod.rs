@@ -8,6 +8,7 @@ mod conventions;
 mod devices;
 mod early;
 mod inbox;
+mod intake;
 mod keys;
 mod limits;
 mod link_proofs;

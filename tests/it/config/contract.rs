@@ -95,6 +95,13 @@ pub const OURS: &str = "\
 --jwt-secret-previous OBSCURA_AUTH_JWT_SECRET_PREVIOUS -
 --account-idle-days OBSCURA_ACCOUNT_IDLE_DAYS 0
 --account-unused-days OBSCURA_ACCOUNT_UNUSED_DAYS 30
+--sign-ups-per-hour OBSCURA_RATE_LIMIT_SIGN_UPS_PER_HOUR 1000
+--sign-ups-per-day-per-address OBSCURA_RATE_LIMIT_SIGN_UPS_PER_DAY_PER_ADDRESS 50
+--sign-ups-per-day-per-network OBSCURA_RATE_LIMIT_SIGN_UPS_PER_DAY_PER_NETWORK 200
+--wrong-passwords-per-hour OBSCURA_RATE_LIMIT_WRONG_PASSWORDS_PER_HOUR 60
+--wrong-passwords-burst OBSCURA_RATE_LIMIT_WRONG_PASSWORDS_BURST 10
+--upload-rate-limit-per-second OBSCURA_RATE_LIMIT_UPLOADS_PER_SECOND 5
+--upload-rate-limit-burst OBSCURA_RATE_LIMIT_UPLOADS_BURST 300
 --attachment-quota-bytes OBSCURA_ATTACHMENT_QUOTA_BYTES 1073741824
 --account-rate-limit-per-second OBSCURA_RATE_LIMIT_ACCOUNT_PER_SECOND 30
 --account-rate-limit-burst OBSCURA_RATE_LIMIT_ACCOUNT_BURST 300

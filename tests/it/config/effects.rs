@@ -115,6 +115,13 @@ static EFFECTS: &[Effect] = &[
     both("prekey-fetches-per-hour", &["api/account_limits.rs:nobody_drains_the_prekeys_of_another"]),
     both("one-time-prekeys-per-hour", &["src/limits/tests.rs:all_askers_share_the_one_time_prekeys_of_an_account"]),
     both("one-time-prekeys-burst", &["api/account_limits.rs:many_askers_do_not_drain_the_one_time_prekeys_of_an_account"]),
+    both("sign-ups-per-hour", &["src/limits/accounts.rs:sign_ups_have_a_share_for_each_address_and_network_and_a_total"]),
+    both("sign-ups-per-day-per-address", &["api/intake.rs:sign_ups_from_one_address_and_its_neighbours_have_a_limit_and_others_go_on"]),
+    both("sign-ups-per-day-per-network", &["api/intake.rs:sign_ups_from_one_address_and_its_neighbours_have_a_limit_and_others_go_on"]),
+    both("wrong-passwords-per-hour", &["src/limits/accounts.rs:wrong_passwords_slow_an_account_and_right_ones_cost_nothing"]),
+    both("wrong-passwords-burst", &["api/intake.rs:guesses_at_one_account_are_slowed_whether_or_not_it_exists"]),
+    both("upload-rate-limit-per-second", &["src/limits/accounts.rs:uploads_of_an_account_have_a_rate_and_a_number_under_way"]),
+    both("upload-rate-limit-burst", &["api/intake.rs:an_album_of_a_hundred_pictures_passes_and_a_flood_of_uploads_does_not"]),
 
     Effect {
         option: "db-timeout-ms",

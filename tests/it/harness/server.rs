@@ -171,6 +171,11 @@ fn make_testable(config: &mut Config) {
     config.rate_limits.burst = 1_000_000;
     config.rate_limits.auth_per_second = 1_000_000;
     config.rate_limits.auth_burst = 1_000_000;
+    config.accounts.sign_ups_per_hour = 0;
+    config.accounts.sign_ups_per_address = 0;
+    config.accounts.sign_ups_per_network = 0;
+    config.accounts.wrong_passwords_per_hour = 0;
+    config.accounts.uploads_per_second = 0;
     config.account_rates.per_second = 0;
     config.account_rates.target_per_second = 0;
     config.account_rates.bundles_per_hour = 0;

@@ -343,3 +343,18 @@ async fn the_end_of_a_session_voids_every_token_ever_issued_though_the_clock_or_
     store.log_out(alice.no, VOID_TO).await.unwrap();
     assert_eq!(store.epoch(alice.no).await.unwrap(), Some(VOID_TO + 86_402), "past the token that the log-in gave");
 }
+
+#[tokio::test]
+async fn a_session_is_held_by_the_device_whose_current_refresh_token_it_is() {
+    let (store, now) = (TestStore::open().await, NOW);
+    let alice = store.account().await;
+    let session = alice.account.session;
+    let holder = async |family, secret, now| store.session_holder(&family, &secret, now).await.unwrap();
+    let held = holder(session.family, session.secret_hash, now).await.unwrap();
+    assert_eq!((held.user, held.device, held.no), (alice.user, alice.device, alice.no));
+    assert_eq!(holder(session.family, [7; 32], now).await, None, "another secret");
+    assert_eq!(holder([7; 16], session.secret_hash, now).await, None, "another family");
+    assert_eq!(holder(session.family, session.secret_hash, session.expires_at).await, None, "expired");
+    store.log_out(alice.no, 0).await.unwrap();
+    assert_eq!(holder(session.family, session.secret_hash, now).await, None, "logged out");
+}

@@ -106,11 +106,11 @@ async fn an_account_that_goes_takes_everything_of_its_own_along_and_its_name_is_
     let store = TestStore::open().await;
     store.service_day(1).await.unwrap();
     let (gone, stays) = (store.account().await, store.account().await);
+    log_in(&store, &stays).await;
     for person in [&gone, &stays] {
         store.open_link(person.user, &rand::random(), NOW + Duration::from_mins(10), NOW).await.unwrap();
         assert!(store.issue_ticket(ticket(person.no)).await.unwrap());
     }
-    log_in(&store, &stays).await;
     let database = store.database().await;
     let tables = ["users", "devices", "device_keys", "sessions", "link_sessions", "gateway_tickets"];
     let removed = store.remove_disused(gone.user, before(1, 2)).await.unwrap();

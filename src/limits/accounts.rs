@@ -1,0 +1,162 @@
+//! Budgets for what makes accounts, opens them and fills their storage.
+
+use std::time::Duration;
+
+use crate::config;
+use crate::limits::{Amount, Held, Payer, Quota, Rate, Scope, Terms, Wait};
+use crate::model::ids::UserId;
+use crate::telemetry::metrics::Refusal;
+
+/// Uploads of all accounts together that may begin in a second …
+const UPLOADS_PER_SECOND: u32 = 500;
+/// … and at once.
+const UPLOADS_AT_ONCE: u32 = 2000;
+/// Uploads that may be under way at a time, in all …
+const UPLOADS_UNDER_WAY: u32 = 1024;
+/// … and of one account.
+const UPLOADS_OF_ACCOUNT: u32 = 64;
+/// When an account whose uploads are all under way should come again.
+const UPLOAD_WAIT: Duration = Duration::from_secs(1);
+
+/// The budgets of this node for sign-ups, passwords and uploads.
+pub struct AccountLimits {
+    sign_ups: Rate,
+    guesses: Rate,
+    proven_guesses: Rate,
+    uploads: Rate,
+    under_way: Amount,
+}
+
+impl AccountLimits {
+    /// Full buckets, and all amounts free. A rate of zero is no limit.
+    pub fn new(config: &config::Accounts) -> Self {
+        let sign_ups = Rate::new(Refusal::SignUpLimit)
+            .with(Scope::Own, Quota::per_day(config.sign_ups_per_address))
+            .with(Scope::Block, Quota::per_day(config.sign_ups_per_network))
+            .with(Scope::All, Quota::per_hour(config.sign_ups_per_hour));
+        let guesses = || {
+            let quota = Quota::per_hour_with_burst(config.wrong_passwords_per_hour, config.wrong_passwords_burst);
+            Rate::new(Refusal::PasswordLimit).with(Scope::Own, quota)
+        };
+        let uploads = Quota::per_second(config.uploads_per_second, config.uploads_burst);
+        let all = uploads.and(Quota::per_second(UPLOADS_PER_SECOND, UPLOADS_AT_ONCE));
+        let under_way = Terms { shares: vec![(Scope::Own, UPLOADS_OF_ACCOUNT)], ..Terms::total(UPLOADS_UNDER_WAY) };
+        Self {
+            sign_ups,
+            guesses: guesses(),
+            proven_guesses: guesses(),
+            uploads: Rate::new(Refusal::UploadRate).with(Scope::Own, uploads).with(Scope::All, all),
+            under_way: Amount::new(under_way),
+        }
+    }
+
+    /// Takes a sign-up from a client's address.
+    pub fn sign_up(&self, client: Payer) -> Result<(), Wait> {
+        self.sign_ups.take(client)
+    }
+
+    /// Takes a try at the password of the account with this name, which may not exist. Give it back if it was right.
+    pub fn guess(&self, username: &str) -> Result<Guess<'_>, Wait> {
+        Guess::take(&self.guesses, Payer::named(username))
+    }
+
+    /// The same for a client that has proven to hold a refresh token of the account. Others can't use this one up.
+    pub fn proven_guess(&self, account: UserId) -> Result<Guess<'_>, Wait> {
+        Guess::take(&self.proven_guesses, Payer::Account(account))
+    }
+
+    /// Takes an upload of this account, which is under way for as long as the answer is held.
+    pub fn upload(&self, account: UserId) -> Result<Held, Wait> {
+        let payer = Payer::Account(account);
+        let held = self.under_way.try_take(payer, 1).ok_or(Wait(UPLOAD_WAIT, Refusal::UploadRate))?;
+        self.uploads.take(payer)?;
+        Ok(held)
+    }
+}
+
+/// A try at a password. It counts as a wrong one unless [`Guess::was_right`] says otherwise.
+pub struct Guess<'a> {
+    rate: &'a Rate,
+    payer: Payer,
+}
+
+impl<'a> Guess<'a> {
+    fn take(rate: &'a Rate, payer: Payer) -> Result<Self, Wait> {
+        rate.take(payer)?;
+        Ok(Self { rate, payer })
+    }
+
+    /// The password was right, or nothing was learnt about it: the try costs nothing.
+    pub fn was_right(self) {
+        self.rate.give_back(self.payer);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn config() -> config::Accounts {
+        config::Accounts {
+            idle: Duration::ZERO,
+            unused: Duration::ZERO,
+            sign_ups_per_hour: 8,
+            sign_ups_per_address: 2,
+            sign_ups_per_network: 4,
+            wrong_passwords_per_hour: 60,
+            wrong_passwords_burst: 3,
+            uploads_per_second: 1,
+            uploads_burst: 5,
+        }
+    }
+
+    fn sign_ups(limits: &AccountLimits, addresses: impl Iterator<Item = String>) -> usize {
+        addresses.filter(|address| limits.sign_up(Payer::Address(address.parse().unwrap())).is_ok()).count()
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn sign_ups_have_a_share_for_each_address_and_network_and_a_total() {
+        let limits = AccountLimits::new(&config());
+        assert_eq!(sign_ups(&limits, (0..5).map(|_| "192.0.2.1".into())), 2);
+        assert_eq!(sign_ups(&limits, (2..20).map(|n| format!("192.0.2.{n}"))), 2, "what the /24 has left");
+        assert_eq!(
+            sign_ups(&limits, (0..20).map(|n| format!("2001:db8:0:{n:x}::1"))),
+            4,
+            "a /48, by neighbouring /64s"
+        );
+        assert_eq!(sign_ups(&limits, (0..20).map(|n| format!("198.51.{n}.1"))), 0, "the total is used up");
+        let Err(Wait(wait, Refusal::SignUpLimit)) = limits.sign_up(Payer::Address("198.51.100.1".parse().unwrap()))
+        else {
+            panic!("it is used up")
+        };
+        tokio::time::advance(wait).await;
+        assert_eq!(sign_ups(&limits, (0..5).map(|_| "198.51.100.1".into())), 1, "waiting as long as told suffices");
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn wrong_passwords_slow_an_account_and_right_ones_cost_nothing() {
+        let limits = AccountLimits::new(&config());
+        (0..100).for_each(|_| limits.guess("alice").unwrap().was_right());
+        let wrong = |name| (0..100).filter(|_| limits.guess(name).is_ok()).count();
+        assert_eq!((wrong("alice"), wrong("nobody")), (3, 3));
+        let Err(Wait(wait, _)) = limits.guess("alice") else { panic!("it is used up") };
+        assert_eq!(wait, Duration::from_mins(1));
+        let alice = UserId::random();
+        limits.proven_guess(alice).unwrap().was_right();
+        assert_eq!((0..100).filter(|_| limits.proven_guess(alice).is_ok()).count(), 3, "not without end either");
+        tokio::time::advance(wait).await;
+        assert_eq!(wrong("alice"), 1);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn uploads_of_an_account_have_a_rate_and_a_number_under_way() {
+        let limits = AccountLimits::new(&config());
+        let (busy, other) = (UserId::random(), UserId::random());
+        assert_eq!((0..50).filter(|_| limits.upload(busy).is_ok()).count(), 5);
+        limits.upload(other).unwrap();
+        let limits = AccountLimits::new(&config::Accounts { uploads_per_second: 0, ..config() });
+        let held: Vec<_> = (0..100).filter_map(|_| limits.upload(busy).ok()).collect();
+        assert_eq!(held.len(), UPLOADS_OF_ACCOUNT as usize);
+        limits.upload(other).unwrap();
+    }
+}
