@@ -63,6 +63,21 @@ const TOLERANCE: Duration = Duration::from_hours(1);
 /// rest or a wrong clock, and only the operator knows which.
 const REST: Duration = Duration::from_hours(24);
 
+/// What time it is when that may be in doubt. One that is made from a timestamp is in none.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Moment {
+    /// See [`Clock::earliest`].
+    pub earliest: Timestamp,
+    /// See [`Clock::latest`].
+    pub latest: Timestamp,
+}
+
+impl From<Timestamp> for Moment {
+    fn from(now: Timestamp) -> Self {
+        Self { earliest: now, latest: now }
+    }
+}
+
 /// The wall clock, and a time that can be trusted when it jumps. Cloning gives the same clock.
 ///
 /// The machine's clock can be set to anything at any moment. Its monotonic clock can't, so the two are compared at each look.
@@ -105,16 +120,24 @@ impl Clock {
         if differ(wall, trusted) { trusted } else { wall }
     }
 
+    /// The earliest and the latest that it may be, for what judges ages and is born at once.
+    pub fn moment(&self) -> Moment {
+        let (wall, trusted) = self.both();
+        if differ(wall, trusted) {
+            Moment { earliest: wall.min(trusted), latest: wall.max(trusted) }
+        } else {
+            wall.into()
+        }
+    }
+
     /// The earliest that it may be. For the question whether something is old enough to be deleted or hidden.
     pub fn earliest(&self) -> Timestamp {
-        let (wall, trusted) = self.both();
-        if differ(wall, trusted) { wall.min(trusted) } else { wall }
+        self.moment().earliest
     }
 
     /// The latest that it may be. For the birth of what is deleted by its age, and for the end of what lives for days.
     pub fn latest(&self) -> Timestamp {
-        let (wall, trusted) = self.both();
-        if differ(wall, trusted) { wall.max(trusted) } else { wall }
+        self.moment().latest
     }
 
     /// The wall clock as it stands. For the clocks of others, such as the push providers'.

@@ -260,7 +260,7 @@ impl Worker {
         self.metrics.group_size.number(Content::Sends, group.sends.len());
         self.metrics.group_size.number(Content::Acks, group.acks.len());
         let (store, traces, now, began) =
-            (self.store.clone(), self.traces.clone(), self.clock.latest(), Instant::now());
+            (self.store.clone(), self.traces.clone(), self.clock.moment(), Instant::now());
         async move {
             let span = group.traced(&traces);
             let outcome = span.attempt(store.settle(&group.sends, &group.acks, now)).await;

@@ -12,7 +12,7 @@ use std::time::Duration;
 
 use tokio::time::Instant;
 
-use crate::clock::Timestamp;
+use crate::clock::{Moment, Timestamp};
 use crate::model::ids::{DeviceNo, IdempotencyKey, MessageId, Position, UserId};
 use crate::model::mail::{Outcome, Outgoing, Replay, Sent, Shortage};
 use crate::store::database::{Database, reading};
@@ -118,7 +118,8 @@ impl Store {
         }
     }
 
-    /// Deletes acknowledged messages and queues new ones, all in one transaction, in the order given. Durable when it
+    /// Deletes acknowledged messages and queues new ones, all in one transaction, in the order given. What was sent before is
+    /// found until the earliest time says that it is too old; what is new is received at the latest. Durable when it
     /// returns. Each send is judged by itself; repeats of a send within one group are found as well.
     ///
     /// `None` for a send that has to come again with a later group, so that the others need not wait for it: somebody
@@ -128,8 +129,9 @@ impl Store {
         &self,
         sends: &[Outgoing],
         acks: &[(DeviceNo, Position)],
-        now: Timestamp,
+        now: impl Into<Moment>,
     ) -> Result<Vec<Option<Sent>>> {
+        let now = now.into();
         // Whoever held the last group up is likely to hold this one up too.
         let mut locking = if self.was_held_up() { Locking::PassOver } else { Locking::Wait };
         for _ in 1..ATTEMPTS {
@@ -171,7 +173,7 @@ impl Store {
         &self,
         sends: &[Outgoing],
         acks: &[(DeviceNo, Position)],
-        now: Timestamp,
+        now: Moment,
         locking: Locking,
     ) -> Result<Option<Vec<Option<Sent>>>> {
         let settled = match &self.database {

@@ -4,8 +4,9 @@
 use std::time::Duration;
 
 use serde_json::json;
+use uuid::Uuid;
 
-use crate::harness::{Binary, Database, Device, TestServer, deployment, eventually};
+use crate::harness::{Binary, Database, Device, TestServer, deployment, eventually, send_request};
 
 const DAY: Duration = Duration::from_hours(24);
 const FORTY_DAYS_MILLIS: i64 = 40 * 24 * 60 * 60 * 1000;
@@ -83,11 +84,21 @@ async fn a_clock_that_is_forty_days_wrong_for_a_while_deletes_nothing_hides_noth
         let (alice, bob) = (server.account().await, server.account().await);
         alice.send_to(&bob, "before").await;
         let before = upload(&alice).await;
+        let (key, request) = (Uuid::new_v4(), send_request(&[(&bob, b"acknowledged")]));
+        alice.post_messages(key, &request).await.expect(200);
+        let mut socket = bob.connect().await;
+        let mail = socket.messages(2).await;
+        socket.ack(&mail[1..]).await;
+        let database = server.database().await;
+        eventually("the ack to be written", async || database.queued(&bob).await == 1).await;
+        drop(socket);
 
         server.clock.set_wrong(wrong);
         swept(&server).await;
         assert_eq!(download(&bob, &before).await, 200);
         bob.connect().await.expect_message("before").await;
+        alice.post_messages(key, &request).await.expect(200);
+        assert_eq!(database.queued(&bob).await, 1, "a repeated key acts twice");
         // Tokens of before are good, and those of now too.
         alice.request("GET", "/v1/devices").send().await.expect(200);
         let alice = refreshed(&alice).await;

@@ -10,7 +10,7 @@ mod rows;
 use std::collections::{HashMap, HashSet};
 use std::time::Duration;
 
-use crate::clock::Timestamp;
+use crate::clock::{Moment, Timestamp};
 use crate::model::ids::{DeviceId, DeviceNo, IdempotencyKey, MessageId, Position, UserId};
 use crate::model::mail::{Outgoing, Sent};
 use crate::store::database::{PostgresTx, timely};
@@ -119,7 +119,7 @@ impl Store {
         postgres: &PostgresStore,
         sends: &[Outgoing],
         acks: &[(DeviceNo, Position)],
-        now: Timestamp,
+        now: Moment,
         locking: Locking,
     ) -> Result<Option<(Vec<Option<Sent>>, Tally)>> {
         let mut tx = Span::within("store.begin").attempt(postgres.begin_group()).await?;
@@ -137,7 +137,7 @@ impl Store {
         tx: &mut PostgresTx,
         sends: &[Outgoing],
         acks: &[(DeviceNo, Position)],
-        now: Timestamp,
+        Moment { earliest, latest: now }: Moment,
         locking: Locking,
     ) -> Result<Option<(Vec<Option<Sent>>, Tally)>> {
         let mut tally = Tally::default();
@@ -152,7 +152,7 @@ impl Store {
         let row = |user: UserId| locked.get(&user).filter(|row| self.rooms.is_over_half(row.now));
         let is_unsure = |user: &UserId| row(*user).is_some_and(|row| !self.rooms.knows(*user, row.before));
         let later = left_for_later(sends, &locked, is_unsure, locking);
-        let (found, blocks) = tx.ask(sends, now - lifetime).await?;
+        let (found, blocks) = tx.ask(sends, earliest - lifetime).await?;
         let is_later = |mail: &Outgoing| later.contains(&(mail.sender.no, mail.key));
         let cases = send::cases(sends, &found, is_later);
         let coming = send::candidates(sends, &cases);

@@ -10,7 +10,7 @@ use sqlx::query::Query;
 use sqlx::sqlite::{SqliteArguments, SqliteRow};
 use sqlx::{FromRow, Row, Sqlite};
 
-use crate::clock::Timestamp;
+use crate::clock::{Moment, Timestamp};
 use crate::model::ids::{DeviceId, DeviceNo, Position, UserId};
 use crate::model::mail::{Outgoing, Sent};
 use crate::store::notices::{self, Unread};
@@ -73,7 +73,7 @@ impl Store {
         sqlite: &SqliteStore,
         sends: &[Outgoing],
         acks: &[(DeviceNo, Position)],
-        now: Timestamp,
+        Moment { earliest, latest: now }: Moment,
     ) -> Result<(Vec<Option<Sent>>, Tally)> {
         let mut tx = Span::within("store.begin").attempt(sqlite.unbegun()).await?;
         if sends.is_empty() {
@@ -82,7 +82,7 @@ impl Store {
             return Ok((Vec::new(), Tally { acked: deleted.changed, ..Tally::default() }));
         }
         let lifetime = self.limits.idempotency_lifetime;
-        let question = tx.run(question(sends, acks, now - lifetime));
+        let question = tx.run(question(sends, acks, earliest - lifetime));
         let [_begun, deleted, known, devices] = Span::within("store.write").attempt(question).await?;
         let mut tally = Tally { acked: deleted.changed, ..Tally::default() };
         let found = Found { known: outcomes_of(&known.rows)?, devices: devices_of(&devices.rows)? };
