@@ -328,7 +328,6 @@ impl Session {
             let asked_now = now.checked_sub(self.app.config.gateway.ping_interval).unwrap_or(now);
             self.last_heard = self.last_heard.max(asked_now);
             self.ping_due = now;
-            return None;
         }
         if self.pipe.is_writing() && self.moving_due <= now {
             self.moving_due = now + self.moving_step();
