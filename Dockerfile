@@ -45,6 +45,8 @@ COPY --from=build --chown=65532:65532 /data /data
 # Embedded mode, unless this is set to nothing. A variable and no argument, so that commands such as `after-restore` and
 # the health check hear of it too.
 ENV OBSCURA_DATA_DIR=/data
+# Within the container's own network; what is published of it says `docker run` or the compose file.
+ENV OBSCURA_SERVER_MGMT_HOST=0.0.0.0
 VOLUME /data
 EXPOSE 3000 9090
 # `nonroot`, by its number, so that Kubernetes can see that it is not root.

@@ -18,7 +18,7 @@ use crate::auth::tokens::Tokens;
 use crate::blobs::Blobs;
 use crate::bus::Bus;
 use crate::clock::{Clock, EARLIEST};
-use crate::config::{self, Config};
+use crate::config::Config;
 use crate::disk::{Disk, reserve};
 use crate::files::{self, Files, Lock};
 use crate::limits::{AccountLimits, Limits};
@@ -33,6 +33,10 @@ use crate::telemetry::metrics::{Metrics, Port};
 
 /// Connections to the management port: a few probes, never the public.
 const MANAGEMENT_CONNECTIONS: usize = 64;
+/// Those of one address.
+const MANAGEMENT_CONNECTIONS_OF_ADDRESS: usize = 16;
+/// How long a probe may take to say what it asks for, at most.
+const MANAGEMENT_PATIENCE: Duration = Duration::from_secs(10);
 /// How long a server whose files are lost still answers, so that clients get a 503 and probes see why.
 const LAST_ANSWERS: Duration = Duration::from_secs(5);
 /// The first pause before a database that isn't there is tried again; it doubles up to [`LONGEST_WAIT`].
@@ -94,8 +98,8 @@ impl Server {
             Some(file) => Some(files::lock(file, config.data_dir.as_deref()).await?),
             None => None,
         };
-        let api = claim(&config.server, config.server.port)?;
-        let management = listen(claim(&config.server, config.server.management_port)?)?;
+        let api = claim(SocketAddr::new(config.server.host, config.server.port))?;
+        let management = listen(claim(SocketAddr::new(config.server.management_host, config.server.management_port))?)?;
         let (api_address, management_address) = (api.local_addr()?, management.local_addr()?);
         let (health, owners) = (Health::new(&config.health), Owners::default());
         serve_probes(management, &health, &telemetry, &config, &owners.probes);
@@ -259,6 +263,12 @@ async fn open(
 
 async fn serve_clients(app: &App, api: TcpSocket) -> Result<()> {
     let server = &app.config.server;
+    if server.trusts_private_networks_by_default() {
+        info!(
+            "the client addresses that peers in private networks forward (X-Forwarded-For) are believed, as of a reverse \
+             proxy; if other clients connect from such networks, set --trusted-proxies to the proxy's address alone"
+        );
+    }
     let connections = Connections::new(
         listener::connections_that_fit(server.max_connections),
         server.max_connections_per_address,
@@ -283,14 +293,15 @@ async fn serve_clients(app: &App, api: TcpSocket) -> Result<()> {
 
 fn serve_probes(management: TcpListener, health: &Health, telemetry: &Telemetry, config: &Config, probes: &Tasks) {
     let router = management::router(health.clone(), telemetry.metrics.clone());
-    let few = Connections::new(MANAGEMENT_CONNECTIONS, MANAGEMENT_CONNECTIONS, None);
+    let few = Connections::new(MANAGEMENT_CONNECTIONS, MANAGEMENT_CONNECTIONS_OF_ADDRESS, None);
+    let patience = Patience { head: config.server.header_timeout.min(MANAGEMENT_PATIENCE), ..patience(config) };
     probes.spawn(
         "management",
         listener::serve(
             management,
             router,
             few,
-            patience(config),
+            patience,
             (Port::Management, telemetry.metrics.clone()),
             probes.clone(),
         ),
@@ -302,8 +313,7 @@ fn patience(config: &Config) -> Patience {
 }
 
 /// Takes a port without listening yet: whoever connects to it is refused at once.
-fn claim(config: &config::Server, port: u16) -> Result<TcpSocket> {
-    let address = SocketAddr::new(config.host, port);
+fn claim(address: SocketAddr) -> Result<TcpSocket> {
     let socket = if address.is_ipv4() { TcpSocket::new_v4() } else { TcpSocket::new_v6() }?;
     // A port whose last connections are still fading away may be used again.
     socket.set_reuseaddr(true)?;

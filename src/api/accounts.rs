@@ -51,11 +51,12 @@ pub async fn register(
     let (username, password, _, keys) = request.into_parts();
     let username = checked_username(&username)?;
     check_password(&password)?;
-    let keys = keys.check(app.config.prekeys.max).await?;
-    // A name that is taken now will be taken after the costly hash, too.
+    let keys = keys.read(app.config.prekeys.max)?;
+    // A name that is taken now will be taken after the costly checks, too.
     if app.store.credentials(&username).await?.is_some() {
         return Err(username_taken());
     }
+    let keys = keys.check_pq(&app.limits, client).await?;
     app.disk.check_growth()?;
     app.account_limits.sign_up(client)?;
     let password_hash = app.passwords.hash(password, client).await?;
@@ -81,9 +82,10 @@ pub async fn reset(
     Json(request): Json<AccountRequest>,
 ) -> Result<axum::Json<AuthResponse>, ApiError> {
     let (username, password, proof, keys) = request.into_parts();
-    let keys = keys.check(app.config.prekeys.max).await?;
+    let keys = keys.read(app.config.prekeys.max)?;
     let proof = proof.as_deref().map(|token| (token, None));
     let user = authenticate(&app, client, Claim { username: &username, password, proof }).await?;
+    let keys = keys.check_pq(&app.limits, client).await?;
     app.tasks
         .clone()
         .finish(async move {

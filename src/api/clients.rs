@@ -1,10 +1,12 @@
 //! The client of a request: which address counts, and what the request costs before anything else is looked at.
 
 use std::net::{IpAddr, SocketAddr};
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
 
 use axum::extract::{ConnectInfo, Request, State};
-use axum::http::HeaderMap;
+use axum::http::{HeaderMap, StatusCode};
 use axum::middleware::Next;
 use axum::response::{IntoResponse, Response};
 use tracing::{error, warn};
@@ -12,9 +14,16 @@ use tracing::{error, warn};
 use crate::api::error::ApiError;
 use crate::app::App;
 use crate::config::Server;
+use crate::gateway::Progress;
 use crate::limits::{Payer, Tier};
 
 const FORWARDED_FOR: &str = "x-forwarded-for";
+/// Refusals, less other answers, that one connection gets at once …
+const QUICK_REFUSALS: u32 = 20;
+/// … how much longer each further one takes than the one before …
+const REFUSAL_STEP: Duration = Duration::from_millis(50);
+/// … and the longest that one takes.
+const SLOWEST_REFUSAL: Duration = Duration::from_secs(1);
 
 /// What a request was let in with.
 #[derive(Clone, Copy, Debug)]
@@ -37,18 +46,36 @@ pub struct Entrance {
 }
 
 /// Lets a request through as [`Admitted`], or answers 429. It needs the peer's address as [`ConnectInfo`].
-pub async fn admit(State(entrance): State<Entrance>, mut request: Request, next: Next) -> Response {
-    let Some(ConnectInfo(peer)) = request.extensions().get::<ConnectInfo<SocketAddr>>() else {
+pub async fn admit(State(entrance): State<Entrance>, request: Request, next: Next) -> Response {
+    let Some(ConnectInfo(peer)) = request.extensions().get::<ConnectInfo<SocketAddr>>().copied() else {
         error!("a request came without the address of its peer");
         return ApiError::Internal.into_response();
     };
+    let progress = request.extensions().get::<Arc<Progress>>().cloned();
+    let response = admitted(entrance, peer.ip(), request, next).await;
+    if let Some(progress) = progress {
+        slow_down(&progress, response.status()).await;
+    }
+    response
+}
+
+async fn admitted(entrance: Entrance, peer: IpAddr, mut request: Request, next: Next) -> Response {
     let Entrance { app, tier, max_body } = entrance;
-    let payer = Payer::Address(client_address(&app.config.server, peer.ip(), request.headers()));
+    let payer = Payer::Address(client_address(&app.config.server, peer, request.headers()));
     if let Err(wait) = app.limits.address(tier, payer) {
         return ApiError::from(wait).into_response();
     }
     request.extensions_mut().insert(Admitted { payer, max_body });
     next.run(request).await
+}
+
+/// Lets a connection wait for its answer when it has been refused more often than not. A refusal costs little but not nothing,
+/// and a client that does not wait for its tokens, or sends many requests ahead, could have as many as the server can make.
+async fn slow_down(progress: &Progress, status: StatusCode) {
+    let refusals = progress.answered(status == StatusCode::TOO_MANY_REQUESTS);
+    if refusals > QUICK_REFUSALS {
+        tokio::time::sleep((REFUSAL_STEP * (refusals - QUICK_REFUSALS)).min(SLOWEST_REFUSAL)).await;
+    }
 }
 
 /// The address of the client behind `peer`: the peer itself, unless it is a trusted proxy. Then the forwarded addresses

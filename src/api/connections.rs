@@ -1,17 +1,27 @@
 //! How many connections there may be at a time: in all, from one client, and from neighbours.
 
+use std::fmt;
 use std::net::IpAddr;
+use std::sync::Arc;
 
 use crate::config::Server;
-use crate::limits::{Amount, Held, Payer, Scope, Terms};
+use crate::limits::{Amount, Held, Payer, Quota, Rate, Scope, Terms};
+use crate::telemetry::metrics::Refusal;
 
 /// An IPv6 /48 may have so many times the connections of one of its /64s.
 const SITE: u32 = 4;
 
+/// A client may open its share so many times over at once …
+const OPENED_AT_ONCE: u32 = 4;
+/// … and one in so many of its share in a second.
+const OPENED_IN_A_SECOND: u32 = 4;
+
 /// The connections that are open. Cloning gives the same count.
-#[derive(Clone, Debug)]
+#[derive(Clone)]
 pub struct Connections {
     open: Amount,
+    /// Connections that come and go cost more than the requests on them, and begin with patience for refused requests.
+    opened: Arc<Rate>,
     /// Whose peers are proxies, behind which many clients are: for them only the total counts.
     server: Option<Server>,
 }
@@ -25,7 +35,12 @@ impl Connections {
     pub fn new(max: usize, max_per_client: usize, server: Option<Server>) -> Self {
         let [total, own] = [max, max_per_client].map(|count| u32::try_from(count).unwrap_or(u32::MAX));
         let shares = vec![(Scope::Own, own), (Scope::Site, own.saturating_mul(SITE))];
-        Self { open: Amount::new(Terms { shares, ..Terms::total(total) }), server }
+        let quota = Quota::per_second((own / OPENED_IN_A_SECOND).max(1), own.saturating_mul(OPENED_AT_ONCE));
+        Self {
+            open: Amount::new(Terms { shares, ..Terms::total(total) }),
+            opened: Arc::new(Rate::new(Refusal::AddressLimit).with(Scope::Own, quota)),
+            server,
+        }
     }
 
     /// A count of its own with these limits, for which the same peers are proxies.
@@ -36,12 +51,20 @@ impl Connections {
     /// Counts a new connection, or refuses it.
     pub fn admit(&self, peer: IpAddr) -> Option<Permit> {
         let is_proxy = self.server.as_ref().is_some_and(|server| server.trusts(peer));
-        self.open.try_take(if is_proxy { Payer::Exempt } else { Payer::Address(peer) }, 1)
+        let payer = if is_proxy { Payer::Exempt } else { Payer::Address(peer) };
+        self.opened.take(payer).ok()?;
+        self.open.try_take(payer, 1)
     }
 
     /// How many are open.
     pub fn open(&self) -> usize {
         self.open.taken() as usize
+    }
+}
+
+impl fmt::Debug for Connections {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.open.fmt(formatter)
     }
 }
 
@@ -77,6 +100,17 @@ mod tests {
         open.extend((1..10).filter_map(|network| connections.admit(ip(&format!("2001:db8:0:{network}::1")))));
         assert_eq!(open.len(), 4);
         assert!(connections.admit(ip("2001:db8:1::1")).is_some());
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_client_that_opens_and_closes_is_slowed_and_a_proxy_is_not() {
+        let server = Config::embedded(Path::new("unused")).unwrap().server;
+        let connections = Connections::new(1000, 8, Some(server));
+        let opened = |peer| (0..500).filter(|_| connections.admit(ip(peer)).is_some()).count();
+        assert_eq!(opened("192.0.2.1"), 32);
+        assert_eq!((opened("192.0.2.2"), opened("127.0.0.1")), (32, 500));
+        tokio::time::advance(std::time::Duration::from_secs(1)).await;
+        assert_eq!(opened("192.0.2.1"), 2);
     }
 
     #[test]

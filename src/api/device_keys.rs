@@ -1,20 +1,25 @@
 //! Keys in JSON: what registration, reset, linking and refill upload, and how it is checked.
 
 use std::panic::resume_unwind;
+use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 use tokio::task::spawn_blocking;
 
 use crate::api::error::ApiError;
+use crate::limits::{Limits, NoRoom, Payer};
 use crate::model::keys::{
     KemPublicKey, KeyError, KeyId, OneTimePreKey, PqKeyId, PqPreKey, PreKeys, PublicKey, RegistrationId, Signature,
     SignedPreKey,
 };
+use crate::telemetry::metrics::Refusal;
 
 /// Characters that the name of a device may have.
 const MAX_NAME_CHARS: usize = 100;
 /// With more Kyber keys than this, checking their signatures (some 50 µs each) leaves the async threads.
 const FEW_SIGNATURES: usize = 4;
+/// How long an upload waits for its turn to have them checked.
+const SIGNATURES_PATIENCE: Duration = Duration::from_secs(5);
 
 /// An EC prekey with its signature.
 #[derive(Clone, Debug, Deserialize, Serialize)]
@@ -87,14 +92,15 @@ pub struct DeviceKeys {
 }
 
 impl DeviceKeysBody {
-    /// Reads and checks everything, in the order of the contract. A device may have `max` one-time prekeys of a kind.
-    pub async fn check(self, max: u32) -> Result<DeviceKeys, ApiError> {
+    /// Reads everything and checks what is cheap, in the order of the contract. A device may have `max` one-time prekeys of
+    /// a kind. What is left is [`DeviceKeys::check_pq`].
+    pub fn read(self, max: u32) -> Result<DeviceKeys, ApiError> {
         let name = self.name;
         if let Some(name) = &name {
             check_name(name)?;
         }
         let identity = PublicKey::from_base64(&self.identity_key).map_err(in_member("identityKey"))?;
-        let prekeys = self.prekeys.check(identity, max).await?;
+        let prekeys = self.prekeys.read(&identity, max)?;
         if prekeys.needs_stored_last_resort() {
             return Err(ApiError::bad_request("pqPreKeys needs a pqLastResortPreKey beside it"));
         }
@@ -102,26 +108,54 @@ impl DeviceKeysBody {
     }
 }
 
+impl DeviceKeys {
+    /// Checks the signatures of the Kyber keys: see [`check_pq`].
+    pub async fn check_pq(mut self, limits: &Limits, payer: Payer) -> Result<Self, ApiError> {
+        self.prekeys = check_pq(self.prekeys, self.identity, limits, payer).await?;
+        Ok(self)
+    }
+}
+
+/// Checks the signatures of the Kyber keys of an upload that has many: off the async threads, and in the payer's turn, because
+/// a few milliseconds of work are easily asked for. Those of an upload with few were checked when it was read.
+pub async fn check_pq(
+    prekeys: PreKeys,
+    identity: PublicKey,
+    limits: &Limits,
+    payer: Payer,
+) -> Result<PreKeys, ApiError> {
+    if has_few_signatures(&prekeys) {
+        return Ok(prekeys);
+    }
+    let turn = limits.signatures.take(payer, 1, SIGNATURES_PATIENCE).await;
+    let turn = turn.map_err(|NoRoom| ApiError::unavailable(Refusal::Signatures))?;
+    let checking = spawn_blocking(move || {
+        // Held to the end of the work, also when the request is given up.
+        let _turn = turn;
+        prekeys.check_pq(&identity).map(|()| prekeys)
+    });
+    checking.await.unwrap_or_else(|error| resume_unwind(error.into_panic())).map_err(wrong)
+}
+
 impl PreKeysBody {
-    /// Reads the prekeys and checks them against the identity key of their account, in the order of the contract. A
-    /// device may have `max` one-time prekeys of a kind.
+    /// Reads the prekeys and checks what is cheap against the identity key of their account, in the order of the contract.
+    /// A device may have `max` one-time prekeys of a kind. What is left is [`check_pq`].
     ///
     /// Whether [`PreKeys::needs_stored_last_resort`] is in order only the caller knows.
-    pub async fn check(self, identity: PublicKey, max: u32) -> Result<PreKeys, ApiError> {
+    pub fn read(self, identity: &PublicKey, max: u32) -> Result<PreKeys, ApiError> {
         let signed = read_signed(&self.signed).map_err(in_member("signedPreKey"))?;
         let prekeys = match self.read_others(signed.clone()) {
             Ok(prekeys) => prekeys,
-            Err(_) if !signed.is_signed_by(&identity) => {
+            Err(_) if !signed.is_signed_by(identity) => {
                 return Err(wrong(KeyError::Signature { member: "signedPreKey" }));
             }
             Err(error) => return Err(error),
         };
-        if prekeys.pq_one_time.len() <= FEW_SIGNATURES {
-            prekeys.check(&identity, max).map_err(wrong)?;
-            return Ok(prekeys);
+        prekeys.check(identity, max).map_err(wrong)?;
+        if has_few_signatures(&prekeys) {
+            prekeys.check_pq(identity).map_err(wrong)?;
         }
-        let checking = spawn_blocking(move || prekeys.check(&identity, max).map(|()| prekeys));
-        checking.await.unwrap_or_else(|error| resume_unwind(error.into_panic())).map_err(wrong)
+        Ok(prekeys)
     }
 
     fn read_others(self, signed: SignedPreKey) -> Result<PreKeys, ApiError> {
@@ -135,6 +169,10 @@ impl PreKeysBody {
             pq_one_time: pq_one_time.map_err(in_member("pqPreKeys"))?,
         })
     }
+}
+
+fn has_few_signatures(prekeys: &PreKeys) -> bool {
+    prekeys.pq_one_time.len() <= FEW_SIGNATURES
 }
 
 fn check_name(name: &str) -> Result<(), ApiError> {
@@ -177,10 +215,13 @@ fn in_member(member: &'static str) -> impl Fn(KeyError) -> ApiError {
 
 #[cfg(test)]
 mod tests {
+    use std::path::Path;
+
     use base64::Engine as _;
     use base64::engine::general_purpose::STANDARD;
 
     use super::*;
+    use crate::config::Config;
     use crate::model::xeddsa::signer::{Identity, ec_public_key, fake_kem_public_key};
 
     const MAX: u32 = 8;
@@ -215,12 +256,18 @@ mod tests {
         }
     }
 
+    async fn check(body: DeviceKeysBody) -> Result<DeviceKeys, ApiError> {
+        let config = Config::embedded(Path::new("unused")).unwrap();
+        let limits = Limits::new(&config.rate_limits, &config.account_rates, 0);
+        body.read(MAX)?.check_pq(&limits, Payer::Exempt).await
+    }
+
     /// The message for a full upload after `change`; empty when it passes.
     async fn verdict(change: impl FnOnce(&Identity, &mut DeviceKeysBody)) -> String {
         let identity = Identity::generate();
         let mut body = upload(&identity);
         change(&identity, &mut body);
-        match body.check(MAX).await {
+        match check(body).await {
             Ok(_) => String::new(),
             Err(ApiError::BadRequest(message)) => message.into_owned(),
             Err(other) => panic!("{other:?}"),
@@ -230,7 +277,7 @@ mod tests {
     #[tokio::test]
     async fn a_full_upload_is_read_as_it_is() {
         let identity = Identity::generate();
-        let keys = upload(&identity).check(MAX).await.unwrap();
+        let keys = check(upload(&identity)).await.unwrap();
         assert_eq!(keys.name, Some("x".repeat(100)));
         assert_eq!(keys.identity.as_bytes(), &identity.public_key());
         assert_eq!(keys.registration_id, RegistrationId(-7));

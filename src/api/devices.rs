@@ -12,7 +12,7 @@ use crate::api::device_keys::{
     DeviceKeys, DeviceKeysBody, OneTimePreKeyBody, PqPreKeyBody, PreKeysBody, SignedPreKeyBody,
 };
 use crate::api::error::ApiError;
-use crate::api::extract::{Caller, Json, PathId};
+use crate::api::extract::{Caller, Client, Json, PathId};
 use crate::api::sessions::{AuthResponse, NewSession};
 use crate::app::App;
 use crate::auth::tokens::OpaqueSecret;
@@ -20,7 +20,7 @@ use crate::bus::Signal;
 use crate::model::ids::{Address, DeviceId, DeviceNo};
 use crate::model::keys::{KeyError, Signature};
 use crate::model::link_proof::LinkProof;
-use crate::store::{DeviceRow, Linked, NewDevice, NewLink, Removed};
+use crate::store::{DeviceRow, LinkBody, Linked, NewDevice, NewLink, Removed};
 
 /// `POST /v1/devices`
 #[derive(Deserialize)]
@@ -69,11 +69,17 @@ pub struct Device {
 /// Makes a device with an approved link session, and logs it in.
 pub async fn link(
     State(app): State<App>,
+    Client(client): Client,
     Json(request): Json<LinkDeviceRequest>,
 ) -> Result<(StatusCode, axum::Json<AuthResponse>), ApiError> {
     let hash = OpaqueSecret::hash_of(&request.link_session_id);
     let proof = request.identity_signature.clone();
-    let keys = request.into_keys().check(app.config.prekeys.max).await?;
+    let keys = request.into_keys().read(app.config.prekeys.max)?;
+    // Before the many signatures, which an invented id must not cost us.
+    if !matches!(app.store.link_body(&hash, app.clock.now()).await?, LinkBody::Approved(_)) {
+        return Err(link_invalid());
+    }
+    let keys = keys.check_pq(&app.limits, client).await?;
     let (keys, is_proven) = check_proof(hash, keys, proof).await?;
     if !is_proven && app.config.auth.require_link_proof {
         return Err(proof_missing());
@@ -88,13 +94,17 @@ pub async fn link(
             let answer = session.answer(&app.tokens, user, id, app.tokens.latest_access_expiry(latest));
             Ok((StatusCode::CREATED, axum::Json(answer)))
         }
-        Linked::SessionInvalid => Err(ApiError::forbidden("Invalid link session")),
+        Linked::SessionInvalid => Err(link_invalid()),
         Linked::LimitReached { max } => {
             Err(ApiError::forbidden(format!("Device limit reached. Maximum allowed is {max}.")))
         }
         Linked::IdentityDiffers => Err(ApiError::forbidden("Identity key does not match the account identity")),
         Linked::ProofMissing => Err(proof_missing()),
     }
+}
+
+fn link_invalid() -> ApiError {
+    ApiError::forbidden("Invalid link session")
 }
 
 fn proof_missing() -> ApiError {

@@ -87,7 +87,7 @@ impl ApiError {
     }
 
     /// 503 with the usual wait, for want of this.
-    fn unavailable(lacking: Refusal) -> Self {
+    pub(super) fn unavailable(lacking: Refusal) -> Self {
         Self::Unavailable { retry_after: RETRY_AFTER, lacking }
     }
 

@@ -94,7 +94,7 @@ fn bearer_token(headers: &HeaderMap) -> Option<&str> {
     headers.get(header::AUTHORIZATION)?.to_str().ok()?.strip_prefix("Bearer ")
 }
 
-/// The client of a request that needs no token, as its budgets know it.
+/// Who a request is charged to: its account behind a [`Caller`], otherwise the address of its client.
 #[derive(Clone, Copy, Debug)]
 pub struct Client(pub Payer);
 

@@ -4,9 +4,9 @@ use axum::extract::State;
 use axum::http::{Method, StatusCode};
 use serde::{Deserialize, Serialize};
 
-use crate::api::device_keys::{OneTimePreKeyBody, PqPreKeyBody, PreKeysBody, SignedPreKeyBody};
+use crate::api::device_keys::{OneTimePreKeyBody, PqPreKeyBody, PreKeysBody, SignedPreKeyBody, check_pq};
 use crate::api::error::ApiError;
-use crate::api::extract::{Caller, Json, PathId, PathIds};
+use crate::api::extract::{Caller, Client, Json, PathId, PathIds};
 use crate::app::App;
 use crate::bus::Signal;
 use crate::model::ids::{DeviceId, UserId};
@@ -71,11 +71,13 @@ pub struct BundleBody {
 pub async fn refill(
     State(app): State<App>,
     caller: Caller,
+    Client(client): Client,
     Json(request): Json<RefillRequest>,
 ) -> Result<StatusCode, ApiError> {
     let identity = app.store.identity(caller.no).await?.ok_or(ApiError::Unauthorized)?;
     let is_replacing = request.replace.unwrap_or_default();
-    let keys = request.into_keys().check(identity, app.config.prekeys.max).await?;
+    let keys = request.into_keys().read(&identity, app.config.prekeys.max)?;
+    let keys = check_pq(keys, identity, &app.limits, client).await?;
     app.disk.check_growth()?;
     let refilled = match is_replacing {
         true => app.store.replace_keys(caller.no, &keys).await?,

@@ -21,7 +21,7 @@ pub(super) fn run(server: &Server) -> anyhow::Result<String> {
     if server.management_port == 0 {
         bail!("--mgmt-port is 0, which lets the server take any free port: give the port that it has taken");
     }
-    let address = reachable(SocketAddr::new(server.host, server.management_port));
+    let address = reachable(SocketAddr::new(server.management_host, server.management_port));
     let answer = exchange(address, Instant::now() + LIMIT)
         .with_context(|| format!("no answer from the server's management port, {address}"))?;
     match answer.split_ascii_whitespace().nth(1) {

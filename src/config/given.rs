@@ -164,11 +164,14 @@ impl Given {
     }
 
     pub(super) fn address(&self, flag: &str) -> IpAddr {
+        self.optional_address(flag).expect("the table has an address here")
+    }
+
+    pub(super) fn optional_address(&self, flag: &str) -> Option<IpAddr> {
         match self.found(flag).value {
             Some(Value::Address(address)) => Some(address),
             _ => None,
         }
-        .expect("the table has an address here")
     }
 
     /// None when the option is off.

@@ -8,7 +8,7 @@ use std::{
 
 use ipnet::IpNet;
 
-use crate::config::table::SAMPLE_DATABASE;
+use crate::config::table::{PROXIES, SAMPLE_DATABASE};
 use crate::config::{Accounts, Apns, Fcm, Secret, WebPush};
 
 /// Everything that can be set, checked. Each room gets its own group; only `main` and `server` see all of it.
@@ -98,8 +98,10 @@ impl Database {
 /// The API port and the management port.
 #[derive(Clone, Debug)]
 pub struct Server {
-    /// Bind address of both ports.
+    /// Bind address of the API.
     pub host: IpAddr,
+    /// Bind address of the management port.
+    pub management_host: IpAddr,
     /// API and WebSocket; 0 takes any free port.
     pub port: u16,
     /// Health and metrics; 0 takes any free port.
@@ -123,6 +125,12 @@ pub struct Server {
 }
 
 impl Server {
+    /// True when clients of private networks may be believed without the operator having said so.
+    pub fn trusts_private_networks_by_default(&self) -> bool {
+        let defaults = PROXIES.split(',').map(|network| network.parse().ok());
+        !self.host.is_loopback() && defaults.eq(self.trusted_proxies.iter().copied().map(Some))
+    }
+
     /// True when forwarded addresses are believed from this peer. `::1` counts as 127.0.0.1, and a mapped address as the
     /// IPv4 address that it is.
     pub fn trusts(&self, peer: IpAddr) -> bool {

@@ -169,8 +169,10 @@ fn database(given: &Given) -> Database {
 }
 
 fn server(given: &Given) -> Server {
+    let host = given.address("server-host");
     Server {
-        host: given.address("server-host"),
+        host,
+        management_host: given.optional_address("mgmt-host").unwrap_or(host),
         port: given.number("server-port"),
         management_port: given.number("mgmt-port"),
         shutdown_timeout: given.duration("shutdown-timeout-secs"),

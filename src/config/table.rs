@@ -40,7 +40,8 @@ const STORAGES: &[&str] = &["http://", "https://", "file:"];
 const COLLECTORS: &[&str] = &["http://", "https://"];
 const PROVIDERS: &[&str] = &["https://", "http://"];
 const CONTACTS: &[&str] = &["mailto:", "https://"];
-const PROXIES: &str = "10.0.0.0/8,172.16.0.0/12,192.168.0.0/16,127.0.0.1/32";
+/// The default of `--trusted-proxies`.
+pub(super) const PROXIES: &str = "10.0.0.0/8,172.16.0.0/12,192.168.0.0/16,127.0.0.1/32";
 
 /// Every option, in the order of `--help` and of the reference page.
 #[rustfmt::skip] // One option is one row: two lines, name and meaning.
@@ -81,11 +82,13 @@ pub static GROUPS: &[Group] = &[
     ] },
     Group { title: "Server", options: &[
         option("server-host", "OBSCURA_SERVER_HOST", "0.0.0.0", Address,
-            "bind address of both ports"),
+            "bind address of the API, and of the management port if that has none of its own"),
         option("server-port", "OBSCURA_SERVER_PORT", "3000", Port,
             "API and WebSocket; 0 takes any free port"),
         option("mgmt-port", "OBSCURA_SERVER_MGMT_PORT", "9090", Port,
             "health and metrics; 0 takes any free port").or("server-mgmt-port"),
+        optional("mgmt-host", "OBSCURA_SERVER_MGMT_HOST", Address,
+            "bind address of the management port; without it that of the API").embedded("127.0.0.1").ours(),
         option("shutdown-timeout-secs", "OBSCURA_SERVER_SHUTDOWN_TIMEOUT_SECS", "5", Seconds(0, 3600),
             "time for tasks to finish at shutdown").or("server-shutdown-timeout-secs"),
         option("shutdown-drain-delay-secs", "OBSCURA_SERVER_SHUTDOWN_DRAIN_DELAY_SECS", "0", Seconds(0, 3600),

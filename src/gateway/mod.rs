@@ -3,8 +3,10 @@
 mod acks;
 mod end;
 mod inflight;
+mod inflow;
 mod look;
 mod pace;
+mod pings;
 mod pipe;
 mod session;
 mod trail;

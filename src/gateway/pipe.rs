@@ -3,7 +3,7 @@
 use std::future::poll_fn;
 use std::pin::Pin;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 use std::task::{Context, Poll};
 use std::time::Duration;
 
@@ -20,6 +20,8 @@ const MAX_INBOUND_BYTES: usize = 256 << 10;
 const READ_BUFFER_BYTES: usize = 1024;
 /// Pings that are read while earlier answers wait to be taken. A client that only writes is then read no further.
 const UNANSWERED_PINGS: u32 = 16;
+/// Bytes without a whole frame that are told of.
+const MANY_UNFRAMED_BYTES: u32 = 16 << 10;
 /// How long a client may take to take notice of our goodbye.
 const GOODBYE: Duration = Duration::from_secs(1);
 
@@ -38,6 +40,8 @@ pub struct Progress {
     taken: AtomicU64,
     stalled: AtomicBool,
     left_unread: AtomicBool,
+    read: AtomicU64,
+    refused: AtomicU32,
 }
 
 impl Progress {
@@ -66,6 +70,20 @@ impl Progress {
         self.left_unread.load(Ordering::Relaxed) && !self.stalled.load(Ordering::Relaxed)
     }
 
+    /// Counts bytes that were read.
+    pub fn add_read(&self, bytes: usize) {
+        self.read.fetch_add(bytes as u64, Ordering::Relaxed);
+    }
+
+    /// Counts an answer, and returns by how many the refusals for asking too often outweigh the other answers.
+    pub fn answered(&self, is_refused: bool) -> u32 {
+        // Requests of a connection come one after the other.
+        let refused = self.refused.load(Ordering::Relaxed);
+        let refused = if is_refused { refused.saturating_add(1) } else { refused.saturating_sub(1) };
+        self.refused.store(refused, Ordering::Relaxed);
+        if is_refused { refused } else { 0 }
+    }
+
     fn bytes(&self) -> u64 {
         self.taken.load(Ordering::Relaxed)
     }
@@ -87,6 +105,8 @@ pub(super) enum Event {
     Binary(Bytes),
     /// The client sent something that only shows that it is alive.
     Alive,
+    /// The client has sent this many bytes that have not made a frame yet.
+    Unframed(u32),
     /// The frame under way has been handed to the kernel.
     Written,
     /// The connection has ended.
@@ -103,13 +123,16 @@ pub(super) struct Pipe {
     /// Pings whose answers may still wait in the socket.
     unanswered: u32,
     taken_before: u64,
+    /// Of the bytes that were read, those that events have accounted for.
+    accounted: u64,
     /// Set when writing has failed. Until it ends, what has arrived (acks, say) is still read.
     broken: Option<Pin<Box<Sleep>>>,
 }
 
 impl Pipe {
     pub(super) fn new(socket: WebSocket, progress: Arc<Progress>) -> Self {
-        Self { socket, progress, writing: false, unanswered: 0, taken_before: 0, broken: None }
+        let accounted = progress.read.load(Ordering::Relaxed);
+        Self { socket, progress, writing: false, unanswered: 0, accounted, taken_before: 0, broken: None }
     }
 
     /// True while a frame of ours is under way. Another one may be started only when it is not.
@@ -168,7 +191,11 @@ impl Pipe {
             return Poll::Pending;
         }
         loop {
-            return match std::task::ready!(Pin::new(&mut self.socket).poll_next(context)) {
+            let Poll::Ready(message) = Pin::new(&mut self.socket).poll_next(context) else {
+                return self.unframed().map_or(Poll::Pending, |bytes| Poll::Ready(Event::Unframed(bytes)));
+            };
+            self.accounted = self.progress.read.load(Ordering::Relaxed);
+            return match message {
                 Some(Ok(Message::Binary(bytes))) => Poll::Ready(Event::Binary(bytes)),
                 // After a close nothing but the end of the stream follows; reading on sends our answer to it.
                 Some(Ok(Message::Close(_))) => continue,
@@ -189,6 +216,17 @@ impl Pipe {
                 None => Poll::Ready(Event::Closed),
             };
         }
+    }
+
+    /// Bytes since the last event, if they are many.
+    fn unframed(&mut self) -> Option<u32> {
+        let read = self.progress.read.load(Ordering::Relaxed);
+        let bytes = u32::try_from(read - self.accounted).unwrap_or(u32::MAX);
+        if bytes < MANY_UNFRAMED_BYTES {
+            return None;
+        }
+        self.accounted = read;
+        Some(bytes)
     }
 
     /// Says goodbye and waits a moment for the client to take notice.

@@ -11,12 +11,13 @@ use tracing::debug;
 
 use crate::app::App;
 use crate::bus::{Signal, Signals, Wakeups};
-use crate::clock::Timestamp;
 use crate::gateway::acks::Acks;
 use crate::gateway::end::End;
 use crate::gateway::inflight::Inflight;
+use crate::gateway::inflow::{self, Inflow};
 use crate::gateway::look::{NoFrame, Retry, timely};
 use crate::gateway::pace::{MODEST_BYTES, Pace};
+use crate::gateway::pings::next_ping;
 use crate::gateway::pipe::{Event, LATE, Pipe, Progress};
 use crate::gateway::trail::Trails;
 use crate::limits::{Held, Payer, kib};
@@ -30,9 +31,6 @@ use crate::wire;
 const FIRST_RETRY: Duration = Duration::from_millis(100);
 /// The longest pause while the retry budget lasts. After that it is as long as the budget.
 const SLOWEST_RETRY: Duration = Duration::from_secs(1);
-
-/// Pings that fall due within so short a time go out together: to wake up for each of them costs more than the ping.
-const PING_SLOT: Duration = Duration::from_millis(250);
 
 /// Serves one socket from its handshake to its end. `wants_notice`: the client is told of mail that it doesn't get.
 pub async fn run(app: App, holder: SessionHolder, wants_notice: bool, socket: WebSocket, progress: Arc<Progress>) {
@@ -89,6 +87,7 @@ struct Session {
     ping_due: Instant,
     look_due: Instant,
     last_heard: Instant,
+    inflow: Inflow,
     /// When to look next whether the frame under way makes progress.
     moving_due: Instant,
     pace: Pace,
@@ -123,6 +122,7 @@ impl Session {
             ping_due,
             look_due,
             last_heard: now,
+            inflow: Inflow::new(now),
             moving_due: now,
             pace: Pace::new(now),
         }
@@ -155,7 +155,8 @@ impl Session {
                 stored = self.acks.stored() => self.acks.settle(stored),
                 event = self.pipe.next(reading) => match event {
                     Event::Binary(frame) => self.heard(frame),
-                    Event::Alive => self.last_heard = Instant::now(),
+                    Event::Alive => self.heard_of(1),
+                    Event::Unframed(bytes) => self.heard_of(bytes / inflow::BYTES),
                     Event::Written => {
                         self.share = None;
                         self.trails.written();
@@ -302,22 +303,32 @@ impl Session {
         signals.has(Signal::Superseded).then_some(End::Dismissed(Closed::Superseded))
     }
 
+    /// The client is there, for this many tokens.
+    fn heard_of(&mut self, tokens: u32) {
+        self.last_heard = Instant::now();
+        self.inflow.charge(tokens, self.last_heard);
+    }
+
     fn heard(&mut self, frame: Bytes) {
         self.last_heard = Instant::now();
         self.app.metrics.frames.one(Direction::In);
         self.app.metrics.frame_bytes.add(Direction::In, frame.len() as u64);
         let due = self.last_heard + self.app.config.gateway.ack_flush_interval;
+        let (mut known, mut unknown) = (0, 0);
         for id in wire::acknowledged(frame) {
             if let Some(told) = self.notice.take_if(|told| told.0 == id) {
                 self.acks.tell(told.1, due);
                 continue;
             }
             let position = self.inflight.take(id);
+            *if position.is_some() { &mut known } else { &mut unknown } += 1;
             if let Some(position) = position {
                 self.acks.trace(self.trails.acknowledged(&self.app.traces, position));
             }
             self.acks.add(id, position, due);
         }
+        // Each unknown id is looked up in the database, and a frame without a known one is of no use.
+        self.inflow.charge(if known > 0 { unknown } else { unknown + 1 }, self.last_heard);
     }
 
     /// What has become due with time. It was due at `due`.
@@ -336,7 +347,7 @@ impl Session {
                 self.last_heard = now;
             }
         }
-        if !self.is_reading() {
+        if self.inflow.open(now) || !self.is_reading() {
             // We don't listen at the moment, so silence says nothing.
             self.last_heard = now;
         }
@@ -356,7 +367,7 @@ impl Session {
     }
 
     fn is_reading(&self) -> bool {
-        !self.acks.are_full(&self.app.config.gateway)
+        self.inflow.is_open() && !self.acks.are_full(&self.app.config.gateway)
     }
 
     /// When a client that says nothing from now on is given up.
@@ -372,16 +383,8 @@ impl Session {
 
     fn next_due(&self) -> Instant {
         let writing = if self.pipe.is_writing() { self.moving_due } else { self.ping_due };
-        let waits = [self.status_due, self.retry.map(|retry| retry.due), self.acks.due()];
+        let waits = [self.status_due, self.retry.map(|retry| retry.due), self.acks.due(), self.inflow.due()];
         let due = self.look_due.min(self.silent_at()).min(writing);
         waits.into_iter().flatten().fold(due, Instant::min)
     }
-}
-
-/// When to ping again after `interval`: a little early, at the beginning of a slot that all sessions share. `wall` is the
-/// time of day now.
-fn next_ping(now: Instant, wall: Timestamp, interval: Duration) -> Instant {
-    let slot = PING_SLOT.min(interval / 8).as_millis().max(1);
-    let due = u128::from(wall.millis().unsigned_abs()) + interval.as_millis();
-    now + interval.saturating_sub(Duration::from_millis((due % slot) as u64))
 }

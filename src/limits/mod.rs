@@ -35,17 +35,17 @@ const OPEN: u32 = 10;
 const OPEN_BURST: u32 = 50;
 
 /// Memory for the bodies of requests without a valid token, in KiB.
-const GUEST_BODIES_KIB: u32 = 48 << 10;
+const GUEST_BODIES_KIB: u32 = 64 << 10;
 /// Memory for the bodies of requests of accounts, in KiB.
-const ACCOUNT_BODIES_KIB: u32 = 80 << 10;
+const ACCOUNT_BODIES_KIB: u32 = 64 << 10;
 /// The part of each that is kept for small bodies, in KiB.
 const SMALL_BODIES_KIB: u32 = 16 << 10;
 /// What a small body may have, in KiB.
 const SMALL_BODY_KIB: u32 = 64;
 /// What the bodies of one account may have together, in KiB.
 const BODIES_OF_ACCOUNT_KIB: u32 = 16 << 10;
-/// So many of the largest bodies that need no token fit into the share of one address.
-const GUEST_BODIES: u32 = 2;
+/// Of the largest bodies that need no token, an address can hold one, and an IPv6 /48 this many.
+const GUEST_BODIES_OF_SITE: u32 = 8;
 /// Memory for the large frames of all sockets, in KiB.
 const FRAMES_KIB: u32 = 64 << 10;
 /// What the large frames of one account may have together, in KiB.
@@ -114,7 +114,7 @@ impl Limits {
             let (reserve, small) = (SMALL_BODIES_KIB, SMALL_BODY_KIB);
             Amount::new(Terms { total, shares, reserve, small, max_waiting: WAITING, turns: Scope::Own })
         };
-        let guest = kib(largest_guest_body).saturating_mul(GUEST_BODIES);
+        let guest = kib(largest_guest_body);
         let halved = available_parallelism().map_or(1, |processors| processors.get() / 2).max(1);
         Self(Arc::new(Budgets {
             standard: address_rate(Refusal::AddressLimit, standard, burst),
@@ -128,7 +128,10 @@ impl Limits {
                 Refusal::BundleLimit,
                 Quota::per_hour_with_burst(accounts.one_time_prekeys_per_hour, accounts.one_time_prekeys_burst),
             ),
-            guest_bodies: bodies(GUEST_BODIES_KIB, vec![(Scope::Own, guest), (Scope::Site, guest.saturating_mul(4))]),
+            guest_bodies: bodies(
+                GUEST_BODIES_KIB,
+                vec![(Scope::Own, guest), (Scope::Site, guest.saturating_mul(GUEST_BODIES_OF_SITE))],
+            ),
             account_bodies: bodies(ACCOUNT_BODIES_KIB, vec![(Scope::Own, BODIES_OF_ACCOUNT_KIB)]),
             frames: Amount::new(Terms {
                 shares: vec![(Scope::Own, FRAMES_OF_ACCOUNT_KIB)],

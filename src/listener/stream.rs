@@ -145,7 +145,10 @@ impl Drop for Bounded {
 
 impl AsyncRead for Bounded {
     fn poll_read(self: Pin<&mut Self>, context: &mut Context<'_>, buffer: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
-        self.get_mut().stream().poll_read(context, buffer)
+        let (this, before) = (self.get_mut(), buffer.filled().len());
+        let read = this.stream().poll_read(context, buffer);
+        this.progress.add_read(buffer.filled().len() - before);
+        read
     }
 }
 

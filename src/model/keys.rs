@@ -299,11 +299,9 @@ pub struct PreKeys {
 }
 
 impl PreKeys {
-    /// Checks everything that can be known without the store: signatures, distinct ids, and at most `max` one-time keys
-    /// of either kind.
-    ///
-    /// Two Kyber keys of one upload never share an id, the last-resort key included. Every Kyber key costs a signature
-    /// check (about 50 µs), so they come last, once their number is known to be small.
+    /// Checks what is cheap and can be known without the store: the signature of the signed prekey, distinct ids, and at
+    /// most `max` one-time keys of either kind. Two Kyber keys of one upload never share an id, the last-resort key
+    /// included.
     ///
     /// # Errors
     /// The first that applies, in the order of the contract.
@@ -322,6 +320,14 @@ impl PreKeys {
                 return Err(KeyError::TooMany { member, max });
             }
         }
+        Ok(())
+    }
+
+    /// Checks the signatures of the Kyber keys, some 50 µs each. They come last, once their number is known to be small.
+    ///
+    /// # Errors
+    /// [`KeyError::Signature`]
+    pub fn check_pq(&self, identity: &PublicKey) -> Result<(), KeyError> {
         match self.pq().find(|(_, key)| !key.is_signed_by(identity)) {
             Some((member, _)) => Err(KeyError::Signature { member }),
             None => Ok(()),

@@ -21,7 +21,7 @@ async fn both_ports_are_where_the_options_say() {
     let folder = tempfile::tempdir().unwrap();
     let (api, management) = (free_port(), free_port());
     let mut options = deployment::options(folder.path()).await;
-    options.push("--server-host=127.0.0.2".to_owned());
+    options.extend(["--server-host=127.0.0.2".to_owned(), "--mgmt-host=127.0.0.2".to_owned()]);
     options.extend([format!("--server-port={api}"), format!("--mgmt-port={management}")]);
     let _server = Binary::begin(&options.iter().map(String::as_str).collect::<Vec<_>>());
     let answer = async |port: u16| {

@@ -43,12 +43,14 @@ fn full_upload(identity: &Identity) -> PreKeys {
     }
 }
 
-/// What `check` says about a full upload after `change`.
+/// What the checks say about a full upload after `change`.
 fn verdict(change: impl FnOnce(&Identity, &mut PreKeys)) -> Result<(), KeyError> {
     let identity = Identity::generate();
     let mut upload = full_upload(&identity);
     change(&identity, &mut upload);
-    upload.check(&identity_key(&identity), MAX)
+    let identity = identity_key(&identity);
+    upload.check(&identity, MAX)?;
+    upload.check_pq(&identity)
 }
 
 #[test]
@@ -248,7 +250,10 @@ fn of_several_mistakes_the_first_in_the_order_of_the_contract_is_named() {
     upload.signed = signed_pre_key(&Identity::generate());
     upload.one_time = vec![one_time_pre_key(1); 9];
     upload.pq_one_time = vec![pq_pre_key(&Identity::generate(), 1); 9];
-    let next = |upload: &PreKeys| upload.check(&identity_key(&identity), MAX).unwrap_err();
+    let next = |upload: &PreKeys| {
+        let identity = identity_key(&identity);
+        upload.check(&identity, MAX).and_then(|()| upload.check_pq(&identity)).unwrap_err()
+    };
 
     assert_eq!(next(&upload), KeyError::Signature { member: "signedPreKey" });
     upload.signed = signed_pre_key(&identity);

@@ -146,6 +146,7 @@ label! {
         Mailroom "mailroom" "503: a group could not be stored, or a send was left for too long",
         Storage "storage" "503: the storage of attachments failed",
         Passwords "passwords" "503: too many passwords wait to be hashed",
+        Signatures "signatures" "503: too many uploads of keys wait to be checked",
         Memory "memory" "503: the memory for bodies is taken",
         NoRoom "no_room" "507: the disk or the database is full, or nearly",
         Abandoned "abandoned" "no answer: the client hung up before there was one",

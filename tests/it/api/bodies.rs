@@ -57,7 +57,7 @@ async fn json_is_read_strictly_everywhere() {
         for malformed in ["", "{", "nonsense", "{\"a\":}", "\u{0}"] {
             json(malformed).send().await.expect(400);
         }
-        let deep = json(&"[".repeat(100_000)).send().await;
+        let deep = json(&"[".repeat(10_000)).send().await;
         assert!([400, 422].contains(&deep.status), "{method} {template}: {}", deep.status);
         for shapeless in ["[]", "null", "1", "\"\"", "{}", "{\"a\":{\"b\":[]}}"] {
             json(shapeless).send().await.expect(422);

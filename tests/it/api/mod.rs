@@ -4,6 +4,7 @@ mod account_limits;
 mod accounts;
 mod attachments;
 mod bodies;
+mod cheap_checks;
 mod conventions;
 mod devices;
 mod early;

@@ -69,7 +69,7 @@ async fn what_is_no_living_refresh_token_is_unauthorized() {
         &format!(" {good}"),
         &format!("{flipped}{}", &good[1..]),
         &"A".repeat(43),
-        &"A".repeat(100_000),
+        &"A".repeat(10_000),
         "\0",
         alice.token.as_str(),
     ] {

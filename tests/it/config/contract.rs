@@ -102,6 +102,7 @@ pub const OURS: &str = "\
 --wrong-passwords-burst OBSCURA_RATE_LIMIT_WRONG_PASSWORDS_BURST 10
 --upload-rate-limit-per-second OBSCURA_RATE_LIMIT_UPLOADS_PER_SECOND 5
 --upload-rate-limit-burst OBSCURA_RATE_LIMIT_UPLOADS_BURST 300
+--mgmt-host OBSCURA_SERVER_MGMT_HOST -
 --attachment-quota-bytes OBSCURA_ATTACHMENT_QUOTA_BYTES 1073741824
 --account-rate-limit-per-second OBSCURA_RATE_LIMIT_ACCOUNT_PER_SECOND 30
 --account-rate-limit-burst OBSCURA_RATE_LIMIT_ACCOUNT_BURST 300

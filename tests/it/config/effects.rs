@@ -79,6 +79,7 @@ static EFFECTS: &[Effect] = &[
     both("server-host", &["options.rs:both_ports_are_where_the_options_say"]),
     both("server-port", &["options.rs:both_ports_are_where_the_options_say", "start.rs:a_port_in_use_is_named"]),
     both("mgmt-port", &["options.rs:both_ports_are_where_the_options_say", "commands.rs:a_health_check_reads_the_same_variables_as_the_server"]),
+    both("mgmt-host", &["management.rs:the_management_port_has_an_address_of_its_own", "management.rs:a_health_check_asks_at_the_management_address"]),
     both("shutdown-timeout-secs", &["shutdown.rs:clients_that_do_not_let_go_do_not_hold_it_up", "shutdown.rs:a_second_signal_ends_it_at_once"]),
     both("shutdown-drain-delay-secs", &["health.rs:readiness_goes_down_before_anything_else_does"]),
     both("server-request-timeout-secs", &["api/timeouts.rs:an_upload_that_stalls_gets_408"]),

@@ -5,6 +5,7 @@ mod closing;
 mod concurrency;
 mod delivery;
 mod handshake;
+mod inflow;
 mod liveness;
 mod prekeys;
 mod slow;

@@ -159,6 +159,7 @@ impl TestServer {
 fn make_testable(config: &mut Config) {
     config.messaging.grouping = deployment::grouping(config.messaging.grouping);
     config.server.host = IpAddr::V4(Ipv4Addr::LOCALHOST);
+    config.server.management_host = config.server.host;
     config.server.port = 0;
     config.server.management_port = 0;
     config.server.max_connections_per_address = 10_000;

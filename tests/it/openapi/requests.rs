@@ -4,11 +4,13 @@ use std::collections::BTreeSet;
 
 use axum::extract::{FromRequest, Request, State};
 use futures_util::FutureExt;
+use obscura_server::api::clients::Admitted;
 use obscura_server::api::error::ApiError;
 use obscura_server::api::extract::Json;
 use obscura_server::api::gateway::ConnectQuery;
 use obscura_server::api::{accounts, devices, keys, links, push_token, sessions};
 use obscura_server::app::App;
+use obscura_server::limits::Payer;
 use serde::de::DeserializeOwned;
 use serde_json::{Map, Value, json};
 
@@ -55,12 +57,22 @@ where
     type Body = T;
 }
 
+impl<H, R, A, B, T> TakesJson<(A, B, T)> for H
+where
+    H: Fn(State<App>, A, B, Json<T>) -> R,
+    T: DeserializeOwned,
+{
+    type Body = T;
+}
+
 fn body_of<Arguments, H: TakesJson<Arguments>>(_: H) -> Read {
     read::<H::Body>
 }
 
 fn read<T: DeserializeOwned>(app: &App, value: &Value) -> Result<Structs, ApiError> {
-    let request = Request::builder().header("content-type", "application/json").body(value.to_string().into());
+    let admitted = Admitted { payer: Payer::Exempt, max_body: 1 << 20 };
+    let request = Request::builder().header("content-type", "application/json").extension(admitted);
+    let request = request.body(value.to_string().into());
     let reading = Json::<T>::from_request(request.expect("a request"), app);
     reading.now_or_never().expect("a body that is here already")?;
     Ok(structs_of::<T>(value).expect("the same as the server reads"))

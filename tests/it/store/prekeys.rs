@@ -134,6 +134,22 @@ async fn one_device_can_be_asked_for_and_only_its_key_is_spent() {
 }
 
 #[tokio::test]
+async fn lasting_bundles_spend_nothing_and_tell_which_devices_are_low() {
+    let store = TestStore::open().await;
+    let alice = account(&store).await;
+    store.refill(alice.no, &alice.keys(2, 1..=2)).await.unwrap();
+    let lasting = store.lasting_bundles(alice.user, None, NEVER).await.unwrap().unwrap();
+    assert_eq!((one_time_ids(&lasting), lasting.low.len()), (vec![None], 0));
+    assert_eq!(counts(&store, &alice).await.ec, 2);
+    let spent = hand_out(&store, alice.user).await;
+    assert_eq!(one_time_ids(&spent), [Some(1)]);
+    assert_eq!(lasting.bundles[0].signed, spent.bundles[0].signed);
+    let low = store.lasting_bundles(alice.user, Some(alice.device), 2).await.unwrap().unwrap().low;
+    assert_eq!(low, [Address { user: alice.user, device: alice.no }]);
+    assert_eq!(store.lasting_bundles(UserId::random(), None, NEVER).await.unwrap(), None);
+}
+
+#[tokio::test]
 async fn unknown_users_and_devices_and_those_of_others_have_no_bundles() {
     let store = TestStore::open().await;
     let (alice, bob) = (account(&store).await, account(&store).await);

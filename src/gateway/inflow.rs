@@ -1,0 +1,87 @@
+//! How fast one socket is read. Every frame costs work, whatever is in it, so frames cost tokens. Without tokens the socket
+//! is read later; nothing that its client sent is dropped. Acks of messages that were sent on this socket are free: the
+//! deliveries have bounded them.
+
+use std::time::Duration;
+
+use tokio::time::Instant;
+
+/// Tokens that a socket has at first: pings, and acks of messages that were sent on an earlier socket.
+const BURST: u32 = 2000;
+/// From one token to the next.
+const STEP: Duration = Duration::from_millis(10);
+/// Bytes that cost a token while they have not made a frame yet. Empty parts of a message are frames that never end.
+pub(super) const BYTES: u32 = 256;
+
+/// The tokens of one socket.
+pub(super) struct Inflow {
+    /// When all tokens are back.
+    full_at: Instant,
+    /// While there are none: when there is one again.
+    closed_until: Option<Instant>,
+}
+
+impl Inflow {
+    pub(super) fn new(now: Instant) -> Self {
+        Self { full_at: now, closed_until: None }
+    }
+
+    /// Takes tokens; more than there are leave a debt.
+    pub(super) fn charge(&mut self, tokens: u32, now: Instant) {
+        self.full_at = self.full_at.max(now) + STEP * tokens;
+        let opens_at = self.full_at.checked_sub(STEP * BURST).unwrap_or(now);
+        self.closed_until = Some(opens_at).filter(|opens_at| *opens_at > now);
+    }
+
+    /// True while the socket may be read.
+    pub(super) fn is_open(&self) -> bool {
+        self.closed_until.is_none()
+    }
+
+    /// When [`Inflow::open`] is due.
+    pub(super) fn due(&self) -> Option<Instant> {
+        self.closed_until
+    }
+
+    /// Opens again if it is time. True if it was closed until now.
+    pub(super) fn open(&mut self, now: Instant) -> bool {
+        let is_due = self.closed_until.is_some_and(|opens_at| opens_at <= now);
+        if is_due {
+            self.closed_until = None;
+        }
+        is_due
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_burst_is_free_and_a_debt_is_waited_for() {
+        let start = Instant::now();
+        let mut inflow = Inflow::new(start);
+        for _ in 0..BURST {
+            inflow.charge(1, start);
+        }
+        assert!(inflow.is_open());
+        inflow.charge(3, start);
+        assert!(!inflow.is_open());
+        assert_eq!(inflow.due(), Some(start + 3 * STEP));
+        assert!(!inflow.open(start + 2 * STEP));
+        assert!(inflow.open(start + 3 * STEP) && inflow.is_open());
+        assert!(!inflow.open(start + 3 * STEP), "once");
+    }
+
+    #[test]
+    fn tokens_come_back_up_to_the_burst() {
+        let start = Instant::now();
+        let mut inflow = Inflow::new(start);
+        inflow.charge(BURST, start);
+        let later = start + 100 * STEP * BURST;
+        inflow.charge(BURST, later);
+        assert!(inflow.is_open());
+        inflow.charge(1, later);
+        assert!(!inflow.is_open());
+    }
+}
