@@ -233,7 +233,8 @@ mod tests {
 
     #[tokio::test(start_paused = true)]
     async fn a_body_that_trickles_in_uses_its_time_up() {
-        assert_eq!(played(30 * SECOND, 1, 2 << 20).await, Some(30 * SECOND));
+        let took = played(30 * SECOND, 1, 2 << 20).await.unwrap();
+        assert!(took <= 31 * SECOND, "{took:?}");
         let took = played(30 * SECOND, LEAST_RATE / 2, 2 << 20).await.unwrap();
         assert!(took < 75 * SECOND, "{took:?}");
     }

@@ -173,7 +173,7 @@ static EFFECTS: &[Effect] = &[
     },
     distributed("pubsub-min-backoff-secs", NO_WIRE, &["bus/faults.rs:a_valkey_that_stays_away_is_asked_ever_more_rarely"]),
     distributed("pubsub-max-backoff-secs", NO_WIRE, &["bus/faults.rs:a_valkey_that_stays_away_is_asked_ever_more_rarely"]),
-    distributed("pubsub-stable-after-secs", NO_WIRE, &["src/bus/backoff.rs:it_doubles_up_to_its_limit_and_starts_over_after_a_good_connection"]),
+    distributed("pubsub-stable-after-secs", NO_WIRE, &["src/bus/backoff.rs:it_grows_by_half_up_to_its_limit_and_starts_over_after_a_good_connection"]),
 
     neither("ws-outbound-buffer-size", ONE_FRAME),
     both("ws-ack-buffer-size", &["options.rs:a_socket_is_read_no_further_while_as_many_acks_wait_as_may"]),

@@ -21,7 +21,7 @@ async fn fill(folder: &Path, device: &Device) {
         "BEGIN;
          CREATE TEMP TABLE n AS WITH RECURSIVE n(x) AS (SELECT 1 UNION ALL SELECT x + 1 FROM n LIMIT {MESSAGES})
              SELECT x FROM n;
-         INSERT INTO users SELECT randomblob(16), 'generated_' || x, password_hash, identity_key
+         INSERT INTO users (id, username, password_hash, identity_key) SELECT randomblob(16), 'generated_' || x, password_hash, identity_key
              FROM n CROSS JOIN users WHERE id = x'{user}' AND x <= {accounts};
          INSERT INTO devices (id, user_id, name, registration_id, is_primary)
              SELECT randomblob(16), id, 'a phone', 1, 1 FROM users WHERE username LIKE 'generated_%';
