@@ -3,6 +3,8 @@
 //! A device has at most one session. It ends when the device logs in again or out, or when its refresh token turns out to
 //! be stolen.
 
+mod exchange;
+
 use std::fmt;
 use std::sync::Arc;
 use std::time::Duration;
@@ -159,7 +161,7 @@ impl Store {
         let mut tx = self.begin().await?;
         devices::lock(&mut tx, no).await?;
         let refreshed = match session_of(&mut tx, &wish.next.family).await? {
-            Some(session) if session.expires_at > now => exchange(&mut tx, &session, wish, now).await?,
+            Some(session) if session.expires_at > now => exchange::exchange(&mut tx, &session, wish, now).await?,
             _ => Refreshed::Refused,
         };
         match refreshed {
@@ -345,40 +347,6 @@ async fn session_of(tx: &mut Tx, family: &[u8; 16]) -> Result<Option<Session>> {
                      sessions.secret_hash, sessions.expires_at \
                      FROM sessions JOIN devices ON devices.no = sessions.device_no WHERE sessions.family = $1";
     on!(tx, |db| sqlx::query_as(statement).bind(&family[..]).fetch_optional(db))
-}
-
-/// The presented token belongs to this living session: it is its current one, or one that was exchanged before.
-async fn exchange(tx: &mut Tx, session: &Session, wish: &Refresh, now: Timestamp) -> Result<Refreshed> {
-    let holder = session.holder;
-    if session.secret_hash == wish.secret_hash {
-        let holder = correct(tx, holder, wish.next.access_expires_at).await?;
-        open(tx, holder.no, &wish.next).await?;
-        remember_use(tx, holder.no, wish, now).await?;
-        return Ok(Refreshed::Rotated(holder));
-    }
-    let statement = "SELECT idempotency_key, used_at FROM refresh_uses WHERE secret_hash = $1 AND device_no = $2";
-    let used: Option<(Option<IdempotencyKey>, Timestamp)> =
-        on!(tx, |db| sqlx::query_as(statement).bind(&wish.secret_hash[..]).bind(holder.no).fetch_optional(db))?;
-    if let Some((key, used_at)) = used {
-        let is_same_wish = wish.key.is_some() && wish.key == key;
-        if is_same_wish && used_at > now - REPEAT_WINDOW {
-            // A hash of another length is in no token, so nothing fits it.
-            let secret_hash = session.secret_hash[..].try_into().unwrap_or_default();
-            return Ok(Refreshed::Repeated { holder, used_at, secret_hash });
-        }
-        if used_at > now - RACE_WINDOW {
-            return Ok(Refreshed::Refused);
-        }
-    }
-    end(tx, holder.no, wish.void_to).await?;
-    Ok(Refreshed::Stolen(Address { user: holder.user, device: holder.no }))
-}
-
-async fn remember_use(tx: &mut Tx, no: DeviceNo, wish: &Refresh, now: Timestamp) -> Result<()> {
-    let statement =
-        "INSERT INTO refresh_uses (secret_hash, device_no, idempotency_key, used_at) VALUES ($1, $2, $3, $4)";
-    run!(tx, sqlx::query(statement).bind(&wish.secret_hash[..]).bind(no).bind(wish.key).bind(now))?;
-    Ok(())
 }
 
 /// Ends the device's session, if it has one, and voids its access tokens and tickets in any case. Its push token goes too.

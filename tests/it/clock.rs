@@ -72,7 +72,7 @@ async fn sweeping_server() -> TestServer {
         config.attachments.cleanup_interval = Duration::from_millis(100);
         config.auth.refresh_token_cleanup_interval = Duration::from_millis(100);
         // Nothing may be left of the day but for what a wrong clock has taken.
-        config.attachments.bytes_per_day = 100;
+        config.attachments.bytes_per_day = 10 * 4096;
     })
     .await
 }

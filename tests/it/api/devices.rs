@@ -288,7 +288,7 @@ mod removing {
 
     #[tokio::test]
     async fn more_mail_than_fits_into_a_transaction_is_deleted_as_well() {
-        let server = TestServer::start().await;
+        let server = TestServer::start_with(|config| config.messaging.inbox_max_bytes = 1 << 30).await;
         let (alice, bob) = (server.account().await, server.account().await);
         let second = alice.link().await;
         let large = vec![1; 1_000_000];

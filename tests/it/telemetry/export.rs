@@ -82,7 +82,9 @@ async fn a_log_line_about_a_request_names_its_trace() {
     let server = Binary::start_embedded(folder.path(), &[&endpoint]).await;
     let alice = Device::register(&server.client()).await;
     let upload = alice.request("POST", "/v1/attachments").body("sealed bytes").send().await.expect(201).json();
-    std::fs::remove_dir_all(folder.path().join("attachments")).unwrap();
+    for stored in std::fs::read_dir(folder.path().join("attachments")).unwrap() {
+        std::fs::remove_dir_all(stored.unwrap().path()).unwrap();
+    }
     alice.request("GET", &format!("/v1/attachments/{}", upload["id"].as_str().unwrap())).send().await.expect(404);
     let span = collector.await_spans("GET /v1/attachments/{id}", 1).await.remove(0).span;
     let is_about = |line: &LogRecord| body(line).contains("an attachment that should be in the storage");
@@ -186,7 +188,7 @@ async fn a_call_to_the_collector_takes_as_long_as_the_timeout_says() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_frozen_collector_costs_neither_memory_nor_speed_nor_an_orderly_end() {
     let (folder, collector) = (tempfile::tempdir().unwrap(), Collector::start().await);
-    let server = start(&folder, &collector, &["--export-timeout-secs=2"]).await;
+    let server = start(&folder, &collector, &["--export-timeout-secs=2", "--max-inbox-size=20000"]).await;
     let (alice, bob) = (Device::register(&server.client()).await, Device::register(&server.client()).await);
     collector.freeze();
     // Five spans each: the second round finds all queues full.
