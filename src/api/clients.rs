@@ -52,8 +52,10 @@ pub async fn admit(State(entrance): State<Entrance>, request: Request, next: Nex
         return ApiError::Internal.into_response();
     };
     let progress = request.extensions().get::<Arc<Progress>>().cloned();
+    // Behind a proxy a connection is of many clients, who must not wait for each other's refusals.
+    let is_of_one_client = !entrance.app.config.server.trusts(peer.ip().to_canonical());
     let response = admitted(entrance, peer.ip(), request, next).await;
-    if let Some(progress) = progress {
+    if let Some(progress) = progress.filter(|_| is_of_one_client) {
         slow_down(&progress, response.status()).await;
     }
     response
