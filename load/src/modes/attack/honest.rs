@@ -288,10 +288,12 @@ pub async fn fetch_bundle(connection: &mut Connection, from: &Account, of: &Acco
     Ok(!bundle["oneTimePreKey"].is_null())
 }
 
-/// Logs in, and keeps the new tokens.
+/// Logs in, and keeps the new tokens. With the refresh token that the device still has, the wrong passwords of others don't
+/// slow it; a server that doesn't know the member skips it.
 pub async fn log_in(connection: &mut Connection, account: &Account) -> Result<()> {
     let id = Uuid::from_bytes(account.device.id).to_string();
-    let asked = json!({"username": account.name, "password": PASSWORD, "deviceId": id});
+    let mut asked = json!({"username": account.name, "password": PASSWORD, "deviceId": id});
+    asked["refreshToken"] = account.refresh_token().into();
     let answer = connection.post_json("/v1/session", &asked).await?.json(200)?;
     account.renew(device(&answer).context("not an AuthResponse")?);
     Ok(())
