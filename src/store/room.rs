@@ -12,7 +12,7 @@ use crate::model::ids::{DeviceNo, UserId};
 use crate::model::mail::Shortage;
 use crate::store::Limits;
 
-/// Inboxes that are remembered. Past that all are forgotten, and counted again when they get mail.
+/// Inboxes that are remembered. Past that all are forgotten before the next group, and counted again when they get mail.
 const REMEMBERED_INBOXES: usize = 100_000;
 /// Senders that are remembered in all these inboxes together, some 15 MiB.
 const REMEMBERED_SENDERS: usize = 250_000;
@@ -196,6 +196,16 @@ impl Rooms {
         self.bounds.is_over_half(load)
     }
 
+    /// Forgets all inboxes when too many are remembered. At the beginning of a group, so that it counts what it needs.
+    pub(super) fn bound(&self) {
+        let mut state = self.state();
+        if state.inboxes.len() > REMEMBERED_INBOXES || state.senders > REMEMBERED_SENDERS {
+            state.inboxes.clear();
+            state.accounts.clear();
+            state.senders = 0;
+        }
+    }
+
     /// The devices whose inboxes have to be counted before these can be judged. `before` is what the row of an account said
     /// before they came; nothing is asked about an account for which it is `None`.
     pub(super) fn unsure(
@@ -222,10 +232,6 @@ impl Rooms {
     /// Takes in how much waits for these devices now.
     pub(super) fn counted(&self, devices: impl IntoIterator<Item = DeviceNo>, found: &[Counted], stamp: Stamp) {
         let mut state = self.state();
-        if state.inboxes.len() > REMEMBERED_INBOXES || state.senders > REMEMBERED_SENDERS {
-            state.inboxes.clear();
-            state.senders = 0;
-        }
         for device in devices {
             let mut inbox = Inbox { stamp, ..Inbox::default() };
             let mut senders = HashMap::new();
@@ -242,15 +248,19 @@ impl Rooms {
     /// Judges these one after the other, each with those before it that were admitted. `after` is what the row of an account
     /// says now; one for which it is `None` has room in any case.
     ///
-    /// A refusal comes with the time after which there may be room.
+    /// A refusal comes with the time after which there may be room. `None` when an inbox is not remembered any more, since
+    /// another group has begun: it has to be counted again, or it would be taken for empty. Nothing is judged then.
     pub(super) fn judge(
         &self,
         coming: &[Candidate],
         now: Timestamp,
         after: impl Fn(UserId) -> Option<Stamp>,
-    ) -> Vec<Verdict> {
+    ) -> Option<Vec<Verdict>> {
         let mut state = self.state();
         let state = &mut *state;
+        if coming.iter().any(|one| after(one.user).is_some() && !state.inboxes.contains_key(&one.device)) {
+            return None;
+        }
         let mut verdicts = Vec::with_capacity(coming.len());
         for one in coming {
             verdicts.push(match after(one.user) {
@@ -265,7 +275,7 @@ impl Rooms {
                 inbox.senders = None;
             }
         }
-        verdicts
+        Some(verdicts)
     }
 
     fn judge_inbox(&self, state: &mut State, one: &Candidate, now: Timestamp, stamp: Stamp) -> Verdict {

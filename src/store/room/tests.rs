@@ -23,7 +23,7 @@ fn empty(rooms: &Rooms, device: DeviceNo) {
 
 fn taken(rooms: &Rooms, one: Candidate) -> Result<(), Shortage> {
     let now = Timestamp::from_seconds(1_800_000_000);
-    let verdict = rooms.judge(&[one], now, |_| Some(Stamp::default())).remove(0);
+    let verdict = rooms.judge(&[one], now, |_| Some(Stamp::default())).unwrap().remove(0);
     verdict.map_err(|(shortage, _)| shortage)
 }
 
@@ -92,6 +92,28 @@ fn a_row_that_another_node_has_written_is_not_believed() {
     assert!(rooms.unsure(&[one], |_| Some((12, 12))).is_empty());
     assert_eq!(rooms.unsure(&[one], |_| Some((13, 13))), [(owner, device)]);
     assert!(rooms.unsure(&[one], |_| None).is_empty(), "it is not half full");
+}
+
+/// Each of these inboxes is full, and together they have more senders than are remembered.
+#[test]
+fn an_inbox_is_not_taken_for_empty_when_too_many_are_remembered() {
+    let rooms = rooms(0);
+    let full: Vec<Counted> =
+        (0..MESSAGES).map(|_| (DeviceNo(0), UserId::random(), Load { messages: 1, bytes: 1 })).collect();
+    let inboxes = REMEMBERED_SENDERS as i64 / MESSAGES as i64 + 2;
+    let coming: Vec<Candidate> = (0..inboxes)
+        .map(|no| Candidate { user: UserId::random(), device: DeviceNo(no), sender: UserId::random(), bytes: 1 })
+        .collect();
+    for one in &coming {
+        let found: Vec<Counted> = full.iter().map(|(_, sender, load)| (one.device, *sender, *load)).collect();
+        rooms.counted([one.device], &found, Stamp::default());
+    }
+    let now = Timestamp::from_seconds(1_800_000_000);
+    let judged = || rooms.judge(&coming, now, |_| Some(Stamp::default()));
+    assert!(judged().unwrap().iter().all(Result::is_err), "all of them are full");
+    rooms.bound();
+    assert!(judged().is_none(), "they have to be counted again");
+    assert_eq!(rooms.unsure(&coming, |_| Some(Stamp::default())).len(), coming.len());
 }
 
 #[test]

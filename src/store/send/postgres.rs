@@ -147,6 +147,7 @@ impl Store {
             return Ok(Some((Vec::new(), tally)));
         }
         let lifetime = self.limits.idempotency_lifetime;
+        self.rooms.bound();
         let locked = tx.lock_accounts(sends, locking).await?;
         // What the rows of accounts that may be more than half full say now, and said before this group.
         let row = |user: UserId| locked.get(&user).filter(|row| self.rooms.is_over_half(row.now));
@@ -156,8 +157,15 @@ impl Store {
         let is_later = |mail: &Outgoing| later.contains(&(mail.sender.no, mail.key));
         let cases = send::cases(sends, &found, is_later);
         let coming = send::candidates(sends, &cases);
-        let counted = self.count_the_unsure(tx, &coming, &found.devices, &locked).await?;
-        let verdicts = self.rooms.judge(&coming, now, |user| row(user).map(|row| row.now));
+        let mut counted = Vec::new();
+        let verdicts = loop {
+            counted.extend(self.count_the_unsure(tx, &coming, &found.devices, &locked).await?);
+            if let Some(verdicts) = self.rooms.judge(&coming, now, |user| row(user).map(|row| row.now)) {
+                break verdicts;
+            }
+        };
+        counted.sort_unstable();
+        counted.dedup();
         self.rooms.learn(coming.iter().filter_map(|one| row(one.user).map(|row| (one.user, row.now))));
         let judgement = send::judge(sends, cases, verdicts);
         let (rows, judged) = (&judgement.rows, &judgement.judged);

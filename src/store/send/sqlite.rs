@@ -89,13 +89,18 @@ impl Store {
         let cases = send::cases(sends, &found, |_| false);
         let coming = send::candidates(sends, &cases);
         // Nobody else writes here, so what is remembered of an inbox holds until it is counted again.
-        let unsure = self.rooms.unsure(&coming, |_| Some(Stamp::default()));
-        if !unsure.is_empty() {
-            let unsure: Vec<DeviceNo> = unsure.into_iter().map(|(_, device)| device).collect();
-            let counted = Span::within("store.write").attempt(count(&mut tx, &unsure)).await?;
-            self.rooms.counted(unsure, &counted, Stamp::default());
-        }
-        let verdicts = self.rooms.judge(&coming, now, |_| Some(Stamp::default()));
+        self.rooms.bound();
+        let verdicts = loop {
+            let unsure = self.rooms.unsure(&coming, |_| Some(Stamp::default()));
+            if !unsure.is_empty() {
+                let unsure: Vec<DeviceNo> = unsure.into_iter().map(|(_, device)| device).collect();
+                let counted = Span::within("store.write").attempt(count(&mut tx, &unsure)).await?;
+                self.rooms.counted(unsure, &counted, Stamp::default());
+            }
+            if let Some(verdicts) = self.rooms.judge(&coming, now, |_| Some(Stamp::default())) {
+                break verdicts;
+            }
+        };
         let judgement = send::judge(sends, cases, verdicts);
 
         let received = self.numbering.receive(judgement.rows.len(), now);
