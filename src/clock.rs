@@ -81,8 +81,8 @@ impl From<Timestamp> for Moment {
 /// The wall clock, and a time that can be trusted when it jumps. Cloning gives the same clock.
 ///
 /// The machine's clock can be set to anything at any moment. Its monotonic clock can't, so the two are compared at each look.
-/// As long as they agree, there is one time, the wall clock's. When they don't, the clock is *in doubt*, and nobody can tell
-/// which one is right: the wall clock may have gone wrong, or may just have been put right. Then
+/// As long as they agree, there is one time, the wall clock's. When they don't, the clock is *in doubt*, and either may be
+/// right: the wall clock may have gone wrong, or may just have been corrected. Then
 ///
 /// - ages are judged by [`Clock::earliest`], so nothing is deleted or hidden too soon,
 /// - what is kept for its age is stored with [`Clock::latest`], so it is not too old when the doubt is over,

@@ -41,7 +41,7 @@ pub struct Attacker {
 struct Counts {
     attempts: AtomicU64,
     answers: Mutex<BTreeMap<&'static str, u64>>,
-    /// Answers of one status of interest.
+    /// Number of answers by status, for the statuses that a verdict looks at.
     statuses: Mutex<BTreeMap<u16, u64>>,
 }
 

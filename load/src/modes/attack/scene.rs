@@ -76,7 +76,7 @@ impl Account {
 }
 
 impl Scene {
-    /// Signs up everybody on a fresh server.
+    /// Signs up all accounts of the scene on a fresh server.
     pub async fn prepare(server: &Server) -> Result<Self> {
         let api = server.api;
         let registrar = Registrar::new();

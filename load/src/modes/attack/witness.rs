@@ -36,7 +36,7 @@ const MEMBERS: [usize; 5] = [1, 2, 3, 4, 5];
 /// Who is looked at beside the ten clients.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Witness {
-    /// Nobody else.
+    /// No further client.
     None,
     /// A friend of the target writes to it, before and during the attack.
     Friend,
