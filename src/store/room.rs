@@ -11,6 +11,10 @@ use crate::clock::Timestamp;
 use crate::model::ids::{DeviceNo, UserId};
 use crate::model::mail::Shortage;
 use crate::store::Limits;
+use bounds::Bounds;
+pub(super) use bounds::{Candidate, Load};
+
+mod bounds;
 
 /// Inboxes that are remembered. Past that all are forgotten before the next group, and counted again when they get mail.
 const REMEMBERED_INBOXES: usize = 100_000;
@@ -27,71 +31,6 @@ const WRITTEN_PARTS: u64 = 64;
 const DAY: Duration = Duration::from_hours(24);
 /// What is written down of a day doesn't reach further than this, unless the clock was wrong.
 pub(super) const LONGEST_DEBT: Duration = Duration::from_hours(72);
-
-/// What waits, or what comes.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub(super) struct Load {
-    pub(super) messages: u64,
-    pub(super) bytes: u64,
-}
-
-impl Load {
-    fn plus(self, other: Self) -> Self {
-        Self { messages: self.messages.saturating_add(other.messages), bytes: self.bytes.saturating_add(other.bytes) }
-    }
-
-    fn one(bytes: u64) -> Self {
-        Self { messages: 1, bytes }
-    }
-}
-
-/// What an inbox holds.
-#[derive(Clone, Copy, Debug)]
-pub(super) struct Bounds {
-    most: Load,
-    share: Load,
-}
-
-impl Bounds {
-    pub(super) fn of(limits: &Limits) -> Self {
-        let bytes = if limits.inbox_max_bytes == 0 { u64::MAX } else { limits.inbox_max_bytes };
-        let most = Load { messages: u64::from(limits.max_inbox_size), bytes };
-        let part =
-            |whole: u64| whole / 100 * limits.sender_share_percent + whole % 100 * limits.sender_share_percent / 100;
-        Self { most, share: Load { messages: part(most.messages), bytes: part(most.bytes) } }
-    }
-
-    /// Whether a share is looked at only behind this.
-    pub(super) fn is_over_half(&self, load: Load) -> bool {
-        load.messages > self.most.messages / 2 || load.bytes > self.most.bytes / 2
-    }
-
-    fn admits(&self, load: Load, of_sender: Load, is_own: bool, bytes: u64) -> Result<(), Shortage> {
-        let exceeds =
-            |load: Load, most: Load| load.messages >= most.messages || load.bytes.saturating_add(bytes) > most.bytes;
-        if exceeds(load, self.most) {
-            return Err(Shortage::Inbox);
-        }
-        // A sender of whom nothing waits has a share that is smaller than one message at worst.
-        let counts = !is_own && of_sender.messages > 0 && self.is_over_half(load);
-        if counts && exceeds(of_sender, self.share) { Err(Shortage::Share) } else { Ok(()) }
-    }
-}
-
-/// A message that asks for room.
-#[derive(Clone, Copy, Debug)]
-pub(super) struct Candidate {
-    pub(super) user: UserId,
-    pub(super) device: DeviceNo,
-    pub(super) sender: UserId,
-    pub(super) bytes: u64,
-}
-
-impl Candidate {
-    fn is_own(&self) -> bool {
-        self.user == self.sender
-    }
-}
 
 /// Whether there is room, or what is lacking and when there may be some.
 pub(super) type Verdict = Result<(), (Shortage, Duration)>;

@@ -1,0 +1,70 @@
+//! How much an inbox holds, and whether one more message fits into it.
+
+use crate::model::ids::{DeviceNo, UserId};
+use crate::model::mail::Shortage;
+use crate::store::Limits;
+
+/// What waits, or what comes.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(in crate::store) struct Load {
+    pub(in crate::store) messages: u64,
+    pub(in crate::store) bytes: u64,
+}
+
+impl Load {
+    pub(super) fn plus(self, other: Self) -> Self {
+        Self { messages: self.messages.saturating_add(other.messages), bytes: self.bytes.saturating_add(other.bytes) }
+    }
+
+    pub(super) fn one(bytes: u64) -> Self {
+        Self { messages: 1, bytes }
+    }
+}
+
+/// What an inbox holds.
+#[derive(Clone, Copy, Debug)]
+pub(in crate::store) struct Bounds {
+    most: Load,
+    share: Load,
+}
+
+impl Bounds {
+    pub(in crate::store) fn of(limits: &Limits) -> Self {
+        let bytes = if limits.inbox_max_bytes == 0 { u64::MAX } else { limits.inbox_max_bytes };
+        let most = Load { messages: u64::from(limits.max_inbox_size), bytes };
+        let part =
+            |whole: u64| whole / 100 * limits.sender_share_percent + whole % 100 * limits.sender_share_percent / 100;
+        Self { most, share: Load { messages: part(most.messages), bytes: part(most.bytes) } }
+    }
+
+    /// Whether a share is looked at only behind this.
+    pub(in crate::store) fn is_over_half(&self, load: Load) -> bool {
+        load.messages > self.most.messages / 2 || load.bytes > self.most.bytes / 2
+    }
+
+    pub(super) fn admits(&self, load: Load, of_sender: Load, is_own: bool, bytes: u64) -> Result<(), Shortage> {
+        let exceeds =
+            |load: Load, most: Load| load.messages >= most.messages || load.bytes.saturating_add(bytes) > most.bytes;
+        if exceeds(load, self.most) {
+            return Err(Shortage::Inbox);
+        }
+        // A sender of whom nothing waits has a share that is smaller than one message at worst.
+        let counts = !is_own && of_sender.messages > 0 && self.is_over_half(load);
+        if counts && exceeds(of_sender, self.share) { Err(Shortage::Share) } else { Ok(()) }
+    }
+}
+
+/// A message that asks for room.
+#[derive(Clone, Copy, Debug)]
+pub(in crate::store) struct Candidate {
+    pub(in crate::store) user: UserId,
+    pub(in crate::store) device: DeviceNo,
+    pub(in crate::store) sender: UserId,
+    pub(in crate::store) bytes: u64,
+}
+
+impl Candidate {
+    pub(super) fn is_own(&self) -> bool {
+        self.user == self.sender
+    }
+}
