@@ -87,7 +87,7 @@ metrics! {
         password_hashes_done: Counter = "obscura.passwords.hashes" "{hash}"
             "Passwords hashed or checked.",
         passwords_wrong: Counter = "obscura.passwords.wrong" "{password}"
-            "Passwords that were wrong, for accounts that exist or not.",
+            "Passwords that were wrong, whether or not the account exists.",
         passwords_refused: Counter = "obscura.passwords.refused" "{hash}"
             "Passwords turned away, because too many waited.",
     }
@@ -115,7 +115,7 @@ metrics! {
         left: Counter<Left> = "obscura.queue.left" "{message}"
             "Messages that left the queue for good, by cause.",
         refused_messages: Counter<QueueRefusal> = "obscura.queue.refused" "{message}"
-            "Messages not queued for want of room, by reason; a repeat that finds none counts again.",
+            "Messages not queued for lack of room, by reason; a repeat that finds no room counts again.",
         repeats: Counter<Repeat> = "obscura.queue.repeats" "{send}"
             "Sends that had been sent before, and were answered with the first outcome.",
     }
@@ -165,7 +165,7 @@ metrics! {
         pushes: Counter<(PushProvider, PushOutcome)> = "obscura.push.attempts" "{push}"
             "Pushes tried, by what came of them.",
         push_refusals: Counter<(PushProvider, PushStatus)> = "obscura.push.refusals" "{push}"
-            "Pushes that were refused one by one, by the status of the answer; 404 of Web Push among them.",
+            "Single pushes that were refused, by the status of the answer; also a 404 of Web Push.",
         push_time: Histogram<PushProvider> = "obscura.push.duration" "s"
             "Time a provider took to answer.",
         push_queue: Gauge = "obscura.push.queue.length" "{device}"
@@ -189,7 +189,7 @@ metrics! {
         disk_free: Gauge = "obscura.disk.free" "By"
             "What is free on the disk of the data folder. Not there without one, or with `--disk-reserve-bytes=0`.",
         disk_free_inodes: Gauge = "obscura.disk.free.inodes" "{inode}"
-            "How many more files the disk of the data folder can have. Not there if the file system has no fixed number.",
+            "How many more files the disk of the data folder can have. Not there without a data folder, or if the file system has no fixed number.",
         room: Gauge = "obscura.disk.room" "{level}"
             "0 while there is room; 1 while attachments are refused for lack of it; 2 while messages are, too.",
     }
