@@ -57,9 +57,9 @@ pub struct Parts {
     pub passwords: Passwords,
     /// Makes and checks tokens.
     pub tokens: Tokens,
-    /// How often and how much addresses and accounts may.
+    /// The budgets of addresses and accounts.
     pub limits: Limits,
-    /// How many accounts may be made, and how often one may be guessed at or upload.
+    /// The budgets for sign-ups, passwords and uploads.
     pub account_limits: AccountLimits,
     /// Whether there is room to grow.
     pub disk: Disk,

@@ -62,7 +62,7 @@ pub fn connections_that_fit(wanted: usize) -> usize {
 pub struct Patience {
     /// For each request head, and for the pause before it.
     pub head: Duration,
-    /// For the first bytes of an answer or a frame to be taken. What a client takes gives it more time, by a least rate.
+    /// For the first bytes of an answer or a frame to be taken. Each byte that a client takes gives it more time.
     pub write: Duration,
 }
 
@@ -75,7 +75,7 @@ pub async fn serve(
     (port, metrics): (Port, Metrics),
     tasks: Tasks,
 ) {
-    // Connections inherit it. Without it a client that takes nothing is only noticed later.
+    // Connections inherit it. Without it a client that takes nothing is noticed later.
     if let Err(error) = SockRef::from(&listener).set_tcp_notsent_lowat(UNSENT_BYTES) {
         warn!(%error, "the system does not limit what waits unsent for a client");
     }
@@ -129,20 +129,20 @@ async fn converse(stream: Bounded, peer: SocketAddr, router: Router, head_timeou
         }
     };
     if let Err(error) = ended {
-        // Of a request that is no HTTP, most may still be to come.
+        // A client that doesn't speak HTTP may still be sending.
         progress.is_left_unread();
         debug!(%error, "a connection ended early");
     }
 }
 
-/// Answers one request. What is left of its body is announced as lost.
+/// Answers one request, and announces the end of the connection if much of its body is unread.
 fn answer(
     router: Router,
     request: Request<Incoming>,
     peer: SocketAddr,
     (progress, tasks): (&Arc<Progress>, &Tasks),
 ) -> impl Future<Output = Result<Response, Infallible>> + use<> {
-    // There is a next request, so the one before was read to its end.
+    // There is a next request, so the previous one was read to its end.
     progress.is_read_again();
     let (head, body) = request.into_parts();
     let (body, arrival) = Arriving::watch(body, progress);

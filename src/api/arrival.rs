@@ -1,4 +1,4 @@
-//! The body of a request while it comes in: how far it is, when its sender is too slow, and whether it was read at all.
+//! The body of a request while it comes in: its progress, the time limit for slow senders, and what happens to the unread rest.
 
 use std::pin::Pin;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -16,11 +16,10 @@ use tokio::time::Instant;
 
 use crate::gateway::{LATE, LEAST_RATE, Progress};
 
-/// What is left of an unread body and is no more than this is left to hyper: it often has it already, and then the
-/// connection stays open.
+/// An unread rest of at most this size is left to hyper. Hyper often has it already, and then the connection stays open.
 const SMALL_REST: u64 = 64 << 10;
 
-/// What is read before an early answer that goes through a proxy: bodies up to this size, for this time.
+/// Before an early answer through a proxy, bodies up to this size are read, for this time.
 const MOST_READ_FIRST: u64 = 8 << 20;
 const LONGEST_READ_FIRST: Duration = Duration::from_secs(30);
 
@@ -31,7 +30,7 @@ pub struct Arrival {
     bytes: AtomicU64,
     last: AtomicU64,
     is_whole: AtomicBool,
-    /// What was dropped before its end.
+    /// The body, if it was dropped before its end.
     rest: Mutex<Option<Incoming>>,
 }
 
@@ -61,8 +60,8 @@ impl Arrival {
         self.last.store(since, Ordering::Relaxed);
     }
 
-    /// Reads and throws away what was left of the body, if that is not much. For answers that go through a proxy: some
-    /// close their own client's connection when an answer comes early, and the client then loses it.
+    /// Reads the rest of the body and throws it away, if the body is not large. For answers through a proxy: some proxies
+    /// close their client's connection when an answer comes early, and the client then loses the answer.
     pub async fn read_to_end(&self, announced: Option<u64>, progress: &Progress) {
         let mut rest = self.rest.lock().unwrap_or_else(PoisonError::into_inner).take();
         let Some(body) = &mut rest else { return };
@@ -128,12 +127,12 @@ impl Deadline {
     }
 }
 
-/// How long so many bytes may take.
+/// How long this number of bytes may take.
 fn time_for(bytes: u64) -> Duration {
     Duration::from_millis(bytes.saturating_mul(1000) / LEAST_RATE)
 }
 
-/// A body that tells how it comes in. Dropped before its end, it has the connection read on behind the answer.
+/// A body that reports its progress. If it is dropped before its end, the connection is read on after the answer.
 pub struct Arriving {
     /// Present until it is dropped.
     body: Option<Incoming>,
@@ -189,7 +188,7 @@ impl Drop for Arriving {
     }
 }
 
-/// Announces the end of the connection on an answer that came before a large body was read: the rest is thrown away.
+/// Adds `connection: close` to an answer if much of the request's body is still unread; that rest is thrown away.
 pub fn announce_end(response: &mut Response, arrival: &Arrival, length: Option<u64>) {
     let missing = length.map(|length| length.saturating_sub(arrival.bytes.load(Ordering::Relaxed)));
     if !arrival.is_whole.load(Ordering::Relaxed) && missing.is_none_or(|missing| missing > SMALL_REST) {

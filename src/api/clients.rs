@@ -1,4 +1,4 @@
-//! The client of a request: which address counts, and what the request costs before anything else is looked at.
+//! The client of a request: which address counts, and the limits that are checked before anything else.
 
 use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
@@ -25,7 +25,7 @@ const REFUSAL_STEP: Duration = Duration::from_millis(50);
 /// … and the longest that one takes.
 const SLOWEST_REFUSAL: Duration = Duration::from_secs(1);
 
-/// What a request was let in with.
+/// What [`admit`] has found out about a request.
 #[derive(Clone, Copy, Debug)]
 pub struct Admitted {
     /// The client's address; the account, once a valid token has been seen.
@@ -52,7 +52,7 @@ pub async fn admit(State(entrance): State<Entrance>, request: Request, next: Nex
         return ApiError::Internal.into_response();
     };
     let progress = request.extensions().get::<Arc<Progress>>().cloned();
-    // Behind a proxy a connection is of many clients, who must not wait for each other's refusals.
+    // A proxy's connection serves many clients, which must not wait for each other's refusals.
     let is_of_one_client = !entrance.app.config.server.trusts(peer.ip().to_canonical());
     let response = admitted(entrance, peer.ip(), request, next).await;
     if let Some(progress) = progress.filter(|_| is_of_one_client) {
@@ -71,8 +71,8 @@ async fn admitted(entrance: Entrance, peer: IpAddr, mut request: Request, next: 
     next.run(request).await
 }
 
-/// Lets a connection wait for its answer when it has been refused more often than not. A refusal costs little but not nothing,
-/// and a client that does not wait for its tokens, or sends many requests ahead, could have as many as the server can make.
+/// Delays a refusal on a connection that was refused more often than not. Otherwise a client that sends many requests ahead
+/// could keep the server busy with refusals, each of which costs a little.
 async fn slow_down(progress: &Progress, status: StatusCode) {
     let refusals = progress.answered(status == StatusCode::TOO_MANY_REQUESTS);
     if refusals > QUICK_REFUSALS {
@@ -112,7 +112,7 @@ fn parse_forwarded(item: &[u8]) -> Option<IpAddr> {
     Some(IpAddr::to_canonical(&address))
 }
 
-/// A proxy that isn't believed makes one client of all that are behind it, so the operator is told, once.
+/// Logs once that a proxy is not trusted: all its clients then count as one.
 fn tell_of_unbelieved(peer: IpAddr) {
     static TOLD: AtomicBool = AtomicBool::new(false);
     if is_local(peer) && !TOLD.swap(true, Ordering::Relaxed) {
@@ -123,7 +123,7 @@ fn tell_of_unbelieved(peer: IpAddr) {
     }
 }
 
-/// True for the addresses that a proxy of the operator's may have: loopback, private, link-local.
+/// True for the addresses that the operator's own proxy may have: loopback, private, link-local.
 fn is_local(address: IpAddr) -> bool {
     match address {
         IpAddr::V4(v4) => v4.is_loopback() || v4.is_private() || v4.is_link_local(),

@@ -8,21 +8,21 @@ use crate::config::Server;
 use crate::limits::{Amount, Held, Payer, Quota, Rate, Scope, Terms};
 use crate::telemetry::metrics::Refusal;
 
-/// An IPv6 /48 may have so many times the connections of one of its /64s.
+/// How many times the connections of one of its /64s an IPv6 /48 may have.
 const SITE: u32 = 4;
 
-/// A client may open its share so many times over at once …
+/// A client may open this many times its share at once …
 const OPENED_AT_ONCE: u32 = 4;
-/// … and one in so many of its share in a second.
+/// … and its share divided by this in a second.
 const OPENED_IN_A_SECOND: u32 = 4;
 
 /// The connections that are open. Cloning gives the same count.
 #[derive(Clone)]
 pub struct Connections {
     open: Amount,
-    /// Connections that come and go cost more than the requests on them, and begin with patience for refused requests.
+    /// Opening a connection costs more than a request, and a new connection gets its first refusals without delay.
     opened: Arc<Rate>,
-    /// Whose peers are proxies, behind which many clients are: for them only the total counts.
+    /// Knows the trusted proxies. A proxy has many clients, so only the total counts for it.
     server: Option<Server>,
 }
 
@@ -43,7 +43,7 @@ impl Connections {
         }
     }
 
-    /// A count of its own with these limits, for which the same peers are proxies.
+    /// A separate count with these limits and the same trusted proxies.
     pub fn like(&self, max: usize, max_per_client: usize) -> Self {
         Self::new(max, max_per_client, self.server.clone())
     }

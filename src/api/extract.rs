@@ -24,7 +24,7 @@ use crate::model::ids::{Address, AttachmentId, DeviceId, DeviceNo, IdempotencyKe
 pub const MAX_BODY_BYTES: usize = 2 << 20;
 
 /// A body up to this size takes none of the memory that bodies share: the connection has room for that anyway. So a log-in,
-/// a refresh and a small send get through whatever others hold.
+/// a refresh and a small send get through, however much others hold.
 const UNCOUNTED_BYTES: usize = 4 << 10;
 
 /// The device that calls, proven by its access token. The device exists and its session has not been ended.
@@ -205,7 +205,7 @@ pub fn announced_bytes(request: &Request) -> u64 {
     axum::body::HttpBody::size_hint(request.body()).lower()
 }
 
-/// Bodies are taken as they are. One that is compressed, say, is 415.
+/// Refuses a body with an encoding, such as a compressed one: 415.
 pub fn check_encoding(headers: &HeaderMap) -> Result<(), ApiError> {
     let lines = headers.get_all(header::CONTENT_ENCODING).iter();
     let mut codings = lines.flat_map(|line| line.as_bytes().split(|&byte| byte == b',')).map(<[u8]>::trim_ascii);

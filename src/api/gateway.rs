@@ -83,7 +83,7 @@ impl Ticket {
     }
 }
 
-/// A client with this feature is told of mail that it doesn't get.
+/// A client with this feature gets the frame `InboxNotice`.
 const INBOX_NOTICE: &str = "inbox-notice";
 
 /// `GET /v1/gateway`: redeems the ticket and opens the socket. A request that is no proper upgrade doesn't cost the

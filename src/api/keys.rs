@@ -134,7 +134,7 @@ pub async fn bundle(
     bundles.pop().map(axum::Json).ok_or(ApiError::NotFound)
 }
 
-/// A GET takes the bundles out. A HEAD changes nothing, and is told what a GET would get without one-time prekeys.
+/// A GET hands the bundles out. A HEAD changes nothing, and gets the headers of bundles without one-time prekeys.
 async fn asked_for(
     app: App,
     method: Method,

@@ -87,7 +87,7 @@ fn proof_required(headers: &HeaderMap) -> Result<bool, ApiError> {
     match headers.get("obscura-require-proof").map(HeaderValue::as_bytes) {
         None | Some(b"false") => Ok(false),
         Some(b"true") => Ok(true),
-        // A misspelled wish must not be taken for none.
+        // A misspelled value must not be taken for `false`.
         Some(_) => Err(ApiError::bad_request("The Obscura-Require-Proof header must be true or false")),
     }
 }
@@ -119,7 +119,7 @@ pub async fn approve(
     ProofRequired(proof_required): ProofRequired,
     request: Request,
 ) -> Result<StatusCode, ApiError> {
-    // A parcel that is refused for its sender isn't read. One that no route would take is too large all the same.
+    // The parcel of a device that may not approve isn't read. A body that no route would take gets 413 all the same.
     if !caller.is_primary && announced_bytes(&request) <= MAX_BODY_BYTES as u64 {
         return Err(ApiError::forbidden("Primary device required"));
     }

@@ -18,8 +18,8 @@ const PREFERENCE_APPLIED: HeaderName = HeaderName::from_static("preference-appli
 const REPLAYED: HeaderName = HeaderName::from_static("idempotency-replayed");
 const MISMATCH: HeaderName = HeaderName::from_static("idempotency-mismatch");
 
-/// `POST /v1/messages`: queues sealed messages. What it answers with 200 is durable; with 429, what it doesn't name as
-/// refused to those who ask for that is as well, and a repeat queues the rest.
+/// `POST /v1/messages`: queues sealed messages. With 200 all that is not named in the answer is durable. With 429 some
+/// messages may be queued, durably, and a repeat queues the rest.
 pub async fn send(
     State(app): State<App>,
     caller: Caller,
@@ -41,7 +41,7 @@ pub async fn send(
     Ok(answer(&sent, is_lenient(&headers)))
 }
 
-/// Marks the recipients that get too much at the moment. When all of them do, there is nothing to look at.
+/// Marks the recipients that get too many sends at the moment. Returns an error when all of them do.
 fn hold_back(app: &App, mail: &mut Outgoing) -> Result<(), ApiError> {
     let mut shortest: Option<Wait> = None;
     let mut held = 0;
@@ -58,7 +58,7 @@ fn hold_back(app: &App, mail: &mut Outgoing) -> Result<(), ApiError> {
     }
 }
 
-/// Whether the request says that it understands an answer by which a part was refused (RFC 7240).
+/// True if the request accepts an answer that names refused devices (`Prefer: handling=lenient`, RFC 7240).
 fn is_lenient(headers: &HeaderMap) -> bool {
     let values = headers.get_all(PREFER).iter().filter_map(|value| value.to_str().ok());
     let mut preferences = values.flat_map(|value| value.split(','));

@@ -60,8 +60,8 @@ impl Reads {
             Self::Nothing | Self::Stream => 0,
             Self::Words => 16 * KIB,
             Self::Parcel => 64 * KIB,
-            // An elliptic-curve key and a Kyber key have 2.4 KB in JSON. As much again is for spaces, and so that an upload
-            // of twice as many keys as a device may have is told so.
+            // An elliptic-curve key and a Kyber key have 2.4 KB in JSON. The rest is for spaces, and lets an upload with too
+            // many keys get the 400 that says so.
             Self::Keys => (64 * KIB + config.prekeys.max as usize * 4 * KIB).min(MAX_BODY_BYTES),
             Self::Messages => MAX_BODY_BYTES,
         }

@@ -119,7 +119,7 @@ pub async fn log_out(State(app): State<App>, caller: Caller) -> Result<StatusCod
         .await
 }
 
-/// Somebody's claim to be the owner of an account.
+/// A user name and a password that a client presents.
 pub struct Claim<'a> {
     /// The account's name, in any case.
     pub username: &'a str,
@@ -130,7 +130,7 @@ pub struct Claim<'a> {
 }
 
 /// The account whose name and password these are; otherwise 401, after the same work whether or not the name exists. After
-/// many wrong passwords for one name, from wherever they come, each further try waits its turn: 429.
+/// many wrong passwords for one name, from any addresses, further tries get 429 until some time has passed.
 pub async fn authenticate(app: &App, client: Payer, claim: Claim<'_>) -> Result<UserId, ApiError> {
     let Claim { username, password, proof } = claim;
     if username.contains('\0') {
@@ -155,7 +155,7 @@ pub async fn authenticate(app: &App, client: Payer, claim: Claim<'_>) -> Result<
         }
     };
     let (user, hash) = found.map(|found| (found.user, found.password_hash)).unzip();
-    // A password that could not be looked at was no guess.
+    // A password that could not be checked was no guess.
     let is_right = match app.passwords.verify(password, hash, client).await {
         Ok(is_right) => is_right,
         Err(busy) => {
@@ -183,7 +183,7 @@ async fn holder_of(app: &App, token: &str) -> Result<Option<SessionHolder>, Stor
     }
 }
 
-/// One line a minute tells the operator. It names nobody.
+/// Logs at most once a minute that passwords are guessed, without any name.
 fn tell_of_guessing() {
     static TOLD: Throttle = Throttle::every(Duration::from_mins(1));
     if TOLD.lets_through() {

@@ -18,17 +18,17 @@ const MEMORY_KIB: u32 = 19 * 1024;
 const PASSES: u32 = 2;
 const LANES: u32 = 1;
 
-/// A network (/24, /48) that has had so many wrong passwords at once is no longer served before others …
+/// Wrong passwords after which a network (/24, /48) has to wait in the queue apart …
 const WRONG_AT_ONCE: u32 = 2;
-/// … until they are forgotten, so many in an hour.
+/// … and how many of them are forgotten in an hour.
 const WRONG_PER_HOUR: u32 = 60;
-/// Requests that may wait for a processor. Networks take turns, so the number of networks that keep it full has to come
-/// near this one before others notice.
+/// Requests that may wait for a processor. Networks take turns, so only an attack from about as many networks as this would
+/// keep others waiting.
 const MAX_WAITING: usize = 1024;
-/// The longest wait for a processor. A client that has waited longer does not wait any more.
+/// The longest wait for a processor. Few clients wait longer for an answer.
 const PATIENCE: Duration = Duration::from_secs(10);
 
-/// Too many passwords are waiting, for this client's network as well; it should come again in a second.
+/// Too many passwords are waiting, also of this client's network. The client should try again in a second.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Busy;
 
@@ -41,7 +41,7 @@ pub struct Passwords {
 struct Queue {
     /// One for each processor. Networks that wait take turns.
     processors: Amount,
-    /// Half as many on top, for networks that guess: those that don't never wait behind them.
+    /// Half as many in addition, for networks with wrong passwords, so that other networks never wait for them.
     aside: Amount,
     /// Wrong passwords of each network.
     wrong: Rate,
@@ -84,7 +84,7 @@ impl Passwords {
     /// Whether the password is the one that was hashed. Without a hash it never is, and finding that out takes the same
     /// work: so the time tells nobody whether an account exists.
     pub async fn verify(&self, password: String, hash: Option<String>, client: Payer) -> Result<bool, Busy> {
-        // A wrong password is what costs, so a try counts as one until it is known.
+        // Only a wrong password costs a token. Until the result is known, a try counts as wrong.
         let is_trusted = self.queue.wrong.take(client).is_ok();
         let places = if is_trusted { &self.queue.processors } else { &self.queue.aside };
         let is_right = self

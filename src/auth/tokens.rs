@@ -17,8 +17,8 @@ use crate::model::ids::{DeviceId, IdempotencyKey, UserId};
 /// An access token is good for this many seconds more, because clocks differ.
 const LEEWAY_SECS: i64 = 60;
 
-/// A token that expires so many seconds later than one that is made now was made by a wrong clock. Shorter differences may
-/// come from a lifetime that was changed, or from log-outs, each of which lets the next token live for a second more.
+/// A token that expires this many seconds later than one that is made now was made by a wrong clock. Smaller differences may
+/// come from a changed lifetime, or from log-outs, each of which lets the next token live for a second more.
 pub const WRONG_BY_SECS: i64 = 48 * 60 * 60;
 
 /// Makes and checks tokens. Cloning is cheap.
@@ -29,14 +29,14 @@ pub struct Tokens {
 
 struct Inner {
     signing: EncodingKey,
-    /// What is accepted. The first one belongs to the secret that signs; a second one to a previous secret.
+    /// The accepted keys. The first one belongs to the secret that signs; a second one to a previous secret.
     accepted: Vec<Accepted>,
     validation: Validation,
     access_lifetime: Duration,
     refresh_lifetime: Duration,
 }
 
-/// What a secret is good for, beside signing.
+/// The keys that are derived from a secret.
 struct Accepted {
     checking: DecodingKey,
     /// For refresh tokens whose successor can be made again.

@@ -2,8 +2,7 @@
 
 use std::time::Duration;
 
-/// How many accounts are made, how fast they are guessed at and filled, and how long they stay without a use. A rate of 0
-/// is no limit.
+/// Limits for sign-ups, wrong passwords and uploads, and how long unused accounts stay. A rate of 0 is no limit.
 #[derive(Clone, Debug)]
 pub struct Accounts {
     /// Sign-ups on this node in an hour, from all addresses together; also all at once.

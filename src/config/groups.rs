@@ -125,7 +125,7 @@ pub struct Server {
 }
 
 impl Server {
-    /// True when clients of private networks may be believed without the operator having said so.
+    /// True when private networks are trusted only because that is the default.
     pub fn trusts_private_networks_by_default(&self) -> bool {
         let defaults = PROXIES.split(',').map(|network| network.parse().ok());
         !self.host.is_loopback() && defaults.eq(self.trusted_proxies.iter().copied().map(Some))
@@ -145,7 +145,7 @@ impl Server {
 pub struct Auth {
     /// Signs access tokens. Empty in embedded mode until `Config::open_data_dir` has filled it in.
     pub jwt_secret: Secret,
-    /// Signs nothing any more, or not yet; what it has signed is accepted.
+    /// Signs nothing, but tokens that were signed with it are accepted.
     pub jwt_secret_previous: Option<Secret>,
     /// Lifetime of an access token; zero means dead on arrival, but for the leeway.
     pub access_token_lifetime: Duration,

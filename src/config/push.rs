@@ -36,7 +36,7 @@ pub struct Apns {
 /// Web Push and UnifiedPush.
 #[derive(Clone, Debug)]
 pub struct WebPush {
-    /// `mailto:` or `https:`, for whoever runs a push service and has something to complain of.
+    /// `mailto:` or `https:`, where the operator of a push service can reach the operator of this server.
     pub contact: Option<String>,
     /// Networks that are not public in which endpoints may be called all the same; usually empty.
     pub allowed_networks: Vec<IpNet>,

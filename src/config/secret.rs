@@ -60,7 +60,7 @@ impl Config {
             ))
         })?;
         if self.auth.jwt_secret.expose().is_empty() {
-            // A folder with a secret and no database is one whose database is missing, so it is never made like that.
+            // The database comes first: a folder with a secret and no database is refused as one whose database is missing.
             let database = self.database.file().map_or(Ok(()), make_empty);
             database.map_err(|error| {
                 ConfigError::Wrong(format!("--data-dir: the database in it cannot be made ({error}); check the folder"))
@@ -73,7 +73,7 @@ impl Config {
         Ok(())
     }
 
-    /// Refuses to sign or accept tokens with a secret that anybody could know or guess.
+    /// Refuses a secret that is published, empty or short.
     pub fn check_secret(&self) -> Result<(), ConfigError> {
         if let Some(problem) = self.auth.jwt_secret_previous.as_ref().and_then(problem_of) {
             return Err(ConfigError::Wrong(format!(

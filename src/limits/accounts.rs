@@ -1,4 +1,4 @@
-//! Budgets for what makes accounts, opens them and fills their storage.
+//! Budgets for sign-ups, for tries at passwords, and for uploads.
 
 use std::time::Duration;
 
@@ -15,7 +15,7 @@ const UPLOADS_AT_ONCE: u32 = 2000;
 const UPLOADS_UNDER_WAY: u32 = 1024;
 /// … and of one account.
 const UPLOADS_OF_ACCOUNT: u32 = 64;
-/// When an account whose uploads are all under way should come again.
+/// The `Retry-After` of an account that has as many uploads under way as it may.
 const UPLOAD_WAIT: Duration = Duration::from_secs(1);
 
 /// The budgets of this node for sign-ups, passwords and uploads.
@@ -60,12 +60,12 @@ impl AccountLimits {
         Guess::take(&self.guesses, Payer::named(username))
     }
 
-    /// The same for a client that has proven to hold a refresh token of the account. Others can't use this one up.
+    /// The same for a client that has shown a live refresh token of the account. Other clients can't use this budget up.
     pub fn proven_guess(&self, account: UserId) -> Result<Guess<'_>, Wait> {
         Guess::take(&self.proven_guesses, Payer::Account(account))
     }
 
-    /// Takes an upload of this account, which is under way for as long as the answer is held.
+    /// Takes an upload of this account, which counts as under way until the returned value is dropped.
     pub fn upload(&self, account: UserId) -> Result<Held, Wait> {
         let payer = Payer::Account(account);
         let held = self.under_way.try_take(payer, 1).ok_or(Wait(UPLOAD_WAIT, Refusal::UploadRate))?;
@@ -86,7 +86,7 @@ impl<'a> Guess<'a> {
         Ok(Self { rate, payer })
     }
 
-    /// The password was right, or nothing was learnt about it: the try costs nothing.
+    /// The password was right, or could not be checked: the try costs nothing.
     pub fn was_right(self) {
         self.rate.give_back(self.payer);
     }

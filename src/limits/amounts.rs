@@ -2,7 +2,7 @@
 //!
 //! An amount has a total, a share for each scope of a payer, and a reserve that only small holders may use. Requests
 //! that find no room wait in a bounded queue, in which payers take turns: the next unit goes to the payer that was
-//! served the longest time ago, and a full queue drops from the payer that waits with the most.
+//! served the longest time ago, and a full queue drops a request of the payer that has the most in it.
 
 use std::collections::HashMap;
 use std::collections::hash_map::Entry;
@@ -18,7 +18,7 @@ use crate::limits::payer::{Key, Payer, Scope};
 /// Scopes that an amount can have shares for.
 const MAX_SHARES: usize = 3;
 
-/// Other holders have all of it, or this payer its share.
+/// Other holders have taken all of it, or this payer has taken its share.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct NoRoom;
 
@@ -128,7 +128,7 @@ impl Amount {
         state.give_back(&charged, units);
         let granted = if state.waiting.is_empty() { Vec::new() } else { self.grant(&mut state) };
         drop(state);
-        // A request that has stopped waiting drops what it is sent here, which locks again.
+        // After the unlock: a request that has stopped waiting drops what it is sent here, which locks again.
         granted.into_iter().for_each(|(answer, held)| drop(answer.send(held)));
     }
 
@@ -184,7 +184,8 @@ impl State {
         next.map(|(index, _)| index)
     }
 
-    /// Makes room for one more request of this payer in the queue: false when it has as many there as any other payer.
+    /// Makes room for one more request of this payer in the queue. Returns false if it is full and
+    /// no other payer has at least two requests more in it.
     fn make_room(&mut self, turn: Key, max_waiting: usize) -> bool {
         self.waiting.retain(|waiting| !waiting.answer.is_closed());
         if self.waiting.len() < max_waiting {
@@ -195,7 +196,7 @@ impl State {
         let own = counts.get(&turn).copied().unwrap_or_default();
         let Some((most, count)) = counts.into_iter().max_by_key(|(_, count)| *count) else { return false };
         let last = self.waiting.iter().rposition(|waiting| waiting.turn == most);
-        // Its sender is dropped, which tells it that there is no room.
+        // Dropping the sender tells the request that there is no room.
         last.filter(|_| count > own + 1).map(|last| self.waiting.remove(last)).is_some()
     }
 }
@@ -214,8 +215,7 @@ pub struct Held {
 }
 
 impl Held {
-    /// Takes so many more that it has `units`, and waits for them in turn, no longer than `patience`. What it has
-    /// already it keeps in any case.
+    /// Grows to `units`, and waits for its turn, no longer than `patience`. On an error the holder keeps what it has.
     pub async fn grow_to(&mut self, units: u32, patience: Duration) -> Result<(), NoRoom> {
         let missing = units.saturating_sub(self.units);
         if self.try_grow(missing) {
@@ -256,7 +256,7 @@ impl Held {
         let (answer, answered) = oneshot::channel();
         let charged = self.of.charged(self.payer);
         let mut state = self.of.state();
-        // What waits longer than the queue has places for, or could never be had, is refused at once.
+        // A request that is above its share, or finds the queue full, is refused at once.
         let can_fit = charged.iter().flatten().all(|(_, share)| self.units.saturating_add(units) <= *share);
         if !can_fit || !state.make_room(turn, terms.max_waiting) {
             return None;

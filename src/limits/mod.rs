@@ -23,44 +23,44 @@ use crate::config;
 use crate::model::ids::UserId;
 use crate::telemetry::metrics::Refusal;
 
-/// While an account is being flooded, each sender still reaches it so many times at once …
+/// While an account is being flooded: sends of each sender that still reach it at once …
 const TRICKLE_BURST: u32 = 20;
-/// … and so many times a second, so that a flood doesn't silence the others.
+/// … and in a second, so that a flood doesn't silence the others.
 const TRICKLE_PER_SECOND: u32 = 1;
-/// An IPv6 /48 has so many times what one of its /64s has.
+/// How many times the rate of one of its /64s an IPv6 /48 has.
 const SITE: u32 = 20;
-/// Attachments, the document and unknown paths have so many times the standard rate …
+/// How many times the standard rate attachments, the document and unknown paths have …
 const OPEN: u32 = 10;
-/// … and so many times its burst.
+/// … and how many times its burst.
 const OPEN_BURST: u32 = 50;
 
 /// Memory for the bodies of requests without a valid token, in KiB.
 const GUEST_BODIES_KIB: u32 = 64 << 10;
 /// Memory for the bodies of requests of accounts, in KiB.
 const ACCOUNT_BODIES_KIB: u32 = 64 << 10;
-/// The part of each that is kept for small bodies, in KiB.
+/// The part of each that is reserved for small bodies, in KiB.
 const SMALL_BODIES_KIB: u32 = 16 << 10;
-/// What a small body may have, in KiB.
+/// The largest small body, in KiB.
 const SMALL_BODY_KIB: u32 = 64;
-/// What the bodies of one account may have together, in KiB.
+/// The share of one account's bodies, in KiB.
 const BODIES_OF_ACCOUNT_KIB: u32 = 16 << 10;
-/// Of the largest bodies that need no token, an address can hold one, and an IPv6 /48 this many.
+/// An address can hold one of the largest bodies that need no token, an IPv6 /48 this many.
 const GUEST_BODIES_OF_SITE: u32 = 8;
 /// Memory for the large frames of all sockets, in KiB.
 const FRAMES_KIB: u32 = 64 << 10;
-/// What the large frames of one account may have together, in KiB.
+/// The share of one account's large frames, in KiB.
 const FRAMES_OF_ACCOUNT_KIB: u32 = 16 << 10;
 /// Requests that may wait for room.
 const WAITING: usize = 256;
 /// How long a body waits for the memory of others.
 pub const PATIENCE: Duration = Duration::from_secs(2);
 
-/// Which of a client's buckets a request without a valid token takes its token from.
+/// Which of the buckets of its client's address a request takes a token from.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Tier {
     /// Most of the API.
     Standard,
-    /// Sign-up, log-in and what else starts or ends a session.
+    /// Sign-up, log-in and other requests that begin or end a session.
     Auth,
     /// Attachments, the document and unknown paths.
     Open,
@@ -84,9 +84,9 @@ pub struct Budgets {
     auth: Rate,
     open: Rate,
     requests: Rate,
-    /// What reaches an account from all others together …
+    /// Sends that reach an account from all others together …
     received: Rate,
-    /// … and from each of them while that is too much.
+    /// … and from each of them while there are too many.
     trickle: Rate,
     bundles: Rate,
     one_time_prekeys: Rate,
@@ -175,12 +175,12 @@ impl Budgets {
         if asker == target { Ok(()) } else { self.bundles.take(Payer::Pair(asker, target)) }
     }
 
-    /// Returns true if such a fetch may spend one-time prekeys of the target. All accounts that ask share this.
+    /// Returns true if such a fetch may spend one-time prekeys of the target. All askers share this budget.
     pub fn may_spend_one_time_prekeys(&self, asker: UserId, target: UserId) -> bool {
         asker == target || self.one_time_prekeys.take(Payer::Account(target)).is_ok()
     }
 
-    /// The memory that bodies of this payer's requests have, in KiB.
+    /// The memory for the bodies of this payer's requests, in KiB.
     pub fn bodies(&self, payer: Payer) -> &Amount {
         if matches!(payer, Payer::Account(_)) { &self.account_bodies } else { &self.guest_bodies }
     }

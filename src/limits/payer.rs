@@ -6,16 +6,16 @@ use std::sync::LazyLock;
 
 use crate::model::ids::UserId;
 
-/// The one that a request, a body or a connection is charged to.
+/// What a request, a body or a connection is charged to.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Payer {
-    /// A client without a valid token, by its address.
+    /// A client, by its address.
     Address(IpAddr),
-    /// An account, whatever address it uses.
+    /// An account, from all addresses together.
     Account(UserId),
     /// An account that does something to another one: first the actor, then the target.
     Pair(UserId, UserId),
-    /// Anything else that has a budget of its own, by the hash that [`Payer::named`] makes.
+    /// A user name or a domain, by the hash that [`Payer::named`] makes.
     Named(u64),
     /// The server itself, or a trusted proxy: only the total counts.
     Exempt,
@@ -47,7 +47,7 @@ impl Payer {
         Self::Named(SECRET.hash_one(name))
     }
 
-    /// With whom this payer shares a budget of this scope; `None` if the scope doesn't concern it.
+    /// Payers with the same key share a budget of this scope. `None` if this payer has no budget of this scope.
     pub(super) fn key(self, scope: Scope) -> Option<Key> {
         let hash = match (scope, self) {
             (Scope::All, _) => 0,

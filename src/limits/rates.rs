@@ -16,7 +16,7 @@ use crate::telemetry::metrics::Refusal;
 /// Cells of a row: half a MiB.
 const CELLS: usize = 1 << 16;
 
-/// Refused by this limit. The same is allowed after this time.
+/// Refused by this limit. The same request is allowed after this time.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Wait(pub Duration, pub Refusal);
 
@@ -30,22 +30,22 @@ pub struct Quota {
 }
 
 impl Quota {
-    /// So many a second, and `burst` at once. A burst of zero counts as one. `None`, which is no limit, for a rate of 0.
+    /// `rate` in a second, and `burst` at once. A burst of zero counts as one. `None`, which is no limit, for a rate of 0.
     pub fn per_second(rate: u32, burst: u32) -> Option<Self> {
         Self::within(Duration::from_secs(1), rate, burst)
     }
 
-    /// So many an hour, also all at once. `None` for 0.
+    /// `count` in an hour, also all at once. `None` for 0.
     pub fn per_hour(count: u32) -> Option<Self> {
         Self::within(Duration::from_hours(1), count, count)
     }
 
-    /// So many an hour, and `burst` at once. A burst of zero counts as one. `None` for a rate of 0.
+    /// `rate` in an hour, and `burst` at once. A burst of zero counts as one. `None` for a rate of 0.
     pub fn per_hour_with_burst(rate: u32, burst: u32) -> Option<Self> {
         Self::within(Duration::from_hours(1), rate, burst)
     }
 
-    /// So many in a day, also all at once. `None` for 0.
+    /// `count` in a day, also all at once. `None` for 0.
     pub fn per_day(count: u32) -> Option<Self> {
         Self::within(Duration::from_hours(24), count, count)
     }
@@ -81,15 +81,15 @@ impl Rate {
         let now = nanos(self.opened.elapsed());
         let refuse = |wait| Wait(Duration::from_nanos(wait), self.limit);
         let tables = || self.tables.iter().filter_map(|(scope, table)| Some((table, payer.key(*scope)?)));
-        // The wider scopes are only looked at first, so that a client above its own limit takes nothing from its
-        // neighbours, and a neighbour above the common limit nothing from this client's own bucket.
+        // First the wider scopes are checked without taking a token. Otherwise a request that is refused by one scope would
+        // already have taken a token in another.
         for (table, key) in tables().skip(1) {
             table.wait(key, now).map_err(refuse)?;
         }
         tables().try_for_each(|(table, key)| table.take(key, now).map_err(refuse))
     }
 
-    /// Gives a token back in every scope of this payer, for something that in the end did not count.
+    /// Gives a token back in every scope of this payer, for a request that does not count after all.
     pub fn give_back(&self, payer: Payer) {
         for (scope, table) in &self.tables {
             payer.key(*scope).iter().for_each(|key| table.give_back(*key));
@@ -127,12 +127,12 @@ impl Table {
             cell.fetch_update(Ordering::Relaxed, Ordering::Relaxed, take)
                 .map_or_else(|full_at| self.after(full_at, now).map(drop), |_| Ok(()))
         };
-        // Both, so that a payer which has both cells for itself has one burst and not two.
+        // From both cells, or a payer that shares neither of them would have two bursts.
         let [one, other] = self.cells(key).map(take);
         one.or_else(|wait| other.map_err(|other| wait.min(other)))
     }
 
-    /// A cell that another payer has emptied meanwhile gets a token as well, which does no harm.
+    /// A cell that another payer has emptied meanwhile also gets a token, which does no harm.
     fn give_back(&self, key: Key) {
         for cell in self.cells(key) {
             let back = |full_at: u64| Some(full_at.saturating_sub(self.step));

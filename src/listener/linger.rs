@@ -1,8 +1,8 @@
-//! What happens to a connection whose client may still be sending when the server is done with it.
+//! Closes a connection whose client may still be sending, so that the client gets the answer.
 //!
-//! A socket that is closed while bytes wait in it, or come in afterwards, is reset, and a reset makes the client's kernel
-//! throw away the answer that it has not read yet. So the server ends its own side, reads what still comes, and closes
-//! when the client has ended its side too.
+//! A socket that is closed while bytes wait in it, or come in afterwards, is reset. A reset makes the client's kernel
+//! throw away an answer that the client has not read yet. So the server ends its own side of the connection, reads what
+//! still comes, and closes when the client has ended its side as well.
 
 use std::io;
 use std::time::Duration;
@@ -14,16 +14,16 @@ use tokio::time::{sleep, timeout};
 use crate::api::connections::{Connections, Permit};
 use crate::tasks::Tasks;
 
-/// Connections that are read on at a time, in all and of one client. Above them a connection is closed at once.
+/// Connections that are read on at a time, in all and for one client. A further connection is closed at once.
 const AT_ONCE: usize = 256;
 const OF_ONE_CLIENT: usize = 32;
-/// The most that is thrown away for one connection: the largest attachment of the defaults, and some room.
+/// The most that is read for one connection: the largest attachment by default, and some more.
 const MOST_BYTES: u64 = 64 << 20;
 /// The longest time that it takes.
 const LONGEST: Duration = Duration::from_secs(60);
-/// A client that says nothing for so long has nothing more to say.
+/// A client that sends nothing for this long is done.
 const SILENCE: Duration = Duration::from_secs(5);
-/// After so many bytes others get their turn, for at least so long: no client has more than 40 MiB/s thrown away.
+/// After this many bytes reading pauses for this long, so that one connection takes at most 40 MiB/s.
 const TURN_BYTES: u64 = 1 << 20;
 const PAUSE: Duration = Duration::from_millis(25);
 /// Read at a time, into memory that is given back before the next wait.
@@ -36,7 +36,7 @@ pub(super) struct Lingering {
 }
 
 impl Lingering {
-    /// Beside these connections, whose rules about clients behind proxies it shares.
+    /// With the same trusted proxies as these connections.
     pub fn beside(connections: &Connections, tasks: Tasks) -> Self {
         Self { places: connections.like(AT_ONCE, OF_ONE_CLIENT), tasks }
     }
@@ -44,7 +44,7 @@ impl Lingering {
     /// Reads on until the client has ended its side, within the limits. `place` is held until then, so that the
     /// connection still counts as open.
     pub fn take_over(&self, stream: TcpStream, place: impl Send + 'static) {
-        // A runtime that is ending drops its tasks, and starts no more.
+        // A runtime that is ending starts no more tasks.
         let is_running = tokio::runtime::Handle::try_current().is_ok() && !self.tasks.is_stopping();
         let Some(turn) = stream.peer_addr().ok().and_then(|peer| self.places.admit(peer.ip())) else { return };
         if is_running {

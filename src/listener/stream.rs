@@ -1,8 +1,8 @@
-//! A connection whose client has to keep up.
+//! A connection that ends when its client makes no progress.
 //!
-//! What the kernel has accepted says little about the client: a send buffer grows to megabytes. So the listener limits
-//! what may wait unsent in it (`TCP_NOTSENT_LOWAT`), and then each accepted byte beyond [`UNSENT_BYTES`] means that an
-//! earlier one is on its way into the client's receive window. By these bytes a client is judged.
+//! The bytes that the kernel has accepted say little about the client, because a send buffer grows to megabytes. So the
+//! listener limits how much may wait unsent (`TCP_NOTSENT_LOWAT`). Then each accepted byte beyond [`UNSENT_BYTES`] means
+//! that an earlier byte is on its way to the client. These bytes count as progress.
 
 use std::io;
 use std::pin::Pin;
@@ -20,24 +20,24 @@ use crate::gateway::{LATE, LEAST_RATE, Progress};
 use crate::listener::linger::Lingering;
 use crate::telemetry::metrics::Held;
 
-/// How much the kernel may hold of a connection without having sent it.
+/// How many bytes of a connection the kernel may hold unsent.
 pub(super) const UNSENT_BYTES: u32 = 128 << 10;
-/// The most that the kernel holds unsent all the same: it takes whole pieces, the last of them beyond the limit.
+/// The most that the kernel really holds unsent: it accepts whole pieces, and the last one may pass the limit.
 const MOST_UNSENT: u64 = UNSENT_BYTES as u64 + (64 << 10);
-/// The longest time for which a client that took much may take nothing. Proxies take megabytes at once, and nothing
-/// until their own client has read a third of them.
+/// The longest time in which a client that took much may take nothing. A proxy takes megabytes at once, and then nothing
+/// until its own client has read a third of them.
 const LONGEST_STALL: Duration = Duration::from_mins(3);
 
 /// What all connections of a listener have in common.
 pub(super) struct Common {
-    /// How long a client may take nothing that has taken nothing yet.
+    /// How long a new client may take nothing.
     pub write_timeout: Duration,
     pub lingering: Lingering,
 }
 
-/// A connection that counts the bytes its client takes, ends when that is too slow, and holds its place among the open
-/// ones for as long as it lives, also as a WebSocket. When bytes of its client are left unread, it is read on behind
-/// its end.
+/// A connection that counts the bytes its client takes, and ends when the client is too slow. It holds its place among the
+/// open connections as long as it lives, also as a WebSocket. If bytes of its client are unread at the end, the connection
+/// goes to [`Lingering`].
 pub(super) struct Bounded {
     /// Present until it is dropped.
     stream: Option<TcpStream>,
@@ -47,7 +47,7 @@ pub(super) struct Bounded {
     written: u64,
     /// How long the client may still make the server wait, in bytes at [`LEAST_RATE`].
     credit: u64,
-    /// When a write last had to wait, and no longer had to.
+    /// When a write last went on after it had to wait.
     moved_on: Option<Instant>,
     /// Runs while a write waits for the client to read. Boxed, because most connections never need it.
     stalled: Option<Box<Stall>>,
@@ -89,7 +89,7 @@ impl Bounded {
             self.credit = self.credit.saturating_sub(bytes_in(stall.began.elapsed()));
             self.moved_on = Some(Instant::now());
         }
-        // What may be unsent of the first bytes never counts, and so all later ones do.
+        // The first bytes, which may still be unsent, don't count; all later ones do.
         let unsent_before = MOST_UNSENT.saturating_sub(self.written);
         self.written += bytes;
         let taken = bytes.saturating_sub(unsent_before);
@@ -101,13 +101,13 @@ impl Bounded {
         Poll::Ready(done)
     }
 
-    /// A write has to wait. An error when it has waited for as long as the client may have it wait.
+    /// A write has to wait. Returns an error when the client has used up its time.
     fn wait(&mut self, context: &mut Context<'_>) -> Poll<io::Result<usize>> {
         let stall = match &mut self.stalled {
             Some(stall) => stall,
             none => {
                 let (now, timeout) = (Instant::now(), self.common.write_timeout);
-                // A client that has kept up since is not charged for what was long ago.
+                // A client that has kept up for a while gets its first time back.
                 if self.moved_on.is_none_or(|moved_on| now.duration_since(moved_on) >= timeout) {
                     self.credit = self.credit.max(bytes_in(timeout));
                 }
@@ -118,7 +118,7 @@ impl Bounded {
         std::task::ready!(stall.end.as_mut().poll(context));
         let now = Instant::now();
         if now.duration_since(stall.end.deadline()) > LATE {
-            // The server was paused, and the client's acknowledgements may still wait to be seen.
+            // The server was paused, and has not seen yet what the client took meanwhile.
             stall.end.as_mut().reset(now + self.common.write_timeout);
             (self.credit, stall.began) = (bytes_in(self.common.write_timeout), now);
             return stall.end.as_mut().poll(context).map(|()| Err(io::ErrorKind::TimedOut.into()));
