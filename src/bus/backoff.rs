@@ -20,8 +20,8 @@ impl Backoff {
         Self { next: min, min, max, stable_after }
     }
 
-    /// The next pause, half as long again as the one before: a Valkey that was away for a short time is found soon after it
-    /// is back, and one that stays away is asked ever more rarely. It starts over after a connection that held for long enough.
+    /// The next pause, 1.5 times the one before: a Valkey that was away for a short time is found soon after it is back, and
+    /// one that stays away is tried ever more rarely. It starts over after a connection that held for long enough.
     pub fn pause(&mut self, held: Option<Duration>) -> Duration {
         if held.is_some_and(|held| held >= self.stable_after) {
             self.next = self.min;

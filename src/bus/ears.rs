@@ -15,7 +15,7 @@ use crate::telemetry::metrics::{Metrics, SignalWay};
 
 #[derive(Clone)]
 pub(super) struct Ears {
-    /// Our own name: what we say ourselves comes back, and is not acted on.
+    /// The name of this node. Its own messages come back, and are ignored.
     pub(super) node: Node,
     /// Notified when our own greeting comes back, which shows that the connection delivers.
     pub(super) echo: Arc<Notify>,

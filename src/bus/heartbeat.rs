@@ -1,7 +1,7 @@
-//! The heartbeat: whether the Valkey at the other end is a primary, and whether what is published there comes back.
+//! The heartbeat: checks that the Valkey server is a primary, and that it delivers what is published.
 //!
 //! A replica answers PING, takes subscriptions and confirms a PUBLISH that reaches no other node. So each heartbeat has two
-//! parts that such a server fails: a write, and a greeting to the channel of all nodes, which this node subscribes too.
+//! parts that such a server fails: a write, and a greeting to the channel of all nodes, to which this node subscribes as well.
 
 use redis::aio::MultiplexedConnection;
 use redis::{RedisError, Value};
@@ -24,7 +24,7 @@ pub(super) enum Lost {
 }
 
 impl Lost {
-    /// True when another host may be right though this one answers.
+    /// True when this host answers but another host may be the primary.
     pub(super) fn is_wrong_host(&self) -> bool {
         matches!(self, Self::NotPrimary | Self::Deaf)
     }
@@ -33,15 +33,15 @@ impl Lost {
 /// Fails unless the server is a primary, or a member of a cluster, of which each member passes on what is published.
 ///
 /// The write removes a member that is never there from the sorted set `key`. It changes nothing, needs no memory, and is a
-/// command that the push queue needs anyway. A user who may not do that, or a cluster that has the key elsewhere, says
-/// nothing about the role of the server; then only its own word counts.
+/// command that the push queue needs anyway. If the user may not do that, or a cluster has the key on another host, the answer
+/// says nothing about the role of the server; then only the role in its answer to HELLO counts.
 pub(super) async fn check_primary(connection: &mut MultiplexedConnection, key: &str) -> Result<(), Lost> {
     let mut write = redis::cmd("ZREM");
     write.arg(key).arg("");
     let written = write.query_async::<Value>(connection).await;
     match written {
         Err(error) if is_of_replica(&error) => return Err(Lost::NotPrimary),
-        // An answer of the server, whatever it says.
+        // An error without a code is no answer of the server.
         Err(error) if error.code().is_none() => return Err(error.into()),
         _ => {}
     }
@@ -52,7 +52,7 @@ pub(super) async fn check_primary(connection: &mut MultiplexedConnection, key: &
     }
 }
 
-/// What a replica says to a write, and a primary that has lost the replicas it must have.
+/// True for the error of a replica on a write, and for that of a primary that has lost the replicas it must have.
 fn is_of_replica(error: &RedisError) -> bool {
     matches!(error.code(), Some("READONLY" | "NOREPLICAS" | "MASTERDOWN"))
 }

@@ -22,8 +22,8 @@ const STEPS: u32 = 100;
 const FEW: usize = 16;
 /// Rest between two rounds, so that a stream of interruptions doesn't become a stream of reads.
 const REST: Duration = Duration::from_secs(1);
-/// While signals of other nodes can't arrive, each session looks once in about this time. A tenth more or less, so that
-/// several nodes don't look in step.
+/// While signals of other nodes can't arrive, each session looks once in about this time, with jitter, so that several nodes
+/// don't look in step.
 const WHILE_AWAY: Duration = Duration::from_secs(12);
 
 #[derive(Clone)]
@@ -36,7 +36,7 @@ pub(super) struct Looks {
 }
 
 impl Looks {
-    /// The wire is taken for away until it is there.
+    /// The wire counts as away until it is connected.
     pub(super) fn new(local: LocalBus, metrics: Metrics) -> Self {
         Self { local, wanted: Arc::default(), is_away: Arc::new(watch::Sender::new(true)), metrics }
     }
@@ -65,7 +65,7 @@ impl Looks {
         tokio::select! {
             biased;
             () = self.wanted.notified() => {}
-            // Dropped in the middle when the wire is back, since everything is looked at then.
+            // Dropped in the middle when the wire is back, because then every session looks at everything.
             () = self.regular_round() => return,
         }
         self.metrics.bus_looks.one(());
@@ -81,7 +81,7 @@ impl Looks {
 
     /// Waits until the wire is away, and has each session look once.
     async fn regular_round(&self) {
-        // An error can't be: the sender is ours.
+        // It can't fail: the sender is ours.
         let _ = self.is_away.subscribe().wait_for(|is_away| *is_away).await;
         let (begin, period) = (Instant::now(), jittered(WHILE_AWAY));
         // In the same order each time, or a session that was first in one round could be last in the next.

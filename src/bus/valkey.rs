@@ -179,7 +179,7 @@ impl Keeper {
         };
         self.connection.send_replace(None);
         self.metrics.bus_connected.set((), 0);
-        // What was signalled in the last seconds may be lost, and nothing more arrives: sessions look by themselves now.
+        // Signals of the last seconds may be lost, and no more arrive, so sessions look regularly now.
         self.looks.set_away(true);
         if lost.is_wrong_host() {
             self.try_next_seed();

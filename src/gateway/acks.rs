@@ -25,7 +25,7 @@ pub(super) type Stored = bool;
 #[derive(Default)]
 pub(super) struct Acks {
     waiting: Vec<Ack>,
-    /// What the client has been told of mail that it doesn't get, and has acknowledged.
+    /// A notice that the client has acknowledged.
     told: Option<Box<Notice>>,
     due: Option<Instant>,
     /// Set after a failed write: nothing is tried before.

@@ -1,4 +1,4 @@
-//! Why a session ends, and what that counts as.
+//! Why a session ends, and how that is counted.
 
 use axum::extract::ws::CloseCode;
 
@@ -20,7 +20,7 @@ pub(super) enum End {
 }
 
 impl End {
-    /// What it counts as.
+    /// Its label in the metrics.
     pub(super) fn reason(&self, pipe: &Pipe) -> Closed {
         match self {
             Self::Gone if pipe.is_stalled() => Closed::Slow,

@@ -1,16 +1,16 @@
-//! How fast one socket is read. Every frame costs work, whatever is in it, so frames cost tokens. Without tokens the socket
-//! is read later; nothing that its client sent is dropped. Acks of messages that were sent on this socket are free: the
-//! deliveries have bounded them.
+//! How fast one socket is read. Every frame costs work, whatever its content is, so frames cost tokens. Without tokens the
+//! socket is read later; nothing that its client sent is dropped. Acks of messages that were sent on this socket are free,
+//! because there are no more of them than deliveries.
 
 use std::time::Duration;
 
 use tokio::time::Instant;
 
-/// Tokens that a socket has at first: pings, and acks of messages that were sent on an earlier socket.
+/// Tokens of a new socket: enough for pings, and for acks of messages that were sent on an earlier socket.
 const BURST: u32 = 2000;
 /// From one token to the next.
 const STEP: Duration = Duration::from_millis(10);
-/// Bytes that cost a token while they have not made a frame yet. Empty parts of a message are frames that never end.
+/// Bytes that cost a token while they are not a whole message yet. A client could send empty parts of one without end.
 pub(super) const BYTES: u32 = 256;
 
 /// The tokens of one socket.

@@ -1,4 +1,4 @@
-//! A session's look at the database, which takes no longer than it may.
+//! A session's look at the database, with a time limit.
 
 use std::time::Duration;
 
@@ -7,7 +7,7 @@ use tracing::debug;
 
 use crate::store::Result;
 
-/// No single look at the database may hold a session up for longer.
+/// The longest time for one look at the database.
 const LOOK_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// A failing database is asked again, ever more slowly.
@@ -30,7 +30,7 @@ pub(super) enum NoFrame {
 pub(super) async fn timely<T>(look: impl Future<Output = Result<T>>) -> std::result::Result<T, NoFrame> {
     match tokio::time::timeout(LOOK_TIMEOUT, look).await {
         Ok(Ok(value)) => Ok(value),
-        // Each session meets an outage, and the requests tell of it already.
+        // An outage fails the looks of all sessions, and the requests log it already.
         Ok(Err(error)) => {
             debug!(%error, "a session could not read the database; it will try again");
             Err(NoFrame::Failed)

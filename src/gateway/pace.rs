@@ -1,4 +1,5 @@
-//! How fast one client takes its frames: how large the next one may be, and how long its silence means only that it reads.
+//! How fast one client takes its frames: how large the next frame may be, and how long the client may be silent while it
+//! reads.
 
 use std::time::Duration;
 
@@ -6,17 +7,17 @@ use tokio::time::Instant;
 
 use crate::gateway::pipe::LEAST_RATE;
 
-/// A frame with up to so many bytes of messages, or with a single larger one, is sent however little memory is left.
+/// A frame with at most this many bytes of messages, or with a single larger message, needs no share of the memory for frames.
 pub(super) const MODEST_BYTES: usize = 64 << 10;
-/// The first frame of a socket has up to so many bytes of messages. A client that takes frames quickly gets larger ones,
-/// up to the configured size, and one that takes them slowly smaller ones, so that they arrive before its network changes.
+/// The first frame of a socket has at most this many bytes of messages. A client that takes frames quickly gets larger ones,
+/// up to the configured size. A slow client gets smaller ones, so that a frame arrives before the network changes.
 const FIRST_FRAME_BYTES: usize = 256 << 10;
-/// A frame that is taken in this time may be followed by one of twice its size.
+/// After a frame that was taken within this time, the next one may be twice as large.
 const QUICK: Duration = Duration::from_millis(500);
-/// One that takes longer is followed by one of half its size.
+/// After a frame that took longer than this, the next one is half as large.
 const SLOW: Duration = Duration::from_secs(4);
-/// The longest time that a client may be silent for because it is still reading: buffers and proxies between hold some
-/// megabytes, and neither a ping nor an answer passes them.
+/// The longest silence of a client that is still reading: buffers and proxies on the way hold some megabytes, and no ping
+/// overtakes them.
 const LONGEST_READING: Duration = Duration::from_mins(10);
 
 /// The pace of one client.
@@ -30,7 +31,7 @@ pub(super) struct Pace {
 }
 
 impl Pace {
-    /// That of a client of which nothing is known yet.
+    /// The pace of a new client.
     pub(super) fn new(now: Instant) -> Self {
         Self { reading_until: now, frame_limit: FIRST_FRAME_BYTES, frame: (0, now) }
     }
@@ -50,7 +51,7 @@ impl Pace {
         self.frame = (size, now);
     }
 
-    /// The frame under way, or an answer to a ping, has been handed to the kernel, and the client has taken so many bytes
+    /// The frame under way, or an answer to a ping, has been handed to the kernel, and the client has taken this many bytes
     /// meanwhile. No frame may be larger than `most`.
     pub(super) fn was_taken(&mut self, taken: u64, most: usize) {
         let now = Instant::now();
@@ -67,7 +68,7 @@ impl Pace {
         }
     }
 
-    /// Gives the client time for what it has taken. True when that is anything.
+    /// Gives the client time for the bytes that it has taken. Returns true if there are any.
     pub(super) fn takes(&mut self, taken: u64, now: Instant) -> bool {
         if taken > 0 {
             let time = Duration::from_millis(taken.saturating_mul(1000) / LEAST_RATE);

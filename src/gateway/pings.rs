@@ -6,7 +6,7 @@ use tokio::time::Instant;
 
 use crate::clock::Timestamp;
 
-/// Pings that fall due within so short a time go out together: to wake up for each of them costs more than the ping.
+/// Pings that are due within this time go out together, because a wake-up costs more than a ping.
 const PING_SLOT: Duration = Duration::from_millis(250);
 
 /// When to ping again after `interval`: a little early, at the beginning of a slot that all sessions share. `wall` is the

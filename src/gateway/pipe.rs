@@ -20,21 +20,21 @@ const MAX_INBOUND_BYTES: usize = 256 << 10;
 const READ_BUFFER_BYTES: usize = 1024;
 /// Pings that are read while earlier answers wait to be taken. A client that only writes is then read no further.
 const UNANSWERED_PINGS: u32 = 16;
-/// Bytes without a whole frame that are told of.
+/// Bytes without a whole frame after which there is an [`Event::Unframed`].
 const MANY_UNFRAMED_BYTES: u32 = 16 << 10;
 /// How long a client may take to take notice of our goodbye.
 const GOODBYE: Duration = Duration::from_secs(1);
 
-/// Bytes a second that each client has to take or send, once it has used up the time that it may do nothing. A steady
-/// client with 20 kB/s stays far enough above it, whatever buffers are between.
+/// Bytes a second that each client has to take or send, once it has used up the time in which it may do nothing. A steady
+/// client with 20 kB/s stays well above it, also with buffers on the way.
 pub const LEAST_RATE: u64 = 8 << 10;
 
-/// A timer that fires so late was held up: the process, the virtual machine or the whole node was paused. What the
-/// client did meanwhile still waits in the kernel, so its time begins anew.
+/// If a timer fires later than this, the process, the virtual machine or the node was paused. What the client sent meanwhile
+/// still waits in the kernel, so its time begins anew.
 pub const LATE: Duration = Duration::from_secs(1);
 
-/// How far one connection is: what its client has taken, which tells a slow reader from one that doesn't read, and
-/// whether it ends before all that the client sent was read.
+/// The progress of one connection: how many bytes its client has taken, which tells a slow reader from one that doesn't read;
+/// and whether the connection ends before everything that the client sent was read.
 #[derive(Debug, Default)]
 pub struct Progress {
     taken: AtomicU64,
@@ -65,7 +65,7 @@ impl Progress {
         self.left_unread.store(false, Ordering::Relaxed);
     }
 
-    /// True when bytes of the client may come in that nothing reads. Not when it takes none either.
+    /// True when the client may still be sending and nothing reads it. False for a client that takes nothing either.
     pub fn was_left_unread(&self) -> bool {
         self.left_unread.load(Ordering::Relaxed) && !self.stalled.load(Ordering::Relaxed)
     }
@@ -75,7 +75,7 @@ impl Progress {
         self.read.fetch_add(bytes as u64, Ordering::Relaxed);
     }
 
-    /// Counts an answer, and returns by how many the refusals for asking too often outweigh the other answers.
+    /// Counts an answer, and returns how many more refusals (429) than other answers there were.
     pub fn answered(&self, is_refused: bool) -> u32 {
         // Requests of a connection come one after the other.
         let refused = self.refused.load(Ordering::Relaxed);
@@ -123,7 +123,7 @@ pub(super) struct Pipe {
     /// Pings whose answers may still wait in the socket.
     unanswered: u32,
     taken_before: u64,
-    /// Of the bytes that were read, those that events have accounted for.
+    /// How many of the read bytes were part of an event.
     accounted: u64,
     /// Set when writing has failed. Until it ends, what has arrived (acks, say) is still read.
     broken: Option<Pin<Box<Sleep>>>,
@@ -207,7 +207,7 @@ impl Pipe {
                 Some(Ok(Message::Text(_) | Message::Pong(_))) => Poll::Ready(Event::Alive),
                 Some(Err(error)) => Poll::Ready(match offence(error) {
                     Some(code) => {
-                        // What follows is not read as frames any more, and must not cost the client our word.
+                        // What follows is not read as frames any more. It must not keep the close code from the client.
                         self.progress.is_left_unread();
                         Event::Offended(code)
                     }
@@ -241,7 +241,7 @@ impl Pipe {
     }
 }
 
-/// The close code for what a client did wrong; `None` when the connection is what failed.
+/// The close code for a fault of the client; `None` when the connection failed.
 fn offence(error: axum::Error) -> Option<CloseCode> {
     match error.into_inner().downcast_ref()? {
         WebSocketError::Capacity(_) => Some(close_code::SIZE),

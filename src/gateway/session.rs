@@ -32,7 +32,7 @@ const FIRST_RETRY: Duration = Duration::from_millis(100);
 /// The longest pause while the retry budget lasts. After that it is as long as the budget.
 const SLOWEST_RETRY: Duration = Duration::from_secs(1);
 
-/// Serves one socket from its handshake to its end. `wants_notice`: the client is told of mail that it doesn't get.
+/// Serves one socket from its handshake to its end. With `wants_notice` the client gets the frame `InboxNotice`.
 pub async fn run(app: App, holder: SessionHolder, wants_notice: bool, socket: WebSocket, progress: Arc<Progress>) {
     // Subscribed before the first read: what is queued from here on is either read or signalled.
     let wakeups = app.bus.subscribe(Address { user: holder.user, device: holder.no });
@@ -79,7 +79,7 @@ struct Session {
     status_wanted: bool,
     standing_wanted: bool,
     notice_wanted: bool,
-    /// What the client was told on this socket and has not acknowledged, with its id.
+    /// The notice that was sent on this socket and is not acknowledged, with its id.
     notice: Option<Box<(MessageId, Notice)>>,
     /// Set while prekey signals are being gathered.
     status_due: Option<Instant>,
@@ -250,7 +250,7 @@ impl Session {
         if self.mail_wanted { self.next_batch().await } else { Ok(None) }
     }
 
-    /// The frame that tells of mail that expired or was refused.
+    /// The frame that says how many messages expired or were refused.
     fn tell(&mut self, notice: Notice) -> Message {
         let id = MessageId::random();
         let (expired, refused) = (notice.expired.max(0).unsigned_abs(), notice.refused.max(0).unsigned_abs());
@@ -303,7 +303,7 @@ impl Session {
         signals.has(Signal::Superseded).then_some(End::Dismissed(Closed::Superseded))
     }
 
-    /// The client is there, for this many tokens.
+    /// The client has sent something that costs this many tokens.
     fn heard_of(&mut self, tokens: u32) {
         self.last_heard = Instant::now();
         self.inflow.charge(tokens, self.last_heard);
@@ -335,7 +335,7 @@ impl Session {
     fn tick(&mut self, due: Instant) -> Option<End> {
         let now = Instant::now();
         if now.duration_since(due) > LATE {
-            // The server was paused. What the client said meanwhile still waits to be read, and it was asked nothing.
+            // The server was paused. What the client sent meanwhile still waits to be read, and no ping went out.
             let asked_now = now.checked_sub(self.app.config.gateway.ping_interval).unwrap_or(now);
             self.last_heard = self.last_heard.max(asked_now);
             self.ping_due = now;

@@ -64,7 +64,7 @@ pub struct Recipient {
     pub user: UserId,
     /// A sealed message for each targeted device, in the order of the request.
     pub submissions: Vec<(DeviceId, Sealed)>,
-    /// Set when the account gets too much at the moment, with how long that takes: nothing is queued for it then.
+    /// Set when the account gets too many sends at the moment, with the wait. Nothing is queued for it then.
     pub busy_for: Option<Duration>,
 }
 
@@ -81,7 +81,7 @@ pub enum Shortage {
     Target,
 }
 
-/// A message that was not queued for want of room. A repeat of the send under its key queues it when there is some.
+/// A message that was not queued for lack of room. A repeat of the send under its key queues it when there is room.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Refused {
     /// The account written to.
@@ -92,7 +92,7 @@ pub struct Refused {
     pub shortage: Shortage,
 }
 
-/// What became of a send. All lists are empty exactly when everything was queued.
+/// The result of a send. All lists are empty exactly when everything was queued.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Outcome {
     /// Targets that aren't devices of their recipient (any more), in the order of the request. Not queued.
@@ -111,7 +111,7 @@ pub struct Sent {
     pub outcome: Outcome,
     /// The devices that have new mail.
     pub woken: Vec<Address>,
-    /// Set when the key had been used before. Nothing was queued now but what had been refused.
+    /// Set when the key had been used before. Only messages that had been refused were queued now.
     pub replay: Option<Replay>,
     /// When a repeat may find room for what was refused.
     pub retry_after: Option<Duration>,

@@ -1,4 +1,4 @@
-//! What becomes of a device after an attempt to wake it: it is done, or tried again ever later.
+//! What happens to a device after an attempt to wake it: it is done, or tried again with growing pauses.
 
 use std::collections::HashMap;
 use std::time::Duration;
@@ -11,7 +11,7 @@ use crate::tasks::jittered;
 
 /// The longest pause between two attempts for one device.
 const LONGEST_RETRY: Duration = Duration::from_hours(1);
-/// After so many attempts a device is left alone until there is newer mail, or a day has passed.
+/// After this many attempts a device is not tried again until there is newer mail, or a day has passed.
 const ATTEMPTS: u32 = 10;
 /// Devices whose failed attempts are counted.
 const COUNTED: usize = 10_000;
@@ -21,7 +21,7 @@ const COUNTED: usize = 10_000;
 pub(super) struct Attempts(HashMap<Job, u32>);
 
 impl Attempts {
-    /// What becomes of a job after an attempt. `first_pause` is the pause after the first failure.
+    /// What happens to a job after an attempt. `first_pause` is the pause after the first failure.
     pub(super) fn fate(&mut self, job: Job, pushed: &Pushed, first_pause: Duration) -> Fate {
         match pushed {
             Pushed::Accepted | Pushed::TokenGone => {

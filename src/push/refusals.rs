@@ -1,5 +1,5 @@
-//! What the operator hears of refused pushes: one line for each push service and status, with what may help. Pushes that
-//! are refused one by one don't pause their provider, so without it a wrong setting would leave no trace in the log.
+//! Logs refused pushes: one line for each push service and status, with a hint. Single refused pushes don't pause their
+//! provider, so without this a wrong setting would leave no trace in the log.
 
 use std::collections::HashMap;
 use std::net::IpAddr;
@@ -10,19 +10,19 @@ use tracing::{debug, warn};
 
 use crate::model::push::PushTarget;
 
-/// What was said once is said again after this time, if it still holds.
+/// The same line is logged again after this time.
 const AGAIN: Duration = Duration::from_hours(24);
 /// The least time between two lines: clients choose the hosts of Web Push.
 const BETWEEN_LINES: Duration = Duration::from_secs(10);
-/// Services and statuses that are remembered. Further ones are told of at `debug`.
+/// Services and statuses that are remembered. Further ones are logged at `debug`.
 const MOST: usize = 256;
 
-/// What has been said, and when.
+/// What was logged, and when.
 #[derive(Default)]
 pub(super) struct Refusals {
     told: HashMap<(String, u16), Instant>,
     last_line: Option<Instant>,
-    /// Whether Web Push services are told whom to ask.
+    /// Whether Web Push services get a contact.
     has_contact: bool,
 }
 
@@ -31,7 +31,7 @@ impl Refusals {
         Self { has_contact, ..Self::default() }
     }
 
-    /// A push to `target` was refused with this status. Returns true if that was said above `debug`.
+    /// A push to `target` was refused with this status. Returns true if that was logged above `debug`.
     pub(super) fn tell(&mut self, target: &PushTarget, status: u16) -> bool {
         let now = Instant::now();
         let service = service(target);

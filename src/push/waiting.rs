@@ -1,5 +1,5 @@
-//! Leased jobs for which no slot of their provider is free yet. A slot is taken as soon as there is one, in the order in
-//! which they came; who waits for too long goes back to the queue, so that its lease is never outlived.
+//! Leased jobs for which no slot of their provider is free yet. Jobs take free slots in the order in which they came. A job
+//! that waits too long goes back to the queue, before its lease ends.
 
 use std::collections::VecDeque;
 use std::time::Duration;
@@ -22,13 +22,13 @@ pub(super) struct Waits {
     pub(super) target: PushTarget,
 }
 
-/// What became of those who waited.
+/// The jobs that wait no longer, by what happens to them.
 #[derive(Default)]
 pub(super) struct Admitted {
     pub(super) started: Vec<(Waits, Slot)>,
     /// Those that have waited for too long.
     pub(super) late: Vec<Leased>,
-    /// Those whose provider is left alone now, and for how long.
+    /// Those whose provider is paused now, and for how long.
     pub(super) paused: Vec<(Leased, Duration)>,
 }
 
@@ -40,7 +40,7 @@ pub(super) struct Waiting {
 }
 
 impl Waiting {
-    /// Of providers with so many slots each. A job waits for a quarter of its lease at most.
+    /// For providers with this many slots each. A job waits for at most a quarter of its lease.
     pub(super) fn new(slots: usize, lease: Duration) -> Self {
         Self { jobs: VecDeque::new(), most: slots.saturating_mul(FOR_EACH_SLOT), longest: lease / 4 }
     }
@@ -54,7 +54,7 @@ impl Waiting {
         Ok(())
     }
 
-    /// Takes out those for whom there is a slot, and those who can't wait any longer.
+    /// Takes out the jobs for which there is a slot, and those that can't wait any longer.
     pub(super) fn admit(&mut self, lanes: &Lanes) -> Admitted {
         let mut admitted = Admitted::default();
         for job in std::mem::take(&mut self.jobs) {

@@ -31,7 +31,7 @@ use crate::telemetry::traces::Traces;
 
 /// Sessions that have ended and are looked at together.
 const ENDED: usize = 500;
-/// A subscription that its service doesn't know is deleted when that has lasted for so long.
+/// A subscription is deleted when its service has not known it for this time.
 const MISSING_FOR: Duration = Duration::from_hours(12);
 /// How often the length of the queue is looked at.
 const MEASURING: Duration = Duration::from_secs(5);

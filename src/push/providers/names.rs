@@ -1,9 +1,9 @@
-//! What the names of push providers lead to, asked on threads of their own.
+//! Resolves the names of push providers, on separate threads.
 //!
-//! The system's resolver blocks, and for names whose servers never answer it does so for many seconds. A client names
-//! those servers. So questions have their own threads, a bounded number of them, with a share for each domain; a caller
-//! waits for a limited time, while its thread counts until the resolver lets go of it. What was found is used again for a
-//! while, so that a provider in use hardly ever needs a thread; and for longer when there is none.
+//! The system's resolver blocks, for many seconds if a name's servers never answer. Clients choose these names. So there is
+//! a bounded number of threads for the resolver, with a share for each domain. A caller waits for a limited time; its thread
+//! counts until the resolver returns. Addresses are used again for a minute, so that a provider in use seldom needs a
+//! thread, and for up to an hour when there is no thread or no answer.
 
 use std::collections::HashMap;
 use std::io;
@@ -26,13 +26,13 @@ const THREADS_OF_DOMAIN: u32 = 4;
 const WAITING: usize = 256;
 /// How long a caller waits for a thread, and then for the answer.
 const PATIENCE: Duration = Duration::from_secs(3);
-/// How long what was found is used without asking again.
+/// How long addresses are used without asking again.
 const FRESH: Duration = Duration::from_mins(1);
-/// How long it is used when there is no thread or no answer.
+/// How long they are used when there is no thread or no answer.
 const USABLE: Duration = Duration::from_hours(1);
 /// Names whose addresses are remembered; the oldest gives way.
 const REMEMBERED: usize = 1024;
-/// Resolvers are content with little.
+/// Resolvers need little stack.
 const STACK_BYTES: usize = 512 << 10;
 
 /// How the addresses of a name are found: the system's resolver, or another one in a test.
@@ -83,7 +83,7 @@ impl Names {
                 self.remember(name, &addresses);
                 Ok(addresses)
             }
-            // An answer that there is no such name counts; that there was no answer doesn't.
+            // Only a missing answer lets old addresses count, not the answer that there is no such name.
             Err(error) if is_no_answer(&error) => self.remembered(&name, USABLE).ok_or(error),
             Err(error) => Err(error),
         }
@@ -133,7 +133,7 @@ impl Resolve for Names {
     }
 }
 
-/// The last two labels of a name: what one person can make many names under.
+/// The last two labels of a name: one owner can make any number of names below them.
 fn domain(name: &str) -> &str {
     let start = name.rmatch_indices('.').nth(1).map_or(0, |(dot, _)| dot + 1);
     &name[start..]

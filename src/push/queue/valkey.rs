@@ -182,7 +182,7 @@ impl ValkeyQueue {
         self.seed = (self.seed + 1) % self.seeds.len();
     }
 
-    /// Another host is tried next: this one may answer, and refuse every write, as a replica does.
+    /// Another host is tried next: this one may answer and refuse every write, as a replica does.
     fn lost(&mut self) {
         if self.connection.take().is_some() {
             self.try_next_seed();

@@ -14,12 +14,12 @@ use crate::push::worker::{LAST_WORDS, Tried, Trouble, Worker};
 use crate::store::{Sleeper, StoreError};
 use crate::tasks::{Tasks, jittered};
 
-/// The longest time that one push may take, whatever it needs for that.
+/// The longest time that one push may take in all.
 const PATIENCE: Duration = Duration::from_secs(15);
-/// A second reason to wake a device that is just being woken waits for so long.
+/// A second reason to wake a device that is just being woken waits for this time.
 const BEHIND_ANOTHER: Duration = Duration::from_secs(2);
-/// A device for which there was no slot, nor a place to wait for one, waits for so many looks, so that those behind it get
-/// their turn.
+/// A device for which there is neither a slot nor a place to wait for one is due again after this many looks, so that others
+/// get their turn.
 const WHILE_FULL: u32 = 3;
 
 impl Worker {
@@ -73,7 +73,7 @@ impl Worker {
         if settled.is_empty() { Ok(()) } else { self.end(settled).await }
     }
 
-    /// What becomes of a job that is not to be pushed now; `None` when it is. `woken` are the devices that are being woken.
+    /// What happens to a job that is not to be pushed now; `None` when it is. `woken` are the devices that are being woken.
     async fn early_fate(
         &self,
         job: Job,
@@ -97,7 +97,7 @@ impl Worker {
         Fate::Later(jittered(WHILE_FULL * self.config.notifications.worker_interval))
     }
 
-    /// How long mail that came at `since` still has to be fetched. A clock that was wrong then makes nobody wait longer.
+    /// How long mail that came at `since` may still be fetched before a push. A wrong time doesn't make that longer.
     pub(super) fn wait(&self, since: Timestamp, now: Timestamp) -> Duration {
         let grace = self.config.notifications.push_delay;
         (since + grace).since_epoch().saturating_sub(now.since_epoch()).min(grace)
@@ -139,7 +139,7 @@ impl Worker {
     }
 }
 
-/// What becomes of a job whose provider is left alone for so long.
+/// What happens to a job whose provider is paused for this long.
 fn paused(pause: Duration) -> Fate {
     Fate::Later(pause + jittered(Duration::from_secs(1)))
 }
