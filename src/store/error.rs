@@ -22,7 +22,7 @@ impl StoreError {
         is_full_sqlite || is_full_elsewhere || self.sqlstate() == Some("53100")
     }
 
-    /// The same once more, for others who wait for the same answer: in its words, and full if it is.
+    /// A copy for other requests that wait for the same answer: with the same text, and full if this one is.
     pub(super) fn repeated(&self) -> Self {
         Self(match self.is_full() {
             true => sqlx::Error::Io(std::io::Error::new(ErrorKind::StorageFull, self.0.to_string())),
@@ -30,7 +30,7 @@ impl StoreError {
         })
     }
 
-    /// True when somebody else held a row for too long.
+    /// True when another transaction held a row for too long.
     pub(super) fn is_held_up(&self) -> bool {
         self.sqlstate() == Some("55P03")
     }
@@ -40,7 +40,7 @@ impl StoreError {
         matches!(self.sqlstate(), Some("40001" | "40P01"))
     }
 
-    /// True when nobody can tell what became of the connection.
+    /// True when the state of the connection is not known.
     pub(super) fn is_lost_connection(&self) -> bool {
         match &self.0 {
             sqlx::Error::Database(_) => self.sqlstate().is_some_and(|code| {
@@ -169,7 +169,7 @@ impl OpenError {
         matches!(self, Self::Away { .. })
     }
 
-    /// Tells a server that isn't there from one that doesn't let us in, and from one that we can't use.
+    /// Distinguishes a server that isn't there from one that refuses us and from one that we can't use.
     pub(super) fn connecting(address: String, cause: sqlx::Error) -> Self {
         let Some(error) = cause.as_database_error() else {
             return match cause {

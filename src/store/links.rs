@@ -166,7 +166,7 @@ impl Store {
         Ok(Linked::Device { user, no })
     }
 
-    /// Forgets link sessions that have expired, or that a wrong clock has given a day or more, at most `limit`. Answers how
+    /// Forgets at most `limit` link sessions that have expired, or to which a wrong clock has given a day or more. Returns how
     /// many.
     pub async fn expire_links(&self, now: Timestamp, limit: u32) -> Result<u64> {
         let mut tx = self.begin().await?;

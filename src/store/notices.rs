@@ -1,5 +1,5 @@
-//! What a device is told of mail that it doesn't get: how many messages expired unread, and how many were refused for want
-//! of room, until it has acknowledged that.
+//! Notices for a device about mail that it doesn't get: how many messages expired unread, and how many were refused for lack
+//! of room. A notice stays until the device has acknowledged it.
 
 use std::collections::BTreeMap;
 use std::time::Duration;
@@ -11,10 +11,10 @@ use crate::model::ids::DeviceNo;
 use crate::store::database::{PostgresTx, Tx, reading, run};
 use crate::store::{Result, Store, json_list};
 
-/// How exactly the beginning is kept.
+/// The time since when a notice counts is rounded down to this.
 const COARSE: Duration = Duration::from_hours(1);
 
-/// What a device has not been told yet.
+/// A notice that the device has not acknowledged.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, FromRow)]
 pub struct Notice {
     /// Which one it is. Another one follows when this has been acknowledged.
@@ -23,20 +23,20 @@ pub struct Notice {
     pub since: Timestamp,
     /// Messages that expired unread.
     pub expired: i64,
-    /// Messages that were not queued for want of room, each counted once however often its send was repeated.
+    /// Messages that were not queued for lack of room. Each counts once, however often its send was repeated.
     pub refused: i64,
 }
 
 impl Store {
-    /// What the device has not been told yet; `None` when there is nothing.
+    /// The notice that the device has not acknowledged; `None` when there is none.
     pub async fn notice(&self, device: DeviceNo) -> Result<Option<Notice>> {
         let statement = "SELECT period, since, expired, refused FROM inbox_notices \
                          WHERE device_no = $1 AND (expired > 0 OR refused > 0)";
         reading!(self, |db| sqlx::query_as(statement).bind(device).fetch_optional(db))
     }
 
-    /// Takes what the device has acknowledged off what it has not been told. What came since stays, and a notice that was
-    /// acknowledged before changes nothing.
+    /// Subtracts a notice that the device has acknowledged. What was added since stays. A notice that was acknowledged before
+    /// changes nothing.
     pub async fn notice_told(&self, device: DeviceNo, told: Notice, now: Timestamp) -> Result<()> {
         let mut tx = self.begin().await?;
         let statement = "UPDATE inbox_notices SET period = $3, since = $4, expired = expired - $5, \
@@ -69,7 +69,7 @@ fn coarse(now: Timestamp) -> Timestamp {
     Timestamp::from_millis(now.millis().div_euclid(step) * step)
 }
 
-/// A row in which nothing is left to tell begins anew.
+/// A row whose counts are zero begins anew.
 macro_rules! add {
     ($counts:literal) => {
         concat!(
@@ -83,7 +83,7 @@ macro_rules! add {
     };
 }
 
-/// Devices that are gone are told nothing. $1 is a list of device numbers with counts.
+/// Devices that are gone get no row. $1 is a list of device numbers with counts.
 const ADD: &str = add!(
     "SELECT d.no, $2, $3, CASE WHEN $4 THEN row.value ->> 1 ELSE 0 END, CASE WHEN $4 THEN 0 ELSE row.value ->> 1 END
      FROM json_each($1) row CROSS JOIN devices d ON d.no = row.value ->> 0 WHERE true"
@@ -95,7 +95,7 @@ const ADD_IN_POSTGRES: &str = add!(
      FROM unnest($1, $2) AS row (no, count) JOIN devices d ON d.no = row.no ORDER BY d.no"
 );
 
-/// A refusal from before the row's beginning was told already.
+/// A refusal from before the row's beginning was acknowledged already.
 const TAKE_BACK: &str = "
     UPDATE inbox_notices SET refused = MAX(refused - (row.value ->> 1), 0) FROM json_each($1) row
     WHERE device_no = row.value ->> 0 AND since <= row.value ->> 2";

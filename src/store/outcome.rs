@@ -16,7 +16,7 @@ pub(super) struct Queued<'a> {
     pub(super) id: DeviceId,
     pub(super) device: DeviceNo,
     pub(super) sealed: &'a Sealed,
-    /// Set when its account gets too much at the moment.
+    /// Set when its account gets too many sends at the moment.
     pub(super) busy_for: Option<Duration>,
 }
 
@@ -56,8 +56,8 @@ pub(super) fn evaluate<'a>(mail: &'a Outgoing, devices: &Devices) -> (Outcome, V
     (outcome, queued)
 }
 
-/// What is left to do when a send is repeated of which something had been refused: the messages that were refused, for
-/// the devices that are still there. Those that are gone have become invalid.
+/// The rest of a repeated send of which messages had been refused: those messages, if their devices are still there. Devices
+/// that are gone become invalid.
 pub(super) fn rest<'a>(mail: &'a Outgoing, former: &Outcome, devices: &Devices) -> (Outcome, Vec<Queued<'a>>) {
     let mut outcome = Outcome { refused: Vec::new(), ..former.clone() };
     let mut queued = Vec::new();
@@ -78,9 +78,9 @@ pub(super) fn rest<'a>(mail: &'a Outgoing, former: &Outcome, devices: &Devices) 
 
 /// The stored form of an outcome: empty when everything was queued, else counts (big-endian `u32`) and 16-byte ids.
 ///
-/// Refused devices stand among the mismatches, as missing ones of their account whose first one is there twice, which no
-/// other mismatch has. A node of a former version takes them for missing: its client encrypts for them once more and sends
-/// under another key, so nothing is taken for queued that is not.
+/// Refused devices are stored as a mismatch of their account, with the first device twice, which no other mismatch has. A node
+/// of the former version takes them for missing devices. Its client then encrypts for them once more and sends under another
+/// key, so that no client takes a message for queued that is not.
 pub(super) fn encode(outcome: &Outcome) -> Vec<u8> {
     if *outcome == Outcome::default() {
         return Vec::new();

@@ -16,7 +16,7 @@ use crate::store::Result;
 use crate::tasks::jittered;
 use crate::telemetry::metrics::{Metrics, PoolName};
 
-/// One that was idle for longer is asked whether it can still be used, before it is lent.
+/// A connection that was idle for longer is checked before it is lent.
 const FRESH: Duration = Duration::from_secs(1);
 /// The pause before a server that can't be reached is tried again, while somebody waits.
 const BETWEEN_TRIES: Duration = Duration::from_millis(200);
@@ -40,7 +40,7 @@ pub(super) struct Terms {
 
 /// A database whose connections can be lent.
 pub(super) trait Lendable: Database {
-    /// What a connection has to have beside what its options say.
+    /// The settings of a connection that are not in its options.
     type Settings: Clone + Send + Sync + 'static;
 
     /// Makes a new connection ready to be lent. An error means that it can't be.

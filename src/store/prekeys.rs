@@ -1,8 +1,8 @@
 //! Prekeys: uploaded by their device, handed to whoever wants to write to it, the one-time ones at most once.
 //!
 //! A one-time prekey is deleted in the transaction that reads it, and that transaction is on disk before anybody sees
-//! the key. So no crash and no race gives one key to two people. The same transaction records that the key was used, so
-//! that an upload can't bring it back.
+//! the key. So no crash and no race gives one key to two askers. The same transaction records that the key was used, so that
+//! an upload can't bring it back.
 
 use sqlx::{FromRow, QueryBuilder, Sqlite};
 

@@ -1,8 +1,8 @@
 //! Uploads of prekeys by their device: what is added, what is replaced, and what is refused.
 //!
 //! An access token alone must not be enough to spoil a device's keys, so every upload that changes something needs a
-//! signed prekey that the account has never had: only the holder of the identity key can make one. Signed prekeys that can
-//! be taken from a bundle, the device's own under another id or another device's, are refused.
+//! signed prekey that the account has never had: only the holder of the identity key can make one. A signed prekey that can
+//! be taken from a bundle is refused: the device's own under another id, and that of another device.
 
 use std::collections::{HashMap, HashSet};
 
@@ -55,7 +55,7 @@ impl Store {
     /// Stores new keys of a device: the signed prekey and the last-resort key replace the stored ones, one-time keys are
     /// added. Of these the oldest make room when there are more than a device may have.
     ///
-    /// One whose id is stored already changes nothing. One that was handed out before is left out.
+    /// A one-time key whose id is stored already changes nothing. One that was handed out before is left out.
     pub async fn refill(&self, no: DeviceNo, keys: &PreKeys) -> Result<Refilled> {
         self.upload(no, keys, Mode::Adding).await
     }
@@ -68,7 +68,7 @@ impl Store {
     async fn upload(&self, no: DeviceNo, keys: &PreKeys, mode: Mode) -> Result<Refilled> {
         let mut tx = self.begin().await?;
         devices::lock(&mut tx, no).await?;
-        // Conflicts with the lock of a hand-out, so what is handed out at this moment is recorded before the next look.
+        // Conflicts with the lock of a hand-out, so keys that are being handed out are recorded before the next statement.
         let statement = tx.either(READ_STORED, READ_STORED_IN_POSTGRES);
         let stored: Option<Stored> = on!(&mut tx, |db| sqlx::query_as(statement).bind(no).fetch_optional(db))?;
         let refilled = match stored {

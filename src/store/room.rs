@@ -1,5 +1,5 @@
-//! Is there room for a message? The judgement itself is pure; beside it is what a node remembers of inboxes between two
-//! groups, so that only one that seems to be more than half full has to be counted.
+//! Is there room for a message? A node remembers what waits in inboxes, so that only an inbox that seems to be more than half
+//! full has to be counted. The limits themselves are in [`bounds`].
 
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -16,37 +16,37 @@ pub(super) use bounds::{Candidate, Load};
 
 mod bounds;
 
-/// Inboxes that are remembered. Past that all are forgotten before the next group, and counted again when they get mail.
+/// Inboxes that are remembered. Above that all are forgotten before the next group, and counted again when they get mail.
 const REMEMBERED_INBOXES: usize = 100_000;
 /// Senders that are remembered in all these inboxes together, some 15 MiB.
 const REMEMBERED_SENDERS: usize = 250_000;
 /// Sending accounts whose bytes of the day are remembered.
 const REMEMBERED_DAYS: usize = 100_000;
-/// An inbox that was counted and had no room is not counted again for so long, however much comes for it.
+/// An inbox that was counted and had no room is not counted again within this time, however much mail comes for it.
 const FULL_FOR: Duration = Duration::from_secs(1);
-/// When a repeat may find room in an inbox. Its owner has to come and take mail, so it is no matter of seconds.
+/// When a repeat may find room in a full inbox. The device has to connect and acknowledge mail first.
 const INBOX_WAIT: Duration = Duration::from_secs(60);
-/// What an account has queued is written down when it is this part of what it may queue in a day.
+/// The bytes that an account has queued are written down when they reach this part (one of 64) of a day's allowance.
 const WRITTEN_PARTS: u64 = 64;
 const DAY: Duration = Duration::from_hours(24);
-/// What is written down of a day doesn't reach further than this, unless the clock was wrong.
+/// No stored debt of an account is longer than this, unless the clock was wrong.
 pub(super) const LONGEST_DEBT: Duration = Duration::from_hours(72);
 
-/// Whether there is room, or what is lacking and when there may be some.
+/// `Ok` if there is room; else the reason and the time after which there may be room.
 pub(super) type Verdict = Result<(), (Shortage, Duration)>;
 
-/// How many messages, and bytes, at the most wait in PostgreSQL for a device of an account, as its row says.
+/// An upper bound of the messages and bytes that wait for a device of an account, as the account's row in PostgreSQL has it.
 pub(super) type Stamp = (i32, i64);
 
-/// What is known of one inbox. It may say too much, as acks are not subtracted, but not too little.
+/// What is known of one inbox. The numbers may be too high, as acks are not subtracted, but not too low.
 #[derive(Clone, Debug, Default)]
 struct Inbox {
     total: Load,
-    /// By sending account; `None` while that makes no difference.
+    /// By sending account; `None` while the inbox is not more than half full.
     senders: Option<HashMap<UserId, Load>>,
     /// When it was counted and had no room.
     full_since: Option<Instant>,
-    /// What the account's row said when this was found out. If it says something else, another node has written.
+    /// The account's row when the inbox was counted. If the row differs now, another node has queued mail.
     stamp: Stamp,
 }
 
@@ -59,7 +59,7 @@ impl Inbox {
         self.full_since.is_some_and(|since| now.saturating_duration_since(since) < FULL_FOR)
     }
 
-    /// Whether it has to be counted before these are judged.
+    /// True if the inbox has to be counted before these messages are judged.
     fn is_unsure(&self, bounds: &Bounds, coming: &[Candidate], stamp: Stamp, now: Instant) -> bool {
         let comes = coming.iter().fold(Load::default(), |sum, one| sum.plus(Load::one(one.bytes)));
         if self.stamp == stamp && !bounds.is_over_half(self.total.plus(comes)) {
@@ -88,7 +88,7 @@ impl Inbox {
 /// The bytes that one account has queued lately.
 #[derive(Clone, Copy, Debug, Default)]
 struct Day {
-    /// When, at the allowed bytes a day, all that is written down will have been allowed.
+    /// The time at which the stored bytes are paid for, at the allowed bytes a day.
     paid_at: Timestamp,
     /// Bytes that this node has not written down yet.
     unwritten: u64,
@@ -105,14 +105,14 @@ pub(super) struct Rooms {
 #[derive(Default)]
 struct State {
     inboxes: HashMap<DeviceNo, Inbox>,
-    /// What the rows of accounts said when this node last had them.
+    /// The rows of accounts when this node last read them.
     accounts: HashMap<UserId, Stamp>,
-    /// Those in `inboxes`, or more.
+    /// How many senders are in `inboxes`, or more.
     senders: usize,
     days: HashMap<UserId, Day>,
 }
 
-/// What one count of an inbox found: a device, an account that sent to it, and what waits from there.
+/// One result of a count: a device, an account that sent to it, and how much waits from that account.
 pub(super) type Counted = (DeviceNo, UserId, Load);
 
 /// A row of a count.
@@ -129,13 +129,13 @@ impl Rooms {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Whether a device of an account may be more than half full, by what the account's row says.
+    /// True if the inbox of a device may be more than half full, by the account's row.
     pub(super) fn is_over_half(&self, (messages, bytes): Stamp) -> bool {
         let load = Load { messages: messages.unsigned_abs().into(), bytes: bytes.unsigned_abs() };
         self.bounds.is_over_half(load)
     }
 
-    /// Forgets all inboxes when too many are remembered. At the beginning of a group, so that it counts what it needs.
+    /// Forgets all inboxes when too many are remembered. Called at the beginning of a group, which then counts what it needs.
     pub(super) fn bound(&self) {
         let mut state = self.state();
         if state.inboxes.len() > REMEMBERED_INBOXES || state.senders > REMEMBERED_SENDERS {
@@ -145,8 +145,8 @@ impl Rooms {
         }
     }
 
-    /// The devices whose inboxes have to be counted before these can be judged. `before` is what the row of an account said
-    /// before they came; nothing is asked about an account for which it is `None`.
+    /// The devices whose inboxes have to be counted before these messages can be judged. `before` gives the row of an account
+    /// as it was before this group; accounts for which it is `None` have room.
     pub(super) fn unsure(
         &self,
         coming: &[Candidate],
@@ -168,7 +168,7 @@ impl Rooms {
         unsure.map(|(device, coming)| (coming[0].user, *device)).collect()
     }
 
-    /// Takes in how much waits for these devices now.
+    /// Stores the result of a count of these devices' inboxes.
     pub(super) fn counted(&self, devices: impl IntoIterator<Item = DeviceNo>, found: &[Counted], stamp: Stamp) {
         let mut state = self.state();
         for device in devices {
@@ -184,11 +184,11 @@ impl Rooms {
         }
     }
 
-    /// Judges these one after the other, each with those before it that were admitted. `after` is what the row of an account
-    /// says now; one for which it is `None` has room in any case.
+    /// Judges these messages one after the other; each admitted one counts for those after it. `after` gives the row of an
+    /// account as it is now; an account for which it is `None` has room in any case.
     ///
-    /// A refusal comes with the time after which there may be room. `None` when an inbox is not remembered any more, since
-    /// another group has begun: it has to be counted again, or it would be taken for empty. Nothing is judged then.
+    /// A refusal has the time after which there may be room. Returns `None`, and judges nothing, when an inbox is not
+    /// remembered any more because another group has begun: it has to be counted again, or it would be taken for empty.
     pub(super) fn judge(
         &self,
         coming: &[Candidate],
@@ -235,8 +235,7 @@ impl Rooms {
         Ok(())
     }
 
-    /// How much waits at the most for one of these devices, which are all of an account's and have been counted: what the
-    /// account's row is to say from now on.
+    /// The new row of an account whose devices have all been counted: how much waits at most for one of them.
     pub(super) fn stamped(&self, user: UserId, devices: &[DeviceNo]) -> Stamp {
         let mut state = self.state();
         let totals = devices.iter().filter_map(|device| state.inboxes.get(device)).map(|inbox| inbox.total);
@@ -256,12 +255,12 @@ impl Rooms {
         stamp
     }
 
-    /// Whether what the row of an account says is what this node left there, so that its inboxes are known.
+    /// True if the row of an account is as this node left it, so that its inboxes are known.
     pub(super) fn knows(&self, user: UserId, stamp: Stamp) -> bool {
         self.state().accounts.get(&user) == Some(&stamp)
     }
 
-    /// Takes in what the rows of accounts say now.
+    /// Stores the rows of accounts as they are now.
     pub(super) fn learn(&self, rows: impl Iterator<Item = (UserId, Stamp)>) {
         let mut state = self.state();
         if state.accounts.len() > REMEMBERED_INBOXES {
@@ -270,14 +269,14 @@ impl Rooms {
         state.accounts.extend(rows);
     }
 
-    /// Forgets all inboxes: a transaction that counted some did not end well.
+    /// Forgets all inboxes: a transaction that counted some of them has failed.
     pub(super) fn forget(&self) {
         let mut state = self.state();
         state.inboxes.clear();
         state.senders = 0;
     }
 
-    /// The accounts of these senders that have queued enough to be written down, each with what that takes of a day in
+    /// Those of these senders that have queued enough to be written down, each with the part of a day that it takes, in
     /// milliseconds. They count as written.
     pub(super) fn unwritten(&self, senders: impl Iterator<Item = UserId>) -> Vec<(UserId, i64)> {
         if self.bytes_per_day == 0 {
@@ -296,7 +295,7 @@ impl Rooms {
         found
     }
 
-    /// Takes in what is written down of an account.
+    /// Stores what is written down of these accounts.
     pub(super) fn written(&self, debts: &[(UserId, Timestamp)]) {
         let mut state = self.state();
         for (sender, paid_at) in debts {
@@ -318,7 +317,7 @@ impl State {
             }
         }
         let day = self.days.entry(one.sender).or_default();
-        // What a wrong clock has written down blocks nobody.
+        // A time that a wrong clock has stored must not block the account.
         let is_believed = day.paid_at > now && day.paid_at <= now + LONGEST_DEBT;
         let (paid_at, latest) = (if is_believed { day.paid_at } else { now }, now + DAY);
         let unwritten = day.unwritten.saturating_add(one.bytes);
@@ -331,7 +330,7 @@ impl State {
     }
 }
 
-/// What part of a day so many bytes take of their account.
+/// The part of a day that this many bytes take.
 fn cost(bytes: u64, bytes_per_day: u64) -> Duration {
     let millis = (u128::from(bytes) * DAY.as_millis()).div_ceil(u128::from(bytes_per_day));
     Duration::from_millis(u64::try_from(millis).unwrap_or(u64::MAX)).min(DAY * 2)

@@ -118,13 +118,12 @@ impl Store {
         }
     }
 
-    /// Deletes acknowledged messages and queues new ones, all in one transaction, in the order given. What was sent before is
-    /// found until the earliest time says that it is too old; what is new is received at the latest. Durable when it
+    /// Deletes acknowledged messages and queues new ones, all in one transaction, in the order given. Former sends are found
+    /// until they are too old by the earliest time of `now`; new messages get the latest time. Durable when it
     /// returns. Each send is judged by itself; repeats of a send within one group are found as well.
     ///
-    /// `None` for a send that has to come again with a later group, so that the others need not wait for it: somebody
-    /// holds one of its accounts for too long, or too many inboxes would have to be counted at once. On SQLite there
-    /// are none.
+    /// `None` for a send that is left for a later group, so that the others need not wait for it: another transaction holds
+    /// one of its accounts for too long, or too many inboxes would have to be counted at once. On SQLite there are none.
     pub async fn settle(
         &self,
         sends: &[Outgoing],
@@ -222,8 +221,8 @@ fn malformed(column: &str) -> sqlx::Error {
     sqlx::Error::ColumnDecode { index: column.to_owned(), source: "not what this server writes".into() }
 }
 
-/// When the outcome of a repeat that queued something has been sent, as it is written down, and when it is looked at. Its
-/// messages came at different times, so the row doesn't name them: it stays until the last of them has expired.
+/// The times that are stored with the outcome of a repeat that queued something: when it was sent, and when it may be deleted.
+/// Its messages came at different times, so the row doesn't name them: it stays until the last of them has expired.
 fn changed_at(limits: &Limits, now: Timestamp) -> (Timestamp, Timestamp) {
     let later = limits.retention.saturating_sub(limits.idempotency_lifetime);
     (now + later, now + limits.retention.max(limits.idempotency_lifetime))

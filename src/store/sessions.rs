@@ -113,7 +113,7 @@ pub enum Refreshed {
         holder: SessionHolder,
         /// When it was exchanged.
         used_at: Timestamp,
-        /// SHA-256 of the changing half of the device's refresh token now. The same answer has this one.
+        /// SHA-256 of the changing half of the device's current refresh token. The repeated answer has to contain this token.
         secret_hash: [u8; 32],
     },
     /// No such session, or it has expired, or the token was used just now.
@@ -324,14 +324,14 @@ pub(super) async fn open(tx: &mut Tx, no: DeviceNo, grant: &SessionGrant) -> Res
     Ok(())
 }
 
-/// A device's seconds beyond this one come from a clock that was wrong, when the latest token expires at `expires_at`. An
-/// hour behind it access tokens are refused for that, so they need not be void.
+/// Stored seconds after this one come from a wrong clock, when the latest token expires at `expires_at`. Access tokens that
+/// expire an hour later are refused for that, so they need not be void.
 fn wrong_from(expires_at: i64) -> i64 {
     expires_at.saturating_add(47 * 60 * 60)
 }
 
-/// Takes back a second of a wrong clock, or every new token of the device would be void. All tokens that were issued before
-/// stay void.
+/// Corrects a second that a wrong clock has stored, or every new token of the device would be void. All tokens that were issued
+/// before stay void.
 async fn correct(tx: &mut Tx, holder: SessionHolder, expires_at: i64) -> Result<SessionHolder> {
     if holder.tokens_void_to <= wrong_from(expires_at) {
         return Ok(holder);

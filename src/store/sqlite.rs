@@ -116,8 +116,8 @@ impl SqliteStore {
     /// Writes nothing more, not even at the end.
     pub(super) fn give_up(&self) {
         self.is_lost.store(true, Ordering::Relaxed);
-        // SQLite folds its log back when the last connection closes, and the file may be somebody's backup by now. So the
-        // connections stay open until the process ends.
+        // SQLite writes its log into the file when the last connection closes, and the file may be a restored backup by now.
+        // So the connections stay open until the process ends.
         std::mem::forget((self.read.clone(), self.write.clone()));
     }
 

@@ -1,4 +1,4 @@
-//! The newest time that was seen, remembered for the next start, and the clock of the database server as a witness.
+//! The newest time that was seen, remembered for the next start; and the clock of the database server, to compare with.
 
 use std::time::Duration;
 
@@ -19,9 +19,9 @@ pub struct Seen {
     pub at: Timestamp,
     /// Random; another one is another database.
     pub database_id: Vec<u8>,
-    /// How often the time was set by [`Store::set_time`], by which it may have gone back.
+    /// How often the time was set by [`Store::set_time`], which may set it back.
     pub confirmations: i64,
-    /// What time the database server has. SQLite has no clock of its own.
+    /// The time of the database server. SQLite has no clock of its own.
     pub server: Option<Timestamp>,
 }
 
@@ -44,7 +44,7 @@ impl Store {
         self.write_time(statement, now).await
     }
 
-    /// Sets the remembered time, also back. Every node whose clock says the same then believes its clock.
+    /// Sets the remembered time, also back. Every node whose clock has the same time then believes its clock.
     pub async fn set_time(&self, now: Timestamp) -> Result<()> {
         let statement = "INSERT INTO server_time (id, seen_at, database_id, confirmations) VALUES (1, $1, $2, 1) \
                          ON CONFLICT (id) DO UPDATE SET seen_at = excluded.seen_at, \

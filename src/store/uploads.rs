@@ -45,7 +45,7 @@ pub struct Reservation {
     pub id: AttachmentId,
     /// Bytes.
     pub size: u64,
-    /// When it begins, as periods count.
+    /// When it begins, by the trusted time.
     pub now: Timestamp,
     /// From when on its age counts.
     pub born: Timestamp,
@@ -56,8 +56,8 @@ pub struct Reservation {
 /// Uploads that share one commit.
 const UPLOADS: usize = 64;
 const DAY: Duration = Duration::from_hours(24);
-/// Nobody owes more than a day. What lies further ahead was written while a clock was wrong, and counts as nothing; the hour
-/// is for clocks that differ.
+/// No account owes more than a day. A later time was stored while a clock was wrong, and is ignored. The additional hour is for
+/// clocks that differ.
 const LONGEST_DEBT: Duration = Duration::from_hours(25);
 
 /// An upload counts at least this many bytes, since that is what a file takes. Otherwise a million attachments of a byte
@@ -74,7 +74,7 @@ pub(super) enum Step {
     Complete(AttachmentId),
 }
 
-/// What came of a step.
+/// The result of a step.
 pub(super) enum Taken {
     Begun(Reserved),
     Completed(bool),

@@ -14,9 +14,9 @@ use crate::store::database::{Database, Tx, on, reading, run};
 use crate::store::{Result, Store, devices, json_list};
 use crate::telemetry::metrics::Left;
 
-/// Accounts of which is remembered that they were noted today; a collision costs one more write.
+/// Cells that remember which accounts were noted today; a collision costs one more write.
 const CELLS: usize = 1 << 14;
-/// Noted accounts that wait to be written. Above it an account is noted with its next request.
+/// Noted accounts that wait to be written. Above that an account is noted with a later request.
 const MAX_PENDING: usize = 50_000;
 /// Accounts in one statement.
 const BATCH: usize = 500;
@@ -55,7 +55,7 @@ impl Usage {
         cell.load(Ordering::Relaxed) == tag
     }
 
-    /// Remembers that the account's use of today is taken care of.
+    /// Remembers that the account's use of today is written, or waits to be.
     pub(super) fn set_noted(&self, user: UserId) {
         let (cell, tag) = self.cell(user);
         cell.store(tag, Ordering::Relaxed);
@@ -89,8 +89,8 @@ impl Store {
         }
     }
 
-    /// The number of the service day that `today` belongs to, in days since 1970. A day that no server has run on before
-    /// gets the next number, however many days of the calendar lie between.
+    /// The number of the service day for `today`, which is in days since 1970. The first call on a later day gets the next
+    /// number, however many days of the calendar lie between.
     pub async fn service_day(&self, today: i64) -> Result<i64> {
         let mut tx = self.begin().await?;
         let statement = "INSERT INTO service_days (id, day, number) VALUES (1, $1, 1) ON CONFLICT (id) DO UPDATE \

@@ -1,8 +1,8 @@
 //! What is remembered of used prekeys for the life of their device, so that none is stored and handed out again.
 //!
 //! A one-time prekey is recorded in the transaction that hands it out, a signed one in the transaction that replaces it.
-//! A record is 8 bytes: a match by chance is as good as impossible among the keys of one account, and an account that makes
-//! one on purpose harms itself alone. Hand-outs are limited, and so is the growth: some 80 bytes for each used key.
+//! A record is 8 bytes. A match by chance is as good as impossible among the keys of one account, and an account that makes a
+//! match on purpose harms only itself. Hand-outs are limited, and so is the growth: some 80 bytes for each used key.
 
 use std::collections::HashSet;
 
@@ -15,7 +15,7 @@ use crate::store::{Result, json_list};
 /// The first 8 bytes of SHA-256 over the account's id and the public key with its type byte.
 pub(super) type Fingerprint = [u8; 8];
 
-/// What a public key of this account is remembered by. [`super::prekeys`] has the same in PostgreSQL's words.
+/// The fingerprint of a public key of this account. [`super::prekeys`] computes the same in SQL for PostgreSQL.
 pub(super) fn fingerprint(user: UserId, public_key: &[u8]) -> Fingerprint {
     let hash: [u8; 32] = Sha256::new().chain_update(user.as_bytes()).chain_update(public_key).finalize().into();
     let (first, _) = hash.split_first_chunk().expect("32 bytes begin with 8");
@@ -48,7 +48,7 @@ pub(super) async fn record(tx: &mut Tx, used: &[(DeviceNo, Fingerprint)]) -> Res
     Ok(())
 }
 
-/// Those of these fingerprints that some device of the account has used.
+/// Those of these fingerprints whose keys a device of the account has used.
 pub(super) async fn among(tx: &mut Tx, user: UserId, asked: &[Fingerprint]) -> Result<HashSet<Fingerprint>> {
     let found: Vec<(Vec<u8>,)> = match tx {
         Tx::Sqlite(tx) => {

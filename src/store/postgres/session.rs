@@ -1,4 +1,4 @@
-//! What a connection to PostgreSQL is asked for, and whether it has it.
+//! The settings of a connection to PostgreSQL, and the check that it has them.
 //!
 //! A pooler between the server and PostgreSQL may drop what a client asks for as it connects, and may give each transaction
 //! another connection of the database. So settings are made by a statement, and read back in a second one, which has to
@@ -13,7 +13,7 @@ use sqlx::{AssertSqlSafe, PgConnection, Postgres, Row};
 use crate::store::pool::Lendable;
 use crate::store::postgres::takes_no_writes;
 
-/// True for a replica, and for a server that was set so.
+/// True for a replica, and for a server that was set to read-only.
 pub(super) const TAKES_NO_WRITES: &str = "pg_is_in_recovery() OR current_setting('transaction_read_only')::bool";
 /// True for a connection that can be lent: it takes writes, and has kept the setting on which the promise to store depends.
 const IS_USABLE: &str = "SELECT NOT (pg_is_in_recovery() OR current_setting('transaction_read_only')::bool)

@@ -4,7 +4,7 @@ use crate::model::ids::{DeviceNo, UserId};
 use crate::model::mail::Shortage;
 use crate::store::Limits;
 
-/// What waits, or what comes.
+/// Messages and their bytes.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(in crate::store) struct Load {
     pub(in crate::store) messages: u64,
@@ -21,7 +21,7 @@ impl Load {
     }
 }
 
-/// What an inbox holds.
+/// The limits of an inbox.
 #[derive(Clone, Copy, Debug)]
 pub(in crate::store) struct Bounds {
     most: Load,
@@ -37,7 +37,7 @@ impl Bounds {
         Self { most, share: Load { messages: part(most.messages), bytes: part(most.bytes) } }
     }
 
-    /// Whether a share is looked at only behind this.
+    /// True if an inbox with this load is more than half full. Only then do the shares of senders count.
     pub(in crate::store) fn is_over_half(&self, load: Load) -> bool {
         load.messages > self.most.messages / 2 || load.bytes > self.most.bytes / 2
     }
@@ -48,7 +48,7 @@ impl Bounds {
         if exceeds(load, self.most) {
             return Err(Shortage::Inbox);
         }
-        // A sender of whom nothing waits has a share that is smaller than one message at worst.
+        // A sender of whom nothing waits may queue one message, also one that is larger than its share.
         let counts = !is_own && of_sender.messages > 0 && self.is_over_half(load);
         if counts && exceeds(of_sender, self.share) { Err(Shortage::Share) } else { Ok(()) }
     }

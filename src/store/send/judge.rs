@@ -1,4 +1,4 @@
-//! What becomes of the sends of a group: which are repeats, which messages ask for room, and what is queued. Pure.
+//! Decides about the sends of a group: which are repeats, which messages need room, and what is queued. Pure.
 
 use std::collections::HashMap;
 use std::ops::Range;
@@ -12,21 +12,21 @@ use crate::store::outcome::{self, Queued};
 use crate::store::room::{Candidate, Verdict};
 use crate::store::send::Found;
 
-/// The wait that is told with an outcome that a repeat can't change.
+/// The `Retry-After` of an outcome that a repeat can't change.
 const SHORTEST_WAIT: Duration = Duration::from_secs(60);
 
-/// What a send is, held against what was sent before and against the devices that there are.
+/// What a send is, compared with former sends and with the devices that there are.
 pub(super) enum Case<'a> {
-    /// It comes again with a later group.
+    /// It is left for a later group.
     Later,
-    /// Nothing is done about it but to wake the receivers once more: whoever stored the first one may have gone before it
-    /// could.
+    /// A repeat that queues nothing. It wakes the receivers once more: the node that stored the first send may have died
+    /// before it could.
     Repeat { outcome: Outcome, replay: Replay, woken: Vec<Address> },
-    /// The same as another one of the group.
+    /// The same as another send of the group.
     Twin { of: usize, replay: Replay },
-    /// It is no repeat. These are queued where there is room.
+    /// No repeat. These messages are queued if there is room.
     New { outcome: Outcome, queued: Vec<Queued<'a>> },
-    /// A repeat of a send of which something had been refused, when that was. These are queued where there is room.
+    /// A repeat of a send of which messages had been refused, at this time. These are queued if there is room.
     Rest { outcome: Outcome, queued: Vec<Queued<'a>>, refused_at: Timestamp },
 }
 
@@ -39,20 +39,20 @@ impl<'a> Case<'a> {
     }
 }
 
-/// What a group comes to, before anything is written.
+/// The decision about a group, before anything is written.
 #[derive(Default)]
 pub(super) struct Judgement<'a> {
     /// An answer for each send that was judged.
     pub(super) sent: Vec<Option<Sent>>,
-    /// The messages, with the send each is of.
+    /// The messages to queue, each with its send.
     pub(super) rows: Vec<(&'a Outgoing, Queued<'a>)>,
     /// The sends that are no repeats.
     pub(super) judged: Vec<Judged<'a>>,
     /// Outcomes that change with a repeat.
     pub(super) changed: Vec<Changed<'a>>,
-    /// How many messages were refused for a device that had not been refused before.
+    /// How many messages were refused for each device for the first time.
     pub(super) refused: Counts,
-    /// How many that had been refused are queued now, and when the last of them had been.
+    /// How many messages for each device are queued now that had been refused, and when the last of them had been.
     pub(super) taken_back: TakenBack,
 }
 
@@ -70,8 +70,7 @@ pub(super) struct Judged<'a> {
     pub(super) rows: Range<usize>,
 }
 
-/// Holds each send against what was sent before and against the devices that there are, but for those that are left for
-/// later.
+/// Compares each send with former sends and with the devices that there are, except those that are left for later.
 pub(super) fn cases<'a>(sends: &'a [Outgoing], found: &Found, is_later: impl Fn(&Outgoing) -> bool) -> Vec<Case<'a>> {
     let mut first: HashMap<(DeviceNo, IdempotencyKey), usize> = HashMap::new();
     let case = |(n, mail): (usize, &'a Outgoing)| {
@@ -106,7 +105,7 @@ fn addresses(queued: &[Queued<'_>]) -> Vec<Address> {
     queued.iter().map(|row| Address { user: row.user, device: row.device }).collect()
 }
 
-/// The messages that ask for room, in order. An account that gets too much at the moment asks for none.
+/// The messages that need room, in order. Messages to an account that gets too many sends at the moment are left out.
 pub(super) fn candidates(sends: &[Outgoing], cases: &[Case<'_>]) -> Vec<Candidate> {
     let of_send = |(mail, case): (&Outgoing, &Case<'_>)| {
         let sender = mail.sender.user;
@@ -150,7 +149,7 @@ impl<'a> Judgement<'a> {
         self.changed.is_empty() && self.refused.is_empty() && self.taken_back.is_empty()
     }
 
-    /// Queues what there is room for, and writes the rest down as refused.
+    /// Queues the messages for which there is room, and records the rest as refused.
     fn add(
         &mut self,
         mail: &'a Outgoing,

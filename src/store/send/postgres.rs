@@ -149,7 +149,7 @@ impl Store {
         let lifetime = self.limits.idempotency_lifetime;
         self.rooms.bound();
         let locked = tx.lock_accounts(sends, locking).await?;
-        // What the rows of accounts that may be more than half full say now, and said before this group.
+        // The rows of accounts with an inbox that may be more than half full, as they are now and were before this group.
         let row = |user: UserId| locked.get(&user).filter(|row| self.rooms.is_over_half(row.now));
         let is_unsure = |user: &UserId| row(*user).is_some_and(|row| !self.rooms.knows(*user, row.before));
         let later = left_for_later(sends, &locked, is_unsure, locking);
@@ -198,7 +198,7 @@ impl Store {
         Ok(Some((judgement.sent, tally)))
     }
 
-    /// Counts the inboxes of those accounts of which too little is known to judge these messages. Answers the accounts.
+    /// Counts the inboxes of those accounts of which too little is known to judge these messages. Returns the accounts.
     async fn count_the_unsure(
         &self,
         tx: &mut PostgresTx,
@@ -223,7 +223,7 @@ impl Store {
         Ok(users)
     }
 
-    /// Writes down how much waits at the most for a device of these accounts, which have just been counted.
+    /// Stores how much waits at most for a device of these accounts, which have just been counted.
     async fn set_counted(&self, tx: &mut PostgresTx, users: &[UserId], devices: &Devices) -> Result<()> {
         let mut rows = Vec::with_capacity(users.len());
         for user in users {
@@ -235,8 +235,8 @@ impl Store {
     }
 }
 
-/// The sends that are left for a later group: one of their accounts could not be locked; or, but for the first one, with
-/// them too many accounts would have to be counted, which takes time, and everybody waits for it.
+/// The sends that are left for a later group: one of their accounts could not be locked, or too many accounts would have to be
+/// counted with them, for which the whole group would wait. The first send that needs a count always gets it.
 fn left_for_later(
     sends: &[Outgoing],
     locked: &HashMap<UserId, Locked>,

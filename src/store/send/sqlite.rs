@@ -88,7 +88,7 @@ impl Store {
         let found = Found { known: outcomes_of(&known.rows)?, devices: devices_of(&devices.rows)? };
         let cases = send::cases(sends, &found, |_| false);
         let coming = send::candidates(sends, &cases);
-        // Nobody else writes here, so what is remembered of an inbox holds until it is counted again.
+        // There is no other writer, so what is remembered of an inbox holds until it is counted again.
         self.rooms.bound();
         let verdicts = loop {
             let unsure = self.rooms.unsure(&coming, |_| Some(Stamp::default()));
@@ -167,7 +167,7 @@ async fn change(
     Ok(())
 }
 
-/// Writes down what accounts have queued, in milliseconds of their day. Answers until when they have paid for it.
+/// Stores what accounts have queued, in milliseconds of their day. Returns the time until which each has paid.
 async fn owe(tx: &mut Transaction, debts: &[(UserId, i64)], now: Timestamp) -> Result<Vec<(UserId, Timestamp)>> {
     if debts.is_empty() {
         return Ok(Vec::new());

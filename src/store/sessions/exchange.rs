@@ -1,4 +1,4 @@
-//! A refresh token that is presented: it is exchanged, repeated, refused or taken for stolen.
+//! What happens to a refresh token that a client presents: it is exchanged, repeated, refused or taken for stolen.
 
 use crate::clock::Timestamp;
 use crate::model::ids::{Address, DeviceNo, IdempotencyKey};
@@ -21,7 +21,7 @@ pub(super) async fn exchange(tx: &mut Tx, session: &Session, wish: &Refresh, now
     if let Some((key, used_at)) = used {
         let is_same_wish = wish.key.is_some() && wish.key == key;
         if is_same_wish && used_at > now - REPEAT_WINDOW {
-            // A hash of another length is in no token, so nothing fits it.
+            // No token has a hash of another length, so none fits it.
             let secret_hash = session.secret_hash[..].try_into().unwrap_or_default();
             return Ok(Refreshed::Repeated { holder, used_at, secret_hash });
         }

@@ -1,5 +1,5 @@
-//! The rows beside the messages that a group in PostgreSQL reads and writes: those of accounts, which say how much waits at
-//! the most; changed outcomes; what senders owe of their day.
+//! The rows other than messages that a group in PostgreSQL reads and writes: the bounds of accounts' inboxes, changed
+//! outcomes, and the bytes that senders have queued in their day.
 
 use std::collections::HashMap;
 
@@ -11,8 +11,8 @@ use crate::store::database::PostgresTx;
 use crate::store::room::{self, Counted, LONGEST_DEBT, Stamp};
 use crate::store::send::{self, Changed, Locking};
 
-/// No message was ever larger. Where a node of a former version has changed the number of messages alone, the bytes are
-/// taken for this many times as many.
+/// No message was ever larger. Where a node of the former version has changed only the number of messages, each of them counts
+/// as this many bytes.
 macro_rules! largest {
     () => {
         "2097152"
@@ -42,7 +42,7 @@ const LOCK: &str = concat!(
     count_in!()
 );
 
-/// The same without those that somebody else holds. Those that are not there at all are answered with 0.
+/// The same without the accounts that another transaction holds. Accounts that don't exist are returned with 0.
 const LOCK_WHAT_IS_FREE: &str = concat!(
     "WITH locked AS MATERIALIZED (
         SELECT l.user_id, asked.more, asked.bytes
@@ -56,7 +56,7 @@ const LOCK_WHAT_IS_FREE: &str = concat!(
     WHERE NOT EXISTS (SELECT 1 FROM account_locks l WHERE l.user_id = asked.user_id)"
 );
 
-/// What the row of a locked account says.
+/// The row of a locked account.
 #[derive(Clone, Copy)]
 pub(super) struct Locked {
     /// Without this group.
@@ -66,14 +66,14 @@ pub(super) struct Locked {
 }
 
 impl PostgresTx {
-    /// Locks the accounts that are written to, and counts their mail in. Answers what the rows say of each account that is
+    /// Locks the accounts that are written to, and adds their mail to the bounds. Returns the row of each account that is
     /// locked now.
     pub(super) async fn lock_accounts(
         &mut self,
         sends: &[Outgoing],
         locking: Locking,
     ) -> Result<HashMap<UserId, Locked>> {
-        // How many of these messages, and bytes, one device of an account gets at the most.
+        // How many of these messages, and bytes, one device of an account gets at most.
         let mut per_device: HashMap<(UserId, DeviceId), Stamp> = HashMap::new();
         for recipient in sends.iter().flat_map(|mail| &mail.recipients) {
             for (device, sealed) in &recipient.submissions {
@@ -148,8 +148,8 @@ impl PostgresTx {
         Ok(())
     }
 
-    /// Writes down what accounts have queued, in milliseconds of their day. Answers until when they have paid for it. In
-    /// the order of the accounts, so that no two groups wait for each other in a circle.
+    /// Stores what accounts have queued, in milliseconds of their day. Returns the time until which each has paid. In the
+    /// order of the accounts, so that no two groups wait for each other in a circle.
     pub(super) async fn owe(&mut self, debts: &[(UserId, i64)], now: Timestamp) -> Result<Vec<(UserId, Timestamp)>> {
         let (users, costs): (Vec<UserId>, Vec<i64>) = debts.iter().copied().unzip();
         let statement = "
