@@ -59,11 +59,11 @@ pub const EARLIEST: Timestamp = Timestamp::from_seconds(1_767_225_600);
 
 /// The wall clock may differ by this much from what the monotonic clock says that it should be.
 const TOLERANCE: Duration = Duration::from_hours(1);
-/// At the start, so much may have passed since the newest time that was remembered, without a doubt. Longer is either a long
-/// rest or a wrong clock, and only the operator knows which.
+/// At the start, this much may have passed since the remembered time without a doubt. A longer time means a long downtime or
+/// a wrong clock, and only the operator knows which.
 const REST: Duration = Duration::from_hours(24);
 
-/// What time it is when that may be in doubt. One that is made from a timestamp is in none.
+/// The time, which may be in doubt. A moment that is made from a timestamp is not in doubt.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Moment {
     /// See [`Clock::earliest`].
@@ -81,12 +81,12 @@ impl From<Timestamp> for Moment {
 /// The wall clock, and a time that can be trusted when it jumps. Cloning gives the same clock.
 ///
 /// The machine's clock can be set to anything at any moment. Its monotonic clock can't, so the two are compared at each look.
-/// As long as they agree, there is one time, the wall clock's. When they don't, the clock is *in doubt*, and either may be
+/// As long as they agree, the wall clock's time is the only one. When they don't, the clock is *in doubt*, and either may be
 /// right: the wall clock may have gone wrong, or may just have been corrected. Then
 ///
 /// - ages are judged by [`Clock::earliest`], so nothing is deleted or hidden too soon,
-/// - what is kept for its age is stored with [`Clock::latest`], so it is not too old when the doubt is over,
-/// - everything else goes by [`Clock::now`], which goes on as if nothing had happened.
+/// - what is deleted by its age is stored with [`Clock::latest`], so it is not too old when the doubt is over,
+/// - everything else uses [`Clock::now`], which goes on as if nothing had happened.
 #[derive(Clone, Debug)]
 pub struct Clock {
     inner: Arc<Inner>,
@@ -113,14 +113,14 @@ impl Clock {
         clock
     }
 
-    /// The trusted time: the wall clock's, and while that is in doubt, the one that has passed since it was trusted. For
-    /// periods, and for what lives for minutes.
+    /// The trusted time: the wall clock's; while that is in doubt, the last trusted time plus the time that has passed since.
+    /// For periods, and for what lives for minutes.
     pub fn now(&self) -> Timestamp {
         let (wall, trusted) = self.both();
         if differ(wall, trusted) { trusted } else { wall }
     }
 
-    /// The earliest and the latest that it may be, for what judges ages and is born at once.
+    /// The earliest and the latest time that it may be, for code that needs both.
     pub fn moment(&self) -> Moment {
         let (wall, trusted) = self.both();
         if differ(wall, trusted) {
@@ -130,12 +130,12 @@ impl Clock {
         }
     }
 
-    /// The earliest that it may be. For the question whether something is old enough to be deleted or hidden.
+    /// The earliest time that it may be. For the question whether something is old enough to be deleted or hidden.
     pub fn earliest(&self) -> Timestamp {
         self.moment().earliest
     }
 
-    /// The latest that it may be. For the birth of what is deleted by its age, and for the end of what lives for days.
+    /// The latest time that it may be. For the creation time of what is deleted by its age, and the end of what lives for days.
     pub fn latest(&self) -> Timestamp {
         self.moment().latest
     }
@@ -156,8 +156,8 @@ impl Clock {
         differ(wall, trusted).then(|| wall.0.saturating_sub(trusted.0))
     }
 
-    /// Lets the trusted time follow a wall clock that is not in doubt. To be called every few seconds, since clocks of
-    /// machines are put right in small steps all the time.
+    /// Lets the trusted time follow a wall clock that is not in doubt. To be called every few seconds, since the clocks of
+    /// machines are corrected in small steps all the time.
     pub fn follow(&self) {
         if self.doubt().is_none() {
             self.believe();
@@ -169,9 +169,8 @@ impl Clock {
         self.trust(self.wall());
     }
 
-    /// Goes on from the newest time that was remembered, at the start. If the wall clock is before it, or a day or more
-    /// behind it, it is in doubt; then `witness`, the time of a database server, is trusted if that fits, and otherwise
-    /// what was remembered.
+    /// Goes on from the remembered time, at the start. The wall clock is in doubt if it is an hour before that time, or a day
+    /// after it. Then `witness`, the time of a database server, is trusted if it fits, and otherwise the remembered time.
     pub fn resume(&self, remembered: Timestamp, witness: Option<Timestamp>) {
         let fits = |time: &Timestamp| *time + TOLERANCE >= remembered && *time <= remembered + REST;
         let candidates = [Some(self.wall()), witness];
@@ -194,13 +193,12 @@ impl Clock {
         passed.saturating_add(self.inner.ahead_millis.load(Ordering::Relaxed))
     }
 
-    /// Lets time pass for this clock and all its clones. Nobody can wait thirty days for a test.
+    /// Lets time pass for this clock and all its clones. No test can wait for thirty days.
     pub fn advance(&self, by: Duration) {
         self.inner.ahead_millis.fetch_add(i64::try_from(by.as_millis()).unwrap_or(i64::MAX), Ordering::Relaxed);
     }
 
-    /// Sets the wall clock of this clock and all its clones so many milliseconds ahead of what it should be, as a wrong hand
-    /// does to that of a machine.
+    /// Sets the wall clock of this clock and all its clones ahead by this many milliseconds, as if the machine's clock were set.
     pub fn set_wrong(&self, millis: i64) {
         self.inner.jumped_millis.store(millis, Ordering::Relaxed);
     }
@@ -218,7 +216,7 @@ mod tests {
     const DAY: Duration = Duration::from_hours(24);
     const DAY_MILLIS: i64 = 24 * 60 * 60 * 1000;
 
-    /// Whether two times are the same, but for what passes during a test.
+    /// True when two times are the same, except for what passes during a test.
     fn is_about(one: Timestamp, other: Timestamp) -> bool {
         one.0.abs_diff(other.0) < 60_000
     }

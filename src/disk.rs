@@ -11,7 +11,7 @@ use tracing::{info, warn};
 
 /// How long an answer of the file system is good for, in milliseconds.
 const FRESH_MILLIS: u64 = 1000;
-/// Inodes that stay free for the files of the database. Of a small file system it is a tenth.
+/// Inodes that stay free for the files of the database; on a small file system a tenth of all.
 const RESERVED_INODES: u64 = 1024;
 
 /// What there is room for. Attachments stop first, so that messages go on for longer.
@@ -173,7 +173,7 @@ impl Inner {
         self.free_bytes.load(Ordering::Relaxed)
     }
 
-    /// True when so many files can be made without touching the reserve.
+    /// True when this many files can be made without touching the reserve.
     fn has_inodes(&self, files: u64) -> bool {
         let [free, reserved] = [&self.free_inodes, &self.reserved_inodes].map(|number| number.load(Ordering::Relaxed));
         free >= reserved.saturating_add(files)

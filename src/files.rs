@@ -1,7 +1,7 @@
 //! The files of an embedded server: locked for one server, and compared with their paths while it runs.
 //!
-//! A program that has a file open goes on reading and writing it after the path was removed or given to another file. What
-//! a server writes then is lost as soon as it ends, so it has to notice, and to stop.
+//! A program that has a file open goes on reading and writing it after the path was removed or replaced. What a server
+//! writes then is lost when it ends. So the server has to notice that, and to stop.
 
 mod mark;
 
@@ -31,7 +31,7 @@ pub struct Lock {
     _folder: Option<File>,
 }
 
-/// Makes sure that no other server uses this database. One that is just ending is waited for.
+/// Makes sure that no other server uses this database. Waits for a server that is just ending.
 ///
 /// Two locks: the file beside the database, which every version takes; and the data folder itself, if there is one, because
 /// a lock file can be removed and made anew while its server runs, and the folder of that server can't. A database without a
@@ -102,7 +102,7 @@ fn has_entries(folder: &Path) -> bool {
     fs::read_dir(folder).is_ok_and(|mut entries| entries.next().is_some())
 }
 
-/// `database` with `suffix` behind its name.
+/// The path of the database with `suffix` appended.
 fn beside(database: &Path, suffix: &str) -> PathBuf {
     let mut path = database.as_os_str().to_owned();
     path.push(suffix);
@@ -140,7 +140,7 @@ struct Identity {
     inode: u64,
 }
 
-/// What is not what it was. Its text is a sentence for the operator.
+/// A file that was removed, replaced or overwritten. Its text is a sentence for the operator.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error(
     "{what} {path} was {how} while the server ran; nothing more is accepted, and the server stops: restore a backup if \
@@ -187,7 +187,7 @@ impl Files {
         let found = watched.iter_mut().try_for_each(Watched::look).and_then(|()| {
             match self.inner.marks.as_ref().map_or(Ok(true), Marks::are_ours) {
                 Ok(false) => Err(self.overwritten()),
-                // An error of reading is one of the disk, of which the database will complain itself.
+                // A read error is one of the disk. The database will report it as well.
                 Ok(true) | Err(_) => Ok(()),
             }
         });
@@ -218,7 +218,7 @@ impl Files {
         Lost { what: "the database", path: self.inner.database.display().to_string(), how: "overwritten" }
     }
 
-    /// Declares lost what the files don't show: another database answers.
+    /// Declares the database lost for another reason: another database answers.
     pub fn lose(&self) {
         self.inner.lost.cancel();
     }

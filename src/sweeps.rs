@@ -158,14 +158,14 @@ async fn room_to_grow(app: App) -> Result<Round, StoreError> {
     Ok(Round::Done)
 }
 
-/// Makes what the next start needs on a full disk, while there is room for it.
+/// Makes the reserve for the next start, while there is room for it.
 async fn hold_reserve(app: &App) {
     let keep_free = app.config.disk_reserve_bytes;
     let Some(file) = app.config.database.file().map(Path::to_owned) else { return };
     if keep_free == 0 || app.disk.room() != Room::Enough {
         return;
     }
-    // A few looks at the file system, and the first time a little work for it.
+    // Usually only a few looks at the file system.
     let held = tokio::task::spawn_blocking(move || reserve::hold(&file, keep_free)).await;
     if let Ok(Err(error)) = held {
         debug!(%error, "nothing could be held back on the disk for the next start");

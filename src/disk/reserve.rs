@@ -1,8 +1,8 @@
-//! Files that hold back a little of the disk beside the database, so that a start has what it needs on a full one.
+//! Files that reserve a little of the disk beside the database, so that a server can start on a full disk.
 //!
-//! SQLite makes its log and its index anew at each start. On a disk without a free byte or inode it could not, and the
-//! server would not start. So some inodes and bytes are kept while there is room, and given up right before the database
-//! is opened: reads, acks and deletions then have a log to go to.
+//! SQLite makes its log and its index anew at each start. Without a free byte or inode it can't, and the server would not
+//! start. So some inodes and bytes are reserved while there is room, and given up right before the database is opened.
+//! Reads, acks and deletions then work.
 
 use std::fs::{self, File, OpenOptions};
 use std::io;
@@ -11,7 +11,7 @@ use std::path::{Path, PathBuf};
 
 use rustix::fs::{FallocateFlags, fallocate};
 
-/// Inodes that are held back: for the log, its index, the lock, and one to spare.
+/// Inodes that are reserved: for the log, its index, the lock, and one more.
 const FILES: usize = 4;
 /// Bytes that the first of the files takes: the log of SQLite up to its next checkpoint, and its index.
 const BYTES: u64 = 20 << 20;
@@ -43,7 +43,7 @@ pub fn hold(database: &Path, keep_free: u64) -> io::Result<()> {
     Ok(())
 }
 
-/// File systems that can't promise space have nothing to hold back.
+/// Takes the space. On a file system that can't allocate in advance, does nothing.
 fn take(file: &File, bytes: u64) -> io::Result<()> {
     match fallocate(file, FallocateFlags::empty(), 0, bytes) {
         Err(rustix::io::Errno::OPNOTSUPP | rustix::io::Errno::NOSYS) => Ok(()),

@@ -1,9 +1,9 @@
-//! A mark in the head of the database, by which a copy that was written over the file shows: such a copy is at the same
-//! path and in the same file, so nothing but its content tells.
+//! A mark in the header of the database, by which a copy that was written over the file is recognised. Such a copy has the
+//! same path and the same inode, so only the content can tell.
 //!
-//! The server gives the database a new mark every minute, in SQLite's own field for a number of the application. It comes to
-//! the file when the log is folded back, so the file may lag behind, but it never goes back: a mark that is older than one
-//! that was seen, or none of this run, is of a copy.
+//! The server gives the database a new mark every minute, in SQLite's own field for a number of the application. The mark
+//! reaches the file at a checkpoint, so the file may lag behind, but it never goes back. A mark that is older than one that
+//! was seen, or that is not of this run, belongs to a copy.
 
 use std::fs::File;
 use std::io;

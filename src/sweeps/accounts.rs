@@ -1,4 +1,4 @@
-//! Accounts that are not used any more: which day it is, who was seen on it, and who goes.
+//! Accounts that are not used any more: counts service days, records uses, and removes unused accounts.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicI64, Ordering};
@@ -39,8 +39,7 @@ async fn service_day(app: &App) -> Result<i64, StoreError> {
     app.store.service_day(app.clock.now().seconds().div_euclid(SECONDS_OF_A_DAY)).await
 }
 
-/// Each node writes down what it has seen itself. Sockets that stay open are looked at once an hour, and when the clock is
-/// set.
+/// Each node records the uses that it has seen itself. Open sockets count once an hour, and when the clock is set.
 async fn account_use(app: App, last_hour: Arc<AtomicI64>) -> Result<Round, StoreError> {
     let hour = app.clock.now().seconds() / 3600;
     if last_hour.load(Ordering::Relaxed) != hour {
@@ -75,7 +74,7 @@ async fn unused_accounts(app: App) -> Result<Round, StoreError> {
     if count > 0 {
         info!(count, "removed accounts that were not used");
     }
-    // Accounts that were used in the meantime are found again until that is written: no reason to go on at once.
+    // Accounts that were used meanwhile are found again until their use is written, so they are no reason to go on at once.
     Ok(if count > 0 { round_of(found.len()) } else { Round::Done })
 }
 

@@ -1,5 +1,5 @@
-//! The clock is compared with what the database knows about the time, and a doubt about it is ended: by the wall clock, which
-//! is right again; by the operator; or by a day in which nobody objected.
+//! Compares the clock with the time that the database remembers, and ends a doubt: when the wall clock is right again, when the
+//! operator confirms it, or after a day in which no database server contradicts it.
 
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
@@ -18,14 +18,13 @@ pub(super) const PERIOD: Duration = Duration::from_secs(10);
 const REMEMBERING: Duration = Duration::from_mins(1);
 /// How often a doubt is logged.
 const REMINDING: Duration = Duration::from_hours(1);
-/// After so long a wall clock that nothing speaks against is believed.
+/// After this time a wall clock is believed unless the database server contradicts it.
 const LONGEST_DOUBT: Duration = Duration::from_hours(24);
-/// A remembered time that is so near to the wall clock confirms it: it was set by the operator, or by nodes whose clocks are
-/// not in doubt.
+/// A remembered time this near to the wall clock confirms it: the operator has set it, or nodes whose clocks are not in doubt.
 const CONFIRMED_WITHIN: Duration = Duration::from_mins(5);
-/// The clock of the database server may differ by this much without a word.
+/// A larger difference to the clock of the database server is logged.
 const SERVER_DIFFERS: Duration = Duration::from_mins(5);
-/// What speaks against a wall clock after a day of doubt.
+/// A database server whose clock differs by more contradicts the wall clock after a day of doubt.
 const SERVER_OBJECTS: Duration = Duration::from_hours(1);
 
 /// What is kept between two comparisons.
@@ -42,7 +41,7 @@ struct State {
     is_server_told: bool,
 }
 
-/// How a doubt goes on.
+/// The result of a comparison while the clock is in doubt.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Verdict {
     Confirmed,
@@ -71,7 +70,7 @@ pub(super) async fn compare(app: &App, watch: &Watch) -> Result<Round, StoreErro
     Ok(Round::Done)
 }
 
-/// Another database is no part of this server: what was accepted is elsewhere.
+/// Stops the server because another database answers: what it has accepted is in the former one.
 fn lose(app: &App) -> Result<Round, StoreError> {
     if !app.files.are_lost() {
         error!(
@@ -90,7 +89,7 @@ impl Watch {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// The remembered time only goes back when somebody sets it, or when the database is replaced by an older state.
+    /// Logs that the remembered time went back without being set: then the database was replaced by an older state.
     fn notice_steps_back(&self, seen: &Seen) {
         let mut state = self.state();
         let went_back = |last: &Seen| seen.at + CONFIRMED_WITHIN < last.at && seen.confirmations <= last.confirmations;

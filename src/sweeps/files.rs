@@ -1,4 +1,4 @@
-//! The files of an embedded server are compared with their paths every two seconds, and marked every minute.
+//! Compares the files of an embedded server with their paths every two seconds, and marks the database every minute.
 
 use std::time::Duration;
 
@@ -34,7 +34,7 @@ async fn run(app: App) {
             () = app.tasks.stopping() => return,
             () = sleep(PERIOD) => {}
         }
-        // The disk is waited for as long as it takes, and never by two at a time.
+        // Waits for the disk without a limit, and never with two comparisons at a time.
         tokio::select! {
             () = app.tasks.stopping() => return,
             found = look(&app) => if found {
@@ -79,7 +79,7 @@ async fn compare(app: &App) -> Result<(), Lost> {
     looked.unwrap_or_else(|panicked| std::panic::resume_unwind(panicked.into_panic()))?;
     match app.store.mark().await {
         Ok(Some(mark)) => app.files.compare_mark(mark),
-        // What can't be read is told by whatever needs it.
+        // The code that needs the database reports that it can't be read.
         Ok(None) | Err(_) => Ok(()),
     }
 }
