@@ -101,7 +101,7 @@ pub struct Options {
     pub steps: Option<Vec<usize>>,
     /// Names of the attacks to run; empty: all.
     pub attacks: Vec<String>,
-    /// Whether the latencies under attack have to be within their reach too.
+    /// Whether the latencies under attack have to be within their limits as well.
     pub is_timed: bool,
     /// A `resolv.conf` for our own servers instead of the machine's.
     pub resolver: Option<PathBuf>,

@@ -201,7 +201,7 @@ fn deliveries_between_nodes_are_exact_and_a_folder_has_one_node() {
     }
 }
 
-/// Attacks whose reach holds, apart from latencies, which other tests on the same machine decide.
+/// Attacks that stay within the limits aimed at, except for latencies, which depend on other tests on the same machine.
 const HELD: &[&str] =
     &["bodies-drip", "uploads-one-byte", "sign-ups-one-address", "prekey-drain", "forwarded-untrusted", "silent-api"];
 

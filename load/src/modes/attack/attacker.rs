@@ -21,7 +21,7 @@ use crate::people::{Device, Registrar};
 
 /// Before a connection that was refused or closed is opened again.
 const PAUSE: Duration = Duration::from_millis(5);
-/// What the runtime of an attacker has to end in.
+/// How long the runtime of an attacker may take to end.
 const ENDING: Duration = Duration::from_secs(5);
 /// Sign-ups of attackers at a time.
 const AT_ONCE: usize = 4;
@@ -89,7 +89,7 @@ impl Attacker {
         self.counts.attempts.fetch_add(count, Ordering::Relaxed);
     }
 
-    /// Counts the answer to an attempt; `None`: there was none.
+    /// Counts the answer to an attempt; `None` if there was none.
     pub fn answer(&self, status: Option<u16>) {
         let mut answers = self.counts.answers.lock().unwrap_or_else(PoisonError::into_inner);
         *answers.entry(class(status)).or_default() += 1;
@@ -105,7 +105,7 @@ impl Attacker {
         statuses.get(&status).copied().unwrap_or_default()
     }
 
-    /// What was done in so many seconds.
+    /// What was done in this many seconds.
     pub fn report(&self, seconds: f64) -> report::Attacker {
         let answers = self.counts.answers.lock().unwrap_or_else(PoisonError::into_inner);
         report::Attacker {
@@ -174,7 +174,7 @@ impl Attacker {
         Ok(())
     }
 
-    /// Signs up accounts, each from a network of its own, so that limits for addresses have no say.
+    /// Signs up accounts, each from a network of its own, so that limits for addresses don't matter.
     pub async fn sign_up(&self, count: usize) -> Result<Vec<Device>> {
         let registrar = Registrar::new();
         let mut work = JoinSet::new();

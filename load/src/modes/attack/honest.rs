@@ -176,7 +176,7 @@ impl Lane {
                 account.renew(device(&answer).context("not an AuthResponse")?);
                 Ok(())
             }
-            // Of an account without a socket, because a log-in may end the device's session of before.
+            // With an account that has no socket, because a log-in ends the device's former session.
             Operation::LogIn => log_in(connection, &scene.clients[n].other).await,
             Operation::Attachment => {
                 let (bytes, token) = (random_bytes(ATTACHMENT), account.token());

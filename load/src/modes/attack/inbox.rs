@@ -68,7 +68,7 @@ pub async fn queue(attacker: &Attacker, n: usize, from: &Device, to: &Device, si
     connection.request(one.method, &one.path, &one.fields, &one.body).await?.expect(200)
 }
 
-/// A send of so many bytes under a new key.
+/// A send of this many bytes under a new key.
 fn message(from: &Device, to: &Device, size: usize) -> Request {
     let mut body = Vec::new();
     put_request(&mut body, &[Letter::to(to, Label::default())], &vec![0; size.saturating_sub(LABEL)]);

@@ -43,7 +43,7 @@ const PREPARING: Duration = Duration::from_secs(120);
 /// How long the end of a run may take beside the honest clients' own patience.
 const SETTLING: Duration = Duration::from_secs(60);
 
-/// Runs all attacks that were asked for, each on a fresh server. An error if one misses its reach.
+/// Runs all attacks that were asked for, each on a fresh server. Returns an error if one is outside of the limits aimed at.
 pub async fn run(job: &Job) -> Result<()> {
     let options = &job.options;
     let [subject @ Subject::Program(_)] = &options.subjects[..] else {
@@ -54,7 +54,7 @@ pub async fn run(job: &Job) -> Result<()> {
     let mut rows = Vec::new();
     println!("{}", report::heading());
     for attack in ATTACKS.iter().filter(is_wanted) {
-        // What can't be run is no success, and no reason to leave out the others.
+        // An attack that can't be run is a failure, but the others run all the same.
         let outcome = attempt(job, subject, attack).await;
         let outcome = outcome.unwrap_or_else(|error| Outcome::Skipped(format!("{error:#}")));
         let row = Row { name: attack.name, what: attack.what, outcome };

@@ -1,4 +1,4 @@
-//! What the honest clients lived through.
+//! Records the operations of the honest clients.
 
 use std::collections::{BTreeMap, HashMap};
 use std::future::Future;
@@ -42,7 +42,7 @@ impl Record {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Counts a success that took so long.
+    /// Counts a success that took this long.
     pub fn success(&self, kind: &'static str, took: Duration) {
         let micros = took.as_micros() as u64;
         let mut state = self.state();

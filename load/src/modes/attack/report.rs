@@ -1,4 +1,4 @@
-//! The outcome of each attack, and whether it is within reach.
+//! The outcome of each attack, and whether it is within the limits that are aimed at.
 
 use std::collections::BTreeMap;
 use std::fmt::Write;
@@ -9,7 +9,7 @@ use serde_json::{Value, json};
 const P99_MS: f64 = 250.0;
 const MEMORY_MIB: f64 = 256.0;
 
-/// What the honest clients lived through.
+/// The operations of the honest clients.
 #[derive(Clone, Debug, Default)]
 pub struct Honest {
     pub succeeded: u64,
@@ -25,7 +25,7 @@ pub struct Honest {
 /// What the attacker did, and the answers.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Attacker {
-    /// Requests, frames or connections, as the attack is about.
+    /// Requests, frames or connections, whichever the attack makes.
     pub attempts: u64,
     pub seconds: f64,
     /// By class: `2xx`, `4xx`, `429`, `5xx`, `none` (closed or never answered).
@@ -74,7 +74,7 @@ impl Honest {
 }
 
 impl Ran {
-    /// What misses its reach, in words. Empty: nothing.
+    /// What is outside of the limits, in words; empty if nothing is.
     pub fn misses(&self, is_timed: bool) -> Vec<String> {
         let mut misses = Vec::new();
         if self.honest.failed() > 0 || self.honest.succeeded == 0 {
@@ -96,7 +96,7 @@ impl Ran {
 }
 
 impl Row {
-    /// True if everything is within reach. What was not run is not.
+    /// True if everything is within the limits. False for an attack that was not run.
     pub fn is_met(&self, is_timed: bool) -> bool {
         matches!(&self.outcome, Outcome::Ran(ran) if ran.misses(is_timed).is_empty())
     }

@@ -1,4 +1,4 @@
-//! The people of a run: ten honest clients, and accounts that attacks are about.
+//! The accounts of a run: ten honest clients, and the accounts that attacks are aimed at.
 
 use std::net::SocketAddr;
 use std::sync::{Mutex, PoisonError};

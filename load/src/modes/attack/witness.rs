@@ -1,4 +1,4 @@
-//! Honest people whom an attack is aimed at: what they see during it and afterwards.
+//! Honest clients that an attack is aimed at: what they see during it and afterwards.
 
 use std::collections::HashSet;
 use std::sync::Arc;
@@ -19,7 +19,7 @@ use crate::wire::{Label, Letter};
 
 /// Messages that a friend has queued before an attack.
 const BEFORE: u32 = 200;
-/// Of them from one address, so that no limit has a say.
+/// How many of them come from one address, so that no limit matters.
 const FROM_ONE_ADDRESS: u32 = 10;
 /// Between two things that they do.
 const PAUSE: Duration = Duration::from_secs(1);
@@ -149,7 +149,7 @@ async fn turn(witness: Witness, scene: &Scene, number: u32) -> bool {
     match witness {
         Witness::None => true,
         Witness::Friend => {
-            // Whether it is accepted is told, not judged: contacts can't prove themselves yet.
+            // Whether it is accepted is reported, and is no failure: contacts can't prove themselves yet.
             let writing = async {
                 let mut connection = scene.friend.connect(scene.api).await?;
                 write(scene, &mut connection, BEFORE + number).await
@@ -186,7 +186,7 @@ async fn group_send(scene: &Scene, number: u32) -> Result<()> {
     let letters: Vec<Letter<'_>> = devices.map(|device| Letter::to(device, label)).collect();
     MEMBERS.iter().for_each(|n| scene.record.expect(*n, GROUP, number));
     let mut connection = scene.friend.connect(scene.api).await?;
-    // A client that understands a partial acceptance gets 200. Others are told by 429, and the members have got theirs.
+    // A client that accepts a partial answer gets 200. Other clients get 429, and the other members have their messages.
     let is_lenient = number.is_multiple_of(2);
     let preference = if is_lenient { "prefer: handling=lenient\r\n" } else { "" };
     let (status, said) = put(&mut connection, &scene.friend, preference, &letters).await?;
