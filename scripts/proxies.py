@@ -269,11 +269,23 @@ class Account:
             "idempotency-key": str(uuid.uuid4()), "content-type": "application/x-protobuf"})
 
 
-def curl_download(port, account, path, rate, expected):
-    command = ["curl", "-s", "-f", "--limit-rate", str(rate), "-H", f"authorization: Bearer {account.token}",
-               f"http://127.0.0.1:{port}{path}"]
-    run = subprocess.run(command, capture_output=True, check=False)
-    return run.returncode == 0 and hashlib.sha256(run.stdout).digest() == expected
+def download_slowly(port, account, path, rate, expected):
+    """With a small receive buffer, since curl's limit lets the first megabytes through at once."""
+    with slow_socket(port) as stream:
+        stream.sendall((f"GET {path} HTTP/1.1\r\nHost: 127.0.0.1:{port}\r\nConnection: close\r\n"
+                        f"Authorization: Bearer {account.token}\r\n\r\n").encode())
+        seen = bytearray()
+        read_slowly(stream, rate, 1 << 62, seen)
+    head, _, body = bytes(seen).partition(b"\r\n\r\n")
+    return head.startswith(b"HTTP/1.1 200") and hashlib.sha256(body).digest() == expected
+
+
+def slow_socket(port):
+    stream = socket.socket()
+    stream.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 32 << 10)
+    stream.settimeout(240)
+    stream.connect(("127.0.0.1", port))
+    return stream
 
 
 def curl_upload(port, account, file, rate):
@@ -283,14 +295,16 @@ def curl_upload(port, account, file, rate):
     return subprocess.run(command, capture_output=True, check=False).stdout == b"201"
 
 
-def read_slowly(stream, rate, wanted):
-    """Reads at this rate in steps of a tenth of a second, and answers how many bytes of frames came before the end."""
+def read_slowly(stream, rate, wanted, seen=None):
+    """Reads at this rate in steps of a tenth of a second, and answers how many bytes came before the end."""
     total, begun = 0, time.monotonic()
     while total < wanted:
         piece = stream.recv(max(rate // 10, 1))
         if not piece:
             break
         total += len(piece)
+        if seen is not None:
+            seen += piece
         ahead = total / rate - (time.monotonic() - begun)
         if ahead > 0:
             time.sleep(ahead)
@@ -299,12 +313,9 @@ def read_slowly(stream, rate, wanted):
 
 def gateway_slowly(port, account, rate, wanted):
     ticket = json.loads(account.call("POST", "/v1/gateway/ticket"))["ticket"]
-    stream = socket.socket()
-    stream.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 32 << 10)
-    stream.settimeout(240)
-    stream.connect(("127.0.0.1", port))
+    stream = slow_socket(port)
     key = base64.b64encode(os.urandom(16)).decode()
-    stream.sendall((f"GET /v1/gateway?ticket={ticket} HTTP/1.1\r\nHost: test\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n"
+    stream.sendall((f"GET /v1/gateway?ticket={ticket} HTTP/1.1\r\nHost: 127.0.0.1:{port}\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n"
                     f"Sec-WebSocket-Version: 13\r\nSec-WebSocket-Key: {key}\r\n\r\n").encode())
     try:
         return read_slowly(stream, rate, wanted) >= wanted
@@ -339,7 +350,7 @@ def slow(scene, whole):
     for way, port in scene.ways.items():
         if way == "nginx-streaming":
             continue
-        run(f"{way}: {size} down at {rate}", curl_download, port, alice, f"/v1/attachments/{stored}", rate, expected)
+        run(f"{way}: {size} down at {rate}", download_slowly, port, alice, f"/v1/attachments/{stored}", rate, expected)
         run(f"{way}: {up} up at {up_rate}", curl_upload, port, alice, f"{scene.folder}/upload", up_rate)
         bob = Account(direct)
         for _ in range(messages):
