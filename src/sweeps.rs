@@ -10,13 +10,14 @@ mod files;
 use std::fmt::Display;
 use std::path::Path;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicI64, Ordering};
 use std::time::Duration;
 
 use tracing::{debug, info, warn};
 
 use crate::app::App;
 use crate::disk::{Room, reserve};
+use crate::model::ids::DeviceNo;
 use crate::store::{REPEAT_WINDOW, StoreError};
 use crate::sweeps::attachments::Walk;
 use crate::tasks::Round;
@@ -30,6 +31,8 @@ const STEP: u32 = 500;
 const RECLAIM_PAGES: u32 = 1000;
 /// How often secrets that live for minutes at the most are cleaned up.
 const SHORT_LIVED: Duration = Duration::from_mins(1);
+/// How often the seconds in which access tokens have expired are cleared. One round looks at every device.
+const PAST_SECONDS: Duration = Duration::from_hours(12);
 /// How often it is looked whether there is room to grow.
 const ROOM: Duration = Duration::from_secs(10);
 /// How often idle connections to the database are looked through.
@@ -62,6 +65,8 @@ pub async fn start(app: &App) {
     shared(app, Job::ExpiredSessions, config.auth.refresh_token_cleanup_interval, expired_sessions);
     shared(app, Job::ExpiredTickets, SHORT_LIVED, expired_tickets);
     shared(app, Job::UsedRefreshTokens, SHORT_LIVED, used_refresh_tokens);
+    let after = Arc::new(AtomicI64::new(0));
+    shared(app, Job::PastSeconds, PAST_SECONDS, move |app| past_seconds(app, after.clone()));
     shared(app, Job::ExpiredLinks, SHORT_LIVED, expired_links);
     // Before the first request as well, or a full database would grow at every start.
     if let Err(error) = room_to_grow(app.clone()).await {
@@ -192,6 +197,13 @@ async fn expired_tickets(app: App) -> Result<Round, StoreError> {
 
 async fn used_refresh_tokens(app: App) -> Result<Round, StoreError> {
     app.store.expire_refresh_uses(app.clock.now() - REPEAT_WINDOW, STEP).await.map(round)
+}
+
+async fn past_seconds(app: App, after: Arc<AtomicI64>) -> Result<Round, StoreError> {
+    let from = DeviceNo(after.load(Ordering::Relaxed));
+    let last = app.store.forget_past_seconds(from, app.clock.earliest(), STEP).await?;
+    after.store(last.map_or(0, |device| device.0), Ordering::Relaxed);
+    Ok(last.map_or(Round::Done, |_| Round::More))
 }
 
 async fn expired_links(app: App) -> Result<Round, StoreError> {

@@ -222,7 +222,9 @@ impl Session {
     /// Looks at what has been asked to be looked at, until there is something to send.
     async fn look(&mut self) -> std::result::Result<Option<Message>, NoFrame> {
         if self.standing_wanted {
-            if timely(self.app.store.epoch(self.device)).await? != Some(self.epoch) {
+            let epoch = timely(self.app.store.epoch(self.device)).await?;
+            // Zero is a second that lay more than a day back and was cleared: an end of this session was seen before that.
+            if epoch.is_none_or(|epoch| epoch != 0 && epoch != self.epoch) {
                 return Err(NoFrame::Dismissed);
             }
             self.standing_wanted = false;

@@ -96,7 +96,8 @@ impl Store {
         Ok(devices.iter().map(|device| found.get(device).copied()).collect())
     }
 
-    /// The device's `tokens_void_to`, which changes whenever its session is ended; `None` when the device is gone.
+    /// The device's `tokens_void_to`, which changes whenever its session is ended, and becomes zero a day
+    /// behind the second that it names; `None` when the device is gone.
     pub async fn epoch(&self, no: DeviceNo) -> Result<Option<i64>> {
         let statement = "SELECT tokens_void_to FROM devices WHERE no = $1";
         reading!(self, |db| sqlx::query_scalar(statement).bind(no).fetch_optional(db))

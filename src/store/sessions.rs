@@ -3,6 +3,7 @@
 //! A device has at most one session. It ends when the device logs in again or out, or when its refresh token turns out to
 //! be stolen.
 
+mod ended;
 mod exchange;
 
 use std::fmt;

@@ -6,7 +6,8 @@ use tokio::net::TcpStream;
 use uuid::Uuid;
 
 use crate::harness::{
-    Binary, Device, S3, S3Proxy, Socket, TestServer, deployment, eventually, free_port, raw_request, send_request,
+    Binary, Device, Event, S3, S3Proxy, Socket, TestServer, deployment, eventually, free_port, raw_request,
+    send_request,
 };
 
 const SECOND: Duration = Duration::from_secs(1);
@@ -178,6 +179,29 @@ async fn a_lost_signal_is_made_up_for_by_a_look_after_the_interval() {
     let (from, to) = (number(&bob).await, number(&carol).await);
     database.execute(&format!("UPDATE messages SET device_no = {to} WHERE device_no = {from}")).await;
     socket.expect_message("moved").await;
+}
+
+/// The server forgets when a device last logged in. Its open socket looks at the device's row, and stays open.
+#[tokio::test]
+async fn a_socket_outlives_the_second_of_the_log_in_that_it_began_with() {
+    let server = TestServer::start_with(|config| config.gateway.look_interval = SECOND).await;
+    let (alice, bob) = people(&server).await;
+    let carol = server.account().await.log_in().await;
+    alice.send_to(&bob, "moved").await;
+    let mut socket = carol.connect().await;
+    socket.until_pong().await;
+    let database = server.database().await;
+    let number = async |device: &Device| {
+        database.number(&format!("SELECT no FROM devices WHERE id = {}", database.literal(device.id))).await
+    };
+    let (from, to) = (number(&bob).await, number(&carol).await);
+    assert_ne!(database.number(&format!("SELECT tokens_void_to FROM devices WHERE no = {to}")).await, 0);
+    database.execute("UPDATE devices SET tokens_void_to = 0, tokens_issued_to = 0").await;
+    // A regular look finds the message, and has looked at the device before.
+    database.execute(&format!("UPDATE messages SET device_no = {to} WHERE device_no = {from}")).await;
+    socket.expect_message("moved").await;
+    carol.log_out().await;
+    assert!(matches!(socket.until_end().await.last(), Some(Event::End)));
 }
 
 #[tokio::test]

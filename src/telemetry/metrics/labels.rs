@@ -322,6 +322,7 @@ label! {
         ExpiredSessions "expired sessions" "forgets sessions whose refresh token is past its age",
         ExpiredTickets "expired tickets" "forgets gateway tickets",
         UsedRefreshTokens "used refresh tokens" "forgets refresh tokens used a while ago",
+        PastSeconds "past seconds" "forgets when the last access tokens of a device expired",
         ExpiredLinks "expired link sessions" "forgets link sessions",
         AccountUse "use of accounts" "writes down which accounts were used today",
         UnusedAccounts "unused accounts" "removes accounts that are not used any more",

@@ -358,3 +358,34 @@ async fn a_session_is_held_by_the_device_whose_current_refresh_token_it_is() {
     store.log_out(alice.no, 0).await.unwrap();
     assert_eq!(holder(session.family, session.secret_hash, now).await, None, "logged out");
 }
+
+#[tokio::test]
+async fn when_the_last_tokens_of_a_device_expired_is_forgotten_a_day_later() {
+    const DAY: Duration = Duration::from_hours(24);
+    let store = TestStore::open().await;
+    let people = [store.account().await, store.account().await, store.account().await];
+    let gone = &people[0];
+    store.log_out(gone.no, VOID_TO).await.unwrap();
+    let database = store.database().await;
+    let kept = "SELECT count(*) FROM devices WHERE tokens_void_to <> 0 OR tokens_issued_to <> 0";
+    let end = gone.session().access_expires_at.max(VOID_TO);
+    let at = Timestamp::from_seconds(end) + DAY;
+    // Two devices at a time, the last one by itself.
+    let walk = async |now| {
+        let next = store.forget_past_seconds(DeviceNo(0), now, 2).await.unwrap();
+        assert_eq!(next, Some(people[1].no));
+        assert_eq!(store.forget_past_seconds(people[1].no, now, 2).await.unwrap(), None);
+    };
+    walk(at - SECOND * 3600).await;
+    assert_eq!(database.number(kept).await, 3, "less than a day");
+    walk(at).await;
+    assert_eq!(database.number(kept).await, 0);
+    assert_eq!(store.epoch(gone.no).await.unwrap(), Some(0));
+
+    let again = grant(at);
+    store.log_in(gone.user, gone.device, &again).await.unwrap();
+    store.rotated(&again, at).await;
+    walk(at).await;
+    assert_eq!(database.number(kept).await, 1, "tokens of today");
+    database.close().await;
+}
