@@ -27,12 +27,6 @@ const RAISED_LIMITS: &[&str] = &[
     "--account-rate-limit-per-second=0",
     "--target-rate-limit-per-second=0",
     "--prekey-fetches-per-hour=0",
-    "--one-time-prekeys-per-hour=0",
-    "--sign-ups-per-hour=0",
-    "--sign-ups-per-day-per-address=0",
-    "--sign-ups-per-day-per-network=0",
-    "--wrong-passwords-per-hour=0",
-    "--upload-rate-limit-per-second=0",
     "--server-max-connections=100000",
     "--server-max-connections-per-address=100000",
     "--auth-max-devices-per-user=100",
@@ -48,6 +42,12 @@ const UNLIMITED: &[(&str, &str)] = &[
     ("OBSCURA_MESSAGING_INBOX_MAX_BYTES", "0"),
     ("OBSCURA_MESSAGING_INBOX_SENDER_SHARE_PERCENT", "100"),
     ("OBSCURA_MESSAGING_SENDER_BYTES_PER_DAY", "0"),
+    ("OBSCURA_RATE_LIMIT_ONE_TIME_PREKEYS_PER_HOUR", "0"),
+    ("OBSCURA_RATE_LIMIT_SIGN_UPS_PER_HOUR", "0"),
+    ("OBSCURA_RATE_LIMIT_SIGN_UPS_PER_DAY_PER_ADDRESS", "0"),
+    ("OBSCURA_RATE_LIMIT_SIGN_UPS_PER_DAY_PER_NETWORK", "0"),
+    ("OBSCURA_RATE_LIMIT_WRONG_PASSWORDS_PER_HOUR", "0"),
+    ("OBSCURA_RATE_LIMIT_UPLOADS_PER_SECOND", "0"),
 ];
 
 /// A server. Dropping it kills the process and removes the folder, if they are ours.
@@ -111,7 +111,7 @@ impl Server {
             has_default_limits: options.mode == Mode::Attack,
             resolver: options.resolver.clone(),
             options: options.server_options.clone(),
-            variables: UNLIMITED.iter().map(|(name, value)| (*name, (*value).to_owned())).collect(),
+            variables: Vec::new(),
             database: Database::in_folder(folder.path()),
             folder: folder.path().to_owned(),
             made_in: None,
@@ -313,6 +313,7 @@ impl Own {
             .arg(folder)
             .args(PORTS)
             .args(if self.has_default_limits { &[] } else { RAISED_LIMITS })
+            .envs(if self.has_default_limits { [].iter() } else { UNLIMITED.iter() }.copied())
             .args(&self.options)
             .envs(self.variables.iter().map(|(name, value)| (name, value)))
             .env("RUST_LOG", "warn")
