@@ -31,13 +31,18 @@ pub struct Lock {
     _folder: Option<File>,
 }
 
+/// Where the lock file of this database is. It stays when its server ends.
+pub fn lock_path(database: &Path) -> PathBuf {
+    beside(database, ".lock")
+}
+
 /// Makes sure that no other server uses this database. Waits for a server that is just ending.
 ///
 /// Two locks: the file beside the database, which every version takes; and the data folder itself, if there is one, because
 /// a lock file can be removed and made anew while its server runs, and the folder of that server can't. A database without a
 /// data folder may share its folder with others, so there the database's own file is locked.
 pub async fn lock(database: &Path, data_dir: Option<&Path>) -> Result<Lock> {
-    let path = beside(database, ".lock");
+    let path = lock_path(database);
     let file = OpenOptions::new().create(true).append(true).mode(0o600).open(&path);
     let file = file.with_context(|| format!("can't write {}; check its folder", path.display()))?;
     acquire(&file, &path, database).await?;
@@ -164,7 +169,7 @@ impl Files {
             // A commit is in the log before it is in the database; connections of other programs meet ours over the index.
             watch(beside(database, "-wal"), "the log of the database", true);
             watch(beside(database, "-shm"), "the index of the log of the database", true);
-            watch(beside(database, ".lock"), "the lock file of the database", true);
+            watch(lock_path(database), "the lock file of the database", true);
             if let Some(folder) = &config.data_dir {
                 watch(folder.clone(), "the data folder", true);
                 watch(folder.join(config::KEPT_SECRET), "the file with the signing secret", false);

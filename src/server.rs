@@ -87,17 +87,7 @@ impl Server {
             bail!("the clock of this machine is wrong (it is before 2026); set it, and start the server then");
         }
         files::refuse_remains(&config)?;
-        if let Some(file) = config.database.file() {
-            // On a full disk the start needs what is held back for it: to see that the folder can be written, and for the log
-            // of the database. A job makes it anew.
-            reserve::release(file);
-        }
-        config.open_data_dir()?;
-        config.check_secret()?;
-        let lock = match config.database.file() {
-            Some(file) => Some(files::lock(file, config.data_dir.as_deref()).await?),
-            None => None,
-        };
+        let lock = open_folder(&mut config).await?;
         let api = claim(SocketAddr::new(config.server.host, config.server.port))?;
         let management = listen(claim(SocketAddr::new(config.server.management_host, config.server.management_port))?)?;
         let (api_address, management_address) = (api.local_addr()?, management.local_addr()?);
@@ -310,6 +300,30 @@ fn serve_probes(management: TcpListener, health: &Health, telemetry: &Telemetry,
 
 fn patience(config: &Config) -> Patience {
     Patience { head: config.server.header_timeout, write: config.gateway.write_timeout }
+}
+
+/// Locks the database of an embedded server, and makes sure that its folder can be written.
+async fn open_folder(config: &mut Config) -> Result<Option<Lock>> {
+    let Some(file) = config.database.file().map(Path::to_owned) else {
+        config.open_data_dir()?;
+        config.check_secret()?;
+        return Ok(None);
+    };
+    // A lock file that is there needs no room on the disk. So the reserve of a server that is running stays.
+    let early = if files::lock_path(&file).exists() {
+        Some(files::lock(&file, config.data_dir.as_deref()).await?)
+    } else {
+        None
+    };
+    // On a full disk the start needs what is held back for it: to see that the folder can be written, and for the log of the
+    // database. A job makes it anew.
+    reserve::release(&file);
+    config.open_data_dir()?;
+    config.check_secret()?;
+    match early {
+        Some(lock) => Ok(Some(lock)),
+        None => files::lock(&file, config.data_dir.as_deref()).await.map(Some),
+    }
 }
 
 /// Takes a port without listening yet: whoever connects to it is refused at once.

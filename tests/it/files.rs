@@ -157,6 +157,18 @@ async fn a_second_server_stays_out_of_a_folder_whose_lock_file_and_database_were
     }
 }
 
+#[tokio::test]
+async fn a_second_server_leaves_what_the_first_one_holds_back_of_the_disk() {
+    let folder = tempfile::tempdir().unwrap();
+    let _first = Binary::start_embedded(folder.path(), &[]).await;
+    let reserve = folder.path().join("obscura.db.reserve-1");
+    eventually("the reserve to be made", async || reserve.exists()).await;
+    let option = format!("--data-dir={}", folder.path().display());
+    let second = Binary::run(&[&option, "--server-port=0", "--mgmt-port=0"], &[]).await;
+    assert!(second.output.contains("another server is already running"), "{}", second.output);
+    assert!(reserve.exists());
+}
+
 /// A volume that is unmounted leaves an empty folder in its place.
 #[tokio::test]
 async fn attachments_are_refused_while_another_folder_is_in_the_place_of_theirs() {
