@@ -218,3 +218,41 @@ fn assert_nothing_was_repeated(diary: &Diary) {
     prekeys.dedup();
     assert_eq!(prekeys.len(), handed_out, "a one-time prekey was handed out twice");
 }
+
+/// The options of a server whose inboxes hold one message.
+const ONE_MESSAGE: [&str; 2] = ["--max-inbox-size=1", "--inbox-sender-share-percent=100"];
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_repeat_after_a_crash_queues_only_what_was_refused() {
+    let folder = tempfile::tempdir().unwrap();
+    let mut server = Binary::start(folder.path(), &ONE_MESSAGE).await;
+    let (alice, bob) = (Device::register(&server.client()).await, Device::register(&server.client()).await);
+    let tablet = bob.link().await;
+    alice.send(&[(&bob, b"before"), (&tablet, b"before")]).await;
+    let mut socket = tablet.connect().await;
+    let before = socket.expect_message("before").await;
+    socket.ack(&[before]).await;
+    let database = Database::of(folder.path()).await;
+    eventually("the tablet's inbox to be empty", async || database.queued(&tablet).await == 0).await;
+    drop(socket);
+
+    let (key, request) = (Uuid::new_v4(), send_request(&[(&bob, b"phone"), (&tablet, b"tablet")]));
+    alice.post_messages(key, &request).await.expect(429);
+    server.kill();
+    server = server.start_again(&ONE_MESSAGE).await;
+    alice.post_messages(key, &request).await.expect(429);
+    assert_eq!((database.queued(&bob).await, database.queued(&tablet).await), (1, 1));
+
+    let mut socket = bob.connect().await;
+    let before = socket.expect_message("before").await;
+    socket.ack(&[before]).await;
+    eventually("the phone's inbox to be empty", async || database.queued(&bob).await == 0).await;
+    eventually("the repeat to find room", async || alice.post_messages(key, &request).await.status == 200).await;
+    server.kill();
+    let _server = server.start_again(&ONE_MESSAGE).await;
+    let again = alice.post_messages(key, &request).await.expect(200);
+    assert!(again.body.is_empty() && again.header("idempotency-replayed").is_some());
+    assert_eq!((database.queued(&bob).await, database.queued(&tablet).await), (1, 1));
+    bob.connect().await.expect_message("phone").await;
+    tablet.connect().await.expect_message("tablet").await;
+}

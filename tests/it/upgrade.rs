@@ -12,7 +12,7 @@ use uuid::Uuid;
 
 use crate::cluster::traffic::Traffic;
 use crate::harness::{
-    Binary, Client, Device, Event, Keys, PATIENCE, Socket, deployment, outcome, send_request, within,
+    Binary, Client, Device, Event, Keys, PATIENCE, Socket, deployment, eventually, outcome, send_request, within,
 };
 
 /// The former program on a database that it makes itself.
@@ -184,5 +184,28 @@ async fn a_send_is_repeated_across_old_and_new_nodes_without_acting_twice() {
     }
     alice.send_to(&bob, "the next").await;
     expect_mail(&bob, &["once", "once", "the next"]).await;
+    deployment::drop_state(folder.path());
+}
+
+/// The former version knows no refusals: it tells the sender that devices are missing, so that the message is sent anew.
+#[tokio::test(flavor = "multi_thread")]
+async fn what_a_new_node_refused_an_old_node_does_not_call_delivered() {
+    let folder = tempfile::tempdir().unwrap();
+    deployment::make_empty_database(folder.path()).await;
+    let mut layout = deployment::distributed_options(folder.path()).await;
+    let old = Binary::start_former(layout.clone()).await;
+    layout.extend(["--max-inbox-size=1".to_owned(), "--inbox-sender-share-percent=100".to_owned()]);
+    let new = Binary::start_node(&layout).await;
+    let (alice, bob) = (Device::register(&old.client()).await, Device::register(&new.client()).await);
+    alice.at(&new.client()).send_to(&bob, "kept").await;
+    let (key, request) = (Uuid::new_v4(), send_request(&[(&bob, b"refused")]));
+    alice.at(&new.client()).post_messages(key, &request).await.expect(429);
+    let repeated = outcome(&alice.at(&old.client()).post_messages(key, &request).await.expect(200));
+    assert_eq!(repeated.device_mismatches.len(), 1);
+    assert!(repeated.device_mismatches[0].missing_device_ids.contains(&bob.id_bytes()));
+    expect_mail(&bob, &["kept"]).await;
+    let node = alice.at(&new.client());
+    eventually("the repeat to find room", async || node.post_messages(key, &request).await.status == 200).await;
+    expect_mail(&bob, &["refused"]).await;
     deployment::drop_state(folder.path());
 }
