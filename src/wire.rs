@@ -16,8 +16,8 @@ mod v1 {
 
 pub use v1::web_socket_frame::Payload;
 pub use v1::{
-    AckMessage, EnvelopeBatch, InboxNotice, PreKeyStatus, SendMessageRequest, SendMessageResponse, WebSocketFrame,
-    send_message_request, send_message_response,
+    AckMessage, DeviceList, EnvelopeBatch, InboxNotice, PreKeyStatus, SendMessageRequest, SendMessageResponse,
+    WebSocketFrame, send_message_request, send_message_response,
 };
 
 /// What is wrong with the body of a send.
@@ -160,6 +160,12 @@ pub fn inbox_notice(id: MessageId, since: Timestamp, expired: u64, refused: u64)
         expired_count: expired,
         refused_count: refused,
     }))
+}
+
+/// A gateway frame that says which devices the account has.
+pub fn device_list(devices: &[DeviceId]) -> Bytes {
+    let device_ids = devices.iter().map(|device| Bytes::copy_from_slice(device.as_bytes())).collect();
+    frame(Payload::DeviceList(DeviceList { device_ids }))
 }
 
 fn frame(payload: Payload) -> Bytes {

@@ -6,7 +6,7 @@ use axum::extract::State;
 use axum::http::StatusCode;
 use serde::{Deserialize, Serialize};
 use tokio::task::spawn_blocking;
-use tracing::warn;
+use tracing::{debug, warn};
 
 use crate::api::device_keys::{
     DeviceKeys, DeviceKeysBody, OneTimePreKeyBody, PqPreKeyBody, PreKeysBody, SignedPreKeyBody,
@@ -17,7 +17,7 @@ use crate::api::sessions::{AuthResponse, NewSession};
 use crate::app::App;
 use crate::auth::tokens::OpaqueSecret;
 use crate::bus::Signal;
-use crate::model::ids::{Address, DeviceId, DeviceNo};
+use crate::model::ids::{Address, DeviceId, DeviceNo, UserId};
 use crate::model::keys::{KeyError, Signature};
 use crate::model::link_proof::LinkProof;
 use crate::store::{DeviceRow, LinkBody, Linked, NewDevice, NewLink, Removed};
@@ -91,6 +91,7 @@ pub async fn link(
     let device = NewDevice { id, name: keys.name, registration_id: keys.registration_id, prekeys: keys.prekeys };
     match app.store.link_device(&NewLink { hash, identity, is_proven, device, session: session.grant }, now).await? {
         Linked::Device { user, .. } => {
+            app.tasks.attend(tell_devices(app.clone(), user));
             let answer = session.answer(&app.tokens, user, id, app.tokens.latest_access_expiry(latest));
             Ok((StatusCode::CREATED, axum::Json(answer)))
         }
@@ -161,10 +162,20 @@ async fn remove(app: App, caller: Caller, target: DeviceId) -> Result<StatusCode
     match removed? {
         Removed::Device(device) => {
             dismiss(&app, &[Address { user: caller.user, device }]).await;
+            app.tasks.attend(tell_devices(app.clone(), caller.user));
             Ok(StatusCode::NO_CONTENT)
         }
         Removed::Unknown => Err(ApiError::NotFound),
         Removed::Primary => Err(ApiError::forbidden("The primary device cannot be deleted; reset the account instead")),
+    }
+}
+
+/// Lets the sockets of the account's devices look at the list of its devices, which has changed. If that fails, they find out
+/// with their next regular look.
+async fn tell_devices(app: App, user: UserId) {
+    match app.store.addresses(&[user]).await {
+        Ok(devices) => app.bus.wake(&devices, Signal::Standing),
+        Err(error) => debug!(%error, "the devices of an account could not be told of a change of their list"),
     }
 }
 

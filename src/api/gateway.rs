@@ -14,7 +14,7 @@ use crate::api::error::ApiError;
 use crate::api::extract::Caller;
 use crate::app::App;
 use crate::auth::tokens::OpaqueSecret;
-use crate::gateway::{self, Progress};
+use crate::gateway::{self, Features, Progress};
 use crate::store::NewTicket;
 
 /// `POST /v1/gateway/ticket`
@@ -43,7 +43,7 @@ pub async fn ticket(State(app): State<App>, caller: Caller) -> Result<(StatusCod
 #[derive(Deserialize)]
 pub struct ConnectQuery {
     ticket: Option<String>,
-    /// What the client understands beyond the base contract: names, separated by commas. Unknown ones are passed over.
+    /// What the client understands beyond the base contract: see [`Features`].
     #[serde(default)]
     features: String,
 }
@@ -83,9 +83,6 @@ impl Ticket {
     }
 }
 
-/// A client with this feature gets the frame `InboxNotice`.
-const INBOX_NOTICE: &str = "inbox-notice";
-
 /// `GET /v1/gateway`: redeems the ticket and opens the socket. A request that is no proper upgrade doesn't cost the
 /// ticket.
 pub async fn connect(
@@ -98,7 +95,7 @@ pub async fn connect(
     let upgrade = upgrade.map_err(refused)?;
     let missing = || ApiError::bad_request("There is no ticket, neither in the query nor in a header");
     let Query(query) = query.map_err(|_| missing())?;
-    let wants_notice = query.features.split(',').any(|name| name.trim() == INBOX_NOTICE);
+    let features = Features::named(&query.features);
     let ticket = Ticket::find(query, &headers).ok_or_else(missing)?;
     let (store, hash, now) = (app.store.clone(), OpaqueSecret::hash_of(ticket.text()), app.clock.now());
     let redeemed = app.tasks.finish(async move { store.redeem_ticket(&hash, now).await }).await;
@@ -113,7 +110,7 @@ pub async fn connect(
     let attended = app.tasks.attended();
     Ok(gateway::limited(upgrade).on_upgrade(move |socket| async move {
         let _attended = attended;
-        gateway::run(app, holder, wants_notice, socket, progress).await;
+        gateway::run(app, holder, features, socket, progress).await;
     }))
 }
 

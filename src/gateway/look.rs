@@ -6,9 +6,15 @@ use tokio::time::Instant;
 use tracing::debug;
 
 use crate::store::Result;
+use crate::tasks::jittered;
 
 /// The longest time for one look at the database.
 const LOOK_TIMEOUT: Duration = Duration::from_secs(5);
+
+/// The first pause after a failed read of the database; it doubles up to [`SLOWEST_RETRY`].
+const FIRST_RETRY: Duration = Duration::from_millis(100);
+/// The longest pause while the retry budget lasts. After that it is as long as the budget.
+const SLOWEST_RETRY: Duration = Duration::from_secs(1);
 
 /// A failing database is asked again, ever more slowly.
 #[derive(Clone, Copy)]
@@ -16,6 +22,19 @@ pub(super) struct Retry {
     pub(super) since: Instant,
     pub(super) pause: Duration,
     pub(super) due: Instant,
+}
+
+impl Retry {
+    /// The next attempt behind one that has just failed.
+    pub(super) fn after(former: Option<Self>, budget: Duration) -> Self {
+        let now = Instant::now();
+        let (since, pause) = match former {
+            Some(former) => (former.since, (former.pause * 2).min(SLOWEST_RETRY)),
+            None => (now, FIRST_RETRY),
+        };
+        let pause = if now.duration_since(since) < budget { pause } else { budget.max(SLOWEST_RETRY) };
+        Self { since, pause, due: now + jittered(pause) }
+    }
 }
 
 /// Why there is no frame to send.

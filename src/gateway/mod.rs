@@ -2,6 +2,7 @@
 
 mod acks;
 mod end;
+mod features;
 mod inflight;
 mod inflow;
 mod look;
@@ -11,5 +12,6 @@ mod pipe;
 mod session;
 mod trail;
 
+pub use features::Features;
 pub use pipe::{LATE, LEAST_RATE, Progress, limited};
 pub use session::run;

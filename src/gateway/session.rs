@@ -13,6 +13,7 @@ use crate::app::App;
 use crate::bus::{Signal, Signals, Wakeups};
 use crate::gateway::acks::Acks;
 use crate::gateway::end::End;
+use crate::gateway::features::{DeviceList, Features};
 use crate::gateway::inflight::Inflight;
 use crate::gateway::inflow::{self, Inflow};
 use crate::gateway::look::{NoFrame, Retry, timely};
@@ -27,19 +28,15 @@ use crate::tasks::jittered;
 use crate::telemetry::metrics::{Closed, Direction};
 use crate::wire;
 
-/// The first pause after a failed read of the database; it doubles up to [`SLOWEST_RETRY`].
-const FIRST_RETRY: Duration = Duration::from_millis(100);
-/// The longest pause while the retry budget lasts. After that it is as long as the budget.
-const SLOWEST_RETRY: Duration = Duration::from_secs(1);
-
-/// Serves one socket from its handshake to its end. With `wants_notice` the client gets the frame `InboxNotice`.
-pub async fn run(app: App, holder: SessionHolder, wants_notice: bool, socket: WebSocket, progress: Arc<Progress>) {
+/// Serves one socket from its handshake to its end.
+pub async fn run(app: App, holder: SessionHolder, features: Features, socket: WebSocket, progress: Arc<Progress>) {
     // Subscribed before the first read: what is queued from here on is either read or signalled.
     let wakeups = app.bus.subscribe(Address { user: holder.user, device: holder.no });
     let _open = app.metrics.sockets.hold(());
     app.metrics.sockets_opened.one(());
     let mut session = Session::new(app, &holder, Pipe::new(socket, progress));
-    session.notice_wanted = wants_notice;
+    session.notice_wanted = features.inbox_notice;
+    session.device_list = features.device_list.then(|| Box::new(DeviceList::new(holder.user)));
     let end = session.serve(&wakeups).await;
     drop(wakeups);
     let Session { app, device, pipe, acks, .. } = session;
@@ -79,6 +76,8 @@ struct Session {
     status_wanted: bool,
     standing_wanted: bool,
     notice_wanted: bool,
+    /// `None` when the client did not ask for it.
+    device_list: Option<Box<DeviceList>>,
     /// The notice that was sent on this socket and is not acknowledged, with its id.
     notice: Option<Box<(MessageId, Notice)>>,
     /// Set while prekey signals are being gathered.
@@ -116,6 +115,7 @@ impl Session {
             // The device may have been removed between the redeemed ticket and our subscription.
             standing_wanted: true,
             notice_wanted: false,
+            device_list: None,
             notice: None,
             status_due: None,
             retry: None,
@@ -189,7 +189,11 @@ impl Session {
             Some(retry) => retry.due <= Instant::now(),
             None => {
                 self.standing_wanted
-                    || (!self.pipe.is_writing() && (self.status_wanted || self.notice_wanted || self.mail_wanted))
+                    || (!self.pipe.is_writing()
+                        && (self.status_wanted
+                            || self.notice_wanted
+                            || self.mail_wanted
+                            || self.device_list.as_ref().is_some_and(|list| list.is_wanted)))
             }
         }
     }
@@ -203,7 +207,9 @@ impl Session {
             }
             Ok(None) => self.retry = None,
             Err(NoFrame::Dismissed) => return Err(End::Dismissed(Closed::Dismissed)),
-            Err(NoFrame::Failed) => self.failed(),
+            Err(NoFrame::Failed) => {
+                self.retry = Some(Retry::after(self.retry, self.app.config.gateway.fetch_retry_budget));
+            }
         }
         Ok(())
     }
@@ -228,6 +234,9 @@ impl Session {
                 return Err(NoFrame::Dismissed);
             }
             self.standing_wanted = false;
+            if let Some(list) = &mut self.device_list {
+                list.is_wanted = true;
+            }
         }
         if self.pipe.is_writing() {
             return Ok(None);
@@ -248,6 +257,11 @@ impl Session {
             if let Some(notice) = notice {
                 return Ok(Some(self.tell(notice)));
             }
+        }
+        if let Some(list) = self.device_list.as_mut().filter(|list| list.is_wanted)
+            && let Some(frame) = list.look(&self.app.store).await?
+        {
+            return Ok(Some(Message::Binary(frame)));
         }
         if self.mail_wanted { self.next_batch().await } else { Ok(None) }
     }
@@ -280,17 +294,6 @@ impl Session {
         self.app.metrics.deliveries.add((), page.envelopes.len() as u64);
         page.envelopes.iter().for_each(|envelope| self.inflight.sent(envelope.id, envelope.position));
         Ok(Some(Message::Binary(wire::envelope_batch(page.envelopes))))
-    }
-
-    fn failed(&mut self) {
-        let now = Instant::now();
-        let (since, pause) = match self.retry {
-            Some(retry) => (retry.since, (retry.pause * 2).min(SLOWEST_RETRY)),
-            None => (now, FIRST_RETRY),
-        };
-        let budget = self.app.config.gateway.fetch_retry_budget;
-        let pause = if now.duration_since(since) < budget { pause } else { budget.max(SLOWEST_RETRY) };
-        self.retry = Some(Retry { since, pause, due: now + jittered(pause) });
     }
 
     fn signalled(&mut self, signals: Signals, wakeups: &Wakeups) -> Option<End> {

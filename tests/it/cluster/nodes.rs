@@ -47,6 +47,17 @@ async fn a_device_removed_at_one_node_loses_its_socket_at_another() {
 }
 
 #[tokio::test]
+async fn a_device_linked_at_one_node_is_shown_to_a_socket_at_another() {
+    let (a, b) = two_nodes().await;
+    let alice = a.account().await;
+    let mut socket = alice.at(&b.client()).connect_with("device-list").await;
+    socket.until_pong().await;
+    let tablet = alice.link().await;
+    let Event::Devices(list) = within("the new list", socket.next()).await else { panic!("something else came") };
+    assert_eq!(list.device_ids, [alice.id_bytes(), tablet.id_bytes()]);
+}
+
+#[tokio::test]
 async fn a_log_in_at_one_node_ends_the_session_at_another() {
     let (a, b) = two_nodes().await;
     let alice = a.account().await;

@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use axum::extract::WebSocketUpgrade;
 use obscura_server::app::App;
+use obscura_server::gateway::{self, Features};
 use obscura_server::model::ids::DeviceId;
 use obscura_server::store::{SessionHolder, Standing};
 use tokio::net::{TcpListener, TcpStream};
@@ -252,7 +253,7 @@ async fn a_session_looks_at_the_standing_of_its_device_before_anything_else() {
 /// A port at which every socket is a session of this device.
 async fn serve_session(app: App, holder: SessionHolder) -> SocketAddr {
     let connect = move |upgrade: WebSocketUpgrade| {
-        let session = move |socket| obscura_server::gateway::run(app.clone(), holder, false, socket, Arc::default());
+        let session = move |socket| gateway::run(app.clone(), holder, Features::default(), socket, Arc::default());
         async move { upgrade.on_upgrade(session) }
     };
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();

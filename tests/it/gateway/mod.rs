@@ -4,6 +4,7 @@ mod acks;
 mod closing;
 mod concurrency;
 mod delivery;
+mod device_list;
 mod handshake;
 mod inflow;
 mod liveness;

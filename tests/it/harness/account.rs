@@ -256,7 +256,12 @@ impl Device {
 
     /// An open gateway socket of a client that is told of mail that it doesn't get.
     pub async fn connect_with_notices(&self) -> Socket {
-        let path = format!("/v1/gateway?ticket={}&features=unheard-of,inbox-notice", self.ticket().await);
+        self.connect_with("unheard-of,inbox-notice").await
+    }
+
+    /// An open gateway socket of a client that names these features.
+    pub async fn connect_with(&self, features: &str) -> Socket {
+        let path = format!("/v1/gateway?ticket={}&features={features}", self.ticket().await);
         Socket::open_path(self.client.address(), &path).await.expect("a socket")
     }
 

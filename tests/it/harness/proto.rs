@@ -55,6 +55,12 @@ pub struct InboxNotice {
 }
 
 #[derive(Clone, PartialEq, prost::Message)]
+pub struct DeviceList {
+    #[prost(bytes = "bytes", repeated, tag = "1")]
+    pub device_ids: Vec<Bytes>,
+}
+
+#[derive(Clone, PartialEq, prost::Message)]
 pub struct DeviceMismatch {
     #[prost(bytes = "bytes", tag = "1")]
     pub user_id: Bytes,
@@ -64,7 +70,7 @@ pub struct DeviceMismatch {
 
 #[derive(Clone, PartialEq, prost::Message)]
 pub struct WebSocketFrame {
-    #[prost(oneof = "Payload", tags = "11, 12, 13, 14")]
+    #[prost(oneof = "Payload", tags = "11, 12, 13, 14, 15")]
     pub payload: Option<Payload>,
 }
 
@@ -78,6 +84,8 @@ pub enum Payload {
     EnvelopeBatch(EnvelopeBatch),
     #[prost(message, tag = "14")]
     InboxNotice(InboxNotice),
+    #[prost(message, tag = "15")]
+    DeviceList(DeviceList),
 }
 
 #[derive(Clone, PartialEq, prost::Message)]

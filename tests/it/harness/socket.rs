@@ -13,7 +13,7 @@ use tokio_tungstenite::tungstenite::client::IntoClientRequest;
 use tokio_tungstenite::tungstenite::protocol::{CloseFrame, WebSocketConfig, frame::coding::CloseCode};
 use tokio_tungstenite::tungstenite::{Error, Message};
 
-use super::proto::{AckMessage, Envelope, InboxNotice, Payload, PreKeyStatus, WebSocketFrame};
+use super::proto::{AckMessage, DeviceList, Envelope, InboxNotice, Payload, PreKeyStatus, WebSocketFrame};
 use super::{PATIENCE, record, within_time};
 use crate::openapi::{Answer, assert_documented};
 
@@ -26,6 +26,8 @@ pub enum Event {
     PreKeys(PreKeyStatus),
     /// Mail expired or was refused.
     Notice(InboxNotice),
+    /// The account has these devices.
+    Devices(DeviceList),
     /// The server asks whether anybody is there. It has been answered.
     Ping,
     /// The answer to a ping of ours.
@@ -107,6 +109,7 @@ impl Socket {
                 }
                 Some(Payload::PreKeyStatus(status)) => Event::PreKeys(status),
                 Some(Payload::InboxNotice(notice)) => Event::Notice(notice),
+                Some(Payload::DeviceList(list)) => Event::Devices(list),
                 other => panic!("the server sent {other:?}"),
             },
             Some(Ok(Message::Ping(_))) => Event::Ping,

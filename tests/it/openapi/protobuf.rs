@@ -35,6 +35,8 @@ const FIELDS: &[(&str, &str, i32, &str)] = &[
     ("InboxNotice", "since", 2, "uint64"),
     ("InboxNotice", "expired_count", 3, "uint64"),
     ("InboxNotice", "refused_count", 4, "uint64"),
+    ("WebSocketFrame", "device_list", 15, "payload DeviceList"),
+    ("DeviceList", "device_ids", 1, "repeated bytes"),
 ];
 
 /// A field as the table has it.
