@@ -40,6 +40,13 @@ fn the_document_has_exactly_the_routes_of_the_router_with_exactly_their_statuses
     }
 }
 
+/// It is served as `text/yaml` without an encoding, so programs may read it as Latin-1.
+#[test]
+fn the_document_is_plain_ascii() {
+    let other = TEXT.lines().find(|line| !line.is_ascii());
+    assert_eq!(other, None);
+}
+
 #[test]
 fn every_operation_is_limited() {
     for route in ROUTES {
