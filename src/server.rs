@@ -192,6 +192,18 @@ impl Owners {
     }
 }
 
+/// Compares the clock with the time that the database remembers. The first start on a database has only the clock of the
+/// database server to compare with, if that has one.
+async fn resume(clock: &Clock, store: &Store) -> store::Result<()> {
+    if store.seen_time().await?.is_none() {
+        store.remember_time(store.server_time().await?.unwrap_or(clock.now())).await?;
+    }
+    if let Some(seen) = store.seen_time().await? {
+        clock.resume(seen.at, seen.server);
+    }
+    Ok(())
+}
+
 /// Opens the parts one after another.
 async fn open(
     config: Arc<Config>,
@@ -203,10 +215,7 @@ async fn open(
     let metrics = &telemetry.metrics;
     let store = open_store(&config, metrics).await?;
     health.database_is_open();
-    match store.seen_time().await.context("the database can't be asked for the time")? {
-        Some(seen) => clock.resume(seen.at, seen.server),
-        None => store.remember_time(clock.now()).await.context("the database can't be told the time")?,
-    }
+    resume(&clock, &store).await.context("the database can't be asked for the time")?;
     let blobs = open_storage(&config, health, &owners.entrances).await?;
     let sockets = config.gateway.max_connections_per_device;
     let files = Files::watch(&config).context("the files of the server can't be looked at")?;

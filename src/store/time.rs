@@ -11,6 +11,9 @@ use crate::store::{Result, Store};
 /// Times are remembered in steps of this.
 const STEP: Duration = Duration::from_mins(1);
 
+/// The time of PostgreSQL's machine, in Unix milliseconds.
+const SERVER_TIME: &str = "CAST(EXTRACT(EPOCH FROM clock_timestamp()) * 1000 AS BIGINT)";
+
 /// What the database knows about the time.
 #[derive(Clone, Debug, PartialEq, Eq, FromRow)]
 pub struct Seen {
@@ -28,12 +31,18 @@ pub struct Seen {
 impl Store {
     /// What the database knows about the time; `None` if it has never been told.
     pub async fn seen_time(&self) -> Result<Option<Seen>> {
-        let server = match self.is_our_own() {
-            true => "NULL",
-            false => "CAST(EXTRACT(EPOCH FROM clock_timestamp()) * 1000 AS BIGINT)",
-        };
+        let server = if self.is_our_own() { "NULL" } else { SERVER_TIME };
         let statement = format!("SELECT seen_at, database_id, confirmations, {server} AS server FROM server_time");
         reading!(self, |db| sqlx::query_as(sqlx::AssertSqlSafe(statement.as_str())).fetch_optional(db))
+    }
+
+    /// The time of the database server. SQLite has no clock of its own.
+    pub async fn server_time(&self) -> Result<Option<Timestamp>> {
+        if self.is_our_own() {
+            return Ok(None);
+        }
+        let statement = format!("SELECT {SERVER_TIME}");
+        reading!(self, |db| sqlx::query_scalar(sqlx::AssertSqlSafe(statement.as_str())).fetch_one(db))
     }
 
     /// Remembers that it is `now`, unless a later time is remembered. The first call gives the database its id.

@@ -151,7 +151,26 @@ async fn a_clock_that_is_wrong_at_the_start_deletes_nothing_until_it_is_confirme
     assert_eq!(download(&bob.log_in().await, &before).await, 404);
 }
 
-/// As the clock of FAULTS: it was wrong for longer than a doubt lasts, or before the server knew of doubts.
+/// Nothing is remembered before the first start of a version that remembers the time. The database server has a clock.
+#[tokio::test]
+async fn a_clock_that_is_wrong_at_the_first_start_of_all_is_compared_with_the_one_of_postgresql() {
+    let mut server = TestServer::start_node_with(|config| {
+        config.messaging.cleanup_interval = Duration::from_millis(100);
+        config.attachments.cleanup_interval = Duration::from_millis(100);
+    })
+    .await;
+    let (alice, bob) = (server.account().await, server.account().await);
+    alice.send_to(&bob, "before").await;
+    let database = Database::open(&server.config().database).await;
+    server.clock.set_wrong(FORTY_DAYS_MILLIS);
+    server.restart_after(database.execute("DELETE FROM server_time")).await;
+    swept(&server).await;
+    bob.connect().await.expect_message("before").await;
+    let ahead = server.clock.wall().millis() - database.number("SELECT seen_at FROM server_time").await;
+    assert!(ahead > FORTY_DAYS_MILLIS / 2, "the wrong time is remembered");
+}
+
+/// The clock was wrong for longer than a doubt lasts, or before the server knew of doubts.
 #[tokio::test]
 async fn times_that_a_wrong_clock_has_left_are_corrected_and_block_nobody() {
     let server = sweeping_server().await;

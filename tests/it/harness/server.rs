@@ -92,7 +92,13 @@ impl TestServer {
 
     /// Stops gracefully and starts again on the same folder. Clients made before go on with the new one.
     pub async fn restart(&mut self) {
+        self.restart_after(async {}).await;
+    }
+
+    /// Stops gracefully, lets something happen while no server runs, and starts again.
+    pub async fn restart_after(&mut self, meanwhile: impl Future<Output = ()>) {
         self.stop_server().await;
+        meanwhile.await;
         let server = start(self.config.clone(), self.clock.clone()).await;
         self.target.set(server.api_address());
         self.server = Some(server);

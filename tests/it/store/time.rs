@@ -1,4 +1,4 @@
-//! The remembered time, `seen_time`, `remember_time` and `set_time`; the mark of SQLite's file, `mark` and `set_mark`.
+//! The remembered time, `seen_time`, `server_time`, `remember_time` and `set_time`; the mark of SQLite's file, `mark` and `set_mark`.
 
 use std::time::Duration;
 
@@ -14,6 +14,7 @@ async fn the_newest_time_is_remembered_in_whole_minutes_and_goes_back_only_when_
     let first = store.seen_time().await.unwrap().unwrap();
     assert_eq!((first.at, first.confirmations), (NOW, 0));
     assert_eq!(first.server.is_some(), !store.is_our_own());
+    assert_eq!(store.server_time().await.unwrap().is_some(), !store.is_our_own());
     store.remember_time(NOW - MINUTE).await.unwrap();
     assert_eq!(store.seen_time().await.unwrap().unwrap().at, NOW);
     store.remember_time(NOW + MINUTE).await.unwrap();
