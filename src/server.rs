@@ -324,8 +324,8 @@ async fn open_folder(config: &mut Config) -> Result<Option<Lock>> {
     } else {
         None
     };
-    // On a full disk the start needs what is held back for it: to see that the folder can be written, and for the log of the
-    // database. A job makes it anew.
+    // On a full disk the start needs the reserve: to see that the folder can be written, and for the log of the database. A job
+    // makes the reserve anew.
     reserve::release(&file);
     config.open_data_dir()?;
     config.check_secret()?;

@@ -1,4 +1,4 @@
-//! The seconds in which access tokens expire, of devices whose tokens have all expired.
+//! Clears the seconds up to which a device's access tokens are void or issued, when all its tokens have expired.
 
 use std::time::Duration;
 
@@ -7,13 +7,13 @@ use crate::model::ids::DeviceNo;
 use crate::store::database::{on, run};
 use crate::store::{Result, Store};
 
-/// For how long behind their expiry the seconds are kept: an open socket has noticed by then that its session was ended.
+/// How long the seconds are kept after they have passed: by then an open socket has noticed that its session was ended.
 const KEPT: Duration = Duration::from_hours(24);
 
 impl Store {
-    /// Sets `tokens_void_to` and `tokens_issued_to` to zero where they lie more than a day before `now`: they tell nothing
-    /// but when the device logged in or out. Looks at up to `limit` devices behind the number `after`, and returns the last
-    /// of them, or `None` when there are no more.
+    /// Sets `tokens_void_to` and `tokens_issued_to` to zero where they lie more than a day before `now`: they only tell when
+    /// the device logged in or out. Looks at up to `limit` devices with numbers above `after`, and returns the last of them,
+    /// or `None` when there are no more.
     pub async fn forget_past_seconds(&self, after: DeviceNo, now: Timestamp, limit: u32) -> Result<Option<DeviceNo>> {
         let mut tx = self.begin().await?;
         let statement = "SELECT no FROM devices WHERE no > $1 ORDER BY no LIMIT 1 OFFSET $2";
