@@ -21,7 +21,7 @@ const OPENED_IN_A_SECOND: u32 = 4;
 pub struct Connections {
     open: Amount,
     /// Opening a connection costs more than a request, and a new connection gets its first refusals without delay.
-    opened: Arc<Rate>,
+    opened: Option<Arc<Rate>>,
     /// Knows the trusted proxies. A proxy has many clients, so only the total counts for it.
     server: Option<Server>,
 }
@@ -38,21 +38,23 @@ impl Connections {
         let quota = Quota::per_second((own / OPENED_IN_A_SECOND).max(1), own.saturating_mul(OPENED_AT_ONCE));
         Self {
             open: Amount::new(Terms { shares, ..Terms::total(total) }),
-            opened: Arc::new(Rate::new(Refusal::AddressLimit).with(Scope::Own, quota)),
+            opened: Some(Arc::new(Rate::new(Refusal::AddressLimit).with(Scope::Own, quota))),
             server,
         }
     }
 
-    /// A separate count with these limits and the same trusted proxies.
+    /// A separate count with these limits and the same trusted proxies, of connections that this one has let in.
     pub fn like(&self, max: usize, max_per_client: usize) -> Self {
-        Self::new(max, max_per_client, self.server.clone())
+        Self { opened: None, ..Self::new(max, max_per_client, self.server.clone()) }
     }
 
     /// Counts a new connection, or refuses it.
     pub fn admit(&self, peer: IpAddr) -> Option<Permit> {
         let is_proxy = self.server.as_ref().is_some_and(|server| server.trusts(peer));
         let payer = if is_proxy { Payer::Exempt } else { Payer::Address(peer) };
-        self.opened.take(payer).ok()?;
+        if let Some(opened) = &self.opened {
+            opened.take(payer).ok()?;
+        }
         self.open.try_take(payer, 1)
     }
 
@@ -100,6 +102,12 @@ mod tests {
         open.extend((1..10).filter_map(|network| connections.admit(ip(&format!("2001:db8:0:{network}::1")))));
         assert_eq!(open.len(), 4);
         assert!(connections.admit(ip("2001:db8:1::1")).is_some());
+    }
+
+    #[test]
+    fn connections_that_were_let_in_once_have_no_rate() {
+        let connections = Connections::new(1000, 8, None).like(1000, 8);
+        assert_eq!((0..500).filter(|_| connections.admit(ip("192.0.2.1")).is_some()).count(), 500);
     }
 
     #[tokio::test(start_paused = true)]
