@@ -107,7 +107,7 @@ struct State {
     inboxes: HashMap<DeviceNo, Inbox>,
     /// The rows of accounts when this node last read them.
     accounts: HashMap<UserId, Stamp>,
-    /// How many senders are in `inboxes`, or more.
+    /// How many senders are in `inboxes`.
     senders: usize,
     days: HashMap<UserId, Day>,
 }
@@ -180,7 +180,9 @@ impl Rooms {
             }
             state.senders += senders.len();
             inbox.senders = Some(senders);
-            state.inboxes.insert(device, inbox);
+            if let Some(former) = state.inboxes.insert(device, inbox) {
+                state.senders -= former.senders.map_or(0, |senders| senders.len());
+            }
         }
     }
 
@@ -211,7 +213,7 @@ impl Rooms {
             if let Some(inbox) = state.inboxes.get_mut(&one.device)
                 && !self.bounds.is_over_half(inbox.total)
             {
-                inbox.senders = None;
+                state.senders -= inbox.senders.take().map_or(0, |senders| senders.len());
             }
         }
         Some(verdicts)
@@ -228,21 +230,25 @@ impl Rooms {
         if let Some(inbox) = state.inboxes.get_mut(&one.device) {
             inbox.total = inbox.total.plus(Load::one(one.bytes));
             if let Some(senders) = &mut inbox.senders {
+                let before = senders.len();
                 let of_sender = senders.entry(one.sender).or_default();
                 *of_sender = of_sender.plus(Load::one(one.bytes));
+                state.senders += senders.len() - before;
             }
         }
         Ok(())
     }
 
-    /// The new row of an account whose devices have all been counted: how much waits at most for one of them.
-    pub(super) fn stamped(&self, user: UserId, devices: &[DeviceNo]) -> Stamp {
+    /// The new row of an account whose devices have all been counted: how much waits at most for one of them. `None` when
+    /// one of them is not remembered any more, since another group has failed or begun: the row stays as it is, and says
+    /// too much.
+    pub(super) fn stamped(&self, user: UserId, devices: &[DeviceNo]) -> Option<Stamp> {
         let mut state = self.state();
-        let totals = devices.iter().filter_map(|device| state.inboxes.get(device)).map(|inbox| inbox.total);
-        let most = totals.fold(Load::default(), |most, total| Load {
-            messages: most.messages.max(total.messages),
-            bytes: most.bytes.max(total.bytes),
-        });
+        let mut most = Load::default();
+        for device in devices {
+            let total = state.inboxes.get(device)?.total;
+            most = Load { messages: most.messages.max(total.messages), bytes: most.bytes.max(total.bytes) };
+        }
         let stamp = (i32::try_from(most.messages).unwrap_or(i32::MAX), i64::try_from(most.bytes).unwrap_or(i64::MAX));
         for device in devices {
             if let Some(inbox) = state.inboxes.get_mut(device) {
@@ -252,7 +258,7 @@ impl Rooms {
         if let Some(account) = state.accounts.get_mut(&user) {
             *account = stamp;
         }
-        stamp
+        Some(stamp)
     }
 
     /// True if the row of an account is as this node left it, so that its inboxes are known.

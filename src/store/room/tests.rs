@@ -116,6 +116,58 @@ fn an_inbox_is_not_taken_for_empty_when_too_many_are_remembered() {
     assert_eq!(rooms.unsure(&coming, |_| Some(Stamp::default())).len(), coming.len());
 }
 
+/// Two groups are under way: whatever one of them does to what is remembered, the other one writes no row that says less than
+/// what waits.
+#[test]
+fn a_row_never_says_less_than_waits_whatever_another_group_forgets() {
+    for _ in 0..500 {
+        let (rooms, owner, sender) = (rooms(0), UserId::random(), UserId::random());
+        let devices = [DeviceNo(1), DeviceNo(2)];
+        let waiting: Vec<Counted> = devices
+            .iter()
+            .map(|device| (*device, sender, Load { messages: rand::random_range(0..=MESSAGES), bytes: 20 }))
+            .collect();
+        rooms.counted(devices, &waiting, Stamp::default());
+        let mut most = waiting.iter().map(|(.., load)| load.messages).max().unwrap();
+        if rand::random() {
+            rooms.forget();
+        }
+        let coming = devices.map(|device| Candidate { user: owner, device, sender: UserId::random(), bytes: 1 });
+        let now = Timestamp::from_seconds(1_800_000_000);
+        if rooms.judge(&coming, now, |_| Some(Stamp::default())).is_none() {
+            rooms.counted(devices, &waiting, Stamp::default());
+            rooms.judge(&coming, now, |_| Some(Stamp::default())).unwrap();
+        }
+        most = (most + 1).min(MESSAGES);
+        match rand::random_range(0..3) {
+            0 => rooms.forget(),
+            // Another account of the other group.
+            1 => empty(&rooms, DeviceNo(3)),
+            _ => {}
+        }
+        if let Some((messages, _)) = rooms.stamped(owner, &devices) {
+            assert!(u64::from(messages.unsigned_abs()) >= most, "{messages} instead of {most}");
+        }
+    }
+}
+
+#[test]
+fn an_inbox_that_is_counted_often_fills_no_memory() {
+    let (rooms, device) = (rooms(0), DeviceNo(1));
+    let found: Vec<Counted> =
+        (0..MESSAGES).map(|_| (device, UserId::random(), Load { messages: 1, bytes: 1 })).collect();
+    for _ in 0..=REMEMBERED_SENDERS as u64 / MESSAGES {
+        rooms.counted([device], &found, Stamp::default());
+    }
+    assert_eq!(rooms.state().senders, found.len());
+    rooms.bound();
+    assert!(rooms.stamped(UserId::random(), &[device]).is_some(), "it is still remembered");
+    empty(&rooms, device);
+    let one = Candidate { user: UserId::random(), device, sender: UserId::random(), bytes: 1 };
+    taken(&rooms, one).unwrap();
+    assert_eq!(rooms.state().senders, 0, "an inbox with room remembers no senders");
+}
+
 #[test]
 fn a_day_is_charged_with_what_is_admitted_and_written_down_in_parts() {
     let (rooms, owner, sender, device) = (rooms(640), UserId::random(), UserId::random(), DeviceNo(1));

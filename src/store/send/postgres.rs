@@ -223,13 +223,17 @@ impl Store {
         Ok(users)
     }
 
-    /// Stores how much waits at most for a device of these accounts, which have just been counted.
+    /// Stores how much waits at most for a device of these accounts, which have just been counted, if that is still
+    /// remembered.
     async fn set_counted(&self, tx: &mut PostgresTx, users: &[UserId], devices: &Devices) -> Result<()> {
         let mut rows = Vec::with_capacity(users.len());
         for user in users {
             let of_user: Vec<DeviceNo> =
                 devices.get(user).map(Vec::as_slice).unwrap_or_default().iter().map(|(_, no)| *no).collect();
-            rows.push((*user, self.rooms.stamped(*user, &of_user)));
+            rows.extend(self.rooms.stamped(*user, &of_user).map(|stamp| (*user, stamp)));
+        }
+        if rows.is_empty() {
+            return Ok(());
         }
         tx.set_at_most(&rows).await
     }

@@ -5,9 +5,11 @@ use std::time::Duration;
 use bytes::Bytes;
 use obscura_server::model::ids::{DeviceId, IdempotencyKey, Position};
 use obscura_server::model::mail::{Outgoing, Recipient, Replay, Sealed, Sender, Sent, Shortage};
-use obscura_server::store::Notice;
+use obscura_server::store::{Limits, Notice};
+use uuid::Uuid;
 
 use super::fixture::{NOW, Person, TestStore};
+use crate::harness::eventually;
 
 const HOUR: Duration = Duration::from_hours(1);
 
@@ -237,6 +239,43 @@ async fn two_stores_on_one_database_queue_the_rest_once() {
         assert!(sent[0].as_ref().is_some_and(|sent| sent.outcome.refused.is_empty()));
     }
     assert_eq!(waiting(&store, &bob).await.len(), 1);
+}
+
+/// A group has counted an inbox and is about to be committed when another one of the same node fails.
+#[tokio::test]
+async fn a_full_inbox_is_not_written_down_as_empty_when_another_group_fails() {
+    let full = |limits: &mut Limits| (limits.max_inbox_size, limits.sender_share_percent) = (4, 100);
+    let store = TestStore::open_in_postgres_with(full).await;
+    let (alice, bob, carol) = (store.account().await, store.account().await, store.account().await);
+    for _ in 0..3 {
+        settle(&store, &send(&alice, &[(&bob, 1)])).await;
+    }
+    let store = store.reopened().await;
+    let database = store.database().await;
+    let gate = "
+        CREATE TABLE opened (x integer);
+        CREATE FUNCTION wait() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN LOOP
+            PERFORM 1 FROM opened;
+            EXIT WHEN FOUND;
+            PERFORM pg_sleep(0.01);
+        END LOOP; RETURN NEW; END $$;
+        CREATE TRIGGER gate BEFORE INSERT ON messages FOR EACH ROW EXECUTE FUNCTION wait()";
+    database.execute(gate).await;
+    let (to_bob, to_carol) = (send(&alice, &[(&bob, 1)]), [send(&alice, &[(&carol, 1)])]);
+    let fails = async {
+        let waits = "SELECT count(*) FROM pg_stat_activity \
+                     WHERE datname = current_database() AND wait_event = 'PgSleep'";
+        eventually("the first group to be written", async || database.number(waits).await > 0).await;
+        let held = database.hold_account(Uuid::from_bytes(*carol.user.as_bytes())).await;
+        (*store).settle(&to_carol, &[], NOW).await.unwrap();
+        database.execute("INSERT INTO opened VALUES (1)").await;
+        held.release().await;
+    };
+    let (filled, ()) = tokio::join!(settle(&store, &to_bob), fails);
+    assert!(refused(&filled).is_empty());
+    assert!(waiting(&store, &carol).await.is_empty(), "her account was held");
+    assert_eq!(database.number("SELECT max(at_most) FROM account_locks").await, 4);
+    assert_eq!(refused(&settle(&store, &send(&carol, &[(&bob, 1)])).await), [(bob.device, Shortage::Inbox)]);
 }
 
 #[tokio::test]
