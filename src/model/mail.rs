@@ -97,8 +97,8 @@ pub struct Refused {
 pub struct Outcome {
     /// Targets that aren't devices of their recipient (any more), in the order of the request. Not queued.
     pub invalid_devices: Vec<DeviceId>,
-    /// Recipients for whom nothing was queued, because devices of theirs were left out, with those devices in
-    /// ascending order of their bytes.
+    /// Recipients for whom nothing was queued, or nothing more by a repeat, because devices of theirs were left out, with
+    /// those devices in ascending order of their bytes.
     pub mismatches: Vec<(UserId, Vec<DeviceId>)>,
     /// Devices for which there was no room, in the order of the request.
     pub refused: Vec<Refused>,

@@ -29,49 +29,62 @@ impl<'a> Queued<'a> {
 /// Holds a send against the devices that there are: for each recipient either all its devices are covered and get
 /// their message, or none do. The sending device is never counted.
 pub(super) fn evaluate<'a>(mail: &'a Outgoing, devices: &Devices) -> (Outcome, Vec<Queued<'a>>) {
-    let mut outcome = Outcome::default();
-    let mut queued = Vec::new();
+    let (mut outcome, mut queued) = (Outcome::default(), Vec::new());
     for recipient in &mail.recipients {
-        let current = devices.get(&recipient.user).map_or(&[][..], Vec::as_slice);
-        let current = || current.iter().filter(|(id, _)| *id != mail.sender.device);
-        let (mut valid, mut covered) = (Vec::with_capacity(recipient.submissions.len()), 0);
-        for (target, sealed) in &recipient.submissions {
-            match current().find(|(id, _)| id == target) {
-                Some(found) => {
-                    valid.push(Queued::new(recipient, *found, sealed));
-                    covered += 1;
-                }
-                None => outcome.invalid_devices.push(*target),
-            }
-        }
-        if covered == current().count() {
-            queued.append(&mut valid);
-            continue;
-        }
-        let is_missing = |id: &DeviceId| !recipient.submissions.iter().any(|(target, _)| target == id);
-        let mut missing: Vec<DeviceId> = current().map(|(id, _)| *id).filter(is_missing).collect();
-        missing.sort_unstable();
-        outcome.mismatches.push((recipient.user, missing));
+        evaluate_one(mail, recipient, devices, &mut outcome, &mut queued);
     }
     (outcome, queued)
 }
 
-/// The rest of a repeated send of which messages had been refused: those messages, if their devices are still there. Devices
-/// that are gone become invalid.
-pub(super) fn rest<'a>(mail: &'a Outgoing, former: &Outcome, devices: &Devices) -> (Outcome, Vec<Queued<'a>>) {
-    let mut outcome = Outcome { refused: Vec::new(), ..former.clone() };
-    let mut queued = Vec::new();
-    for recipient in &mail.recipients {
-        let current = devices.get(&recipient.user).map_or(&[][..], Vec::as_slice);
-        for (target, sealed) in &recipient.submissions {
-            if !former.refused.iter().any(|refused| refused.device == *target) {
-                continue;
+fn evaluate_one<'a>(
+    mail: &Outgoing,
+    recipient: &'a Recipient,
+    devices: &Devices,
+    outcome: &mut Outcome,
+    queued: &mut Vec<Queued<'a>>,
+) {
+    let current = devices.get(&recipient.user).map_or(&[][..], Vec::as_slice);
+    let current = || current.iter().filter(|(id, _)| *id != mail.sender.device);
+    let (mut valid, mut covered) = (Vec::with_capacity(recipient.submissions.len()), 0);
+    for (target, sealed) in &recipient.submissions {
+        match current().find(|(id, _)| id == target) {
+            Some(found) => {
+                valid.push(Queued::new(recipient, *found, sealed));
+                covered += 1;
             }
-            match current.iter().find(|(id, _)| id == target) {
-                Some(found) => queued.push(Queued::new(recipient, *found, sealed)),
-                None => outcome.invalid_devices.push(*target),
-            }
+            None => outcome.invalid_devices.push(*target),
         }
+    }
+    if covered == current().count() {
+        queued.append(&mut valid);
+        return;
+    }
+    let is_missing = |id: &DeviceId| !recipient.submissions.iter().any(|(target, _)| target == id);
+    let mut missing: Vec<DeviceId> = current().map(|(id, _)| *id).filter(is_missing).collect();
+    missing.sort_unstable();
+    outcome.mismatches.push((recipient.user, missing));
+}
+
+/// The rest of a repeated send of which messages had been refused. A recipient without a refused message keeps its part of
+/// the outcome. Any other recipient is compared with its present devices. If the send covers them, the refused messages ask
+/// for room again. If not, nothing more is queued for it under this key, and its part of the outcome becomes a mismatch.
+/// Devices that are gone become invalid, unless their message had been queued.
+pub(super) fn rest<'a>(mail: &'a Outgoing, former: &Outcome, devices: &Devices) -> (Outcome, Vec<Queued<'a>>) {
+    let (mut outcome, mut queued) = (Outcome::default(), Vec::new());
+    let was_refused = |id: &DeviceId| former.refused.iter().any(|refused| refused.device == *id);
+    let was_invalid = |id: &DeviceId| former.invalid_devices.contains(id);
+    for recipient in &mail.recipients {
+        let (mut now, mut messages) = (Outcome::default(), Vec::new());
+        if recipient.submissions.iter().any(|(target, _)| was_refused(target)) {
+            evaluate_one(mail, recipient, devices, &mut now, &mut messages);
+        } else {
+            now.invalid_devices.extend(recipient.submissions.iter().map(|(target, _)| *target));
+            now.mismatches.extend(former.mismatches.iter().filter(|(user, _)| *user == recipient.user).cloned());
+        }
+        let is_invalid = |id: &DeviceId| was_refused(id) || was_invalid(id);
+        outcome.invalid_devices.extend(now.invalid_devices.into_iter().filter(is_invalid));
+        outcome.mismatches.append(&mut now.mismatches);
+        queued.extend(messages.into_iter().filter(|message| was_refused(&message.id)));
     }
     (outcome, queued)
 }
@@ -240,12 +253,85 @@ mod tests {
         assert!(former.is_empty());
     }
 
+    fn left(mail: &Outgoing, former: &Outcome, devices: &Devices) -> (Outcome, Vec<i64>) {
+        let (outcome, queued) = rest(mail, former, devices);
+        (outcome, queued.iter().map(|message| message.device.0).collect())
+    }
+
     #[test]
     fn the_rest_is_what_was_refused_and_is_still_there() {
         let mail = mail(&[(2, &[20, 21, 22]), (3, &[30])]);
         let former = Outcome { refused: vec![refused(2, 20), refused(2, 22)], ..Outcome::default() };
-        let (outcome, queued) = rest(&mail, &former, &devices(&[(2, &[20, 21, 23]), (3, &[30])]));
-        assert_eq!(queued.iter().map(|message| message.device.0).collect::<Vec<_>>(), [20]);
-        assert_eq!(outcome, Outcome { invalid_devices: vec![device(22)], ..Outcome::default() });
+        let result = left(&mail, &former, &devices(&[(2, &[20, 21]), (3, &[30, 31])]));
+        assert_eq!(result, (Outcome { invalid_devices: vec![device(22)], ..Outcome::default() }, vec![20]));
+        let result = left(&mail, &former, &devices(&[(2, &[20, 22]), (3, &[30])]));
+        assert_eq!(result, (Outcome::default(), vec![20, 22]), "a device that has its message may go");
+    }
+
+    #[test]
+    fn a_device_that_came_after_a_refusal_makes_the_rest_a_mismatch() {
+        let both = mail(&[(2, &[20, 21]), (3, &[30])]);
+        let nothing = Outcome { refused: vec![refused(2, 20), refused(2, 21), refused(3, 30)], ..Outcome::default() };
+        let part = Outcome { refused: vec![refused(2, 21), refused(3, 30)], ..Outcome::default() };
+        let mismatches = vec![(user(2), vec![device(19), device(22)])];
+        for former in [&nothing, &part] {
+            let result = left(&both, former, &devices(&[(2, &[20, 22, 21, 19]), (3, &[30])]));
+            assert_eq!(result, (Outcome { mismatches: mismatches.clone(), ..Outcome::default() }, vec![30]));
+        }
+        // The account was started over.
+        let result = left(&mail(&[(2, &[20])]), &nothing, &devices(&[(2, &[23])]));
+        let expected = Outcome {
+            invalid_devices: vec![device(20)],
+            mismatches: vec![(user(2), vec![device(23)])],
+            ..Outcome::default()
+        };
+        assert_eq!(result, (expected, vec![]));
+    }
+
+    #[test]
+    fn what_was_not_refused_keeps_its_part_of_the_outcome_in_the_order_of_the_request() {
+        let mail = mail(&[(2, &[29, 20]), (3, &[39, 30]), (4, &[49, 40]), (1, &[12])]);
+        let former = Outcome {
+            invalid_devices: vec![device(29), device(39), device(49)],
+            mismatches: vec![(user(2), vec![device(28)])],
+            refused: vec![refused(3, 30), refused(1, 12)],
+        };
+        // The mismatch stands, though the send would succeed now; the sending device is not counted.
+        let found = devices(&[(2, &[20]), (3, &[30, 31]), (4, &[40, 41]), (1, &[10, 12])]);
+        let expected = Outcome {
+            invalid_devices: former.invalid_devices.clone(),
+            mismatches: vec![(user(2), vec![device(28)]), (user(3), vec![device(31)])],
+            refused: vec![],
+        };
+        assert_eq!(left(&mail, &former, &found), (expected, vec![12]));
+    }
+
+    /// Whatever was refused, and whatever has happened to the devices: both lists are empty exactly when all devices that
+    /// there are have their message, or ask for room for it; and no recipient is in both states.
+    #[test]
+    fn a_repeat_tells_of_every_device_that_it_leaves_out() {
+        let some = |of: &[u8]| of.iter().copied().filter(|_| rand::random()).collect::<Vec<u8>>();
+        for _ in 0..2000 {
+            let targets = some(&[20, 21, 22, 23]);
+            let mail = mail(&[(2, &targets)]);
+            let (outcome, queued) = evaluate(&mail, &devices(&[(2, &targets)]));
+            assert_eq!(outcome, Outcome::default());
+            let refused_now = some(&targets);
+            if refused_now.is_empty() {
+                continue;
+            }
+            let got: Vec<i64> =
+                queued.iter().map(|row| row.device.0).filter(|no| !refused_now.contains(&(*no as u8))).collect();
+            let former =
+                Outcome { refused: refused_now.iter().map(|no| refused(2, *no)).collect(), ..Outcome::default() };
+            let present = some(&[20, 21, 22, 23, 24]);
+            let (outcome, queued) = left(&mail, &former, &devices(&[(2, &present)]));
+            let has = |no: &u8| got.contains(&i64::from(*no)) || queued.contains(&i64::from(*no));
+            assert_eq!(outcome.mismatches.is_empty(), present.iter().all(has));
+            assert!(outcome.mismatches.is_empty() || queued.is_empty());
+            assert!(queued.iter().all(|no| !got.contains(no)), "nothing is queued twice");
+            let gone = targets.iter().filter(|no| refused_now.contains(no) && !present.contains(no));
+            assert_eq!(outcome.invalid_devices, gone.map(|no| device(*no)).collect::<Vec<_>>());
+        }
     }
 }

@@ -4,13 +4,12 @@ use std::collections::HashMap;
 use std::ops::Range;
 use std::time::Duration;
 
-use crate::clock::Timestamp;
 use crate::model::ids::{Address, DeviceNo, IdempotencyKey};
 use crate::model::mail::{Outcome, Outgoing, Refused, Replay, Sent, Shortage};
 use crate::store::notices::{Counts, TakenBack};
 use crate::store::outcome::{self, Queued};
 use crate::store::room::{Candidate, Verdict};
-use crate::store::send::Found;
+use crate::store::send::{Former, Found};
 
 /// The `Retry-After` of an outcome that a repeat can't change.
 const SHORTEST_WAIT: Duration = Duration::from_secs(60);
@@ -26,8 +25,8 @@ pub(super) enum Case<'a> {
     Twin { of: usize, replay: Replay },
     /// No repeat. These messages are queued if there is room.
     New { outcome: Outcome, queued: Vec<Queued<'a>> },
-    /// A repeat of a send of which messages had been refused, at this time. These are queued if there is room.
-    Rest { outcome: Outcome, queued: Vec<Queued<'a>>, refused_at: Timestamp },
+    /// A repeat of a send of which messages had been refused. These are queued if there is room.
+    Rest { outcome: Outcome, queued: Vec<Queued<'a>>, former: &'a Former },
 }
 
 impl<'a> Case<'a> {
@@ -71,7 +70,11 @@ pub(super) struct Judged<'a> {
 }
 
 /// Compares each send with former sends and with the devices that there are, except those that are left for later.
-pub(super) fn cases<'a>(sends: &'a [Outgoing], found: &Found, is_later: impl Fn(&Outgoing) -> bool) -> Vec<Case<'a>> {
+pub(super) fn cases<'a>(
+    sends: &'a [Outgoing],
+    found: &'a Found,
+    is_later: impl Fn(&Outgoing) -> bool,
+) -> Vec<Case<'a>> {
     let mut first: HashMap<(DeviceNo, IdempotencyKey), usize> = HashMap::new();
     let case = |(n, mail): (usize, &'a Outgoing)| {
         if is_later(mail) {
@@ -86,7 +89,7 @@ pub(super) fn cases<'a>(sends: &'a [Outgoing], found: &Found, is_later: impl Fn(
             _ if of != n => Case::Twin { of, replay },
             Some(former) if replay == Replay::SameBody && !former.outcome.refused.is_empty() => {
                 let (outcome, queued) = outcome::rest(mail, &former.outcome, &found.devices);
-                Case::Rest { outcome, queued, refused_at: former.sent_at }
+                Case::Rest { outcome, queued, former }
             }
             Some(former) => {
                 let (_, queued) = outcome::evaluate(mail, &found.devices);
@@ -134,8 +137,8 @@ pub(super) fn judge<'a>(
             }
             Case::Twin { of, replay } => judgement.sent[of].clone().map(|first| Sent { replay: Some(replay), ..first }),
             Case::New { outcome, queued } => Some(judgement.add(mail, outcome, queued, None, &mut verdicts)),
-            Case::Rest { outcome, queued, refused_at } => {
-                Some(judgement.add(mail, outcome, queued, Some(refused_at), &mut verdicts))
+            Case::Rest { outcome, queued, former } => {
+                Some(judgement.add(mail, outcome, queued, Some(former), &mut verdicts))
             }
         };
         judgement.sent.push(sent);
@@ -155,7 +158,7 @@ impl<'a> Judgement<'a> {
         mail: &'a Outgoing,
         mut outcome: Outcome,
         queued: Vec<Queued<'a>>,
-        refused_at: Option<Timestamp>,
+        former: Option<&Former>,
         verdicts: &mut impl Iterator<Item = Verdict>,
     ) -> Sent {
         let first = self.rows.len();
@@ -168,27 +171,31 @@ impl<'a> Judgement<'a> {
             match verdict {
                 Ok(()) => {
                     woken.push(Address { user: row.user, device: row.device });
-                    if let Some(refused_at) = refused_at {
+                    if let Some(former) = former {
                         let (count, last) = self.taken_back.entry(row.device).or_default();
-                        (*count, *last) = (*count + 1, refused_at.max(*last));
+                        (*count, *last) = (*count + 1, former.sent_at.max(*last));
                     }
                     self.rows.push((mail, row));
                 }
                 Err((shortage, wait)) => {
                     retry_after = Some(retry_after.unwrap_or(wait).min(wait));
-                    if refused_at.is_none() {
+                    if former.is_none() {
                         *self.refused.entry(row.device).or_default() += 1;
                     }
                     outcome.refused.push(Refused { user: row.user, device: row.id, shortage });
                 }
             }
         }
-        let rows = first..self.rows.len();
-        if refused_at.is_none() {
-            self.judged.push(Judged { mail, outcome: outcome.clone(), rows });
-        } else if !rows.is_empty() || outcome.refused.is_empty() {
-            self.changed.push(Changed { mail, outcome: outcome::encode(&outcome) });
+        match former {
+            None => self.judged.push(Judged { mail, outcome: outcome.clone(), rows: first..self.rows.len() }),
+            // Also when nothing was queued: the client acts on a mismatch that it is told, so it must stand.
+            Some(former) => {
+                let changed = outcome::encode(&outcome);
+                if changed != outcome::encode(&former.outcome) {
+                    self.changed.push(Changed { mail, outcome: changed });
+                }
+            }
         }
-        Sent { outcome, woken, replay: refused_at.map(|_| Replay::SameBody), retry_after }
+        Sent { outcome, woken, replay: former.map(|_| Replay::SameBody), retry_after }
     }
 }

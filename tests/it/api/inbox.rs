@@ -85,6 +85,52 @@ async fn a_repeat_after_acks_queues_only_the_rest() {
 }
 
 #[tokio::test]
+async fn a_repeat_names_a_device_that_came_after_the_refusal() {
+    let server = small(1).await;
+    let (alice, bob) = (server.account().await, server.account().await);
+    alice.send_to(&bob, "before").await;
+    let (key, request) = (Uuid::new_v4(), send_request(&[(&bob, b"phone")]));
+    alice.post_messages(key, &request).await.expect(429);
+    let tablet = bob.link().await;
+    let first = alice.post_messages(key, &request).await.expect(200);
+    let told = outcome(&first);
+    assert_eq!(told.device_mismatches.len(), 1, "not everything was queued");
+    assert_eq!(told.device_mismatches[0].missing_device_ids, [tablet.id_bytes()]);
+    assert!(told.refused_devices.is_empty() && told.invalid_device_ids.is_empty());
+    empty(&server, &bob).await;
+    let again = alice.post_messages(key, &request).await.expect(200);
+    assert_eq!(again.body, first.body, "a mismatch that was told stands");
+    assert!(again.header("idempotency-replayed").is_some());
+    let database = server.database().await;
+    assert_eq!((database.queued(&bob).await, database.queued(&tablet).await), (0, 0));
+    let (key, both) = (Uuid::new_v4(), send_request(&[(&bob, b"phone"), (&tablet, b"tablet")]));
+    eventually("room", async || alice.post_messages(key, &both).await.status == 200).await;
+    bob.connect().await.expect_message("phone").await;
+    tablet.connect().await.expect_message("tablet").await;
+}
+
+#[tokio::test]
+async fn a_repeat_for_an_account_that_was_started_over_names_its_new_device() {
+    let server = small(1).await;
+    let (alice, bob, carol) = (server.account().await, server.account().await, server.account().await);
+    alice.send(&[(&bob, b"before"), (&carol, b"before")]).await;
+    let (key, request) = (Uuid::new_v4(), send_request(&[(&bob, b"x"), (&carol, b"x")]));
+    alice.post_messages(key, &request).await.expect(429);
+    let new = bob.reset().await;
+    empty(&server, &carol).await;
+    let lenient = async || {
+        let request = alice.messages_request(key, request.encode_to_vec()).header("prefer", "handling=lenient");
+        outcome(&request.send().await.expect(200))
+    };
+    eventually("room for carol", async || lenient().await.refused_devices.is_empty()).await;
+    let told = lenient().await;
+    assert_eq!(told.invalid_device_ids, [bob.id_bytes()]);
+    assert_eq!(told.device_mismatches.len(), 1);
+    assert_eq!(told.device_mismatches[0].missing_device_ids, [new.id_bytes()]);
+    carol.connect().await.expect_message("x").await;
+}
+
+#[tokio::test]
 async fn a_client_that_understands_parts_gets_200_with_the_refused_devices() {
     let server = small(1).await;
     let (alice, bob, carol) = (server.account().await, server.account().await, server.account().await);
