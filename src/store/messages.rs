@@ -9,7 +9,7 @@ use crate::clock::Timestamp;
 use crate::model::ids::{DeviceId, DeviceNo, MessageId, Position, UserId};
 use crate::model::mail::{Envelope, MAX_MESSAGE_BYTES, Sealed};
 use crate::store::database::{Database, on, run};
-use crate::store::notices::{self, Counts, Unread};
+use crate::store::notices::Counts;
 use crate::store::postgres::PostgresStore;
 use crate::store::{Result, Store, json_list};
 use crate::telemetry::metrics::Left;
@@ -154,7 +154,7 @@ impl Store {
         let deleted = gone.len() as u64;
         let mut counts = Counts::new();
         gone.into_iter().for_each(|device| *counts.entry(device).or_default() += 1);
-        notices::add(&mut tx, &counts, Unread::Expired, now).await?;
+        self.add_expired(&mut tx, &counts, now).await?;
         tx.commit().await?;
         self.metrics.left.add(Left::Expired, deleted);
         Ok(Expired { deleted, more: deleted > 0 })

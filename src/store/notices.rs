@@ -7,17 +7,22 @@ use std::time::Duration;
 use sqlx::{FromRow, SqliteConnection};
 
 use crate::clock::Timestamp;
-use crate::model::ids::DeviceNo;
+use crate::model::ids::{DeviceNo, Position};
 use crate::store::database::{PostgresTx, Tx, reading, run};
 use crate::store::{Result, Store, json_list};
 
 /// The time since when a notice counts is rounded down to this.
 const COARSE: Duration = Duration::from_hours(1);
 
+/// A period is the position of the queue at which it began, times this, plus the number of repeats that have taken refusals
+/// back since.
+const TAKEN_BACK_AT_MOST: i64 = 1024;
+
 /// A notice that the device has not acknowledged.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, FromRow)]
 pub struct Notice {
-    /// Which one it is. Another one follows when this has been acknowledged.
+    /// Which one it is. It changes when the notice has been acknowledged, and when refusals are taken back, since then it is
+    /// not known which of those that were told are left.
     pub period: i64,
     /// When the first of these happened, rounded down to the hour.
     pub since: Timestamp,
@@ -35,14 +40,14 @@ impl Store {
         reading!(self, |db| sqlx::query_as(statement).bind(device).fetch_optional(db))
     }
 
-    /// Subtracts a notice that the device has acknowledged. What was added since stays. A notice that was acknowledged before
-    /// changes nothing.
+    /// Subtracts a notice that the device has acknowledged. What was added since stays. A notice that was acknowledged before,
+    /// or of which refusals have been taken back since, changes nothing.
     pub async fn notice_told(&self, device: DeviceNo, told: Notice, now: Timestamp) -> Result<()> {
         let mut tx = self.begin().await?;
         let statement = "UPDATE inbox_notices SET period = $3, since = $4, expired = expired - $5, \
                         refused = CASE WHEN refused > $6 THEN refused - $6 ELSE 0 END \
                     WHERE device_no = $1 AND period = $2";
-        let (next, since) = (rand::random::<i64>(), coarse(now));
+        let (next, since) = (self.new_period(&mut tx).await?, coarse(now));
         run!(
             &mut tx,
             sqlx::query(statement)
@@ -57,12 +62,45 @@ impl Store {
         run!(&mut tx, sqlx::query(clear).bind(device))?;
         tx.commit().await
     }
+
+    /// Adds what expired. `tx` is of the general kind.
+    pub(super) async fn add_expired(&self, tx: &mut Tx, counts: &Counts, now: Timestamp) -> Result<()> {
+        if counts.is_empty() {
+            return Ok(());
+        }
+        let period = self.new_period(tx).await?;
+        match tx {
+            Tx::Sqlite(tx) => add_in_sqlite(tx, counts, Unread::Expired, (period, now)).await,
+            Tx::Postgres(tx) => add_in_postgres(tx, counts, Unread::Expired, (period, now)).await,
+        }
+    }
+
+    /// A period that begins after every send that has been answered, also if the process ends now.
+    async fn new_period(&self, tx: &mut Tx) -> Result<i64> {
+        match tx {
+            Tx::Sqlite(tx) => {
+                let place = self.numbering.place(1);
+                let keep = "UPDATE sqlite_sequence SET seq = $1 WHERE name = 'messages' AND seq < $1";
+                sqlx::query(keep).bind(place).execute(&mut **tx).await?;
+                Ok(period(Position(place + 1)))
+            }
+            Tx::Postgres(tx) => {
+                let next: Vec<(Position,)> = tx.all(sqlx::query_as("SELECT nextval('message_blocks')")).await?;
+                Ok(next.first().map_or(i64::MAX, |(position,)| period(*position)))
+            }
+        }
+    }
+}
+
+/// The period that begins with the send whose messages have places from this one on.
+pub(super) fn period(position: Position) -> i64 {
+    position.0.saturating_mul(TAKEN_BACK_AT_MOST)
 }
 
 /// What a group or a sweep adds for devices.
 pub(super) type Counts = BTreeMap<DeviceNo, i64>;
-/// What a group takes back: how many refusals, and when the last of them was.
-pub(super) type TakenBack = BTreeMap<DeviceNo, (i64, Timestamp)>;
+/// What a group takes back for a device: how many refusals, and the place of the first of their sends in the queue.
+pub(super) type TakenBack = BTreeMap<DeviceNo, (i64, Position)>;
 
 fn coarse(now: Timestamp) -> Timestamp {
     let step = i64::try_from(COARSE.as_millis()).unwrap_or(i64::MAX);
@@ -95,17 +133,22 @@ const ADD_IN_POSTGRES: &str = add!(
      FROM unnest($1, $2) AS row (no, count) JOIN devices d ON d.no = row.no ORDER BY d.no"
 );
 
-/// A refusal from before the row's beginning was acknowledged already.
+/// A refusal of a former period was acknowledged already.
 const TAKE_BACK: &str = "
-    UPDATE inbox_notices SET refused = MAX(refused - (row.value ->> 1), 0) FROM json_each($1) row
-    WHERE device_no = row.value ->> 0 AND since <= row.value ->> 2";
+    UPDATE inbox_notices SET refused = MAX(refused - (row.value ->> 1), 0), period = period + 1 FROM json_each($1) row
+    WHERE device_no = row.value ->> 0 AND period < row.value ->> 2";
 
 const TAKE_BACK_IN_POSTGRES: &str = "
-    UPDATE inbox_notices n SET refused = GREATEST(n.refused - taken.count, 0)
-    FROM unnest($1, $2, $3) AS taken (no, count, refused_at) WHERE n.device_no = taken.no AND n.since <= taken.refused_at";
+    UPDATE inbox_notices n SET refused = GREATEST(n.refused - taken.count, 0), period = n.period + 1
+    FROM unnest($1, $2, $3) AS taken (no, count, next) WHERE n.device_no = taken.no AND n.period < taken.next";
+
+/// The first period that begins after a send with this place.
+fn next(position: Position) -> i64 {
+    period(Position(position.0.saturating_add(1)))
+}
 
 fn taken_back(counts: &TakenBack) -> String {
-    json_list(counts.iter().map(|(device, (count, at))| format!("[{},{count},{}]", device.0, at.millis())))
+    json_list(counts.iter().map(|(device, (count, first))| format!("[{},{count},{}]", device.0, next(*first))))
 }
 
 /// Which of the two counts is added to.
@@ -115,25 +158,18 @@ pub(super) enum Unread {
     Refused,
 }
 
-/// Adds what a transaction of the general kind counts.
-pub(super) async fn add(tx: &mut Tx, counts: &Counts, unread: Unread, now: Timestamp) -> Result<()> {
-    match tx {
-        Tx::Sqlite(tx) => add_in_sqlite(tx, counts, unread, now).await,
-        Tx::Postgres(tx) => add_in_postgres(tx, counts, unread, now).await,
-    }
-}
-
+/// A device without a row gets one whose period is this one. So does [`add_in_postgres`].
 pub(super) async fn add_in_sqlite(
     tx: &mut SqliteConnection,
     counts: &Counts,
     unread: Unread,
-    now: Timestamp,
+    (period, now): (i64, Timestamp),
 ) -> Result<()> {
     if counts.is_empty() {
         return Ok(());
     }
     let list = json_list(counts.iter().map(|(device, count)| format!("[{},{count}]", device.0)));
-    let add = sqlx::query(ADD).bind(list).bind(rand::random::<i64>()).bind(coarse(now));
+    let add = sqlx::query(ADD).bind(list).bind(period).bind(coarse(now));
     add.bind(unread == Unread::Expired).execute(&mut *tx).await?;
     Ok(())
 }
@@ -149,13 +185,13 @@ pub(super) async fn add_in_postgres(
     tx: &mut PostgresTx,
     counts: &Counts,
     unread: Unread,
-    now: Timestamp,
+    (period, now): (i64, Timestamp),
 ) -> Result<()> {
     if counts.is_empty() {
         return Ok(());
     }
     let (devices, counts): (Vec<DeviceNo>, Vec<i64>) = counts.iter().unzip();
-    let add = sqlx::query(ADD_IN_POSTGRES).bind(devices).bind(counts).bind(rand::random::<i64>()).bind(coarse(now));
+    let add = sqlx::query(ADD_IN_POSTGRES).bind(devices).bind(counts).bind(period).bind(coarse(now));
     tx.run(add.bind(unread == Unread::Expired)).await?;
     Ok(())
 }
@@ -166,7 +202,7 @@ pub(super) async fn take_back_in_postgres(tx: &mut PostgresTx, counts: &TakenBac
     }
     let devices: Vec<DeviceNo> = counts.keys().copied().collect();
     let numbers: Vec<i64> = counts.values().map(|(count, _)| *count).collect();
-    let times: Vec<Timestamp> = counts.values().map(|(_, at)| *at).collect();
-    tx.run(sqlx::query(TAKE_BACK_IN_POSTGRES).bind(devices).bind(numbers).bind(times)).await?;
+    let next: Vec<i64> = counts.values().map(|(_, first)| next(*first)).collect();
+    tx.run(sqlx::query(TAKE_BACK_IN_POSTGRES).bind(devices).bind(numbers).bind(next)).await?;
     Ok(())
 }

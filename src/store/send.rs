@@ -38,7 +38,8 @@ type Known = HashMap<(DeviceNo, IdempotencyKey), Former>;
 struct Former {
     outcome: Outcome,
     digest: [u8; 16],
-    sent_at: Timestamp,
+    /// The place in the queue of its first message, or that it would have had.
+    first: Position,
 }
 
 /// A message that is about to be queued.
@@ -211,10 +212,10 @@ fn held_up(last: &Mutex<Option<Instant>>) -> MutexGuard<'_, Option<Instant>> {
     last.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-fn decoded(outcome: &[u8], digest: Vec<u8>, sent_at: Timestamp) -> Result<Former> {
+fn decoded(outcome: &[u8], digest: Vec<u8>, first: Position) -> Result<Former> {
     let outcome = outcome::decode(outcome).ok_or_else(|| malformed("outcome"))?;
     let digest = digest.try_into().map_err(|_| malformed("digest"))?;
-    Ok(Former { outcome, digest, sent_at })
+    Ok(Former { outcome, digest, first })
 }
 
 fn malformed(column: &str) -> sqlx::Error {

@@ -51,7 +51,7 @@ pub(super) struct Judgement<'a> {
     pub(super) changed: Vec<Changed<'a>>,
     /// How many messages were refused for each device for the first time.
     pub(super) refused: Counts,
-    /// How many messages for each device are queued now that had been refused, and when the last of them had been.
+    /// How many messages for each device are queued now that had been refused. See [`TakenBack`].
     pub(super) taken_back: TakenBack,
 }
 
@@ -172,8 +172,8 @@ impl<'a> Judgement<'a> {
                 Ok(()) => {
                     woken.push(Address { user: row.user, device: row.device });
                     if let Some(former) = former {
-                        let (count, last) = self.taken_back.entry(row.device).or_default();
-                        (*count, *last) = (*count + 1, former.sent_at.max(*last));
+                        let (count, first) = self.taken_back.entry(row.device).or_insert((0, former.first));
+                        (*count, *first) = (*count + 1, former.first.min(*first));
                     }
                     self.rows.push((mail, row));
                 }

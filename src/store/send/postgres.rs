@@ -49,7 +49,7 @@ macro_rules! delete_messages {
 /// The outcomes that are stored for the keys $2 of the senders $1; all devices of the accounts $4; and $5 blocks of positions.
 /// An outcome that is older than $3 still counts while a message of it waits, so that no message is ever queued twice.
 const ASK: &str = "
-    SELECT s.sender_no, s.idempotency_key, NULL::uuid, NULL::uuid, s.outcome, s.digest, s.sent_at
+    SELECT s.sender_no, s.idempotency_key, NULL::uuid, NULL::uuid, s.outcome, s.digest, s.first_position
     FROM unnest($1, $2) AS asked (sender_no, idempotency_key) CROSS JOIN LATERAL (
         SELECT * FROM sends known
         WHERE known.sender_no = asked.sender_no AND known.idempotency_key = asked.idempotency_key OFFSET 0) s
@@ -61,16 +61,9 @@ const ASK: &str = "
     UNION ALL
     SELECT nextval('message_blocks'), NULL, NULL, NULL, NULL, NULL, NULL FROM generate_series(1, $5)";
 
-/// A row of the answer to `ASK`: a sender with its key, outcome, digest and time; or a device with its account; or a block.
-type Answer = (
-    i64,
-    Option<IdempotencyKey>,
-    Option<UserId>,
-    Option<DeviceId>,
-    Option<Vec<u8>>,
-    Option<Vec<u8>>,
-    Option<Timestamp>,
-);
+/// A row of the answer to `ASK`: a sender with its key, outcome, digest and first place; or a device with its account; or a block.
+type Answer =
+    (i64, Option<IdempotencyKey>, Option<UserId>, Option<DeviceId>, Option<Vec<u8>>, Option<Vec<u8>>, Option<Position>);
 
 /// A row of `sends` that is replaced is past its age and has no message waiting: see `ASK`.
 const WRITE: &str = concat!(
@@ -184,8 +177,9 @@ impl Store {
         }
         tally.add(&messages, written.messages.unsigned_abs());
         if !judgement.is_plain() {
+            let period = notices::period(Position(position(0)));
             tx.change(&judgement.changed, send::changed_at(&self.limits, now)).await?;
-            notices::add_in_postgres(tx, &judgement.refused, Unread::Refused, now).await?;
+            notices::add_in_postgres(tx, &judgement.refused, Unread::Refused, (period, now)).await?;
             notices::take_back_in_postgres(tx, &judgement.taken_back).await?;
         }
         let debts = self.rooms.unwritten(rows.iter().map(|(mail, _)| mail.sender.user));
@@ -275,8 +269,8 @@ impl PostgresTx {
         let (mut known, mut devices, mut blocks) = (Known::default(), Devices::default(), Vec::new());
         for row in self.all::<Answer>(ask).await? {
             match row {
-                (sender, Some(key), .., Some(outcome), Some(digest), Some(sent_at)) => {
-                    known.insert((DeviceNo(sender), key), send::decoded(&outcome, digest, sent_at)?);
+                (sender, Some(key), .., Some(outcome), Some(digest), Some(first)) => {
+                    known.insert((DeviceNo(sender), key), send::decoded(&outcome, digest, first)?);
                 }
                 (no, _, Some(user), Some(device), ..) => {
                     devices.entry(user).or_default().push((device, DeviceNo(no)));

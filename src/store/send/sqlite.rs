@@ -38,7 +38,7 @@ const DELETE: &str = concat!("BEGIN IMMEDIATE;", delete_acknowledged!(), "COMMIT
 const DELETE_AND_ASK: &str = concat!(
     "BEGIN IMMEDIATE;",
     delete_acknowledged!(),
-    "SELECT s.sender_no, s.idempotency_key, s.outcome, s.digest, s.sent_at
+    "SELECT s.sender_no, s.idempotency_key, s.outcome, s.digest, s.first_position
      FROM json_each($2) asked
      CROSS JOIN sends s ON s.sender_no = asked.value AND s.idempotency_key = substr($3, asked.key * 16 + 1, 16)
      WHERE s.sent_at > $4
@@ -117,7 +117,8 @@ impl Store {
         } else {
             let write = async {
                 let [inserted, _receipts] = tx.run(insert(INSERT)).await?;
-                notices::add_in_sqlite(&mut tx, &judgement.refused, Unread::Refused, now).await?;
+                let period = notices::period(Position(first));
+                notices::add_in_sqlite(&mut tx, &judgement.refused, Unread::Refused, (period, now)).await?;
                 notices::take_back_in_sqlite(&mut tx, &judgement.taken_back).await?;
                 change(&mut tx, &judgement.changed, send::changed_at(&self.limits, now)).await?;
                 self.rooms.written(&owe(&mut tx, &debts, now).await?);
@@ -160,7 +161,7 @@ async fn change(
     }
     let statement = "
         UPDATE sends SET outcome = substr($2, (row.value ->> 1) + 16, row.value ->> 2), sent_at = $3, review_at = $4,
-            first_position = 0, last_position = -1
+            last_position = first_position - 1
         FROM json_each($1) row
         WHERE sender_no = row.value ->> 0 AND idempotency_key = substr($2, row.value ->> 1, 16)";
     sqlx::query(statement).bind(close(list)).bind(blob).bind(sent_at).bind(review_at).execute(&mut **tx).await?;

@@ -139,8 +139,8 @@ impl PostgresTx {
         let keys: Vec<IdempotencyKey> = changed.iter().map(|changed| changed.mail.key).collect();
         let outcomes: Vec<&[u8]> = changed.iter().map(|changed| &changed.outcome[..]).collect();
         let statement = "
-            UPDATE sends s SET outcome = changed.outcome, sent_at = $4, review_at = $5, first_position = 0,
-                last_position = -1
+            UPDATE sends s SET outcome = changed.outcome, sent_at = $4, review_at = $5,
+                last_position = s.first_position - 1
             FROM unnest($1, $2, $3) AS changed (sender_no, idempotency_key, outcome)
             WHERE s.sender_no = changed.sender_no AND s.idempotency_key = changed.idempotency_key";
         let change = sqlx::query(statement).bind(senders).bind(keys).bind(outcomes).bind(sent_at).bind(review_at);
