@@ -13,22 +13,20 @@ use crate::model::mail::Shortage;
 use crate::store::Limits;
 use bounds::Bounds;
 pub(super) use bounds::{Candidate, Load};
+pub(super) use days::Charges;
+use days::{Charge, Days};
 
 mod bounds;
+mod days;
 
 /// Inboxes that are remembered. Above that all are forgotten before the next group, and counted again when they get mail.
 const REMEMBERED_INBOXES: usize = 100_000;
 /// Senders that are remembered in all these inboxes together, some 15 MiB.
 const REMEMBERED_SENDERS: usize = 250_000;
-/// Sending accounts whose bytes of the day are remembered.
-const REMEMBERED_DAYS: usize = 100_000;
 /// An inbox that was counted and had no room is not counted again within this time, however much mail comes for it.
 const FULL_FOR: Duration = Duration::from_secs(1);
 /// When a repeat may find room in a full inbox. The device has to connect and acknowledge mail first.
 const INBOX_WAIT: Duration = Duration::from_secs(60);
-/// The bytes that an account has queued are written down when they reach this part (one of 64) of a day's allowance.
-const WRITTEN_PARTS: u64 = 64;
-const DAY: Duration = Duration::from_hours(24);
 /// No stored debt of an account is longer than this, unless the clock was wrong.
 pub(super) const LONGEST_DEBT: Duration = Duration::from_hours(72);
 
@@ -85,15 +83,6 @@ impl Inbox {
     }
 }
 
-/// The bytes that one account has queued lately.
-#[derive(Clone, Copy, Debug, Default)]
-struct Day {
-    /// The time at which the stored bytes are paid for, at the allowed bytes a day.
-    paid_at: Timestamp,
-    /// Bytes that this node has not written down yet.
-    unwritten: u64,
-}
-
 /// What a node remembers. Cloning gives the same.
 #[derive(Clone)]
 pub(super) struct Rooms {
@@ -109,7 +98,7 @@ struct State {
     accounts: HashMap<UserId, Stamp>,
     /// How many senders are in `inboxes`.
     senders: usize,
-    days: HashMap<UserId, Day>,
+    days: Days,
 }
 
 /// One result of a count: a device, an account that sent to it, and how much waits from that account.
@@ -189,24 +178,24 @@ impl Rooms {
     /// Judges these messages one after the other; each admitted one counts for those after it. `after` gives the row of an
     /// account as it is now; an account for which it is `None` has room in any case.
     ///
-    /// A refusal has the time after which there may be room. Returns `None`, and judges nothing, when an inbox is not
+    /// A refusal has the time after which there may be room. The days of the senders are charged with what is admitted. Returns `None`, and judges nothing, when an inbox is not
     /// remembered any more because another group has begun: it has to be counted again, or it would be taken for empty.
     pub(super) fn judge(
         &self,
         coming: &[Candidate],
         now: Timestamp,
         after: impl Fn(UserId) -> Option<Stamp>,
-    ) -> Option<Vec<Verdict>> {
-        let mut state = self.state();
-        let state = &mut *state;
+    ) -> Option<(Vec<Verdict>, Charges)> {
+        let mut locked = self.state();
+        let state = &mut *locked;
         if coming.iter().any(|one| after(one.user).is_some() && !state.inboxes.contains_key(&one.device)) {
             return None;
         }
-        let mut verdicts = Vec::with_capacity(coming.len());
+        let (mut verdicts, mut charges) = (Vec::with_capacity(coming.len()), HashMap::new());
         for one in coming {
             verdicts.push(match after(one.user) {
-                None => state.charge(one, self.bytes_per_day, now),
-                Some(stamp) => self.judge_inbox(state, one, now, stamp),
+                None => state.days.charge(&mut charges, one, self.bytes_per_day, now),
+                Some(stamp) => self.judge_inbox(state, &mut charges, one, now, stamp),
             });
         }
         for one in coming {
@@ -216,17 +205,25 @@ impl Rooms {
                 state.senders -= inbox.senders.take().map_or(0, |senders| senders.len());
             }
         }
-        Some(verdicts)
+        drop(locked);
+        Some((verdicts, Charges::new(self, charges)))
     }
 
-    fn judge_inbox(&self, state: &mut State, one: &Candidate, now: Timestamp, stamp: Stamp) -> Verdict {
+    fn judge_inbox(
+        &self,
+        state: &mut State,
+        charges: &mut HashMap<UserId, Charge>,
+        one: &Candidate,
+        now: Timestamp,
+        stamp: Stamp,
+    ) -> Verdict {
         let inbox = state.inboxes.entry(one.device).or_default();
         inbox.stamp = stamp;
         if let Err(shortage) = self.bounds.admits(inbox.total, inbox.of(one.sender), one.is_own(), one.bytes) {
             inbox.full_since.get_or_insert_with(Instant::now);
             return Err((shortage, INBOX_WAIT));
         }
-        state.charge(one, self.bytes_per_day, now)?;
+        state.days.charge(charges, one, self.bytes_per_day, now)?;
         if let Some(inbox) = state.inboxes.get_mut(&one.device) {
             inbox.total = inbox.total.plus(Load::one(one.bytes));
             if let Some(senders) = &mut inbox.senders {
@@ -281,65 +278,6 @@ impl Rooms {
         state.inboxes.clear();
         state.senders = 0;
     }
-
-    /// Those of these senders that have queued enough to be written down, each with the part of a day that it takes, in
-    /// milliseconds. They count as written.
-    pub(super) fn unwritten(&self, senders: impl Iterator<Item = UserId>) -> Vec<(UserId, i64)> {
-        if self.bytes_per_day == 0 {
-            return Vec::new();
-        }
-        let enough = (self.bytes_per_day / WRITTEN_PARTS).max(1);
-        let mut state = self.state();
-        let mut found = Vec::new();
-        for sender in senders {
-            let Some(day) = state.days.get_mut(&sender).filter(|day| day.unwritten >= enough) else { continue };
-            let cost = i64::try_from(cost(day.unwritten, self.bytes_per_day).as_millis()).unwrap_or(i64::MAX);
-            day.unwritten = 0;
-            found.push((sender, cost));
-        }
-        found.sort_unstable();
-        found
-    }
-
-    /// Stores what is written down of these accounts.
-    pub(super) fn written(&self, debts: &[(UserId, Timestamp)]) {
-        let mut state = self.state();
-        for (sender, paid_at) in debts {
-            state.days.entry(*sender).or_default().paid_at = *paid_at;
-        }
-    }
-}
-
-impl State {
-    /// Charges the sender's day with a message.
-    fn charge(&mut self, one: &Candidate, bytes_per_day: u64, now: Timestamp) -> Verdict {
-        if bytes_per_day == 0 {
-            return Ok(());
-        }
-        if self.days.len() > REMEMBERED_DAYS {
-            self.days.retain(|_, day| day.paid_at > now);
-            if self.days.len() > REMEMBERED_DAYS {
-                self.days.clear();
-            }
-        }
-        let day = self.days.entry(one.sender).or_default();
-        // A time that a wrong clock has stored must not block the account.
-        let is_believed = day.paid_at > now && day.paid_at <= now + LONGEST_DEBT;
-        let (paid_at, latest) = (if is_believed { day.paid_at } else { now }, now + DAY);
-        let unwritten = day.unwritten.saturating_add(one.bytes);
-        let paid_at = paid_at + cost(unwritten, bytes_per_day);
-        if paid_at > latest && (day.unwritten > 0 || is_believed) {
-            return Err((Shortage::Day, Duration::from_millis((paid_at.millis() - latest.millis()).unsigned_abs())));
-        }
-        day.unwritten = unwritten;
-        Ok(())
-    }
-}
-
-/// The part of a day that this many bytes take.
-fn cost(bytes: u64, bytes_per_day: u64) -> Duration {
-    let millis = (u128::from(bytes) * DAY.as_millis()).div_ceil(u128::from(bytes_per_day));
-    Duration::from_millis(u64::try_from(millis).unwrap_or(u64::MAX)).min(DAY * 2)
 }
 
 #[cfg(test)]

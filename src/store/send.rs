@@ -17,6 +17,7 @@ use crate::model::ids::{DeviceNo, IdempotencyKey, MessageId, Position, UserId};
 use crate::model::mail::{Outcome, Outgoing, Replay, Sent, Shortage};
 use crate::store::database::{Database, reading};
 use crate::store::outcome::{self, Devices, Queued};
+use crate::store::room::Charges;
 use crate::store::send::judge::{Changed, Judged, candidates, cases, judge};
 use crate::store::{Limits, Result, Store, StoreError};
 use crate::telemetry::metrics::{Left, Metrics, QueueRefusal, Repeat};
@@ -60,11 +61,12 @@ struct Receipt<'a> {
 }
 
 /// What a group has done to the queue, in rows that were really there.
-#[derive(Clone, Copy, Debug, Default)]
+#[derive(Default)]
 struct Tally {
     accepted: u64,
     accepted_bytes: u64,
     acked: u64,
+    charges: Option<Charges>,
 }
 
 impl Tally {
@@ -73,6 +75,9 @@ impl Tally {
         metrics.accepted.add((), self.accepted);
         metrics.accepted_bytes.add((), self.accepted_bytes);
         metrics.left.add(Left::Acked, self.acked);
+        if let Some(charges) = self.charges {
+            charges.settle();
+        }
         for replay in sent.iter().flatten().filter_map(|sent| sent.replay) {
             metrics.repeats.one(match replay {
                 Replay::SameBody => Repeat::Same,

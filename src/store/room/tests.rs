@@ -21,10 +21,19 @@ fn empty(rooms: &Rooms, device: DeviceNo) {
     rooms.counted([device], &[], Stamp::default());
 }
 
+const NOW: Timestamp = Timestamp::from_seconds(1_800_000_000);
+const DAY: Duration = Duration::from_hours(24);
+
+/// What a group is that has not been committed.
+fn charged(rooms: &Rooms, one: Candidate) -> (Result<(), Shortage>, Charges) {
+    let (mut verdicts, charges) = rooms.judge(&[one], NOW, |_| Some(Stamp::default())).unwrap();
+    (verdicts.remove(0).map_err(|(shortage, _)| shortage), charges)
+}
+
 fn taken(rooms: &Rooms, one: Candidate) -> Result<(), Shortage> {
-    let now = Timestamp::from_seconds(1_800_000_000);
-    let verdict = rooms.judge(&[one], now, |_| Some(Stamp::default())).unwrap().remove(0);
-    verdict.map_err(|(shortage, _)| shortage)
+    let (verdict, charges) = charged(rooms, one);
+    charges.settle();
+    verdict
 }
 
 /// Whatever comes in whatever order: no inbox passes its limits, no other account passes its share but by what it had
@@ -108,9 +117,8 @@ fn an_inbox_is_not_taken_for_empty_when_too_many_are_remembered() {
         let found: Vec<Counted> = full.iter().map(|(_, sender, load)| (one.device, *sender, *load)).collect();
         rooms.counted([one.device], &found, Stamp::default());
     }
-    let now = Timestamp::from_seconds(1_800_000_000);
-    let judged = || rooms.judge(&coming, now, |_| Some(Stamp::default()));
-    assert!(judged().unwrap().iter().all(Result::is_err), "all of them are full");
+    let judged = || rooms.judge(&coming, NOW, |_| Some(Stamp::default()));
+    assert!(judged().unwrap().0.iter().all(Result::is_err), "all of them are full");
     rooms.bound();
     assert!(judged().is_none(), "they have to be counted again");
     assert_eq!(rooms.unsure(&coming, |_| Some(Stamp::default())).len(), coming.len());
@@ -133,10 +141,9 @@ fn a_row_never_says_less_than_waits_whatever_another_group_forgets() {
             rooms.forget();
         }
         let coming = devices.map(|device| Candidate { user: owner, device, sender: UserId::random(), bytes: 1 });
-        let now = Timestamp::from_seconds(1_800_000_000);
-        if rooms.judge(&coming, now, |_| Some(Stamp::default())).is_none() {
+        if rooms.judge(&coming, NOW, |_| Some(Stamp::default())).is_none() {
             rooms.counted(devices, &waiting, Stamp::default());
-            rooms.judge(&coming, now, |_| Some(Stamp::default())).unwrap();
+            rooms.judge(&coming, NOW, |_| Some(Stamp::default())).unwrap();
         }
         most = (most + 1).min(MESSAGES);
         match rand::random_range(0..3) {
@@ -173,12 +180,53 @@ fn a_day_is_charged_with_what_is_admitted_and_written_down_in_parts() {
     let (rooms, owner, sender, device) = (rooms(640), UserId::random(), UserId::random(), DeviceNo(1));
     empty(&rooms, device);
     let one = Candidate { user: owner, device, sender, bytes: 5 };
-    assert_eq!(taken(&rooms, one), Ok(()));
-    assert_eq!(rooms.unwritten([sender].into_iter()), [], "half of a 64th");
-    assert_eq!(taken(&rooms, one), Ok(()));
+    let (verdict, mut charges) = charged(&rooms, one);
+    assert_eq!((verdict, charges.debts()), (Ok(()), vec![]), "half of a 64th");
+    charges.settle();
     let part = i64::try_from(DAY.as_millis() / 64).unwrap();
-    assert_eq!(rooms.unwritten([sender].into_iter()), [(sender, part)]);
-    let paid_at = Timestamp::from_seconds(1_800_000_000) + DAY - Duration::from_millis(1);
-    rooms.written(&[(sender, paid_at)]);
+    for _ in 0..2 {
+        let (verdict, mut charges) = charged(&rooms, one);
+        assert_eq!((verdict, charges.debts()), (Ok(()), vec![(sender, part)]));
+        charges.written(&[(sender, NOW + DAY)]);
+        // The commit failed: it is to be written down again.
+    }
+    let (_, mut charges) = charged(&rooms, one);
+    assert_eq!(charges.debts(), [(sender, part)]);
+    charges.written(&[(sender, NOW + DAY - Duration::from_millis(1))]);
+    charges.settle();
     assert_eq!(taken(&rooms, one), Err(Shortage::Day));
+}
+
+/// Whatever groups of whatever size are under way, and however they end: a day is charged with what was queued, and two
+/// groups together admit no more than one.
+#[test]
+fn a_day_is_charged_with_what_was_committed() {
+    for _ in 0..200 {
+        let (rooms, sender, device) = (rooms(640), UserId::random(), DeviceNo(1));
+        let (mut queued, mut stored, mut under_way) = (0, 0_i64, Vec::<(u64, Charges, i64)>::new());
+        for _ in 0..200 {
+            if under_way.len() < 2 && rand::random() {
+                empty(&rooms, device);
+                let one = Candidate { user: UserId::random(), device, sender, bytes: rand::random_range(1..30) };
+                let (verdict, mut charges) = charged(&rooms, one);
+                let bytes = if verdict.is_ok() { one.bytes } else { 0 };
+                let waiting: u64 = under_way.iter().map(|(bytes, ..)| bytes).sum();
+                assert_eq!(verdict.is_ok(), queued + waiting + one.bytes <= 640);
+                let debt = charges.debts().first().map_or(0, |(_, cost)| *cost);
+                under_way.push((bytes, charges, debt));
+            } else if let Some((bytes, mut charges, debt)) = under_way.pop()
+                && rand::random()
+            {
+                queued += bytes;
+                stored += debt;
+                if debt > 0 {
+                    charges.written(&[(sender, NOW + Duration::from_millis(stored.unsigned_abs()))]);
+                }
+                charges.settle();
+            }
+        }
+        under_way.clear();
+        let (unwritten, per_byte) = (rooms.state().days.unwritten(sender), DAY.as_millis() / 640);
+        assert_eq!(u128::from(stored.unsigned_abs()) + u128::from(unwritten) * per_byte, u128::from(queued) * per_byte);
+    }
 }

@@ -151,10 +151,10 @@ impl Store {
         let cases = send::cases(sends, &found, is_later);
         let coming = send::candidates(sends, &cases);
         let mut counted = Vec::new();
-        let verdicts = loop {
+        let (verdicts, mut charges) = loop {
             counted.extend(self.count_the_unsure(tx, &coming, &found.devices, &locked).await?);
-            if let Some(verdicts) = self.rooms.judge(&coming, now, |user| row(user).map(|row| row.now)) {
-                break verdicts;
+            if let Some(judged) = self.rooms.judge(&coming, now, |user| row(user).map(|row| row.now)) {
+                break judged;
             }
         };
         counted.sort_unstable();
@@ -182,10 +182,11 @@ impl Store {
             notices::add_in_postgres(tx, &judgement.refused, Unread::Refused, (period, now)).await?;
             notices::take_back_in_postgres(tx, &judgement.taken_back).await?;
         }
-        let debts = self.rooms.unwritten(rows.iter().map(|(mail, _)| mail.sender.user));
+        let debts = charges.debts();
         if !debts.is_empty() {
-            self.rooms.written(&tx.owe(&debts, now).await?);
+            charges.written(&tx.owe(&debts, now).await?);
         }
+        tally.charges = Some(charges);
         if !counted.is_empty() {
             self.set_counted(tx, &counted, &found.devices).await?;
         }

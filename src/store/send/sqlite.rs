@@ -90,15 +90,15 @@ impl Store {
         let coming = send::candidates(sends, &cases);
         // There is no other writer, so what is remembered of an inbox holds until it is counted again.
         self.rooms.bound();
-        let verdicts = loop {
+        let (verdicts, mut charges) = loop {
             let unsure = self.rooms.unsure(&coming, |_| Some(Stamp::default()));
             if !unsure.is_empty() {
                 let unsure: Vec<DeviceNo> = unsure.into_iter().map(|(_, device)| device).collect();
                 let counted = Span::within("store.write").attempt(count(&mut tx, &unsure)).await?;
                 self.rooms.counted(unsure, &counted, Stamp::default());
             }
-            if let Some(verdicts) = self.rooms.judge(&coming, now, |_| Some(Stamp::default())) {
-                break verdicts;
+            if let Some(judged) = self.rooms.judge(&coming, now, |_| Some(Stamp::default())) {
+                break judged;
             }
         };
         let judgement = send::judge(sends, cases, verdicts);
@@ -108,7 +108,7 @@ impl Store {
         let position = |n: usize| first + n as i64;
         let messages = send::numbered(&judgement.rows, &received.ids, position);
         let receipts = send::receipts(&judgement.judged, position);
-        let debts = self.rooms.unwritten(judgement.rows.iter().map(|(mail, _)| mail.sender.user));
+        let debts = charges.debts();
         let insert = |text| insertion(text, (&messages, first, received.received_at), (&receipts, now, now + lifetime));
         if debts.is_empty() && judgement.is_plain() {
             let write = tx.finish(insert(INSERT_AND_COMMIT));
@@ -121,13 +121,14 @@ impl Store {
                 notices::add_in_sqlite(&mut tx, &judgement.refused, Unread::Refused, (period, now)).await?;
                 notices::take_back_in_sqlite(&mut tx, &judgement.taken_back).await?;
                 change(&mut tx, &judgement.changed, send::changed_at(&self.limits, now)).await?;
-                self.rooms.written(&owe(&mut tx, &debts, now).await?);
+                charges.written(&owe(&mut tx, &debts, now).await?);
                 Ok::<_, StoreError>(inserted.changed)
             };
             let inserted = Span::within("store.write").attempt(write).await?;
             tally.add(&messages, inserted);
             Span::within("store.commit").attempt(tx.commit()).await?;
         }
+        tally.charges = Some(charges);
         Ok((judgement.sent, tally))
     }
 }

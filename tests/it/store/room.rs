@@ -9,7 +9,7 @@ use obscura_server::store::{Limits, Notice};
 use uuid::Uuid;
 
 use super::fixture::{NOW, Person, TestStore};
-use crate::harness::eventually;
+use crate::harness::{Database, eventually};
 
 const HOUR: Duration = Duration::from_hours(1);
 
@@ -224,6 +224,84 @@ async fn a_notice_counts_each_refused_send_once_and_what_expired_until_it_is_ack
     assert_eq!(store.database().await.number("SELECT count(*) FROM inbox_notices").await, 0);
 }
 
+/// A store in which one message fills an inbox, with bob's inbox full.
+async fn full_inbox() -> (TestStore, [Person; 3]) {
+    let store = TestStore::open_with(|limits| (limits.max_inbox_size, limits.sender_share_percent) = (1, 100)).await;
+    let [alice, bob, carol] = [store.account().await, store.account().await, store.account().await];
+    settle(&store, &send(&alice, &[(&bob, 1)])).await;
+    (store, [alice, bob, carol])
+}
+
+async fn acknowledge_notice(store: &TestStore, person: &Person) {
+    let told = store.notice(person.no).await.unwrap().expect("a notice");
+    store.notice_told(person.no, told, NOW).await.unwrap();
+}
+
+/// Repeats a send until there is room for all of it. A full inbox is looked at once in a second.
+async fn queue_the_rest(store: &TestStore, mail: &Outgoing) {
+    eventually("room", async || refused(&settle(store, mail).await).is_empty()).await;
+}
+
+/// All of it within one hour.
+#[tokio::test]
+async fn a_repeat_does_not_take_the_refusal_of_another_sender_off_a_notice() {
+    for is_reopened in [false, true] {
+        let (mut store, [alice, bob, carol]) = full_inbox().await;
+        let (first, second) = (send(&alice, &[(&bob, 1)]), send(&carol, &[(&bob, 1)]));
+        settle(&store, &first).await;
+        acknowledge_notice(&store, &bob).await;
+        if is_reopened {
+            store = store.reopened().await;
+        }
+        settle(&store, &second).await;
+        acknowledge(&store, &bob).await;
+        queue_the_rest(&store, &first).await;
+        assert_eq!(counts(store.notice(bob.no).await.unwrap()), Some((0, 1)), "the other message was refused");
+        acknowledge(&store, &bob).await;
+        queue_the_rest(&store, &second).await;
+        assert_eq!(store.notice(bob.no).await.unwrap(), None, "now both have arrived");
+    }
+}
+
+#[tokio::test]
+async fn a_send_that_was_repeated_in_parts_takes_only_its_own_refusals_off_notices() {
+    let (store, [alice, bob, carol]) = full_inbox().await;
+    settle(&store, &send(&alice, &[(&carol, 1)])).await;
+    let (both, other) = (send(&alice, &[(&bob, 1), (&carol, 1)]), send(&carol, &[(&bob, 1)]));
+    settle(&store, &both).await;
+    acknowledge_notice(&store, &bob).await;
+    settle(&store, &other).await;
+    acknowledge(&store, &carol).await;
+    let is_for_bob = async || refused(&settle(&store, &both).await) == [(bob.device, Shortage::Inbox)];
+    eventually("room for carol", is_for_bob).await;
+    assert_eq!(store.notice(carol.no).await.unwrap(), None);
+    acknowledge(&store, &bob).await;
+    queue_the_rest(&store, &both).await;
+    assert_eq!(counts(store.notice(bob.no).await.unwrap()), Some((0, 1)), "the other message was refused");
+}
+
+#[tokio::test]
+async fn a_notice_that_was_overtaken_by_repeats_takes_nothing_else_along_when_it_is_acknowledged() {
+    let store = TestStore::open_with(|limits| (limits.max_inbox_size, limits.sender_share_percent) = (2, 100)).await;
+    let (alice, bob) = (store.account().await, store.account().await);
+    let mails: Vec<Outgoing> = (0..6).map(|_| send(&alice, &[(&bob, 1)])).collect();
+    for mail in &mails[..5] {
+        settle(&store, mail).await;
+    }
+    let told = store.notice(bob.no).await.unwrap().unwrap();
+    assert_eq!(counts(Some(told)), Some((0, 3)));
+    acknowledge(&store, &bob).await;
+    for mail in &mails[2..4] {
+        queue_the_rest(&store, mail).await;
+    }
+    assert_eq!(refused(&settle(&store, &mails[5]).await).len(), 1);
+    store.notice_told(bob.no, told, NOW).await.unwrap();
+    let left = store.notice(bob.no).await.unwrap().expect("one that was refused after the notice is still to be told");
+    assert!(left.refused >= 1);
+    store.notice_told(bob.no, left, NOW).await.unwrap();
+    assert_eq!(store.notice(bob.no).await.unwrap(), None);
+}
+
 #[tokio::test]
 async fn two_stores_on_one_database_queue_the_rest_once() {
     let store = TestStore::open_in_postgres_with(|limits| limits.max_inbox_size = 1).await;
@@ -239,6 +317,31 @@ async fn two_stores_on_one_database_queue_the_rest_once() {
         assert!(sent[0].as_ref().is_some_and(|sent| sent.outcome.refused.is_empty()));
     }
     assert_eq!(waiting(&store, &bob).await.len(), 1);
+}
+
+#[tokio::test]
+async fn a_day_is_charged_with_what_was_queued_and_not_with_groups_that_failed() {
+    let store = TestStore::open_with(|limits| limits.sender_bytes_per_day = 6400).await;
+    let (alice, bob) = (store.account().await, store.account().await);
+    let database = store.database().await;
+    let deny = match &database {
+        Database::Sqlite(_) => {
+            "CREATE TRIGGER deny BEFORE INSERT ON messages WHEN LENGTH(NEW.body) = 49
+             BEGIN SELECT RAISE(ABORT, 'denied'); END"
+        }
+        Database::Postgres(_) => {
+            "CREATE FUNCTION deny() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN RAISE 'denied'; END $$;
+             CREATE TRIGGER deny BEFORE INSERT ON messages FOR EACH ROW WHEN (octet_length(NEW.body) = 49)
+             EXECUTE FUNCTION deny()"
+        }
+    };
+    database.execute(deny).await;
+    for number in 0..128 {
+        let fails = [send(&alice, &[(&bob, 49)])];
+        assert!(store.settle(&fails, &[], NOW).await.is_err());
+        assert!(refused(&settle(&store, &send(&alice, &[(&bob, 50)])).await).is_empty(), "{number}");
+    }
+    assert_eq!(refused(&settle(&store, &send(&alice, &[(&bob, 50)])).await), [(bob.device, Shortage::Day)]);
 }
 
 /// A group has counted an inbox and is about to be committed when another one of the same node fails.
