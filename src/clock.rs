@@ -58,7 +58,7 @@ impl Sub<Duration> for Timestamp {
 pub const EARLIEST: Timestamp = Timestamp::from_seconds(1_767_225_600);
 
 /// The wall clock may differ by this much from what the monotonic clock says that it should be.
-const TOLERANCE: Duration = Duration::from_hours(1);
+pub const TOLERANCE: Duration = Duration::from_hours(1);
 /// At the start, this much may have passed since the remembered time without a doubt. A longer time means a long downtime or
 /// a wrong clock, and only the operator knows which.
 const REST: Duration = Duration::from_hours(24);

@@ -1,16 +1,12 @@
 //! What a node's writer of messages remembers between two groups.
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::Duration;
 
 use sqlx::SqliteConnection;
 use uuid::ContextV7;
 
-use crate::clock::Timestamp;
+use crate::clock::{self, Timestamp};
 use crate::model::ids::MessageId;
-
-/// A clock that steps back by less than this doesn't change the order of receipt times.
-const CLOCK_STEP: Duration = Duration::from_hours(24);
 
 /// What the writer remembers between groups. A node has one; cloning gives the same.
 #[derive(Clone)]
@@ -62,12 +58,16 @@ impl Numbering {
     }
 
     /// Gives `count` new messages their ids, and the time of receipt that they share. All of them ascend from group to
-    /// group.
+    /// group, except when a clock is set back by more than [`clock::TOLERANCE`].
     pub(super) fn receive(&self, count: usize, now: Timestamp) -> Received {
         let mut state = self.state();
-        // A clock that was set back a little stands still until it has caught up. One that was far off is believed.
-        let stands_still = now < state.last_receipt && now + CLOCK_STEP > state.last_receipt;
+        // A clock that was set back a little stands still until it has caught up. A larger step ends a doubt, in which the
+        // latest time was taken: standing still would tell the time of a wrong clock for hours. Positions keep the order.
+        let stands_still = now < state.last_receipt && now + clock::TOLERANCE >= state.last_receipt;
         let received_at = if stands_still { state.last_receipt } else { now };
+        if received_at < state.last_receipt {
+            state.sequence = ContextV7::default();
+        }
         state.last_receipt = received_at;
         let ids = (0..count).map(|_| MessageId::next(received_at, &state.sequence)).collect();
         Received { received_at, ids }

@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use bytes::Bytes;
-use obscura_server::clock::Timestamp;
+use obscura_server::clock::{Moment, Timestamp};
 use obscura_server::model::ids::{DeviceId, DeviceNo, IdempotencyKey, MessageId, Position, UserId};
 use obscura_server::model::mail::{Envelope, Outcome, Outgoing, Recipient, Replay, Sealed, Sender};
 use obscura_server::store::{Page, Store};
@@ -143,6 +143,25 @@ async fn messages_received_within_one_moment_or_a_step_back_keep_their_order() {
     let envelopes = inbox(&store, &bob, NOW).await;
     assert_eq!(bodies(&envelopes), ["0", "1", "2", "3", "4"]);
     assert!(envelopes.is_sorted_by_key(|envelope| (envelope.received_at.millis(), *envelope.id.as_bytes())));
+}
+
+/// The clock is two hours ahead for a moment, and then right.
+#[tokio::test]
+async fn receipt_times_do_not_stay_in_the_future_when_a_clock_that_was_ahead_is_right_again() {
+    let store = TestStore::open().await;
+    let (alice, bob) = (store.account().await, store.account().await);
+    let ahead = Moment { earliest: NOW, latest: NOW + Duration::from_hours(2) };
+    for (text, moment) in [("before", NOW.into()), ("ahead", ahead), ("after", (NOW + Duration::from_secs(1)).into())] {
+        (*store).settle(&[to(&alice, &bob, text)], &[], moment).await.unwrap();
+    }
+    let store = store.reopened().await;
+    let later = NOW + Duration::from_secs(2);
+    store.settle(&[to(&alice, &bob, "later")], &[], later).await.unwrap();
+    let envelopes = inbox(&store, &bob, NOW).await;
+    assert_eq!(bodies(&envelopes), ["before", "ahead", "after", "later"], "the order stays");
+    let times: Vec<_> = envelopes.iter().map(|envelope| envelope.received_at).collect();
+    assert_eq!(times, [NOW, ahead.latest, NOW + Duration::from_secs(1), later]);
+    assert!(envelopes[2].id < envelopes[1].id, "ids tell the same time");
 }
 
 #[tokio::test]
