@@ -198,7 +198,7 @@ pub(super) async fn insert(tx: &mut Tx, user: UserId, device: &NewDevice, is_pri
         .bind(device.registration_id.0)
         .bind(is_primary)
         .fetch_one(db))?;
-    prekeys::insert(tx, no, &device.prekeys).await?;
+    prekeys::insert(tx, user, no, &device.prekeys).await?;
     Ok(no)
 }
 

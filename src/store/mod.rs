@@ -12,6 +12,7 @@ mod error;
 mod gather;
 mod inventory;
 mod jobs;
+mod known_prekeys;
 mod links;
 mod messages;
 mod notices;

@@ -2,9 +2,12 @@
 //!
 //! A one-time prekey is deleted in the transaction that reads it, and that transaction is on disk before anybody sees
 //! the key. So no crash and no race gives one key to two askers. The same transaction records that the key was used, so that
-//! an upload can't bring it back.
+//! an upload can't bring it back. A key that was recorded before is not handed out: a database may hold one twice that an
+//! earlier version stored under two ids.
 
-use sqlx::{FromRow, QueryBuilder, Sqlite};
+mod rows;
+
+use sqlx::FromRow;
 
 use crate::model::ids::{Address, DeviceId, DeviceNo, UserId};
 use crate::model::keys::{
@@ -12,8 +15,11 @@ use crate::model::keys::{
     SignedPreKey,
 };
 use crate::store::database::{Tx, on, reading, run};
+use crate::store::known_prekeys::{Known, Own};
 use crate::store::used_prekeys::{self, fingerprint};
 use crate::store::{Result, Store, StoreError};
+
+pub(super) use rows::{OneTimeRow, add_one_time, lasting_keys, one_time_rows, prune};
 
 /// What it takes to start a session with a device.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -78,7 +84,10 @@ impl Store {
         };
         if matches!(tx, Tx::Sqlite(_)) {
             let used: Vec<_> = taken.iter().map(|key| (key.device_no, fingerprint(user, &key.public_key))).collect();
-            used_prekeys::record(&mut tx, &used).await?;
+            let recorded = used_prekeys::record(&mut tx, &used).await?;
+            for (key, used) in taken.iter_mut().zip(&used) {
+                key.is_new = recorded.contains(used);
+            }
         }
         tx.commit().await?;
         if rows.is_empty() {
@@ -94,6 +103,7 @@ impl Store {
             if row.left(ec.is_some(), pq.is_some()).is_below(threshold) {
                 handed_out.low.push(Address { user, device: row.no });
             }
+            let [ec, pq] = [ec, pq].map(|key| key.filter(|key| key.is_new));
             handed_out.bundles.push(row.bundle(ec, pq)?);
         }
         Ok(Some(handed_out))
@@ -131,12 +141,9 @@ impl Store {
 }
 
 /// `one_time_prekeys.kind` of elliptic-curve keys.
-const EC: i32 = 0;
+pub(super) const EC: i32 = 0;
 /// `one_time_prekeys.kind` of post-quantum keys.
-const PQ: i32 = 1;
-/// One-time prekeys stored by one statement: five parameters each, of the 32766 that SQLite takes.
-const ROWS_PER_STATEMENT: usize = 1000;
-
+pub(super) const PQ: i32 = 1;
 /// The devices that are asked for, with the keys that stay and the number of those that go.
 macro_rules! read_devices {
     ($lock:literal) => {
@@ -177,19 +184,17 @@ const TAKE_KEYS_IN_POSTGRES: &str = "\
         RETURNING device_no, kind, key_id, public_key, signature), \
     recorded AS ( \
         INSERT INTO used_prekeys (device_no, fingerprint) \
-        SELECT device_no, substr(sha256(uuid_send($1) || public_key), 1, 8) FROM taken ON CONFLICT DO NOTHING) \
-    SELECT device_no, kind, key_id, public_key, signature FROM taken";
+        SELECT device_no, substr(sha256(uuid_send($1) || public_key), 1, 8) FROM taken ON CONFLICT DO NOTHING \
+        RETURNING device_no, fingerprint) \
+    SELECT device_no, kind, key_id, public_key, signature, \
+           (device_no, substr(sha256(uuid_send($1) || public_key), 1, 8)) IN (SELECT device_no, fingerprint FROM recorded) \
+           AS is_new FROM taken";
 
 const COUNT_KEYS: &str = "\
     SELECT (SELECT count(*) FROM one_time_prekeys o WHERE o.device_no = k.device_no AND o.kind = 0) AS ec, \
            (SELECT count(*) FROM one_time_prekeys o WHERE o.device_no = k.device_no AND o.kind = 1) AS pq, \
            k.pq_last_resort_id IS NOT NULL AS uses_pq \
     FROM device_keys k WHERE k.device_no = $1";
-
-/// Keeps the newest $3 of a kind.
-const PRUNE: &str = "\
-    DELETE FROM one_time_prekeys WHERE device_no = $1 AND kind = $2 AND no <= ( \
-        SELECT no FROM one_time_prekeys WHERE device_no = $1 AND kind = $2 ORDER BY no DESC LIMIT 1 OFFSET $3)";
 
 #[derive(FromRow)]
 struct DeviceRow {
@@ -216,6 +221,9 @@ struct TakenRow {
     key_id: i32,
     public_key: Vec<u8>,
     signature: Option<Vec<u8>>,
+    /// False for a key that had been used before.
+    #[sqlx(default)]
+    is_new: bool,
 }
 
 impl DeviceRow {
@@ -269,14 +277,17 @@ pub(super) fn intact<T>(value: std::result::Result<T, KeyError>) -> Result<T> {
     value.map_err(|error| StoreError(sqlx::Error::Decode(error.into())))
 }
 
-/// Stores the first keys of a device.
-pub(super) async fn insert(tx: &mut Tx, no: DeviceNo, keys: &PreKeys) -> Result<()> {
+/// Stores the first keys of a device. One-time keys that the account has or has used are left out.
+pub(super) async fn insert(tx: &mut Tx, user: UserId, no: DeviceNo, keys: &PreKeys) -> Result<()> {
     let statement = "\
         INSERT INTO device_keys (device_no, signed_id, signed_key, signed_signature, \
                                  pq_last_resort_id, pq_last_resort_key, pq_last_resort_signature) \
         VALUES ($1, $2, $3, $4, $5, $6, $7)";
     store_signed(tx, statement, no, keys).await?;
-    add_one_time(tx, no, &one_time_rows(keys)).await
+    let rows = one_time_rows(keys);
+    let known = Known::read(tx, user, keys, &rows).await?;
+    let change = known.change(rows, &lasting_keys(keys), &Own::Go(no));
+    add_one_time(tx, no, &change.added).await
 }
 
 /// Puts the signed keys of an upload in place of the stored ones. A last-resort key that is not in it stays.
@@ -303,84 +314,6 @@ async fn store_signed(tx: &mut Tx, statement: &'static str, no: DeviceNo, keys: 
             .bind(last_resort.map(|key| &key.public_key.as_bytes()[..]))
             .bind(last_resort.map(|key| &key.signature.as_bytes()[..]))
     )?;
-    Ok(())
-}
-
-/// A one-time key as a row.
-#[derive(Clone, Copy)]
-pub(super) struct OneTimeRow<'a> {
-    /// [`EC`] or [`PQ`].
-    pub(super) kind: i32,
-    pub(super) id: i32,
-    /// With its type byte.
-    pub(super) public_key: &'a [u8],
-    /// Of post-quantum keys only.
-    pub(super) signature: Option<&'a [u8]>,
-}
-
-/// The one-time keys of an upload, in their order.
-pub(super) fn one_time_rows(keys: &PreKeys) -> Vec<OneTimeRow<'_>> {
-    let ec = keys.one_time.iter().map(|key| OneTimeRow {
-        kind: EC,
-        id: key.id.0,
-        public_key: key.public_key.as_bytes(),
-        signature: None,
-    });
-    let pq = keys.pq_one_time.iter().map(|key| OneTimeRow {
-        kind: PQ,
-        id: key.id.get(),
-        public_key: key.public_key.as_bytes(),
-        signature: Some(key.signature.as_bytes()),
-    });
-    ec.chain(pq).collect()
-}
-
-/// Adds one-time keys in their order, without those whose ids are stored already.
-pub(super) async fn add_one_time(tx: &mut Tx, no: DeviceNo, rows: &[OneTimeRow<'_>]) -> Result<()> {
-    for rows in rows.chunks(ROWS_PER_STATEMENT) {
-        match tx {
-            Tx::Sqlite(tx) => {
-                let mut statement = QueryBuilder::<Sqlite>::new(
-                    "INSERT INTO one_time_prekeys (device_no, kind, key_id, public_key, signature) ",
-                );
-                statement.push_values(rows, |mut row, key| {
-                    row.push_bind(no).push_bind(key.kind).push_bind(key.id);
-                    row.push_bind(key.public_key).push_bind(key.signature);
-                });
-                statement.push(" ON CONFLICT (device_no, kind, key_id) DO NOTHING");
-                // Hardly two uploads have the same number of keys, so these would fill the cache of statements.
-                statement.build().persistent(false).execute(&mut **tx).await?;
-            }
-            Tx::Postgres(tx) => {
-                let column = |of: fn(&OneTimeRow<'_>) -> i32| rows.iter().map(of).collect::<Vec<i32>>();
-                let public_keys: Vec<&[u8]> = rows.iter().map(|row| row.public_key).collect();
-                let signatures: Vec<Option<&[u8]>> = rows.iter().map(|row| row.signature).collect();
-                let insert = sqlx::query(ADD_KEYS_IN_POSTGRES)
-                    .bind(no)
-                    .bind(column(|row| row.kind))
-                    .bind(column(|row| row.id))
-                    .bind(public_keys)
-                    .bind(signatures);
-                tx.run(insert).await?;
-            }
-        }
-    }
-    Ok(())
-}
-
-/// The numbers are given in the order of the arrays.
-const ADD_KEYS_IN_POSTGRES: &str = "\
-    INSERT INTO one_time_prekeys (device_no, kind, key_id, public_key, signature) \
-    SELECT $1, kind, key_id, public_key, signature \
-    FROM unnest($2::int[], $3::int[], $4::bytea[], $5::bytea[]) \
-         WITH ORDINALITY AS keys (kind, key_id, public_key, signature, place) \
-    ORDER BY place ON CONFLICT (device_no, kind, key_id) DO NOTHING";
-
-/// Drops the oldest one-time keys of each kind beyond `max`.
-pub(super) async fn prune(tx: &mut Tx, no: DeviceNo, max: u32) -> Result<()> {
-    for kind in [EC, PQ] {
-        run!(tx, sqlx::query(PRUNE).bind(no).bind(kind).bind(i64::from(max)))?;
-    }
     Ok(())
 }
 

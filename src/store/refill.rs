@@ -4,27 +4,30 @@
 //! signed prekey that the account has never had: only the holder of the identity key can make one. A signed prekey that can
 //! be taken from a bundle is refused: the device's own under another id, and that of another device.
 
-use std::collections::{HashMap, HashSet};
+use std::collections::HashMap;
 
 use sqlx::FromRow;
 
 use crate::model::ids::{DeviceNo, UserId};
 use crate::model::keys::PreKeys;
 use crate::store::database::{Tx, on, run};
+use crate::store::known_prekeys::{self, Known, Own};
 use crate::store::prekeys::{self, OneTimeRow};
-use crate::store::used_prekeys::{self, Fingerprint, fingerprint};
+use crate::store::used_prekeys::{self, fingerprint};
 use crate::store::{Result, Store, devices};
 
 /// The result of an upload. Unless it says `Stored`, nothing has changed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Refilled {
-    /// All of it is stored, except one-time prekeys that were handed out before. Also the answer to a repeated upload.
+    /// All of it is stored, except one-time prekeys that were handed out before, come twice, or are those of another device.
+    /// Also the answer to a repeated upload.
     Stored,
     /// The id of the signed prekey is not above that of the stored one.
     SignedIdNotRising,
-    /// The signed prekey is not new: the account has had it, on this device under another id, or on another one.
+    /// The signed prekey is not new: the account has had it, on this device under another id, on another one, or as a
+    /// one-time key.
     SignedKeyKnown,
-    /// The last-resort key is not new: it is stored under another id, or was handed out as a one-time key.
+    /// The last-resort key is not new: it is stored under another id, or is or was a one-time key.
     LastResortKnown,
     /// There is no last-resort key in the upload, and one is needed: for one-time post-quantum keys when none is stored, or
     /// in place of the stored one when all keys are replaced.
@@ -55,7 +58,8 @@ impl Store {
     /// Stores new keys of a device: the signed prekey and the last-resort key replace the stored ones, one-time keys are
     /// added. Of these the oldest make room when there are more than a device may have.
     ///
-    /// A one-time key whose id is stored already changes nothing. One that was handed out before is left out.
+    /// A one-time key whose id is stored already changes nothing. One that was handed out before is left out. One that is
+    /// stored under another id gets the new id.
     pub async fn refill(&self, no: DeviceNo, keys: &PreKeys) -> Result<Refilled> {
         self.upload(no, keys, Mode::Adding).await
     }
@@ -89,28 +93,36 @@ impl Store {
     ) -> Result<Refilled> {
         let user = stored.user_id;
         let rows = prekeys::one_time_rows(keys);
-        let used = used_prekeys::among(tx, user, &fingerprints(user, keys, &rows)).await?;
-        let rows: Vec<OneTimeRow<'_>> =
-            rows.into_iter().filter(|row| !used.contains(&fingerprint(user, row.public_key))).collect();
+        let known = Known::read(tx, user, keys, &rows).await?;
+        let own = match mode {
+            Mode::Adding => Own::staying(tx, no).await?,
+            Mode::Replacing => Own::Go(no),
+        };
+        let mut lasting = prekeys::lasting_keys(keys);
+        lasting.extend(stored.lasting_keys());
+        let change = known.change(rows, &lasting, &own);
         if stored.has_signed(keys) {
             if stored.signed_id != keys.signed.id.0 {
                 return Ok(Refilled::SignedKeyKnown);
             }
-            let is_repeated = stored.has_last_resort(keys) && is_stored(tx, no, &rows, mode).await?;
+            let is_repeated = stored.has_last_resort(keys) && is_stored(tx, no, &change.added, mode).await?;
             return Ok(if is_repeated { Refilled::Stored } else { Refilled::SignedIdNotRising });
         }
-        if let Some(refused) = stored.refusal(keys, mode, &used) {
+        if let Some(refused) = stored.refusal(keys, mode, &known, &own) {
             return Ok(refused);
         }
         if is_signed_key_of_another(tx, user, no, keys).await? {
             return Ok(Refilled::SignedKeyKnown);
         }
         used_prekeys::record(tx, &[(no, fingerprint(user, &stored.signed_key))]).await?;
-        if mode == Mode::Replacing {
-            run!(tx, sqlx::query("DELETE FROM one_time_prekeys WHERE device_no = $1").bind(no))?;
+        match mode {
+            Mode::Adding => known_prekeys::delete(tx, &change.moved).await?,
+            Mode::Replacing => {
+                run!(tx, sqlx::query("DELETE FROM one_time_prekeys WHERE device_no = $1").bind(no))?;
+            }
         }
         prekeys::replace(tx, no, keys).await?;
-        prekeys::add_one_time(tx, no, &rows).await?;
+        prekeys::add_one_time(tx, no, &change.added).await?;
         prekeys::prune(tx, no, self.limits.max_prekeys).await?;
         Ok(Refilled::Stored)
     }
@@ -132,10 +144,15 @@ impl Stored {
         self.pq_last_resort_key.as_deref() == Some(public_key)
     }
 
-    /// Why an upload with another signed prekey than the stored one is refused; `used` has what was used of it.
-    fn refusal(&self, keys: &PreKeys, mode: Mode, used: &HashSet<Fingerprint>) -> Option<Refilled> {
-        let is_used = |public_key: &[u8]| used.contains(&fingerprint(self.user_id, public_key));
-        if is_used(keys.signed.public_key.as_bytes()) {
+    /// The keys that every bundle may have carried.
+    fn lasting_keys(&self) -> impl Iterator<Item = &[u8]> {
+        self.pq_last_resort_key.as_deref().into_iter().chain([&self.signed_key[..]])
+    }
+
+    /// Why an upload with another signed prekey than the stored one is refused.
+    fn refusal(&self, keys: &PreKeys, mode: Mode, known: &Known, own: &Own) -> Option<Refilled> {
+        let is_one_time = |public_key: &[u8]| known.is_used(public_key) || known.is_one_time(public_key, own);
+        if is_one_time(keys.signed.public_key.as_bytes()) {
             return Some(Refilled::SignedKeyKnown);
         }
         if mode == Mode::Adding && keys.signed.id.0 <= self.signed_id {
@@ -150,15 +167,8 @@ impl Stored {
         };
         let public_key = last_resort.public_key.as_bytes();
         let is_renamed = self.is_last_resort(public_key) && self.pq_last_resort_id != Some(last_resort.id.get());
-        (is_renamed || is_used(public_key)).then_some(Refilled::LastResortKnown)
+        (is_renamed || is_one_time(public_key)).then_some(Refilled::LastResortKnown)
     }
-}
-
-fn fingerprints(user: UserId, keys: &PreKeys, rows: &[OneTimeRow<'_>]) -> Vec<Fingerprint> {
-    let signed = [&keys.signed.public_key.as_bytes()[..]].into_iter();
-    let last_resort = keys.pq_last_resort.iter().map(|key| &key.public_key.as_bytes()[..]);
-    let one_time = rows.iter().map(|row| row.public_key);
-    signed.chain(last_resort).chain(one_time).map(|public_key| fingerprint(user, public_key)).collect()
 }
 
 /// True if the stored one-time keys would stay as they are.

@@ -22,30 +22,32 @@ pub(super) fn fingerprint(user: UserId, public_key: &[u8]) -> Fingerprint {
     *first
 }
 
-/// Remembers that these keys of these devices were used.
-pub(super) async fn record(tx: &mut Tx, used: &[(DeviceNo, Fingerprint)]) -> Result<()> {
+/// Remembers that these keys of these devices were used. Returns those that were not remembered before.
+pub(super) async fn record(tx: &mut Tx, used: &[(DeviceNo, Fingerprint)]) -> Result<HashSet<(DeviceNo, Fingerprint)>> {
     if used.is_empty() {
-        return Ok(());
+        return Ok(HashSet::new());
     }
     let fingerprints: Vec<u8> = used.iter().flat_map(|(_, fingerprint)| *fingerprint).collect();
-    match tx {
+    let recorded: Vec<(DeviceNo, Vec<u8>)> = match tx {
         Tx::Sqlite(tx) => {
             let devices = json_list(used.iter().map(|(no, _)| no.0));
             let statement = "\
                 INSERT INTO used_prekeys (device_no, fingerprint) \
-                SELECT value, substr($2, key * 8 + 1, 8) FROM json_each($1) WHERE true ON CONFLICT DO NOTHING";
-            sqlx::query(statement).bind(devices).bind(fingerprints).execute(&mut **tx).await?;
+                SELECT value, substr($2, key * 8 + 1, 8) FROM json_each($1) WHERE true ON CONFLICT DO NOTHING \
+                RETURNING device_no, fingerprint";
+            sqlx::query_as(statement).bind(devices).bind(fingerprints).fetch_all(&mut **tx).await?
         }
         Tx::Postgres(tx) => {
             let devices: Vec<i64> = used.iter().map(|(no, _)| no.0).collect();
             let statement = "\
                 INSERT INTO used_prekeys (device_no, fingerprint) \
                 SELECT no, substr($2, (place::int - 1) * 8 + 1, 8) \
-                FROM unnest($1::bigint[]) WITH ORDINALITY AS used (no, place) ON CONFLICT DO NOTHING";
-            tx.run(sqlx::query(statement).bind(devices).bind(fingerprints)).await?;
+                FROM unnest($1::bigint[]) WITH ORDINALITY AS used (no, place) ON CONFLICT DO NOTHING \
+                RETURNING device_no, fingerprint";
+            tx.all(sqlx::query_as(statement).bind(devices).bind(fingerprints)).await?
         }
-    }
-    Ok(())
+    };
+    Ok(recorded.into_iter().filter_map(|(no, fingerprint)| Some((no, fingerprint.try_into().ok()?))).collect())
 }
 
 /// Those of these fingerprints whose keys a device of the account has used.
