@@ -79,17 +79,21 @@ pub async fn refill(
     let keys = request.into_keys().read(&identity, app.config.prekeys.max)?;
     let keys = check_pq(keys, identity, &app.limits, client).await?;
     app.disk.check_growth()?;
+    let counted = app.limits.refill(caller.user)?;
     let refilled = match is_replacing {
         true => app.store.replace_keys(caller.no, &keys).await?,
         false => app.store.refill(caller.no, &keys).await?,
     };
+    if refilled != Refilled::Stored {
+        counted.was_refused();
+    }
     match refilled {
         Refilled::Stored => Ok(StatusCode::NO_CONTENT),
         Refilled::SignedKeyKnown => Err(ApiError::bad_request(
-            "signedPreKey must be a new key: this account has had this one, under another keyId or on another device",
+            "signedPreKey must be a new key: this account has had this one, under another keyId, on another device or as a one-time key",
         )),
         Refilled::LastResortKnown => Err(ApiError::bad_request(
-            "pqLastResortPreKey must be a new key: it is stored under another keyId, or was handed out as a one-time key",
+            "pqLastResortPreKey must be a new key: it is stored under another keyId, or is or was a one-time key",
         )),
         Refilled::LastResortMissing if is_replacing => {
             Err(ApiError::bad_request("replace needs a pqLastResortPreKey for a device with Kyber keys"))

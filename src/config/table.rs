@@ -144,7 +144,7 @@ pub static GROUPS: &[Group] = &[
         option("prekey-fetches-per-hour", "OBSCURA_RATE_LIMIT_PREKEY_FETCHES_PER_HOUR", "60", Count(0, MAX_COUNT),
             "how often one account may fetch the prekey bundles of another, also all at once; 0 turns it off").ours(),
         option("one-time-prekeys-per-hour", "OBSCURA_RATE_LIMIT_ONE_TIME_PREKEYS_PER_HOUR", "10", Count(0, MAX_COUNT),
-            "how many fetches of one account's prekey bundles in an hour, by all other accounts together, may spend its one-time prekeys; above it, bundles have none, and the last-resort key is their post-quantum one; 0 turns it off").ours(),
+            "how many fetches of one account's prekey bundles in an hour, by all other accounts together and as often by itself, may spend its one-time prekeys; above it, bundles have none, and the last-resort key is their post-quantum one; 0 turns it off").ours(),
         option("one-time-prekeys-burst", "OBSCURA_RATE_LIMIT_ONE_TIME_PREKEYS_BURST", "50", Count(0, MAX_COUNT),
             "these fetches at once; 0 counts as 1").ours(),
         option("sign-ups-per-hour", "OBSCURA_RATE_LIMIT_SIGN_UPS_PER_HOUR", "1000", Count(0, MAX_COUNT),

@@ -27,6 +27,10 @@ use crate::telemetry::metrics::Refusal;
 const TRICKLE_BURST: u32 = 20;
 /// … and in a second, so that a flood doesn't silence the others.
 const TRICKLE_PER_SECOND: u32 = 1;
+/// Uploads of keys of an account in an hour. Each makes the database remember one more signed prekey.
+const REFILLS_PER_HOUR: u32 = 240;
+/// Uploads of keys of an account at once.
+const REFILLS_AT_ONCE: u32 = 300;
 /// How many times the rate of one of its /64s an IPv6 /48 has.
 const SITE: u32 = 20;
 /// How many times the standard rate attachments, the document and unknown paths have …
@@ -90,6 +94,7 @@ pub struct Budgets {
     trickle: Rate,
     bundles: Rate,
     one_time_prekeys: Rate,
+    refills: Rate,
     guest_bodies: Amount,
     account_bodies: Amount,
     /// Memory for the large frames of all sockets, in KiB.
@@ -128,6 +133,7 @@ impl Limits {
                 Refusal::BundleLimit,
                 Quota::per_hour_with_burst(accounts.one_time_prekeys_per_hour, accounts.one_time_prekeys_burst),
             ),
+            refills: rate(Refusal::AccountLimit, Quota::per_hour_with_burst(REFILLS_PER_HOUR, REFILLS_AT_ONCE)),
             guest_bodies: bodies(
                 GUEST_BODIES_KIB,
                 vec![(Scope::Own, guest), (Scope::Site, guest.saturating_mul(GUEST_BODIES_OF_SITE))],
@@ -175,14 +181,36 @@ impl Budgets {
         if asker == target { Ok(()) } else { self.bundles.take(Payer::Pair(asker, target)) }
     }
 
-    /// Returns true if such a fetch may spend one-time prekeys of the target. All askers share this budget.
+    /// Returns true if a fetch may spend one-time prekeys of the target. All other accounts share this budget, and the target
+    /// has the same for itself.
     pub fn may_spend_one_time_prekeys(&self, asker: UserId, target: UserId) -> bool {
-        asker == target || self.one_time_prekeys.take(Payer::Account(target)).is_ok()
+        let payer = if asker == target { Payer::Pair(asker, target) } else { Payer::Account(target) };
+        self.one_time_prekeys.take(payer).is_ok()
+    }
+
+    /// Takes an upload of keys of this account.
+    pub fn refill(&self, account: UserId) -> Result<Refill<'_>, Wait> {
+        let payer = Payer::Account(account);
+        self.refills.take(payer)?;
+        Ok(Refill { rate: &self.refills, payer })
     }
 
     /// The memory for the bodies of this payer's requests, in KiB.
     pub fn bodies(&self, payer: Payer) -> &Amount {
         if matches!(payer, Payer::Account(_)) { &self.account_bodies } else { &self.guest_bodies }
+    }
+}
+
+/// An upload of keys. It counts as one that changes something unless [`Refill::was_refused`] says otherwise.
+pub struct Refill<'a> {
+    rate: &'a Rate,
+    payer: Payer,
+}
+
+impl Refill<'_> {
+    /// Nothing has changed: the upload costs nothing.
+    pub fn was_refused(self) {
+        self.rate.give_back(self.payer);
     }
 }
 

@@ -110,7 +110,27 @@ async fn all_askers_share_the_one_time_prekeys_of_an_account() {
 fn an_account_is_not_kept_from_its_own_devices() {
     let (limits, own) = (limits(), UserId::random());
     assert_eq!((taken(|| limits.send(own, own)), taken(|| limits.bundles(own, own))), (3000, 3000));
-    assert!((0..100).all(|_| limits.may_spend_one_time_prekeys(own, own)));
+}
+
+#[tokio::test(start_paused = true)]
+async fn an_account_spends_as_many_of_its_own_one_time_prekeys_as_all_others_together() {
+    let (limits, own) = (limits(), UserId::random());
+    let spent = || (0..100).filter(|_| limits.may_spend_one_time_prekeys(own, own)).count();
+    assert_eq!(spent(), 15);
+    tokio::time::advance(HOUR).await;
+    assert_eq!(spent(), 10);
+    assert!(limits.may_spend_one_time_prekeys(UserId::random(), own));
+}
+
+#[tokio::test(start_paused = true)]
+async fn an_account_replaces_so_many_signed_prekeys_in_an_hour() {
+    let (limits, account) = (limits(), UserId::random());
+    (0..1000).for_each(|_| limits.refill(account).unwrap().was_refused());
+    let replaced = || (0..1000).filter_map(|_| limits.refill(account).ok()).count();
+    assert_eq!(replaced(), REFILLS_AT_ONCE as usize);
+    tokio::time::advance(HOUR).await;
+    assert_eq!(replaced(), REFILLS_PER_HOUR as usize);
+    assert!(limits.refill(UserId::random()).is_ok());
 }
 
 #[test]

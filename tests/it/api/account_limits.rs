@@ -3,9 +3,10 @@
 use std::time::Duration;
 
 use obscura_server::config::Config;
+use serde_json::json;
 use uuid::Uuid;
 
-use crate::harness::{Device, Keys, Response, TestServer, send_request};
+use crate::harness::{Device, Keys, Response, TestServer, send_request, signed_key};
 
 /// Rates so low that no token comes back during a test.
 fn scarce(config: &mut Config) {
@@ -123,6 +124,43 @@ async fn nobody_drains_the_prekeys_of_another() {
     }
 }
 
+/// Each used key is remembered, so this bounds what one account can make the database grow by.
+#[tokio::test]
+async fn an_account_spends_its_own_one_time_prekeys_within_a_budget_and_still_gets_its_bundles() {
+    let server = TestServer::start_with(|config| {
+        config.account_rates.one_time_prekeys_per_hour = 1;
+        config.account_rates.one_time_prekeys_burst = 4;
+    })
+    .await;
+    let alice = Device::register_with(&server.client(), Keys { pq_one_time: Some(30), ..Keys::default() }).await;
+    let friend = server.account().await;
+    for turn in 0..8 {
+        let bundle = &alice.bundles(alice.user).await[0];
+        assert_eq!(bundle["oneTimePreKey"].is_null(), turn >= 4, "{turn}: {bundle}");
+        assert_eq!(bundle["pqPreKey"]["keyId"] == LAST_RESORT_ID, turn >= 4, "{turn}: {bundle}");
+    }
+    let of_alice = &friend.bundles(alice.user).await[0];
+    assert!(!of_alice["oneTimePreKey"].is_null(), "others have a budget of their own");
+    assert_eq!(server.database().await.number("SELECT count(*) FROM used_prekeys").await, 5 + 5);
+}
+
+/// Each replaced signed prekey is remembered.
+#[tokio::test]
+async fn an_account_replaces_its_signed_prekeys_so_often() {
+    let server = TestServer::start().await;
+    let (alice, bob) = (server.account().await, server.account().await);
+    let mut id = 1;
+    let mut refill = async |device: &Device| {
+        id += 1;
+        let body = json!({"signedPreKey": signed_key(&device.identity, id), "oneTimePreKeys": []});
+        device.request("POST", "/v1/keys").json(&body).send().await
+    };
+    let (count, refused) = until_refused(400, async || refill(&alice).await).await;
+    assert!((300..310).contains(&count), "{count}");
+    assert!((1..=16).contains(&wait(&refused)), "a quarter of a minute");
+    refill(&bob).await.expect(204);
+}
+
 #[tokio::test]
 async fn many_askers_do_not_drain_the_one_time_prekeys_of_an_account() {
     let server = TestServer::start_with(|config| {
@@ -144,7 +182,7 @@ async fn many_askers_do_not_drain_the_one_time_prekeys_of_an_account() {
     assert!(bundle["oneTimePreKey"].is_null() && bundle["pqPreKey"]["keyId"] == LAST_RESORT_ID, "{bundle}");
     let left = victim.request("GET", "/v1/keys").send().await.expect(200).json();
     assert_eq!((&left["oneTimePreKeyCount"], &left["pqPreKeyCount"]), (&26.into(), &26.into()));
-    assert!(!victim.bundles(victim.user).await[0]["oneTimePreKey"].is_null(), "an account's own are free");
+    assert!(!victim.bundles(victim.user).await[0]["oneTimePreKey"].is_null(), "it has a budget of its own");
     let other = &askers[0].bundles(askers[1].user).await[0];
     assert!(!other["oneTimePreKey"].is_null(), "other accounts have their own");
 }
