@@ -7,6 +7,7 @@ use sqlx::FromRow;
 use crate::model::ids::{Address, DeviceId, DeviceNo, UserId};
 use crate::model::keys::{PreKeys, RegistrationId};
 use crate::store::database::{Database, Tx, on, reading, run};
+use crate::store::used_prekeys::{self, Fingerprint};
 use crate::store::{Result, Store, json_list, prekeys};
 use crate::telemetry::metrics::Left;
 
@@ -140,6 +141,8 @@ impl Store {
             None => Removed::Unknown,
             Some((_, true)) => Removed::Primary,
             Some((no, false)) => {
+                lock(&mut tx, no).await?;
+                used_prekeys::leave_to_primary(&mut tx, user, no).await?;
                 mail = forget(&mut tx, &[no]).await?;
                 Removed::Device(no)
             }
@@ -187,8 +190,14 @@ pub(super) async fn lock(tx: &mut Tx, no: DeviceNo) -> Result<()> {
     Ok(())
 }
 
-/// Makes a device with its keys.
-pub(super) async fn insert(tx: &mut Tx, user: UserId, device: &NewDevice, is_primary: bool) -> Result<DeviceNo> {
+/// Makes a device with its keys. It begins with the prekeys that `used` remembers as used.
+pub(super) async fn insert(
+    tx: &mut Tx,
+    user: UserId,
+    device: &NewDevice,
+    is_primary: bool,
+    used: &[Fingerprint],
+) -> Result<DeviceNo> {
     let statement = "INSERT INTO devices (id, user_id, name, registration_id, is_primary) VALUES ($1, $2, $3, $4, $5) \
                      RETURNING no";
     let no = on!(tx, |db| sqlx::query_scalar(statement)
@@ -198,6 +207,10 @@ pub(super) async fn insert(tx: &mut Tx, user: UserId, device: &NewDevice, is_pri
         .bind(device.registration_id.0)
         .bind(is_primary)
         .fetch_one(db))?;
+    for used in used.chunks(REMEMBERED_AT_ONCE) {
+        let used: Vec<_> = used.iter().map(|fingerprint| (no, *fingerprint)).collect();
+        used_prekeys::record(tx, &used).await?;
+    }
     prekeys::insert(tx, user, no, &device.prekeys).await?;
     Ok(no)
 }
@@ -234,6 +247,9 @@ async fn forget_mail(tx: &mut Tx, gone: &[DeviceNo]) -> Result<u64> {
         Tx::Postgres(tx) => tx.run(sqlx::query(FORGET_MAIL_IN_POSTGRES).bind(gone).bind(MAIL_AT_ONCE)).await,
     }
 }
+
+/// Used prekeys that are remembered by one statement.
+const REMEMBERED_AT_ONCE: usize = 10_000;
 
 /// Bytes of messages that are deleted at once. A full inbox of the largest messages has 2 GB; deleting it takes many
 /// seconds, during which nobody else could write.

@@ -161,7 +161,7 @@ impl Store {
             return Ok(Linked::ProofMissing);
         }
         run!(tx, sqlx::query("DELETE FROM link_sessions WHERE hash = $1").bind(&link.hash[..]))?;
-        let no = devices::insert(tx, user, &link.device, false).await?;
+        let no = devices::insert(tx, user, &link.device, false, &[]).await?;
         sessions::open(tx, no, &link.session).await?;
         Ok(Linked::Device { user, no })
     }

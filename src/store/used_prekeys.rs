@@ -1,15 +1,20 @@
-//! What is remembered of used prekeys for the life of their device, so that none is stored and handed out again.
+//! What is remembered of used prekeys, so that none is stored and handed out again.
 //!
-//! A one-time prekey is recorded in the transaction that hands it out, a signed one in the transaction that replaces it.
+//! A one-time prekey is recorded in the transaction that hands it out, a signed one in the transaction that replaces it or
+//! removes its device. Records live as long as their device. Those of a linked device that is removed go to the primary one:
+//! everybody who has fetched a bundle has a signed prekey of it, with a signature by the identity key. For the same reason
+//! they outlive a reset that keeps the identity key.
+//!
 //! A record is 8 bytes. A match by chance is as good as impossible among the keys of one account, and an account that makes a
-//! match on purpose harms only itself. Hand-outs are limited, and so is the growth: some 80 bytes for each used key.
+//! match on purpose harms only itself. Hand-outs and uploads are limited for each account, and so is the growth: some 80 bytes
+//! for each used key.
 
 use std::collections::HashSet;
 
 use sha2::{Digest, Sha256};
 
 use crate::model::ids::{DeviceNo, UserId};
-use crate::store::database::Tx;
+use crate::store::database::{Tx, on, run};
 use crate::store::{Result, json_list};
 
 /// The first 8 bytes of SHA-256 over the account's id and the public key with its type byte.
@@ -70,6 +75,33 @@ pub(super) async fn among(tx: &mut Tx, user: UserId, asked: &[Fingerprint]) -> R
         }
     };
     Ok(found.into_iter().filter_map(|(fingerprint,)| fingerprint.try_into().ok()).collect())
+}
+
+/// Lets the primary device remember the used prekeys of another device of the account, which is locked and about to be
+/// removed, and its signed prekey.
+pub(super) async fn leave_to_primary(tx: &mut Tx, user: UserId, no: DeviceNo) -> Result<()> {
+    let statement = "\
+        INSERT INTO used_prekeys (device_no, fingerprint) \
+        SELECT d.no, u.fingerprint FROM used_prekeys u JOIN devices d ON d.user_id = $2 AND d.is_primary \
+        WHERE u.device_no = $1 ON CONFLICT DO NOTHING";
+    run!(tx, sqlx::query(statement).bind(no).bind(user))?;
+    let statement = "\
+        SELECT d.no, k.signed_key FROM device_keys k JOIN devices d ON d.user_id = $2 AND d.is_primary WHERE k.device_no = $1";
+    let signed: Vec<(DeviceNo, Vec<u8>)> = on!(tx, |db| sqlx::query_as(statement).bind(no).bind(user).fetch_all(db))?;
+    let signed: Vec<_> = signed.iter().map(|(primary, key)| (*primary, fingerprint(user, key))).collect();
+    record(tx, &signed).await?;
+    Ok(())
+}
+
+/// All used prekeys of an account whose devices are locked and about to be removed, and their signed prekeys.
+pub(super) async fn of_account(tx: &mut Tx, user: UserId) -> Result<Vec<Fingerprint>> {
+    let statement =
+        "SELECT u.fingerprint FROM devices d JOIN used_prekeys u ON u.device_no = d.no WHERE d.user_id = $1";
+    let used: Vec<Vec<u8>> = on!(tx, |db| sqlx::query_scalar(statement).bind(user).fetch_all(db))?;
+    let statement = "SELECT k.signed_key FROM devices d JOIN device_keys k ON k.device_no = d.no WHERE d.user_id = $1";
+    let signed: Vec<Vec<u8>> = on!(tx, |db| sqlx::query_scalar(statement).bind(user).fetch_all(db))?;
+    let used = used.into_iter().filter_map(|fingerprint| fingerprint.try_into().ok());
+    Ok(used.chain(signed.iter().map(|key| fingerprint(user, key))).collect())
 }
 
 #[cfg(test)]

@@ -2,6 +2,7 @@
 
 mod fetching;
 mod refilling;
+mod signed;
 mod twice;
 
 use std::collections::BTreeSet;
