@@ -1,21 +1,22 @@
 //! What has to be done to a database that was restored from a backup.
 
-use crate::store::database::run;
+use crate::model::ids::{DeviceNo, UserId};
+use crate::store::database::Tx;
+use crate::store::used_prekeys::{self, fingerprint};
 use crate::store::{Result, Store};
 
-/// One-time prekeys dropped by one transaction.
-const FORGOTTEN_AT_ONCE: i64 = 20_000;
+/// One-time prekeys dropped by one transaction: up to 8 MB, if they are post-quantum ones.
+const FORGOTTEN_AT_ONCE: i64 = 5000;
 
 impl Store {
-    /// Drops all one-time prekeys of everybody, and answers how many. For a database restored from a backup: some of its
-    /// keys may have been handed out since the backup was made.
+    /// Drops all one-time prekeys of all devices, and returns how many. For a database restored from a backup: some of its
+    /// keys may have been handed out since the backup was made. All of them are remembered as used, so that no device stores
+    /// one again.
     pub async fn forget_one_time_prekeys(&self) -> Result<u64> {
-        let statement =
-            "DELETE FROM one_time_prekeys WHERE no IN (SELECT no FROM one_time_prekeys ORDER BY no LIMIT $1)";
         let mut dropped = 0;
         loop {
             let mut tx = self.begin().await?;
-            let some = run!(&mut tx, sqlx::query(statement).bind(FORGOTTEN_AT_ONCE))?;
+            let some = forget_some(&mut tx).await?;
             tx.commit().await?;
             dropped += some;
             if some == 0 {
@@ -24,3 +25,32 @@ impl Store {
         }
     }
 }
+
+/// Drops the oldest keys, and returns how many.
+async fn forget_some(tx: &mut Tx) -> Result<u64> {
+    let dropped: Vec<(DeviceNo, Option<UserId>, Vec<u8>)> = match tx {
+        Tx::Sqlite(tx) => sqlx::query_as(FORGET).bind(FORGOTTEN_AT_ONCE).fetch_all(&mut **tx).await?,
+        Tx::Postgres(tx) => {
+            let counts: Vec<(i64,)> = tx.all(sqlx::query_as(FORGET_IN_POSTGRES).bind(FORGOTTEN_AT_ONCE)).await?;
+            return Ok(counts.iter().map(|(count,)| count.unsigned_abs()).sum());
+        }
+    };
+    let used = dropped.iter().filter_map(|(no, user, public_key)| Some((*no, fingerprint((*user)?, public_key))));
+    used_prekeys::record(tx, &used.collect::<Vec<_>>()).await?;
+    Ok(dropped.len() as u64)
+}
+
+const FORGET: &str = "\
+    DELETE FROM one_time_prekeys WHERE no IN (SELECT no FROM one_time_prekeys ORDER BY no LIMIT $1) \
+    RETURNING device_no, (SELECT d.user_id FROM devices d WHERE d.no = one_time_prekeys.device_no), public_key";
+
+/// Records them in the same statement.
+const FORGET_IN_POSTGRES: &str = "\
+    WITH dropped AS ( \
+        DELETE FROM one_time_prekeys WHERE no IN (SELECT no FROM one_time_prekeys ORDER BY no LIMIT $1) \
+        RETURNING device_no, public_key), \
+    recorded AS ( \
+        INSERT INTO used_prekeys (device_no, fingerprint) \
+        SELECT d.no, substr(sha256(uuid_send(d.user_id) || dropped.public_key), 1, 8) \
+        FROM dropped JOIN devices d ON d.no = dropped.device_no ON CONFLICT DO NOTHING) \
+    SELECT count(*) FROM dropped";
