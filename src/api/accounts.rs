@@ -69,7 +69,7 @@ pub async fn register(
     match app.store.register(&account).await? {
         Registered::UsernameTaken => Err(username_taken()),
         Registered::Account(_) => {
-            let answer = session.answer(&app.tokens, user, device_id, app.tokens.latest_access_expiry(now));
+            let answer = session.answer(&app.tokens, &app.tokens.claims(user, device_id, now, 0));
             Ok((StatusCode::CREATED, axum::Json(answer)))
         }
     }
@@ -98,7 +98,7 @@ pub async fn reset(
             // Also when it failed: it may have happened all the same.
             dismiss(&app, reset.as_ref().map_or(&devices, |reset| &reset.removed)).await;
             reset?;
-            Ok(axum::Json(session.answer(&app.tokens, user, device.id, app.tokens.latest_access_expiry(now))))
+            Ok(axum::Json(session.answer(&app.tokens, &app.tokens.claims(user, device.id, now, 0))))
         })
         .await
 }

@@ -92,7 +92,7 @@ pub async fn link(
     match app.store.link_device(&NewLink { hash, identity, is_proven, device, session: session.grant }, now).await? {
         Linked::Device { user, .. } => {
             app.tasks.attend(tell_devices(app.clone(), user));
-            let answer = session.answer(&app.tokens, user, id, app.tokens.latest_access_expiry(latest));
+            let answer = session.answer(&app.tokens, &app.tokens.claims(user, id, latest, 0));
             Ok((StatusCode::CREATED, axum::Json(answer)))
         }
         Linked::SessionInvalid => Err(link_invalid()),

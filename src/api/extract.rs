@@ -38,7 +38,8 @@ pub struct Caller {
     pub no: DeviceNo,
     /// Whether it is the account's primary device.
     pub is_primary: bool,
-    /// The Unix second in which the access token expires. By it the store tells whether the token is still good.
+    /// A Unix second behind all that the device's tokens are void up to, as long as the access token is good: by it the store
+    /// tells whether it still is.
     pub token_expires_at: i64,
 }
 
@@ -73,7 +74,7 @@ impl FromRequestParts<App> for Unmetered {
         let by_the_wall = || app.clock.doubt().and_then(|_| app.tokens.verify_access_token(token, app.clock.latest()));
         let claims = verified.or_else(by_the_wall).ok_or(ApiError::Unauthorized)?;
         let standing = app.store.standing(claims.device).await?.ok_or(ApiError::Unauthorized)?;
-        if standing.user != claims.user || claims.expires_at <= standing.tokens_void_to {
+        if standing.user != claims.user || claims.is_void(standing.tokens_void_to) {
             return Err(ApiError::Unauthorized);
         }
         app.store.note_use(claims.user);
@@ -85,7 +86,8 @@ impl FromRequestParts<App> for Unmetered {
             device: claims.device,
             no: standing.no,
             is_primary: standing.is_primary,
-            token_expires_at: claims.expires_at,
+            // A token that doesn't outlive the void second is good until that grows.
+            token_expires_at: claims.expires_at.max(standing.tokens_void_to.saturating_add(1)),
         }))
     }
 }

@@ -10,7 +10,7 @@ use tracing::warn;
 use crate::api::error::ApiError;
 use crate::api::extract::{Caller, Client, Json, OptionalKey};
 use crate::app::App;
-use crate::auth::tokens::{RefreshToken, Tokens};
+use crate::auth::tokens::{Claims, RefreshToken, Tokens};
 use crate::bus::Signal;
 use crate::clock::Timestamp;
 use crate::limits::Payer;
@@ -75,8 +75,7 @@ pub async fn log_in(
     let Some(device) = begun else {
         return Err(ApiError::Conflict("Device does not belong to this account".into()));
     };
-    let expires_at = app.tokens.access_expiry(now, device.tokens_void_to);
-    Ok(axum::Json(session.answer(&app.tokens, user, device.device, expires_at)))
+    Ok(axum::Json(session.answer(&app.tokens, &app.tokens.claims(user, device.device, now, device.tokens_void_to))))
 }
 
 /// Exchanges a refresh token for new tokens.
@@ -100,8 +99,8 @@ pub async fn refresh(
         }
         Refreshed::Refused | Refreshed::Stolen(_) => return Err(ApiError::Unauthorized),
     };
-    let expires_at = app.tokens.access_expiry(exchanged_at, device.tokens_void_to);
-    Ok(axum::Json(next.answer(&app.tokens, device.user, device.device, expires_at)))
+    let claims = app.tokens.claims(device.user, device.device, exchanged_at, device.tokens_void_to);
+    Ok(axum::Json(next.answer(&app.tokens, &claims)))
 }
 
 /// Ends the session of the calling device.
@@ -217,14 +216,14 @@ impl NewSession {
         Self { token, grant }
     }
 
-    /// What the device is told, whose access token shall expire at `expires_at`: see [`Tokens::access_expiry`].
-    pub fn answer(&self, tokens: &Tokens, user: UserId, device: DeviceId, expires_at: i64) -> AuthResponse {
+    /// What the device is told, whose access token says this.
+    pub fn answer(&self, tokens: &Tokens, claims: &Claims) -> AuthResponse {
         AuthResponse {
-            token: tokens.issue_access_token(user, device, expires_at),
+            token: tokens.issue_access_token(claims),
             refresh_token: self.token.text(),
-            expires_at,
-            user_id: user.to_string(),
-            device_id: device.to_string(),
+            expires_at: claims.expires_at,
+            user_id: claims.user.to_string(),
+            device_id: claims.device.to_string(),
         }
     }
 }

@@ -21,6 +21,10 @@ const LEEWAY_SECS: i64 = 60;
 /// come from a changed lifetime, or from log-outs, each of which lets the next token live for a second more.
 pub const WRONG_BY_SECS: i64 = 48 * 60 * 60;
 
+/// When the tokens of a device are void for so many seconds longer than a new one lives, that comes from a wrong clock. Sooner
+/// voids are outlived by new tokens. An hour less than what makes a token itself look wrong.
+const VOIDED_BY_WRONG_CLOCK_SECS: i64 = 47 * 60 * 60;
+
 /// Makes and checks tokens. Cloning is cheap.
 #[derive(Clone)]
 pub struct Tokens {
@@ -52,6 +56,16 @@ pub struct Claims {
     pub device: DeviceId,
     /// The Unix second in which it expires, but for the leeway.
     pub expires_at: i64,
+    /// The Unix second up to which the device's tokens were void when this one was made, if that lies too far ahead for the
+    /// token to outlive it: a wrong clock has left it. The token is good until the second changes, which ends the session.
+    pub epoch: Option<i64>,
+}
+
+impl Claims {
+    /// True if the session in which the token was made has ended, for a device whose tokens are void up to `void_to`.
+    pub fn is_void(&self, void_to: i64) -> bool {
+        self.expires_at <= void_to && self.epoch != Some(void_to)
+    }
 }
 
 /// The claims as they stand in the token.
@@ -60,6 +74,8 @@ struct Payload {
     sub: String,
     device_id: String,
     exp: i64,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    epoch: Option<i64>,
 }
 
 /// A secret of 32 random bytes, in URL-safe base64: a gateway ticket or the id of a link session. Whoever has it may use
@@ -161,6 +177,7 @@ impl Tokens {
             user: UserId::parse(&payload.sub)?,
             device: DeviceId::parse(&payload.device_id)?,
             expires_at: payload.exp,
+            epoch: payload.epoch,
         };
         let is_alive = now.seconds() <= claims.expires_at.saturating_add(LEEWAY_SECS);
         // A clock that was wrong may have made tokens that expire in weeks.
@@ -168,16 +185,21 @@ impl Tokens {
         (is_alive && is_honest).then_some(claims)
     }
 
-    /// A token for this device until the Unix second `expires_at`.
-    pub fn issue_access_token(&self, user: UserId, device: DeviceId, expires_at: i64) -> String {
-        let payload = Payload { sub: user.to_string(), device_id: device.to_string(), exp: expires_at };
+    /// The token that says this.
+    pub fn issue_access_token(&self, claims: &Claims) -> String {
+        let Claims { user, device, expires_at: exp, epoch } = *claims;
+        let payload = Payload { sub: user.to_string(), device_id: device.to_string(), exp, epoch };
         jsonwebtoken::encode(&Header::new(Algorithm::HS256), &payload, &self.inner.signing)
             .expect("an HMAC key signs any claims")
     }
 
-    /// The Unix second in which an access token made at `now` expires, on a device whose tokens up to `void_to` are void.
-    pub fn access_expiry(&self, now: Timestamp, void_to: i64) -> i64 {
-        self.latest_access_expiry(now).max(void_to.saturating_add(1))
+    /// What an access token says that is made at `now` for a device whose tokens up to the Unix second `void_to` are void.
+    pub fn claims(&self, user: UserId, device: DeviceId, now: Timestamp, void_to: i64) -> Claims {
+        let expires_at = self.latest_access_expiry(now);
+        if void_to > expires_at.saturating_add(VOIDED_BY_WRONG_CLOCK_SECS) {
+            return Claims { user, device, expires_at, epoch: Some(void_to) };
+        }
+        Claims { user, device, expires_at: expires_at.max(void_to.saturating_add(1)), epoch: None }
     }
 
     /// Access tokens that exist at `now` expire in this Unix second or before, unless the device has been logged out.

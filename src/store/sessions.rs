@@ -315,32 +315,11 @@ pub(super) async fn open(tx: &mut Tx, no: DeviceNo, grant: &SessionGrant) -> Res
     )?;
     // Remembered rather than reckoned at log-out: the clock or the configured lifetime may be another one by then.
     let statement = tx.either(
-        "UPDATE devices SET tokens_issued_to = MAX(CASE WHEN tokens_issued_to > $3 THEN 0 ELSE tokens_issued_to END, $2, \
-         tokens_void_to + 1) WHERE no = $1",
-        "UPDATE devices SET tokens_issued_to = GREATEST(CASE WHEN tokens_issued_to > $3 THEN 0 ELSE tokens_issued_to END, \
-         $2, tokens_void_to + 1) WHERE no = $1",
+        "UPDATE devices SET tokens_issued_to = MAX(tokens_issued_to, $2, tokens_void_to + 1) WHERE no = $1",
+        "UPDATE devices SET tokens_issued_to = GREATEST(tokens_issued_to, $2, tokens_void_to + 1) WHERE no = $1",
     );
-    let expires_at = grant.access_expires_at;
-    run!(tx, sqlx::query(statement).bind(no).bind(expires_at).bind(wrong_from(expires_at)))?;
+    run!(tx, sqlx::query(statement).bind(no).bind(grant.access_expires_at))?;
     Ok(())
-}
-
-/// Stored seconds after this one come from a wrong clock, when the latest token expires at `expires_at`. Access tokens that
-/// expire an hour later are refused for that, so they need not be void.
-fn wrong_from(expires_at: i64) -> i64 {
-    expires_at.saturating_add(47 * 60 * 60)
-}
-
-/// Corrects a second that a wrong clock has stored, or every new token of the device would be void. All tokens that were issued
-/// before stay void.
-async fn correct(tx: &mut Tx, holder: SessionHolder, expires_at: i64) -> Result<SessionHolder> {
-    if holder.tokens_void_to <= wrong_from(expires_at) {
-        return Ok(holder);
-    }
-    tx.changes_standing(&[holder.no]);
-    let statement = "UPDATE devices SET tokens_void_to = $2 WHERE no = $1";
-    run!(tx, sqlx::query(statement).bind(holder.no).bind(expires_at))?;
-    Ok(SessionHolder { tokens_void_to: expires_at, ..holder })
 }
 
 async fn session_of(tx: &mut Tx, family: &[u8; 16]) -> Result<Option<Session>> {
@@ -362,15 +341,15 @@ async fn end(tx: &mut Tx, no: DeviceNo, void_to: i64) -> Result<()> {
 async fn end_tokens(tx: &mut Tx, no: DeviceNo, void_to: i64) -> Result<Option<i64>> {
     tx.changes_standing(&[no]);
     // First, so that whatever is about to be kept for this session waits, and then finds it ended. The number always
-    // grows: gateway sockets notice by it that the session they began in has ended.
+    // grows: gateway sockets notice by it that the session they began in has ended. It may be the second of a clock that was
+    // wrong, and stays it, since a token of that clock would be good by then. What is issued until then says so.
     let statement = tx.either(
-        "UPDATE devices SET tokens_void_to = MAX(CASE WHEN tokens_void_to > $3 THEN 0 ELSE tokens_void_to + 1 END, \
-         CASE WHEN tokens_issued_to > $3 THEN 0 ELSE tokens_issued_to END, $2) WHERE no = $1 RETURNING tokens_void_to",
-        "UPDATE devices SET tokens_void_to = GREATEST(CASE WHEN tokens_void_to > $3 THEN 0 ELSE tokens_void_to + 1 END, \
-         CASE WHEN tokens_issued_to > $3 THEN 0 ELSE tokens_issued_to END, $2) WHERE no = $1 RETURNING tokens_void_to",
+        "UPDATE devices SET tokens_void_to = MAX(tokens_void_to + 1, tokens_issued_to, $2) WHERE no = $1 \
+         RETURNING tokens_void_to",
+        "UPDATE devices SET tokens_void_to = GREATEST(tokens_void_to + 1, tokens_issued_to, $2) WHERE no = $1 \
+         RETURNING tokens_void_to",
     );
-    let wrong = wrong_from(void_to);
-    let void_to = on!(tx, |db| sqlx::query_scalar(statement).bind(no).bind(void_to).bind(wrong).fetch_optional(db))?;
+    let void_to = on!(tx, |db| sqlx::query_scalar(statement).bind(no).bind(void_to).fetch_optional(db))?;
     for statement in [
         "DELETE FROM sessions WHERE device_no = $1",
         "DELETE FROM refresh_uses WHERE device_no = $1",

@@ -221,6 +221,46 @@ async fn an_access_token_of_a_wrong_clock_is_worth_nothing_when_the_clock_is_rig
     refreshed(&later).await.request("GET", "/v1/devices").send().await.expect(200);
 }
 
+/// A token of a clock that was weeks ahead would be good in those weeks, long after the session has been ended.
+#[tokio::test]
+async fn an_access_token_of_a_wrong_clock_does_not_come_back_after_the_session_was_ended() {
+    for is_believed in [false, true] {
+        let server = TestServer::start().await;
+        let (alice, bob) = (server.account().await, server.account().await);
+        server.clock.set_wrong(FORTY_DAYS_MILLIS);
+        if is_believed {
+            server.clock.believe();
+        }
+        let stolen = [alice.log_in().await, bob.log_in().await];
+        server.clock.set_wrong(0);
+        server.clock.believe();
+        let alice = refreshed(&stolen[0]).await;
+        alice.log_out().await;
+        let [mut alice, mut bob] = [alice.log_in().await, stolen[1].log_in().await];
+        // The tokens of a device whose void second lies in the future are good for everything.
+        for device in [&alice, &bob] {
+            device.request("GET", "/v1/devices").send().await.expect(200);
+            device.request("PUT", "/v1/push-token").json(&json!({"token": "token"})).send().await.expect(204);
+            device.connect().await.until_pong().await;
+        }
+        for day in 1..=42 {
+            server.clock.advance(DAY);
+            if day % 10 == 0 {
+                (alice, bob) = (refreshed(&alice).await, refreshed(&bob).await);
+                alice.request("GET", "/v1/devices").send().await.expect(200);
+            }
+            for token in &stolen {
+                let answer = token.request("GET", "/v1/devices").send().await;
+                assert_eq!(answer.status, 401, "after {day} days");
+            }
+        }
+        (alice, bob) = (alice.log_in().await, bob.log_in().await);
+        for device in [&alice, &bob] {
+            device.request("GET", "/v1/devices").send().await.expect(200);
+        }
+    }
+}
+
 /// Variables by which a process takes its wall clock from a file; its monotonic clock stays what it is.
 fn faked<'a>(library: &'a str, file: &'a str) -> [(&'a str, &'a str); 5] {
     [

@@ -18,10 +18,15 @@ fn later_tokens(is_known: bool) -> Tokens {
     Tokens::new(&Secret::new("the next secret of this server"), previous, LIFETIME, LIFETIME)
 }
 
+/// What an ordinary token says.
+fn until(expires_at: i64) -> Claims {
+    Claims { user: UserId::random(), device: DeviceId::random(), expires_at, epoch: None }
+}
+
 #[test]
 fn a_previous_secret_is_accepted_and_no_longer_signs() {
-    let (user, device, expires_at) = (UserId::random(), DeviceId::random(), NOW.seconds() + 900);
-    let [before, after] = [tokens(), later_tokens(true)].map(|by| by.issue_access_token(user, device, expires_at));
+    let claims = until(NOW.seconds() + 900);
+    let [before, after] = [tokens(), later_tokens(true)].map(|by| by.issue_access_token(&claims));
     assert!(later_tokens(true).verify_access_token(&before, NOW).is_some());
     assert!(later_tokens(true).verify_access_token(&after, NOW).is_some());
     assert!(later_tokens(false).verify_access_token(&before, NOW).is_none());
@@ -63,21 +68,22 @@ fn claims() -> Value {
 
 #[test]
 fn an_access_token_says_what_it_was_issued_for() {
-    let (user, device, expires_at) = (UserId::random(), DeviceId::random(), NOW.seconds() + 900);
-    let token = tokens().issue_access_token(user, device, expires_at);
-    assert_eq!(tokens().verify_access_token(&token, NOW), Some(Claims { user, device, expires_at }));
+    let claims = until(NOW.seconds() + 900);
+    let Claims { user, device, expires_at, .. } = claims;
+    let token = tokens().issue_access_token(&claims);
+    assert_eq!(tokens().verify_access_token(&token, NOW), Some(claims));
 
     let parts: Vec<_> = token.split('.').map(|part| URL_SAFE_NO_PAD.decode(part).unwrap()).collect();
     assert_eq!(parts[0], br#"{"typ":"JWT","alg":"HS256"}"#);
     let payload = format!(r#"{{"sub":"{user}","device_id":"{device}","exp":{expires_at}}}"#);
     assert_eq!(parts[1], payload.as_bytes());
-    assert_eq!(token, tokens().issue_access_token(user, device, expires_at), "the same again");
+    assert_eq!(token, tokens().issue_access_token(&claims), "the same again");
 }
 
 #[test]
 fn an_access_token_is_good_for_a_minute_longer_than_it_says() {
     let expires_at = NOW.seconds();
-    let token = tokens().issue_access_token(UserId::random(), DeviceId::random(), expires_at);
+    let token = tokens().issue_access_token(&until(expires_at));
     let is_good = |millis| tokens().verify_access_token(&token, Timestamp::from_millis(millis)).is_some();
     assert!(is_good(expires_at * 1000));
     assert!(is_good((expires_at + 60) * 1000 + 999));
@@ -134,9 +140,18 @@ fn access_tokens_with_missing_or_odd_claims_are_refused() {
 
 #[test]
 fn access_tokens_outlast_those_that_were_made_void() {
-    assert_eq!(tokens().access_expiry(NOW, 0), NOW.seconds() + 900);
-    let void_to = tokens().latest_access_expiry(NOW);
-    assert_eq!(tokens().access_expiry(NOW, void_to), void_to + 1);
+    let made = |void_to| {
+        let claims = tokens().claims(UserId::random(), DeviceId::random(), NOW, void_to);
+        assert!(!claims.is_void(void_to) && claims.is_void(void_to.max(claims.expires_at) + 1));
+        (claims.expires_at, claims.epoch)
+    };
+    let latest = tokens().latest_access_expiry(NOW);
+    assert_eq!(latest, NOW.seconds() + 900);
+    assert_eq!(made(0), (latest, None));
+    assert_eq!(made(latest), (latest + 1, None));
+    let hours = |hours: i64| latest + hours * 60 * 60;
+    assert_eq!(made(hours(47)), (hours(47) + 1, None));
+    assert_eq!(made(hours(48)), (latest, Some(hours(48))), "a wrong clock has left that second");
     assert_eq!(tokens().refresh_expiry(NOW), NOW + Duration::from_hours(24));
 }
 
@@ -176,10 +191,7 @@ fn a_secret_is_known_by_the_hash_of_its_text() {
 
 #[test]
 fn an_access_token_that_a_clock_far_ahead_has_made_is_refused() {
-    let made = |ahead: Duration| {
-        let expires_at = tokens().latest_access_expiry(NOW + ahead);
-        tokens().issue_access_token(UserId::random(), DeviceId::random(), expires_at)
-    };
+    let made = |ahead: Duration| tokens().issue_access_token(&until(tokens().latest_access_expiry(NOW + ahead)));
     let is_good = |token: String| tokens().verify_access_token(&token, NOW).is_some();
     assert!(is_good(made(Duration::from_hours(48))), "clocks and lifetimes may differ");
     assert!(!is_good(made(Duration::from_hours(49))));

@@ -4,13 +4,12 @@ use crate::clock::Timestamp;
 use crate::model::ids::{Address, DeviceNo, IdempotencyKey};
 use crate::store::Result;
 use crate::store::database::{Tx, on, run};
-use crate::store::sessions::{RACE_WINDOW, REPEAT_WINDOW, Refresh, Refreshed, Session, correct, end, open};
+use crate::store::sessions::{RACE_WINDOW, REPEAT_WINDOW, Refresh, Refreshed, Session, end, open};
 
 /// The presented token belongs to this living session: it is its current one, or one that was exchanged before.
 pub(super) async fn exchange(tx: &mut Tx, session: &Session, wish: &Refresh, now: Timestamp) -> Result<Refreshed> {
     let holder = session.holder;
     if session.secret_hash == wish.secret_hash {
-        let holder = correct(tx, holder, wish.next.access_expires_at).await?;
         open(tx, holder.no, &wish.next).await?;
         remember_use(tx, holder.no, wish, now).await?;
         return Ok(Refreshed::Rotated(holder));
