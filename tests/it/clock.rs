@@ -6,7 +6,7 @@ use std::time::Duration;
 use serde_json::json;
 use uuid::Uuid;
 
-use crate::harness::{Binary, Database, Device, TestServer, deployment, eventually, send_request};
+use crate::harness::{Binary, Database, Device, Keys, PASSWORD, TestServer, deployment, eventually, send_request};
 
 const DAY: Duration = Duration::from_hours(24);
 const FORTY_DAYS_MILLIS: i64 = 40 * 24 * 60 * 60 * 1000;
@@ -258,6 +258,25 @@ async fn an_access_token_of_a_wrong_clock_does_not_come_back_after_the_session_w
         for device in [&alice, &bob] {
             device.request("GET", "/v1/devices").send().await.expect(200);
         }
+    }
+}
+
+/// A machine that has slept: the monotonic clock stood still, so the trusted time is behind. A client goes by its own clock.
+#[tokio::test]
+async fn a_link_session_that_is_opened_while_the_clock_is_in_doubt_is_not_told_to_have_expired() {
+    let server = TestServer::start().await;
+    let alice = server.account().await;
+    for ahead in [2 * 60 * 60 * 1000, -FORTY_DAYS_MILLIS] {
+        let right = server.clock.wall().seconds() + ahead.max(0) / 1000;
+        server.clock.set_wrong(ahead);
+        let body = json!({"username": alice.username, "password": PASSWORD});
+        let session = server.client().post("/v1/link-sessions").json(&body).send().await.expect(201).json();
+        let left = session["expiresAt"].as_i64().unwrap() - right;
+        assert!((500..=660).contains(&left), "{left} s are left of ten minutes");
+        let id = session["id"].as_str().unwrap();
+        alice.request("PUT", &format!("/v1/link-sessions/{id}")).body("parcel").send().await.expect(204);
+        alice.finish_link(id, Keys::default()).await;
+        server.clock.set_wrong(0);
     }
 }
 
