@@ -26,7 +26,7 @@ use crate::mailroom::turns::Turns;
 use crate::model::ids::{Address, DeviceNo, Position, UserId};
 use crate::model::mail::{Outgoing, Sent};
 use crate::push::Push;
-use crate::store::{self, Store};
+use crate::store::{self, Settled, Store};
 use crate::tasks::Tasks;
 use crate::telemetry::Telemetry;
 use crate::telemetry::metrics::{Content, GroupFailure, Metrics};
@@ -156,7 +156,7 @@ struct Worker {
 /// A group after the attempt to store it.
 struct Attempt {
     group: Group,
-    outcome: store::Result<Vec<Option<Sent>>>,
+    outcome: store::Result<Settled>,
     began: Instant,
     time: Duration,
 }
@@ -292,7 +292,7 @@ impl Worker {
 
     fn conclude(&mut self, Attempt { group, outcome, time, .. }: Attempt) -> Result<(), MailroomError> {
         match outcome {
-            Ok(settled) => {
+            Ok(Settled { sent: settled, held }) => {
                 self.metrics.group_time.time((), time);
                 self.lay_trails(&settled, &group);
                 let woken: Vec<_> = settled.iter().flatten().flat_map(|sent| sent.woken.iter().copied()).collect();
@@ -305,8 +305,13 @@ impl Worker {
                         None => self.leave(Waiting { mail, slip }),
                     }
                 }
-                for (reply, _span) in group.ack_replies {
-                    let _ = reply.send(Ok(()));
+                for slip in group.ack_slips {
+                    if held.contains(&slip.device) {
+                        // Its session tries again.
+                        slip.refuse(MailroomError::Unavailable);
+                    } else {
+                        let _ = slip.reply.send(Ok(()));
+                    }
                 }
                 Ok(())
             }

@@ -64,6 +64,19 @@ pub(super) struct Acks {
     pub span: Span,
 }
 
+/// What is needed of acks to answer them.
+pub(super) struct AckSlip {
+    pub device: DeviceNo,
+    pub reply: Reply<()>,
+    pub span: Span,
+}
+
+impl AckSlip {
+    pub fn refuse(self, error: MailroomError) {
+        refuse(self.reply, &self.span, error);
+    }
+}
+
 /// What is stored in one transaction.
 #[derive(Default)]
 pub(super) struct Group {
@@ -71,7 +84,7 @@ pub(super) struct Group {
     /// One for each of them, in the same order.
     pub slips: Vec<Slip>,
     pub acks: Vec<(DeviceNo, Position)>,
-    pub ack_replies: Vec<(Reply<()>, Span)>,
+    pub ack_slips: Vec<AckSlip>,
     bytes: usize,
     letters: usize,
 }
@@ -87,7 +100,7 @@ impl Group {
     pub fn add_acks(&mut self, Acks { device, positions, reply, span }: Acks) {
         self.letters += 1;
         self.acks.extend(positions.into_iter().map(|position| (device, position)));
-        self.ack_replies.push((reply, span));
+        self.ack_slips.push(AckSlip { device, reply, span });
     }
 
     /// Puts what is in another group behind what is in this one.
@@ -95,7 +108,7 @@ impl Group {
         self.sends.append(&mut other.sends);
         self.slips.append(&mut other.slips);
         self.acks.append(&mut other.acks);
-        self.ack_replies.append(&mut other.ack_replies);
+        self.ack_slips.append(&mut other.ack_slips);
         self.bytes += other.bytes;
         self.letters += other.letters;
     }
@@ -107,7 +120,7 @@ impl Group {
     /// Tells everybody who waits for it that nothing of it was stored, or that nobody can tell.
     pub fn refuse(self, error: MailroomError) {
         self.slips.into_iter().for_each(|slip| slip.refuse(error));
-        self.ack_replies.into_iter().for_each(|(reply, span)| refuse(reply, &span, error));
+        self.ack_slips.into_iter().for_each(|slip| slip.refuse(error));
     }
 
     pub fn is_empty(&self) -> bool {
@@ -117,7 +130,7 @@ impl Group {
     /// A trace of the group, if one of its letters is traced.
     pub fn traced(&mut self, traces: &Traces) -> Span {
         let sends = self.slips.iter_mut().map(|slip| &mut slip.span);
-        let all = traces.together("store.settle", sends.chain(self.ack_replies.iter_mut().map(|(_, span)| span)));
+        let all = traces.together("store.settle", sends.chain(self.ack_slips.iter_mut().map(|slip| &mut slip.span)));
         all.set("obscura.group.sends", self.sends.len() as i64);
         all.set("obscura.group.acks", self.acks.len() as i64);
         all

@@ -68,6 +68,7 @@ pub use notices::Notice;
 pub use prekeys::{Bundle, HandedOut, PrekeyCounts};
 pub use pushes::{Overslept, Sleeper};
 pub use refill::Refilled;
+pub use send::Settled;
 pub use sessions::{NewTicket, REPEAT_WINDOW, Refresh, Refreshed, SessionGrant, SessionHolder};
 pub use time::Seen;
 pub use uploads::{Allowance, Reservation, Reserved};

@@ -2,6 +2,7 @@
 //!
 //! The judgement and its order are the same on both databases; their statements are in `sqlite` and `postgres`.
 
+mod held;
 mod judge;
 mod postgres;
 mod sqlite;
@@ -41,6 +42,16 @@ struct Former {
     digest: [u8; 16],
     /// The place in the queue of its first message, or that it would have had.
     first: Position,
+}
+
+/// What became of a group.
+#[derive(Debug)]
+pub struct Settled {
+    /// An answer for each send, in the order given; `None` for one that has to come again with a later group.
+    pub sent: Vec<Option<Sent>>,
+    /// Devices of which at least one acknowledged message could not be deleted, because another session of the database
+    /// holds it. Their acks have to come again. Empty on SQLite.
+    pub held: Vec<DeviceNo>,
 }
 
 /// A message that is about to be queued.
@@ -100,12 +111,12 @@ impl Tally {
     }
 }
 
-/// What a group does about an account that somebody else holds.
+/// What a group does about an account, or an acknowledged message, that another session of the database holds.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Locking {
     /// Waits, in a fair queue and not for long: usually it is another group, which is about to be committed.
     Wait,
-    /// Leaves the sends to this account for later.
+    /// Leaves the sends to this account, or the ack of this message, for later.
     PassOver,
 }
 
@@ -128,14 +139,15 @@ impl Store {
     /// until they are too old by the earliest time of `now`; new messages get the latest time. Durable when it
     /// returns. Each send is judged by itself; repeats of a send within one group are found as well.
     ///
-    /// `None` for a send that is left for a later group, so that the others need not wait for it: another transaction holds
-    /// one of its accounts for too long, or too many inboxes would have to be counted at once. On SQLite there are none.
+    /// A send is left for a later group, so that the others need not wait for it, when another transaction holds one of its
+    /// accounts for too long, or when too many inboxes would have to be counted at once; an ack, when another transaction
+    /// holds its message. On SQLite there are none.
     pub async fn settle(
         &self,
         sends: &[Outgoing],
         acks: &[(DeviceNo, Position)],
         now: impl Into<Moment>,
-    ) -> Result<Vec<Option<Sent>>> {
+    ) -> Result<Settled> {
         let now = now.into();
         // Whoever held the last group up is likely to hold this one up too.
         let mut locking = if self.was_held_up() { Locking::PassOver } else { Locking::Wait };
@@ -143,11 +155,12 @@ impl Store {
             match self.try_to_settle(sends, acks, now, locking).await {
                 Err(error) if error.is_held_up() => locking = Locking::PassOver,
                 Err(error) if error.is_collision() => tracing::debug!("a group met another one; once more"),
-                Ok(Some(sent)) => {
-                    if locking == Locking::PassOver && sent.iter().any(Option::is_none) {
+                Ok(Some(settled)) => {
+                    let is_held = settled.sent.iter().any(Option::is_none) || !settled.held.is_empty();
+                    if locking == Locking::PassOver && is_held {
                         *held_up(&self.held_up) = Some(Instant::now());
                     }
-                    return Ok(sent);
+                    return Ok(settled);
                 }
                 Ok(None) => tracing::debug!("another group has the same send; once more"),
                 Err(error) => return Err(error),
@@ -180,15 +193,18 @@ impl Store {
         acks: &[(DeviceNo, Position)],
         now: Moment,
         locking: Locking,
-    ) -> Result<Option<Vec<Option<Sent>>>> {
+    ) -> Result<Option<Settled>> {
         let settled = match &self.database {
-            Database::Sqlite(sqlite) => self.settle_in_sqlite(sqlite, sends, acks, now).await.map(Some),
+            Database::Sqlite(sqlite) => {
+                let settled = self.settle_in_sqlite(sqlite, sends, acks, now).await;
+                settled.map(|(sent, tally)| Some((Settled { sent, held: Vec::new() }, tally)))
+            }
             Database::Postgres(postgres) => self.settle_in_postgres(postgres, sends, acks, now, locking).await,
         };
         let settled = settled.inspect_err(|_| self.rooms.forget())?;
-        Ok(settled.map(|(sent, tally)| {
-            tally.count(&sent, &self.metrics);
-            sent
+        Ok(settled.map(|(settled, tally)| {
+            tally.count(&settled.sent, &self.metrics);
+            settled
         }))
     }
 }

@@ -12,14 +12,14 @@ use std::time::Duration;
 
 use crate::clock::{Moment, Timestamp};
 use crate::model::ids::{DeviceId, DeviceNo, IdempotencyKey, MessageId, Position, UserId};
-use crate::model::mail::{Outgoing, Sent};
+use crate::model::mail::Outgoing;
 use crate::store::database::{PostgresTx, timely};
 use crate::store::notices::{self, Unread};
 use crate::store::outcome::Devices;
 use crate::store::postgres::PostgresStore;
 use crate::store::room::Candidate;
 use crate::store::send::postgres::rows::Locked;
-use crate::store::send::{self, Found, Known, Locking, NewMessage, Receipt, Tally};
+use crate::store::send::{self, Found, Known, Locking, NewMessage, Receipt, Settled, Tally};
 use crate::store::{Result, Store};
 use crate::telemetry::traces::Span;
 
@@ -97,7 +97,7 @@ struct Written {
 /// Messages that are deleted, each once, in the order of the index that they are looked up in: their devices, and their
 /// positions. Rows are deleted, and locked, in the order of their places in the table, so two groups don't wait for each
 /// other in a circle.
-type InOrder = (Vec<DeviceNo>, Vec<Position>);
+pub(super) type InOrder = (Vec<DeviceNo>, Vec<Position>);
 
 fn in_order(messages: &[(DeviceNo, Position)]) -> InOrder {
     let mut messages = messages.to_vec();
@@ -114,7 +114,7 @@ impl Store {
         acks: &[(DeviceNo, Position)],
         now: Moment,
         locking: Locking,
-    ) -> Result<Option<(Vec<Option<Sent>>, Tally)>> {
+    ) -> Result<Option<(Settled, Tally)>> {
         let mut tx = Span::within("store.begin").attempt(postgres.begin_group()).await?;
         let write = self.write_group(&mut tx, sends, acks, now, locking);
         let settled = Span::within("store.write").attempt(write).await?;
@@ -132,12 +132,13 @@ impl Store {
         acks: &[(DeviceNo, Position)],
         Moment { earliest, latest: now }: Moment,
         locking: Locking,
-    ) -> Result<Option<(Vec<Option<Sent>>, Tally)>> {
+    ) -> Result<Option<(Settled, Tally)>> {
         let mut tally = Tally::default();
         let acks = &in_order(acks);
         if sends.is_empty() {
-            tally.acked = tx.delete_messages(acks).await?;
-            return Ok(Some((Vec::new(), tally)));
+            let held;
+            (tally.acked, held) = tx.delete_acked(acks, locking).await?;
+            return Ok(Some((Settled { sent: Vec::new(), held }, tally)));
         }
         let lifetime = self.limits.idempotency_lifetime;
         self.rooms.bound();
@@ -166,15 +167,15 @@ impl Store {
         let position = |n: usize| blocks[n / BLOCK] + (n % BLOCK) as i64;
         let receipts = send::receipts(judged, position);
         let messages = send::numbered(rows, &received.ids, position);
-        let written = tx.write(&receipts, &messages, acks, received.received_at, lifetime).await?;
+        // Acks that may not wait are written by a statement of their own.
+        let at_once = if locking == Locking::Wait { acks } else { &InOrder::default() };
+        let written = tx.write(&receipts, &messages, at_once, received.received_at, lifetime).await?;
         // Another group has just written the outcome of one of these sends down.
         if written.receipts < receipts.len() as i64 {
             return Ok(None);
         }
-        tally.acked = written.acked.unsigned_abs();
-        if tally.acked < acks.1.len() as u64 {
-            tally.acked += tx.delete_once(acks).await?;
-        }
+        let held;
+        (tally.acked, held) = tx.delete_rest(acks, written.acked.unsigned_abs(), locking).await?;
         tally.add(&messages, written.messages.unsigned_abs());
         if !judgement.is_plain() {
             let period = notices::period(Position(position(0)));
@@ -190,7 +191,7 @@ impl Store {
         if !counted.is_empty() {
             self.set_counted(tx, &counted, &found.devices).await?;
         }
-        Ok(Some((judgement.sent, tally)))
+        Ok(Some((Settled { sent: judgement.sent, held }, tally)))
     }
 
     /// Counts the inboxes of those accounts of which too little is known to judge these messages. Returns the accounts.
@@ -324,18 +325,9 @@ impl PostgresTx {
         timely(self.limit, write.fetch_one(&mut *self.connection)).await
     }
 
-    /// Answers how many of them were still there.
-    async fn delete_messages(&mut self, messages: &InOrder) -> Result<u64> {
-        let deleted = self.delete_once(messages).await?;
-        if deleted == messages.1.len() as u64 {
-            return Ok(deleted);
-        }
-        Ok(deleted + self.delete_once(messages).await?)
-    }
-
     /// Deletes what it finds. A row that was moved while it was waited for, as the correction of a clock does
     /// ([`Store::expire_messages`]), is passed over, since it is not in its place any more; the next try finds it.
-    async fn delete_once(&mut self, (devices, positions): &InOrder) -> Result<u64> {
+    pub(super) async fn delete_once(&mut self, (devices, positions): &InOrder) -> Result<u64> {
         self.run(sqlx::query(delete_messages!("$1, $2")).bind(devices).bind(positions)).await
     }
 }

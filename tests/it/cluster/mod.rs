@@ -5,6 +5,7 @@ mod bystanders;
 mod connections;
 mod deaths;
 mod faults;
+mod held;
 mod nodes;
 mod poolers;
 mod secrets;

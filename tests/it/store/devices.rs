@@ -39,7 +39,7 @@ async fn send_bytes(store: &Store, from: &Member, to: &Member, others: &[&Member
         recipients: vec![Recipient { user: to.user, submissions, busy_for: None }],
     };
     let sent = store.settle(&[mail], &[], NOW).await.unwrap();
-    assert_eq!(sent[0].as_ref().unwrap().outcome, Default::default(), "everything was queued");
+    assert_eq!(sent.sent[0].as_ref().unwrap().outcome, Default::default(), "everything was queued");
 }
 
 /// Gives the device a row in every table.

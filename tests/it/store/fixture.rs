@@ -97,7 +97,8 @@ impl TestStore {
         now: Timestamp,
     ) -> obscura_server::store::Result<Vec<Sent>> {
         let settled = self.store.settle(sends, acks, now).await?;
-        Ok(settled.into_iter().map(|sent| sent.expect("a send that needs not wait")).collect())
+        assert!(settled.held.is_empty(), "acks that need not wait");
+        Ok(settled.sent.into_iter().map(|sent| sent.expect("a send that needs not wait")).collect())
     }
 
     /// Opens the same database beside this one.

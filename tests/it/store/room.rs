@@ -314,7 +314,7 @@ async fn two_stores_on_one_database_queue_the_rest_once() {
     let both = [mail.clone()];
     let (one, other) = tokio::join!(beside.settle(&both, &[], NOW), beside.settle(&both, &[], NOW));
     for sent in [one.unwrap(), other.unwrap()] {
-        assert!(sent[0].as_ref().is_some_and(|sent| sent.outcome.refused.is_empty()));
+        assert!(sent.sent[0].as_ref().is_some_and(|sent| sent.outcome.refused.is_empty()));
     }
     assert_eq!(waiting(&store, &bob).await.len(), 1);
 }
