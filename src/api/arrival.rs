@@ -14,7 +14,8 @@ use http_body_util::BodyExt;
 use hyper::body::{Frame, Incoming, SizeHint};
 use tokio::time::Instant;
 
-use crate::gateway::{LATE, LEAST_RATE, Progress};
+use crate::gateway::{LATE, Progress};
+use crate::limits::LEAST_RATE;
 
 /// An unread rest of at most this size is left to hyper. Hyper often has it already, and then the connection stays open.
 const SMALL_REST: u64 = 64 << 10;

@@ -13,5 +13,5 @@ mod session;
 mod trail;
 
 pub use features::Features;
-pub use pipe::{LATE, LEAST_RATE, Progress, limited};
+pub use pipe::{LATE, Progress, limited};
 pub use session::run;

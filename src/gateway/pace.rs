@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use tokio::time::Instant;
 
-use crate::gateway::pipe::LEAST_RATE;
+use crate::limits::LEAST_RATE;
 
 /// A frame with at most this many bytes of messages, or with a single larger message, needs no share of the memory for frames.
 pub(super) const MODEST_BYTES: usize = 64 << 10;

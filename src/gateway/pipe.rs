@@ -25,10 +25,6 @@ const MANY_UNFRAMED_BYTES: u32 = 16 << 10;
 /// How long a client may take to take notice of our goodbye.
 const GOODBYE: Duration = Duration::from_secs(1);
 
-/// Bytes a second that each client has to take or send, once it has used up the time in which it may do nothing. A steady
-/// client with 20 kB/s stays well above it, also with buffers on the way.
-pub const LEAST_RATE: u64 = 8 << 10;
-
 /// If a timer fires later than this, the process, the virtual machine or the node was paused. What the client sent meanwhile
 /// still waits in the kernel, so its time begins anew.
 pub const LATE: Duration = Duration::from_secs(1);

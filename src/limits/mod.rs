@@ -23,6 +23,10 @@ use crate::config;
 use crate::model::ids::UserId;
 use crate::telemetry::metrics::Refusal;
 
+/// Bytes a second that each client has to take or send, once it has used up the time in which it may do nothing. A steady
+/// client with 20 kB/s stays well above it, also with buffers on the way.
+pub const LEAST_RATE: u64 = 8 << 10;
+
 /// While an account is being flooded: sends of each sender that still reach it at once …
 const TRICKLE_BURST: u32 = 20;
 /// … and in a second, so that a flood doesn't silence the others.

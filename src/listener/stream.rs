@@ -16,7 +16,8 @@ use tokio::time::{Instant, Sleep};
 use tracing::debug;
 
 use crate::api::connections::Permit;
-use crate::gateway::{LATE, LEAST_RATE, Progress};
+use crate::gateway::{LATE, Progress};
+use crate::limits::LEAST_RATE;
 use crate::listener::linger::Lingering;
 use crate::telemetry::metrics::Held;
 

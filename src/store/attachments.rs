@@ -90,11 +90,35 @@ impl Store {
         after: Option<AttachmentAge>,
         limit: u32,
     ) -> Result<Vec<AttachmentAge>> {
+        self.give_uploads_up(before, i64::MAX, after, limit).await
+    }
+
+    /// The same for those that had until `before` for as many bytes as they have, at `least_rate` bytes a second.
+    pub async fn overdue_reservations(
+        &self,
+        before: Timestamp,
+        least_rate: u64,
+        after: Option<AttachmentAge>,
+        limit: u32,
+    ) -> Result<Vec<AttachmentAge>> {
+        let bytes_per_millisecond = i64::try_from(least_rate / 1000).unwrap_or(i64::MAX).max(1);
+        self.give_uploads_up(before, bytes_per_millisecond, after, limit).await
+    }
+
+    async fn give_uploads_up(
+        &self,
+        before: Timestamp,
+        bytes_per_millisecond: i64,
+        after: Option<AttachmentAge>,
+        limit: u32,
+    ) -> Result<Vec<AttachmentAge>> {
         let after = after.unwrap_or_else(AttachmentAge::start);
         let mut tx = self.begin().await?;
+        // The first comparison of `created_at` is what the index answers.
         let statement = "UPDATE attachments SET stored = $1 WHERE stored <> 1 AND id IN (
                  SELECT id FROM attachments
-                 WHERE stored <> 1 AND created_at < $2 AND (created_at, id) > ($3, $4)
+                 WHERE stored <> 1 AND created_at < $2 AND created_at + size / $6 < $2
+                   AND (created_at, id) > ($3, $4)
                  ORDER BY created_at, id LIMIT $5)
              RETURNING created_at, id";
         let mut stale: Vec<AttachmentAge> = on!(&mut tx, |db| sqlx::query_as(statement)
@@ -103,6 +127,7 @@ impl Store {
             .bind(after.created_at)
             .bind(after.id)
             .bind(i64::from(limit))
+            .bind(bytes_per_millisecond)
             .fetch_all(db))?;
         tx.commit().await?;
         stale.sort_unstable();

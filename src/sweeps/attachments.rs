@@ -11,12 +11,13 @@ use tracing::{info, warn};
 use crate::app::App;
 use crate::blobs::{BlobError, Deleted};
 use crate::clock::Timestamp;
+use crate::limits::LEAST_RATE;
 use crate::model::ids::AttachmentId;
 use crate::store::{AttachmentAge, StoreError};
 use crate::tasks::Round;
 use crate::telemetry::metrics::BlobOperation;
 
-/// An upload this much older than its time limit is over, however slow the disk is.
+/// An upload this much older than the time that it may take is over, however slow the disk is.
 const UPLOAD_MARGIN: Duration = Duration::from_mins(1);
 
 /// Why a sweep over attachments has to come again.
@@ -62,10 +63,13 @@ pub async fn remove_expired(app: App, walk: Arc<Walk>) -> Result<Round, SweepErr
 }
 
 /// A step of the sweep over uploads that took far too long and left something.
+///
+/// No node knows what the others are taking in, so the age has to tell. A client has the time limit before the bytes and
+/// behind them, and as long as its bytes take at the least rate: 50 MiB may come in for almost two hours.
 pub async fn remove_stale(app: App, walk: Arc<Walk>) -> Result<Round, SweepError> {
     let limit = app.config.attachments.cleanup_batch_size;
-    let before = app.clock.earliest() - app.config.attachments.timeout - UPLOAD_MARGIN;
-    let stale = app.store.stale_reservations(before, walk.after(), limit).await?;
+    let before = app.clock.earliest() - app.config.attachments.timeout * 2 - UPLOAD_MARGIN;
+    let stale = app.store.overdue_reservations(before, LEAST_RATE, walk.after(), limit).await?;
     let deleted = app.blobs.discard(&ids(&stale)).await;
     conclude(&app, &walk, &stale, deleted, "stale uploads").await
 }

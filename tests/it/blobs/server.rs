@@ -97,7 +97,7 @@ async fn whenever_a_client_hangs_up_there_is_a_whole_attachment_or_none() {
     .await;
     came_and_went(&server, 24, before).await;
     // What a busy service did not answer for waits for the sweep.
-    server.clock.advance(Duration::from_mins(3));
+    server.clock.advance(Duration::from_mins(15));
     let database = server.database().await;
     let count = async |which: &str| database.number(&format!("SELECT count(*) FROM attachments {which}")).await;
     let is_whole = async |object: String| {
@@ -153,7 +153,7 @@ async fn an_upload_without_an_answer_is_looked_after_by_the_sweep() {
     device.request("POST", "/v1/attachments").body(pattern(PART + 1)).send().await.expect(503);
     assert_eq!(rows(&server).await, 1);
     proxy.rule(|_, _| Fate::Pass);
-    server.clock.advance(Duration::from_mins(2));
+    server.clock.advance(Duration::from_mins(13));
     nothing_is_left(&server, &bucket).await;
 }
 

@@ -20,12 +20,16 @@ fn quota(quota_bytes: u64) -> Allowance {
 }
 
 async fn pending(store: &Store, at: Timestamp) -> AttachmentId {
+    pending_of(store, at, 100).await
+}
+
+async fn pending_of(store: &Store, at: Timestamp, size: u64) -> AttachmentId {
     let id = AttachmentId::random();
     let reserved = store
         .reserve_attachment(Reservation {
             user: UserId::random(),
             id,
-            size: 100,
+            size,
             now: at,
             born: at,
             allowance: quota(NO_QUOTA),
@@ -284,6 +288,20 @@ async fn a_reservation_that_was_given_up_can_not_become_an_attachment() {
     assert_eq!(store.stale_reservations(NOW, stale.last().copied(), 10).await.unwrap(), []);
     store.forget_attachments(&[old]).await.unwrap();
     assert_eq!(store.stale_reservations(NOW, None, 10).await.unwrap(), []);
+}
+
+#[tokio::test]
+async fn an_upload_has_as_long_as_its_bytes_take_before_it_is_given_up() {
+    let store = TestStore::open().await;
+    let began = NOW - Duration::from_secs(600);
+    let small = pending(&store, began).await;
+    // At 8000 bytes a second that is 1000 s.
+    let large = pending_of(&store, began, 8_000_000).await;
+    let overdue = async |at: Timestamp| ids(&store.overdue_reservations(at, 8000, None, 10).await.unwrap());
+    assert_eq!(overdue(NOW).await, [small]);
+    store.forget_attachments(&[small]).await.unwrap();
+    assert_eq!(overdue(began + Duration::from_secs(1000)).await, []);
+    assert_eq!(overdue(began + Duration::from_secs(1001)).await, [large]);
 }
 
 #[tokio::test]

@@ -5,10 +5,11 @@ use std::time::Duration;
 use bytes::Bytes;
 use futures_util::future::join_all;
 use futures_util::stream;
-use tokio::io::AsyncReadExt;
+use obscura_server::model::ids::AttachmentId;
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
 
 use super::{download, nothing_is_left, put, rows, stored, upload};
-use crate::harness::{Binary, Database, Device, TestServer, deployment, eventually, within};
+use crate::harness::{Binary, Database, Device, TestServer, deployment, eventually, raw_answer, within};
 use crate::metrics::page::{came_and_went, connections};
 
 /// Waits until so many uploads are pending and so many files there. An upload has none before a part of it has come in.
@@ -130,6 +131,32 @@ async fn what_a_killed_server_left_is_removed_when_it_starts_again() {
     assert_eq!(&download(&device, &kept).send().await.expect(200).body[..], b"abc");
 }
 
+/// Ten minutes pass, in which every sweep looks at it: the one of a slow phone must not be taken for a broken one.
+#[tokio::test]
+async fn an_upload_that_lasts_long_is_not_taken_for_one_that_was_broken_off() {
+    const SIZE: usize = 6 << 20;
+    let server = TestServer::start_with(|config| config.attachments.cleanup_interval = Duration::from_secs(1)).await;
+    let device = server.account().await;
+    let mut slow = device.begin_upload(SIZE, SIZE / 2).await;
+    under_way(&server, 1, 1).await;
+    // One that a node left behind when it ended, from the same second.
+    let database = server.database().await;
+    let left = AttachmentId::random().to_string().parse().unwrap();
+    let insert = format!(
+        "INSERT INTO attachments (id, user_id, size, stored, created_at)
+         SELECT {}, user_id, 1, 0, created_at FROM attachments",
+        database.literal(left)
+    );
+    database.execute(&insert).await;
+    server.clock.advance(Duration::from_mins(10));
+    let given_up = format!("SELECT count(*) FROM attachments WHERE id = {}", database.literal(left));
+    eventually("a sweep", async || database.number(&given_up).await == 0).await;
+    slow.write_all(&vec![7; SIZE - SIZE / 2]).await.unwrap();
+    let answer = raw_answer(&mut slow, b"").await;
+    assert!(answer.starts_with("HTTP/1.1 201 "), "{answer}");
+    assert_eq!(rows(&server).await, 1);
+}
+
 #[tokio::test]
 async fn a_graceful_restart_in_the_middle_of_an_upload_leaves_nothing() {
     let mut server = TestServer::start_with(|config| {
@@ -143,7 +170,7 @@ async fn a_graceful_restart_in_the_middle_of_an_upload_leaves_nothing() {
     under_way(&server, 1, 2).await;
     server.restart().await;
     // A node of several can't tell its own uploads from those of others, and waits until none can be under way.
-    server.clock.advance(Duration::from_mins(5));
+    server.clock.advance(Duration::from_mins(8));
     eventually("the upload to go", async || rows(&server).await == 1 && stored(&server).await.len() == 1).await;
     download(&device, &kept).send().await.expect(200);
 }
