@@ -30,8 +30,22 @@ const SLOWEST_REFUSAL: Duration = Duration::from_secs(1);
 pub struct Admitted {
     /// The client's address; the account, once a valid token has been seen.
     pub payer: Payer,
+    /// The client's address again, if it is that of a client. `None` for requests that a trusted proxy makes itself, or passes
+    /// on without saying for whom.
+    pub client: Option<IpAddr>,
     /// The largest body that its route takes, in bytes.
     pub max_body: usize,
+}
+
+impl Admitted {
+    /// What is charged for what the request holds while it lasts: the account and its client's address. An account alone would let
+    /// one client hold all there is, with a few accounts.
+    pub fn holder(&self) -> Payer {
+        match (self.payer, self.client) {
+            (Payer::Account(account), Some(address)) => Payer::AccountAt(account, address),
+            (payer, _) => payer,
+        }
+    }
 }
 
 /// What the requests of a route need to be let in.
@@ -63,11 +77,13 @@ pub async fn admit(State(entrance): State<Entrance>, request: Request, next: Nex
 
 async fn admitted(entrance: Entrance, peer: IpAddr, mut request: Request, next: Next) -> Response {
     let Entrance { app, tier, max_body } = entrance;
-    let payer = Payer::Address(client_address(&app.config.server, peer, request.headers()));
+    let address = client_address(&app.config.server, peer, request.headers());
+    let (payer, client) =
+        (Payer::Address(address), Some(address).filter(|address| !app.config.server.trusts(*address)));
     if let Err(wait) = app.limits.address(tier, payer) {
         return ApiError::from(wait).into_response();
     }
-    request.extensions_mut().insert(Admitted { payer, max_body });
+    request.extensions_mut().insert(Admitted { payer, client, max_body });
     next.run(request).await
 }
 

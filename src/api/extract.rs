@@ -109,6 +109,19 @@ impl FromRequestParts<App> for Client {
     }
 }
 
+/// What is charged for what a request holds while it lasts. Comes after the [`Caller`].
+#[derive(Clone, Copy, Debug)]
+pub struct Holder(pub Payer);
+
+impl FromRequestParts<App> for Holder {
+    type Rejection = ApiError;
+
+    async fn from_request_parts(parts: &mut Parts, _: &App) -> Result<Self, ApiError> {
+        // Every route lets requests in by `admit`.
+        parts.extensions.get::<Admitted>().map(|admitted| Self(admitted.holder())).ok_or(ApiError::Internal)
+    }
+}
+
 /// A JSON body of type `T`, read strictly: unknown members are passed over, everything else has to fit.
 #[derive(Debug)]
 pub struct Json<T>(pub T);
@@ -174,10 +187,11 @@ impl FromRequest<App> for RawBody {
     type Rejection = ApiError;
 
     async fn from_request(request: Request, app: &App) -> Result<Self, ApiError> {
-        let Some(Admitted { payer, max_body }) = request.extensions().get().copied() else {
+        let Some(admitted) = request.extensions().get::<Admitted>().copied() else {
             error!("a body came in on a route without a limit");
             return Err(ApiError::Internal);
         };
+        let (payer, max_body) = (admitted.holder(), admitted.max_body);
         check_encoding(request.headers())?;
         let too_large = || ApiError::TooLarge("Payload too large".into());
         if announced_bytes(&request) > max_body as u64 {

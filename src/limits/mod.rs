@@ -14,7 +14,7 @@ use std::sync::Arc;
 use std::thread::available_parallelism;
 use std::time::Duration;
 
-pub use accounts::AccountLimits;
+pub use accounts::{AccountLimits, Guess};
 pub use amounts::{Amount, Held, NoRoom, Terms};
 pub use payer::{Payer, Scope};
 pub use rates::{Quota, Rate, Wait};
@@ -52,6 +52,10 @@ const SMALL_BODIES_KIB: u32 = 16 << 10;
 const SMALL_BODY_KIB: u32 = 64;
 /// The share of one account's bodies, in KiB.
 const BODIES_OF_ACCOUNT_KIB: u32 = 16 << 10;
+/// The share of one address for the bodies of all its accounts, in KiB …
+const ACCOUNT_BODIES_OF_ADDRESS_KIB: u32 = 16 << 10;
+/// … and of its network (/24, /48).
+const ACCOUNT_BODIES_OF_NETWORK_KIB: u32 = 32 << 10;
 /// An address can hold one of the largest bodies that need no token, an IPv6 /48 this many.
 const GUEST_BODIES_OF_SITE: u32 = 8;
 /// Memory for the large frames of all sockets, in KiB.
@@ -142,7 +146,14 @@ impl Limits {
                 GUEST_BODIES_KIB,
                 vec![(Scope::Own, guest), (Scope::Site, guest.saturating_mul(GUEST_BODIES_OF_SITE))],
             ),
-            account_bodies: bodies(ACCOUNT_BODIES_KIB, vec![(Scope::Own, BODIES_OF_ACCOUNT_KIB)]),
+            account_bodies: bodies(
+                ACCOUNT_BODIES_KIB,
+                vec![
+                    (Scope::Own, BODIES_OF_ACCOUNT_KIB),
+                    (Scope::Client, ACCOUNT_BODIES_OF_ADDRESS_KIB),
+                    (Scope::Block, ACCOUNT_BODIES_OF_NETWORK_KIB),
+                ],
+            ),
             frames: Amount::new(Terms {
                 shares: vec![(Scope::Own, FRAMES_OF_ACCOUNT_KIB)],
                 ..Terms::total(FRAMES_KIB)
@@ -201,7 +212,11 @@ impl Budgets {
 
     /// The memory for the bodies of this payer's requests, in KiB.
     pub fn bodies(&self, payer: Payer) -> &Amount {
-        if matches!(payer, Payer::Account(_)) { &self.account_bodies } else { &self.guest_bodies }
+        if matches!(payer, Payer::Account(_) | Payer::AccountAt(..)) {
+            &self.account_bodies
+        } else {
+            &self.guest_bodies
+        }
     }
 }
 

@@ -13,6 +13,8 @@ pub enum Payer {
     Address(IpAddr),
     /// An account, from all addresses together.
     Account(UserId),
+    /// An account and the address that it comes from, which both have a share.
+    AccountAt(UserId, IpAddr),
     /// An account that does something to another one: first the actor, then the target.
     Pair(UserId, UserId),
     /// A user name or a domain, by the hash that [`Payer::named`] makes.
@@ -26,9 +28,11 @@ pub enum Payer {
 pub enum Scope {
     /// The payer alone: an account, a pair, a name, an IPv4 address, or the /64 that an IPv6 client has.
     Own,
-    /// An IPv6 /48, which one customer may have. IPv4 addresses and accounts have none.
+    /// The address of a client: an IPv4 address, or the /64 that an IPv6 client has. Accounts by themselves have none.
+    Client,
+    /// An IPv6 /48, which one customer may have. IPv4 addresses and accounts by themselves have none.
     Site,
-    /// An IPv4 /24 or an IPv6 /48. Accounts have none.
+    /// An IPv4 /24 or an IPv6 /48. Accounts by themselves have none.
     Block,
     /// All payers together.
     All,
@@ -47,23 +51,29 @@ impl Payer {
         Self::Named(SECRET.hash_one(name))
     }
 
+    /// A payer with this name within the network (/24, /48) of a client.
+    pub fn named_within_network(name: &str, client: Self) -> Self {
+        Self::Named(SECRET.hash_one((name, client.key(Scope::Block))))
+    }
+
     /// Payers with the same key share a budget of this scope. `None` if this payer has no budget of this scope.
     pub(super) fn key(self, scope: Scope) -> Option<Key> {
         let hash = match (scope, self) {
             (Scope::All, _) => 0,
             (Scope::Own, Self::Address(address)) => hash(scope, client(address)),
-            (Scope::Own, Self::Account(account)) => hash(scope, account),
+            (Scope::Own, Self::Account(account) | Self::AccountAt(account, _)) => hash(scope, account),
             (Scope::Own, Self::Pair(actor, target)) => hash(scope, (actor, target)),
             (Scope::Own, Self::Named(name)) => name,
-            (Scope::Site, Self::Address(address)) => match address.to_canonical() {
+            (Scope::Client, Self::Address(address) | Self::AccountAt(_, address)) => hash(scope, client(address)),
+            (Scope::Site, Self::Address(address) | Self::AccountAt(_, address)) => match address.to_canonical() {
                 IpAddr::V6(address) => hash(scope, v6_network(address, 48)),
                 IpAddr::V4(_) => return None,
             },
-            (Scope::Block, Self::Address(address)) => match address.to_canonical() {
+            (Scope::Block, Self::Address(address) | Self::AccountAt(_, address)) => match address.to_canonical() {
                 IpAddr::V6(address) => hash(scope, v6_network(address, 48)),
                 IpAddr::V4(address) => hash(scope, Ipv4Addr::from_bits(address.to_bits() & !0xff)),
             },
-            (Scope::Own | Scope::Site | Scope::Block, _) => return None,
+            (Scope::Own | Scope::Client | Scope::Site | Scope::Block, _) => return None,
         };
         Some(Key(hash))
     }
@@ -119,7 +129,13 @@ mod tests {
         let (one, other) = (UserId::random(), UserId::random());
         for payer in [Payer::Account(one), Payer::Pair(one, other), Payer::named("example.org")] {
             assert!(payer.key(Scope::Own).is_some() && payer.key(Scope::All).is_some());
-            assert_eq!((payer.key(Scope::Site), payer.key(Scope::Block)), (None, None));
+            assert_eq!([Scope::Client, Scope::Site, Scope::Block].map(|scope| payer.key(scope)), [None; 3]);
+        }
+        let address = "2001:db8::1".parse().unwrap();
+        let both = Payer::AccountAt(one, address);
+        assert_eq!(both.key(Scope::Own), Payer::Account(one).key(Scope::Own));
+        for scope in [Scope::Client, Scope::Site, Scope::Block] {
+            assert_eq!(both.key(scope), Payer::Address(address).key(scope));
         }
         assert_ne!(Payer::Pair(one, other).key(Scope::Own), Payer::Pair(other, one).key(Scope::Own));
         assert_eq!(Payer::Exempt.key(Scope::Own), None);

@@ -182,3 +182,16 @@ fn whatever_accounts_hold_small_bodies_have_room() {
     let account = Payer::Account(UserId::random());
     assert!(limits.bodies(account).try_take(account, SMALL_BODY_KIB).is_some());
 }
+
+/// With an account alone as payer, three of them hold all the room there is for large bodies.
+#[test]
+fn many_accounts_at_one_address_or_in_one_network_leave_room_for_others() {
+    let limits = limits();
+    let at = |host: u8| Payer::AccountAt(UserId::random(), std::net::Ipv4Addr::new(192, 0, 2, host).into());
+    let of_address = hoard(&limits, 2 << 10, |_| at(1));
+    assert_eq!(of_address.len(), 8, "16 MiB");
+    let of_network = hoard(&limits, 2 << 10, |number| at(2 + number as u8));
+    assert_eq!(of_address.len() + of_network.len(), 16, "32 MiB");
+    let stranger = Payer::AccountAt(UserId::random(), std::net::Ipv4Addr::new(192, 0, 3, 1).into());
+    assert!(limits.bodies(stranger).try_take(stranger, 2 << 10).is_some());
+}

@@ -145,6 +145,31 @@ async fn unfinished_sends_of_one_account_stop_nobody() {
     drop(held);
 }
 
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn unfinished_sends_of_four_accounts_at_one_address_stop_nobody() {
+    let folder = tempfile::tempdir().unwrap();
+    let server = Binary::start_limited(folder.path(), &[]).await;
+    let mut honest = Honest::begin(&server).await;
+    let client = server.client();
+    let mut accounts = Vec::new();
+    for host in 9..13 {
+        accounts.push(register(&client, Keys::default(), format!("192.0.2.{host}")).await);
+    }
+    let head = |number: usize| {
+        let token = &accounts[number % 4].token;
+        format!("POST /v1/messages HTTP/1.1\r\nx-forwarded-for: 198.51.100.1\r\nauthorization: Bearer {token}\r\n")
+    };
+    let held = hold((0..32).map(|number| unfinished(server.address(), head(number), 2 << 20))).await;
+    let large = prost::Message::encode_to_vec(&send_request(&[(&honest.bob, &[7; 2_000_000])]));
+    let send = honest.alice.messages_request(Uuid::new_v4(), large).header("x-forwarded-for", honest.address());
+    within("a large send", send.send()).await.expect(200);
+    for _ in 0..ROUNDS {
+        honest.round(Keys { one_time: 100, pq_one_time: Some(100) }).await;
+    }
+    assert_memory_is_bounded(&server);
+    drop(held);
+}
+
 #[tokio::test]
 async fn a_body_larger_than_its_route_takes_is_refused_by_its_head() {
     let folder = tempfile::tempdir().unwrap();

@@ -70,7 +70,7 @@ fn body_of<Arguments, H: TakesJson<Arguments>>(_: H) -> Read {
 }
 
 fn read<T: DeserializeOwned>(app: &App, value: &Value) -> Result<Structs, ApiError> {
-    let admitted = Admitted { payer: Payer::Exempt, max_body: 1 << 20 };
+    let admitted = Admitted { payer: Payer::Exempt, client: None, max_body: 1 << 20 };
     let request = Request::builder().header("content-type", "application/json").extension(admitted);
     let request = request.body(value.to_string().into());
     let reading = Json::<T>::from_request(request.expect("a request"), app);
