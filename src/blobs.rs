@@ -24,6 +24,7 @@ pub use crate::blobs::error::{BlobError, OpenError, UploadError};
 use crate::blobs::folder::Folder;
 pub use crate::blobs::read_only::ReadOnlyFolder;
 use crate::config;
+use crate::limits::Payer;
 use crate::model::ids::AttachmentId;
 use crate::telemetry::traces::Span;
 
@@ -93,10 +94,21 @@ impl Blobs {
         size: u64,
         body: impl Stream<Item = Result<Bytes, E>>,
     ) -> Result<Staged, UploadError> {
+        self.stage_for(Payer::Exempt, id, size, body).await
+    }
+
+    /// The same for a client, which has its share of the memory that uploads to a bucket need.
+    pub async fn stage_for<E>(
+        &self,
+        payer: Payer,
+        id: AttachmentId,
+        size: u64,
+        body: impl Stream<Item = Result<Bytes, E>>,
+    ) -> Result<Staged, UploadError> {
         let stage = async {
             Ok(Staged(match &self.0 {
                 Place::Folder(folder) => Arrived::InFolder(folder.stage(id, size, body).await?),
-                Place::Bucket(bucket) => Arrived::InBucket(bucket.stage(id, size, body).await?),
+                Place::Bucket(bucket) => Arrived::InBucket(bucket.stage(id, size, payer, body).await?),
             }))
         };
         Span::calling("blobs.stage").attempt(stage).await

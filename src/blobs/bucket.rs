@@ -4,39 +4,26 @@
 //! parts for ever that nobody completes or aborts, so [`Bucket::discard`] asks it for them: whoever began an upload may
 //! be gone.
 
+mod memory;
+
 use std::collections::HashMap;
 use std::ops::Range;
 use std::sync::Arc;
-use std::time::Duration;
 
 use bytes::Bytes;
 use futures_util::stream;
 use futures_util::{Stream, StreamExt, TryStreamExt};
 use object_store::multipart::{MultipartStore, PartId};
 use object_store::path::Path as Key;
-use object_store::{GetOptions, ObjectStore, ObjectStoreExt, PutPayload, PutPayloadMut};
+use object_store::{GetOptions, ObjectStore, ObjectStoreExt};
 
+use crate::blobs::bucket::memory::{Memory, PART_BYTES, Part};
 use crate::blobs::s3::{Service, limited};
 use crate::blobs::{Blob, BlobError, Deleted, Keys, OpenError, UploadError, start};
 use crate::config;
-use crate::limits::{Amount, Held, NoRoom, PATIENCE, Payer, Terms, kib};
+use crate::limits::Payer;
 use crate::model::ids::AttachmentId;
 
-/// The smallest part that S3 allows. All but the last have this size; a body that fits into one is not cut.
-const PART_BYTES: usize = 5 << 20;
-/// A part is gathered in blocks of this size.
-const BLOCK_BYTES: usize = 64 << 10;
-/// Memory for the beginnings of parts, of all uploads at once.
-const BEGINNINGS_KIB: u32 = 24 << 10;
-/// Memory for whole parts, of all uploads at once: eight of them.
-const PARTS_KIB: u32 = 40 << 10;
-/// A part that has grown beyond this takes the memory of a whole one, in exchange for that of its beginning. If it grew on
-/// step by step, many could hold a piece each and wait for each other for ever.
-const BEGINNING_BYTES: usize = 1 << 20;
-/// How long an upload waits for its turn to hold a whole part.
-const TURN: Duration = Duration::from_secs(8);
-/// Uploads that may wait for memory at a time.
-const WAITING: usize = 1024;
 /// Objects that one request may delete.
 const DELETES_IN_ONE: usize = 1000;
 /// Objects that are looked after at the same time, where each takes requests of its own.
@@ -50,19 +37,11 @@ pub(super) struct Bucket {
     memory: Memory,
 }
 
-#[derive(Clone, Debug)]
-struct Memory {
-    beginnings: Amount,
-    parts: Amount,
-}
-
 impl Bucket {
     /// The bucket, without asking its service for anything yet.
     pub fn prepare(config: &config::Attachments, keys: Keys) -> Result<Self, OpenError> {
         let service = Service::new(config)?;
-        let amount = |total| Amount::new(Terms { max_waiting: WAITING, ..Terms::total(total) });
-        let memory = Memory { beginnings: amount(BEGINNINGS_KIB), parts: amount(PARTS_KIB) };
-        Ok(Self { service: Arc::new(service), keys, memory })
+        Ok(Self { service: Arc::new(service), keys, memory: Memory::new() })
     }
 
     /// Ends when the bucket can be used; a service that is away is waited for.
@@ -75,11 +54,12 @@ impl Bucket {
         &self,
         id: AttachmentId,
         size: u64,
+        payer: Payer,
         body: impl Stream<Item = Result<Bytes, E>>,
     ) -> Result<Staged, UploadError> {
         let object = Object { service: self.service.clone(), key: self.keys.of(id) };
         let mut cut = if size > PART_BYTES as u64 { Some(object.begin().await?) } else { None };
-        let (mut part, mut received) = (Part::new(&self.memory), 0);
+        let (mut part, mut received) = (self.memory.part(payer), 0);
         let mut body = std::pin::pin!(body);
         while let Some(bytes) = body.next().await {
             let mut bytes = bytes.map_err(|_| UploadError::Body)?;
@@ -90,7 +70,7 @@ impl Bucket {
             while !bytes.is_empty() {
                 part.take_in(&mut bytes).await?;
                 if let Some(cut) = cut.as_mut().filter(|_| part.is_full()) {
-                    object.put_part(cut, std::mem::replace(&mut part, Part::new(&self.memory))).await?;
+                    object.put_part(cut, std::mem::replace(&mut part, self.memory.part(payer))).await?;
                 }
             }
         }
@@ -218,48 +198,6 @@ impl Object {
 struct Cut {
     upload: String,
     parts: Vec<PartId>,
-}
-
-/// Bytes on their way, and the memory they are allowed.
-struct Part {
-    bytes: PutPayloadMut,
-    beginning: Held,
-    whole: Held,
-}
-
-impl Part {
-    fn new(memory: &Memory) -> Self {
-        let bytes = PutPayloadMut::new().with_block_size(BLOCK_BYTES);
-        let [beginning, whole] = [&memory.beginnings, &memory.parts].map(|memory| memory.holder(Payer::Exempt));
-        Self { bytes, beginning, whole }
-    }
-
-    fn length(&self) -> usize {
-        self.bytes.content_length()
-    }
-
-    fn is_full(&self) -> bool {
-        self.length() == PART_BYTES
-    }
-
-    /// Takes as much as fits. It is copied, because a client that sends single bytes would make a list of them
-    /// expensive.
-    async fn take_in(&mut self, bytes: &mut Bytes) -> Result<(), NoRoom> {
-        let bytes = bytes.split_to(bytes.len().min(PART_BYTES - self.length()));
-        let length = (self.length() + bytes.len()).next_multiple_of(BLOCK_BYTES);
-        if length <= BEGINNING_BYTES {
-            self.beginning.grow_to(kib(length), PATIENCE).await?;
-        } else {
-            self.whole.grow_to(kib(PART_BYTES), TURN).await?;
-            self.beginning.shrink_to(0);
-        }
-        self.bytes.extend_from_slice(&bytes);
-        Ok(())
-    }
-
-    fn finish(self) -> (PutPayload, [Held; 2]) {
-        (self.bytes.freeze(), [self.beginning, self.whole])
-    }
 }
 
 /// Bytes that have arrived in full and wait to become an object.

@@ -236,6 +236,16 @@ impl Held {
         }
     }
 
+    /// Takes so many more that it has `units`, if they can be had at once.
+    pub fn try_grow_to(&mut self, units: u32) -> bool {
+        self.try_grow(units.saturating_sub(self.units))
+    }
+
+    /// Units that it has.
+    pub fn units(&self) -> u32 {
+        self.units
+    }
+
     fn try_grow(&mut self, units: u32) -> bool {
         if units == 0 {
             return true;
