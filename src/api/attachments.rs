@@ -3,12 +3,13 @@
 mod conditions;
 
 use std::ops::Range;
+use std::time::Duration;
 
 use axum::body::Body;
 use axum::extract::State;
 use axum::http::{HeaderMap, Method, StatusCode, header};
 use axum::response::{IntoResponse, Response};
-use futures_util::StreamExt;
+use futures_util::{StreamExt, stream};
 use serde::Serialize;
 use tokio_util::sync::CancellationToken;
 use tracing::{error, warn};
@@ -16,12 +17,12 @@ use tracing::{error, warn};
 use crate::api::arrival::announced_length;
 use crate::api::attachments::conditions::{Part, entity_tag, is_known, requested_part};
 use crate::api::error::ApiError;
-use crate::api::extract::{PathId, Unmetered, check_encoding};
+use crate::api::extract::{Holder, PathId, Unmetered, check_encoding};
 use crate::app::App;
 use crate::blobs::{Staged, UploadError};
 use crate::clock::Timestamp;
 use crate::config;
-use crate::limits::{NoRoom, Wait};
+use crate::limits::{NoRoom, Payer, Wait};
 use crate::model::ids::{AttachmentId, UserId};
 use crate::store::{Allowance, Reservation, Reserved, StoreError};
 use crate::telemetry::metrics::{BlobOperation, Direction, Refusal};
@@ -30,6 +31,10 @@ use crate::telemetry::traces::carried;
 /// How many bytes of an upload may come in before its room is reserved. They are written before anything limits them but
 /// the rate of requests; a larger upload doesn't notice the wait.
 const EARLY_BYTES: u64 = 1 << 20;
+
+/// How long the first byte of an upload may take. Until then the upload has cost its client nothing, but it holds a place
+/// among those under way.
+const FIRST_BYTE: Duration = Duration::from_secs(10);
 
 /// Where a stored attachment is, and until when.
 #[derive(Debug, Serialize)]
@@ -45,19 +50,21 @@ pub struct Attachment {
 pub async fn upload(
     State(app): State<App>,
     Unmetered(caller): Unmetered,
+    Holder(payer): Holder,
     headers: HeaderMap,
     body: Body,
 ) -> Result<(StatusCode, axum::Json<Attachment>), ApiError> {
     check_encoding(&headers)?;
     let size = announced_length(&headers).ok_or(ApiError::LengthRequired)?;
     check_size(size, &app.config.attachments)?;
-    let under_way = app.account_limits.upload(caller.user)?;
+    let under_way = app.account_limits.upload(payer)?;
     // In a bucket it takes nothing of our own disk but a row.
     let on_disk = if app.config.attachments.folder().is_some() { size } else { 0 };
     let claim = app.disk.room_for_attachment(on_disk).ok_or(ApiError::DiskFull)?;
     let upload = Upload {
         id: AttachmentId::random(),
         user: caller.user,
+        payer,
         size,
         began: app.clock.now(),
         born: app.clock.latest(),
@@ -142,6 +149,7 @@ fn check_size(size: u64, limits: &config::Attachments) -> Result<(), ApiError> {
 struct Upload {
     id: AttachmentId,
     user: UserId,
+    payer: Payer,
     size: u64,
     began: Timestamp,
     /// From when on its age counts.
@@ -188,17 +196,19 @@ impl Upload {
         }
     }
 
-    async fn stage(&self, app: &App, body: Body, over: &CancellationToken) -> Result<Staged, UploadError> {
+    async fn stage(&self, app: &App, body: Body, over: &CancellationToken) -> Result<Staged, Failure> {
         // The body ends early when nobody waits for it any more. What the storage is busy with is not cut off, since it
         // might go on with it behind our back.
-        let body = body.into_data_stream().take_until(over.cancelled());
-        app.blobs.stage(self.id, self.size, body).await
+        let mut body = std::pin::pin!(body.into_data_stream().take_until(over.cancelled()));
+        let first = tokio::time::timeout(FIRST_BYTE, body.next()).await.map_err(|_| Failure::NothingCame)?;
+        let body = stream::iter(first).chain(body);
+        Ok(app.blobs.stage_for(self.payer, self.id, self.size, body).await?)
     }
 
-    async fn store(&self, app: &App, staged: Result<Staged, UploadError>) -> Result<(), Failure> {
-        let published = async { staged?.publish().await.map_err(UploadError::Storage) };
-        published.await.inspect_err(|error| {
-            if matches!(error, UploadError::Storage(_)) {
+    async fn store(&self, app: &App, staged: Result<Staged, Failure>) -> Result<(), Failure> {
+        let published = async { Ok(staged?.publish().await.map_err(UploadError::Storage)?) };
+        published.await.inspect_err(|failure| {
+            if matches!(failure, Failure::Upload(UploadError::Storage(_))) {
                 app.metrics.blob_failures.one(BlobOperation::Upload);
             }
         })?;
@@ -228,6 +238,8 @@ impl Upload {
 
 /// Why an attachment was not stored.
 enum Failure {
+    /// Not one byte of it, in [`FIRST_BYTE`].
+    NothingCame,
     Upload(UploadError),
     Store(StoreError),
 }
@@ -245,6 +257,7 @@ impl Failure {
 
     fn answer(self) -> ApiError {
         match self {
+            Self::NothingCame => ApiError::Timeout,
             Self::Upload(UploadError::Body) => {
                 ApiError::bad_request("The upload was broken off or has not the announced length")
             }

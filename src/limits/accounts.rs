@@ -13,8 +13,12 @@ const UPLOADS_PER_SECOND: u32 = 500;
 const UPLOADS_AT_ONCE: u32 = 2000;
 /// Uploads that may be under way at a time, in all …
 const UPLOADS_UNDER_WAY: u32 = 1024;
-/// … and of one account.
+/// … of one account …
 const UPLOADS_OF_ACCOUNT: u32 = 64;
+/// … of one address …
+const UPLOADS_OF_ADDRESS: u32 = 128;
+/// … and of one network (/24, /48).
+const UPLOADS_OF_NETWORK: u32 = 256;
 /// The `Retry-After` of an account that has as many uploads under way as it may.
 const UPLOAD_WAIT: Duration = Duration::from_secs(1);
 
@@ -40,7 +44,12 @@ impl AccountLimits {
         };
         let uploads = Quota::per_second(config.uploads_per_second, config.uploads_burst);
         let all = uploads.and(Quota::per_second(UPLOADS_PER_SECOND, UPLOADS_AT_ONCE));
-        let under_way = Terms { shares: vec![(Scope::Own, UPLOADS_OF_ACCOUNT)], ..Terms::total(UPLOADS_UNDER_WAY) };
+        let shares = vec![
+            (Scope::Own, UPLOADS_OF_ACCOUNT),
+            (Scope::Client, UPLOADS_OF_ADDRESS),
+            (Scope::Block, UPLOADS_OF_NETWORK),
+        ];
+        let under_way = Terms { shares, ..Terms::total(UPLOADS_UNDER_WAY) };
         Self {
             sign_ups,
             guesses: guesses(),
@@ -65,9 +74,8 @@ impl AccountLimits {
         Guess::take(&self.proven_guesses, Payer::Account(account))
     }
 
-    /// Takes an upload of this account, which counts as under way until the returned value is dropped.
-    pub fn upload(&self, account: UserId) -> Result<Held, Wait> {
-        let payer = Payer::Account(account);
+    /// Takes an upload of an account at an address, which counts as under way until the returned value is dropped.
+    pub fn upload(&self, payer: Payer) -> Result<Held, Wait> {
         let held = self.under_way.try_take(payer, 1).ok_or(Wait(UPLOAD_WAIT, Refusal::UploadRate))?;
         self.uploads.take(payer)?;
         Ok(held)
@@ -151,12 +159,29 @@ mod tests {
     #[tokio::test(start_paused = true)]
     async fn uploads_of_an_account_have_a_rate_and_a_number_under_way() {
         let limits = AccountLimits::new(&config());
-        let (busy, other) = (UserId::random(), UserId::random());
+        let (busy, other) = (Payer::Account(UserId::random()), Payer::Account(UserId::random()));
         assert_eq!((0..50).filter(|_| limits.upload(busy).is_ok()).count(), 5);
         limits.upload(other).unwrap();
         let limits = AccountLimits::new(&config::Accounts { uploads_per_second: 0, ..config() });
         let held: Vec<_> = (0..100).filter_map(|_| limits.upload(busy).ok()).collect();
         assert_eq!(held.len(), UPLOADS_OF_ACCOUNT as usize);
         limits.upload(other).unwrap();
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn uploads_under_way_have_a_share_for_each_address_and_network() {
+        let limits = AccountLimits::new(&config::Accounts { uploads_per_second: 0, ..config() });
+        let upload = |host: u8| {
+            let address = std::net::Ipv4Addr::new(192, 0, 2, host);
+            limits.upload(Payer::AccountAt(UserId::random(), address.into())).ok()
+        };
+        let of_address: Vec<_> = (0..1000).filter_map(|_| upload(1)).collect();
+        assert_eq!(of_address.len(), 128);
+        let of_network: Vec<_> = (0..1000u32).filter_map(|n| upload(n as u8)).collect();
+        assert_eq!(of_address.len() + of_network.len(), 256);
+        let stranger = Payer::AccountAt(UserId::random(), std::net::Ipv4Addr::new(192, 0, 3, 1).into());
+        limits.upload(stranger).unwrap();
+        drop(of_network);
+        assert!(upload(2).is_some());
     }
 }

@@ -118,6 +118,18 @@ async fn an_upload_may_take_longer_than_its_time_while_it_comes_in_steadily() {
     assert!(answer.starts_with("HTTP/1.1 201 "), "{answer}");
 }
 
+/// Its place among the uploads under way is not held for the whole time limit, which is two minutes.
+#[tokio::test]
+async fn an_upload_of_which_nothing_comes_ends_soon() {
+    let server = TestServer::start().await;
+    let alice = server.account().await;
+    let begun = Instant::now();
+    let mut stream = alice.begin_upload(100, 0).await;
+    let answer = raw_answer(&mut stream, b"").await;
+    assert!(answer.starts_with("HTTP/1.1 408 "), "{answer}");
+    assert!(begun.elapsed() < Duration::from_secs(30), "{:?}", begun.elapsed());
+}
+
 #[tokio::test]
 async fn an_upload_that_trickles_in_ends() {
     let server = TestServer::start_with(|config| config.attachments.timeout = Duration::from_secs(1)).await;

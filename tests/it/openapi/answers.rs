@@ -67,6 +67,7 @@ macro_rules! answers_json {
 answers_json!(A1 A2);
 answers_json!(A1 A2 A3);
 answers_json!(A1 A2 A3 A4);
+answers_json!(A1 A2 A3 A4 A5);
 
 fn answer<Arguments, H: AnswersJson<Arguments>>(
     (method, path, status): (&'static str, &'static str, u16),
