@@ -13,9 +13,9 @@ use crate::app::App;
 use crate::auth::tokens::{Claims, RefreshToken, Tokens};
 use crate::bus::Signal;
 use crate::clock::Timestamp;
-use crate::limits::Payer;
+use crate::limits::{Guess, Payer, Wait};
 use crate::model::ids::{Address, DeviceId, UserId};
-use crate::store::{Refresh, Refreshed, SessionGrant, SessionHolder, StoreError};
+use crate::store::{Credentials, Refresh, Refreshed, SessionGrant, SessionHolder, StoreError};
 use crate::telemetry::throttle::Throttle;
 
 /// Longer passwords can't be set, so they need not be tried.
@@ -129,7 +129,7 @@ pub struct Claim<'a> {
 }
 
 /// The account whose name and password these are; otherwise 401, after the same work whether or not the name exists. After
-/// many wrong passwords for one name, from any addresses, further tries get 429 until some time has passed.
+/// many wrong passwords for one name, from any addresses, further tries get 429 until some time has passed, except those of [`guess_when_none_is_left`].
 pub async fn authenticate(app: &App, client: Payer, claim: Claim<'_>) -> Result<UserId, ApiError> {
     let Claim { username, password, proof } = claim;
     if username.contains('\0') {
@@ -143,14 +143,7 @@ pub async fn authenticate(app: &App, client: Payer, claim: Claim<'_>) -> Result<
         Ok(guess) => (guess, app.store.credentials(&username).await?),
         Err(wait) => {
             tell_of_guessing();
-            let Some((token, device)) = proof else { return Err(wait.into()) };
-            let holder = holder_of(app, token).await?;
-            let found = app.store.credentials(&username).await?;
-            let owner = found.as_ref().zip(holder).filter(|(found, holder)| {
-                found.user == holder.user && device.is_none_or(|device| device == holder.device)
-            });
-            let Some((owner, _)) = owner else { return Err(wait.into()) };
-            (app.account_limits.proven_guess(owner.user)?, found)
+            guess_when_none_is_left(app, &username, client, proof, wait).await?
         }
     };
     let (user, hash) = found.map(|found| (found.user, found.password_hash)).unzip();
@@ -172,6 +165,32 @@ pub async fn authenticate(app: &App, client: Payer, claim: Claim<'_>) -> Result<
             Err(ApiError::Unauthorized)
         }
     }
+}
+
+/// A try at a name that has none left: of a client with a live refresh token of the account, or of a network that has had hardly
+/// any wrong password for this name. So those who guess slow the owner down, and don't lock the owner out.
+async fn guess_when_none_is_left<'a>(
+    app: &'a App,
+    username: &str,
+    client: Payer,
+    proof: Option<(&str, Option<DeviceId>)>,
+    wait: Wait,
+) -> Result<(Guess<'a>, Option<Credentials>), ApiError> {
+    let from_network = || app.account_limits.guess_from(username, client).map_err(|other| wait.min(other));
+    let holder = match proof {
+        Some((token, device)) => {
+            holder_of(app, token).await?.filter(|holder| device.is_none_or(|device| device == holder.device))
+        }
+        None => None,
+    };
+    let Some(holder) = holder else {
+        let guess = from_network()?;
+        return Ok((guess, app.store.credentials(username).await?));
+    };
+    let found = app.store.credentials(username).await?;
+    let is_of_owner = found.as_ref().is_some_and(|found| found.user == holder.user);
+    let guess = if is_of_owner { app.account_limits.proven_guess(holder.user)? } else { from_network()? };
+    Ok((guess, found))
 }
 
 /// The device whose live refresh token this is. A used or expired one proves nothing.

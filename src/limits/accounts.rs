@@ -7,6 +7,13 @@ use crate::limits::{Amount, Held, Payer, Quota, Rate, Scope, Terms, Wait};
 use crate::model::ids::UserId;
 use crate::telemetry::metrics::Refusal;
 
+/// When a name has no tries left, each network (/24, /48) has so many at this name, at once …
+const GUESSES_OF_NETWORK: u32 = 3;
+/// … and in an hour …
+const GUESSES_OF_NETWORK_PER_HOUR: u32 = 2;
+/// … and all networks together so many times the name's own.
+const GUESSES_OF_NETWORKS: u32 = 2;
+
 /// Uploads of all accounts together that may begin in a second …
 const UPLOADS_PER_SECOND: u32 = 500;
 /// … and at once.
@@ -27,6 +34,10 @@ pub struct AccountLimits {
     sign_ups: Rate,
     guesses: Rate,
     proven_guesses: Rate,
+    /// By name and network …
+    guesses_of_network: Rate,
+    /// … and by name.
+    guesses_of_networks: Rate,
     uploads: Rate,
     under_way: Amount,
 }
@@ -38,10 +49,11 @@ impl AccountLimits {
             .with(Scope::Own, Quota::per_day(config.sign_ups_per_address))
             .with(Scope::Block, Quota::per_day(config.sign_ups_per_network))
             .with(Scope::All, Quota::per_hour(config.sign_ups_per_hour));
-        let guesses = || {
-            let quota = Quota::per_hour_with_burst(config.wrong_passwords_per_hour, config.wrong_passwords_burst);
-            Rate::new(Refusal::PasswordLimit).with(Scope::Own, quota)
+        let [per_hour, burst] = [config.wrong_passwords_per_hour, config.wrong_passwords_burst.max(1)];
+        let guesses = |per_hour, burst| {
+            Rate::new(Refusal::PasswordLimit).with(Scope::Own, Quota::per_hour_with_burst(per_hour, burst))
         };
+        let of_networks = |number: u32| number.saturating_mul(GUESSES_OF_NETWORKS);
         let uploads = Quota::per_second(config.uploads_per_second, config.uploads_burst);
         let all = uploads.and(Quota::per_second(UPLOADS_PER_SECOND, UPLOADS_AT_ONCE));
         let shares = vec![
@@ -52,8 +64,10 @@ impl AccountLimits {
         let under_way = Terms { shares, ..Terms::total(UPLOADS_UNDER_WAY) };
         Self {
             sign_ups,
-            guesses: guesses(),
-            proven_guesses: guesses(),
+            guesses: guesses(per_hour, burst),
+            proven_guesses: guesses(per_hour, burst),
+            guesses_of_network: guesses(GUESSES_OF_NETWORK_PER_HOUR, GUESSES_OF_NETWORK),
+            guesses_of_networks: guesses(of_networks(per_hour), of_networks(burst)),
             uploads: Rate::new(Refusal::UploadRate).with(Scope::Own, uploads).with(Scope::All, all),
             under_way: Amount::new(under_way),
         }
@@ -74,6 +88,19 @@ impl AccountLimits {
         Guess::take(&self.proven_guesses, Payer::Account(account))
     }
 
+    /// The same for a client of a network that has had hardly any wrong password for this name, when the name has no tries
+    /// left. Guessing from a few networks doesn't use this up for the others.
+    pub fn guess_from(&self, username: &str, client: Payer) -> Result<Guess<'_>, Wait> {
+        let of_network = Guess::take(&self.guesses_of_network, Payer::named_within_network(username, client))?;
+        match Guess::take(&self.guesses_of_networks, Payer::named(username)) {
+            Ok(of_networks) => Ok(Guess { wider: Some((of_networks.rate, of_networks.payer)), ..of_network }),
+            Err(wait) => {
+                of_network.was_right();
+                Err(wait)
+            }
+        }
+    }
+
     /// Takes an upload of an account at an address, which counts as under way until the returned value is dropped.
     pub fn upload(&self, payer: Payer) -> Result<Held, Wait> {
         let held = self.under_way.try_take(payer, 1).ok_or(Wait(UPLOAD_WAIT, Refusal::UploadRate))?;
@@ -86,17 +113,22 @@ impl AccountLimits {
 pub struct Guess<'a> {
     rate: &'a Rate,
     payer: Payer,
+    /// What it was taken from as well.
+    wider: Option<(&'a Rate, Payer)>,
 }
 
 impl<'a> Guess<'a> {
     fn take(rate: &'a Rate, payer: Payer) -> Result<Self, Wait> {
         rate.take(payer)?;
-        Ok(Self { rate, payer })
+        Ok(Self { rate, payer, wider: None })
     }
 
     /// The password was right, or could not be checked: the try costs nothing.
     pub fn was_right(self) {
         self.rate.give_back(self.payer);
+        if let Some((rate, payer)) = self.wider {
+            rate.give_back(payer);
+        }
     }
 }
 
@@ -154,6 +186,20 @@ mod tests {
         assert_eq!((0..100).filter(|_| limits.proven_guess(alice).is_ok()).count(), 3, "not without end either");
         tokio::time::advance(wait).await;
         assert_eq!(wrong("alice"), 1);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn guessing_from_a_few_networks_leaves_tries_to_the_others() {
+        let limits = AccountLimits::new(&config());
+        let client = |text: &str| Payer::Address(text.parse().unwrap());
+        let wrong = |name, host: &str| (0..100).filter(|_| limits.guess_from(name, client(host)).is_ok()).count();
+        assert_eq!(wrong("alice", "192.0.2.1"), 3);
+        assert_eq!((wrong("alice", "192.0.2.2"), wrong("bob", "192.0.2.2")), (0, 3), "its network, for this name");
+        (0..100).for_each(|_| limits.guess_from("alice", client("198.51.100.1")).unwrap().was_right());
+        assert_eq!(wrong("alice", "198.51.100.1"), 3);
+        assert_eq!(wrong("alice", "2001:db8:7::1"), 0, "all networks have six at once");
+        tokio::time::advance(Duration::from_mins(30)).await;
+        assert_eq!((wrong("alice", "192.0.2.1"), wrong("alice", "2001:db8:7::1")), (1, 3));
     }
 
     #[tokio::test(start_paused = true)]

@@ -2,9 +2,11 @@
 
 use obscura_server::config::Config;
 use serde_json::json;
+use tokio::io::AsyncWriteExt;
+use tokio::net::TcpStream;
 
 use crate::harness::signer::Identity;
-use crate::harness::{Client, Device, Keys, PASSWORD, Response, TestServer, unique_name};
+use crate::harness::{Client, Device, Keys, PASSWORD, Response, TestServer, eventually, unique_name};
 
 /// A server with the limits of accounts as they are by default.
 async fn server() -> TestServer {
@@ -83,40 +85,98 @@ async fn guesses_at_one_account_are_slowed_whether_or_not_it_exists() {
     let client = server.client();
     let (alice, bob) = (server.account().await, server.account().await);
     for (network, name) in [(1, alice.username.clone()), (2, "nobody_has_this_name".to_owned())] {
-        for n in 0..10 {
+        // Ten at the name, and three more of this network.
+        for n in 0..13 {
             log_in(&client, &format!("198.18.{network}.{n}"), &name, "not the password", None).await.expect(401);
         }
-        for n in 10..20 {
+        for n in 13..20 {
             let refused = log_in(&client, &format!("198.18.{network}.{n}"), &name, "not the password", None).await;
             assert!((1..=61).contains(&retry_after(&refused.expect(429))));
         }
     }
     // Whoever holds the device is not kept out by that, and a device id alone proves nothing.
     let owner = |proof: &'static str| (&alice, if proof.is_empty() { "" } else { alice.refresh_token.as_str() });
-    log_in(&client, "198.18.3.1", &alice.username, PASSWORD, Some(owner(""))).await.expect(429);
-    log_in(&client, "198.18.3.2", &alice.username, PASSWORD, Some((&alice, "no such token"))).await.expect(429);
-    log_in(&client, "198.18.3.3", &alice.username, PASSWORD, Some((&alice, &bob.refresh_token))).await.expect(429);
+    log_in(&client, "198.18.1.31", &alice.username, PASSWORD, Some(owner(""))).await.expect(429);
+    log_in(&client, "198.18.1.32", &alice.username, PASSWORD, Some((&alice, "no such token"))).await.expect(429);
+    log_in(&client, "198.18.1.33", &alice.username, PASSWORD, Some((&alice, &bob.refresh_token))).await.expect(429);
     // The other ways in that take a password share it.
     let opening = json!({"username": alice.username, "password": PASSWORD});
     let open = |body: serde_json::Value, address: &'static str| {
         client.post("/v1/link-sessions").header("x-forwarded-for", address).json(&body).send()
     };
-    open(opening.clone(), "198.18.3.4").await.expect(429);
+    open(opening.clone(), "198.18.1.34").await.expect(429);
     let mut reset = Keys::default().to_json(&alice.identity);
     reset["username"] = json!(alice.username);
     reset["password"] = json!(PASSWORD);
-    client.post("/v1/users/reset").header("x-forwarded-for", "198.18.3.5").json(&reset).send().await.expect(429);
+    client.post("/v1/users/reset").header("x-forwarded-for", "198.18.1.35").json(&reset).send().await.expect(429);
     let mut proven = opening;
     proven["refreshToken"] = json!(alice.refresh_token);
-    open(proven, "198.18.3.6").await.expect(201);
-    log_in(&client, "198.18.3.7", &alice.username, PASSWORD, Some(owner("proof"))).await.expect(200);
+    open(proven, "198.18.1.36").await.expect(201);
+    log_in(&client, "198.18.1.37", &alice.username, PASSWORD, Some(owner("proof"))).await.expect(200);
     // Others notice nothing, however often they log in.
     for n in 0..15 {
         log_in(&client, &format!("198.18.4.{n}"), &bob.username, PASSWORD, Some((&bob, ""))).await.expect(200);
     }
     let page = server.management().get("/metrics").send().await.expect(200);
     let page = String::from_utf8(page.body.to_vec()).unwrap();
-    assert!(page.contains("obscura_passwords_wrong_total 20"), "{page}");
+    assert!(page.contains("obscura_passwords_wrong_total 26"), "{page}");
+}
+
+/// The owner has nothing but the name and the password: a new phone, or a session that was ended.
+#[tokio::test]
+async fn an_owner_without_a_token_gets_in_while_another_address_guesses() {
+    let server = server().await;
+    let client = server.client();
+    let alice = server.account().await;
+    let guess =
+        async |n: u8| log_in(&client, &format!("198.18.1.{n}"), &alice.username, "not the password", None).await.status;
+    let mut refused = 0;
+    for n in 0..40 {
+        refused += usize::from(guess(n).await == 429);
+    }
+    assert!(refused >= 20, "{refused}");
+    // As often as it is right, and a typing error or two don't matter.
+    for n in 0..8 {
+        log_in(&client, &format!("198.18.2.{n}"), &alice.username, PASSWORD, Some((&alice, ""))).await.expect(200);
+    }
+    for n in 8..10 {
+        log_in(&client, &format!("198.18.2.{n}"), &alice.username, "a typing error", None).await.expect(401);
+    }
+    let opening = json!({"username": alice.username, "password": PASSWORD});
+    client.post("/v1/link-sessions").header("x-forwarded-for", "198.18.2.10").json(&opening).send().await.expect(201);
+    assert_eq!(guess(40).await, 429);
+}
+
+/// An upload of two bytes, of which one comes.
+async fn half_an_upload(device: &Device, address: &str) -> TcpStream {
+    let mut stream = TcpStream::connect(device.client.address()).await.unwrap();
+    let head = format!(
+        "POST /v1/attachments HTTP/1.1\r\nhost: x\r\nx-forwarded-for: {address}\r\nauthorization: Bearer {}\r\n\
+         content-length: 2\r\n\r\na",
+        device.token
+    );
+    stream.write_all(head.as_bytes()).await.unwrap();
+    stream
+}
+
+#[tokio::test]
+async fn uploads_under_way_of_one_address_leave_places_to_others() {
+    let server = server().await;
+    let (one, other, honest) = (server.account().await, server.account().await, server.account().await);
+    let mut held = Vec::new();
+    for n in 0..128 {
+        held.push(half_an_upload(if n % 2 == 0 { &one } else { &other }, "198.51.100.1").await);
+    }
+    let database = server.database().await;
+    let pending = "SELECT count(*) FROM attachments WHERE stored = 0";
+    eventually("the uploads to be under way", async || database.number(pending).await == 128).await;
+    let upload = async |address: &str| {
+        honest.request("POST", "/v1/attachments").header("x-forwarded-for", address).body("ab").send().await
+    };
+    assert!(retry_after(&upload("198.51.100.1").await.expect(429)) <= 2);
+    upload("198.51.100.2").await.expect(201);
+    drop(held);
+    eventually("room to be there again", async || upload("198.51.100.1").await.status == 201).await;
 }
 
 #[tokio::test]
