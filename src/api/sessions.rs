@@ -129,7 +129,8 @@ pub struct Claim<'a> {
 }
 
 /// The account whose name and password these are; otherwise 401, after the same work whether or not the name exists. After
-/// many wrong passwords for one name, from any addresses, further tries get 429 until some time has passed, except those of [`guess_when_none_is_left`].
+/// many wrong passwords for one name, from any addresses, further tries get 429 until some time has passed, except those of
+/// [`guess_when_none_is_left`].
 pub async fn authenticate(app: &App, client: Payer, claim: Claim<'_>) -> Result<UserId, ApiError> {
     let Claim { username, password, proof } = claim;
     if username.contains('\0') {
@@ -140,7 +141,7 @@ pub async fn authenticate(app: &App, client: Payer, claim: Claim<'_>) -> Result<
     }
     let username = username.to_ascii_lowercase();
     let (guess, found) = match app.account_limits.guess(&username) {
-        Ok(guess) => (guess, app.store.credentials(&username).await?),
+        Ok(guess) => credentials_of(app, &username, guess).await?,
         Err(wait) => {
             tell_of_guessing();
             guess_when_none_is_left(app, &username, client, proof, wait).await?
@@ -167,6 +168,21 @@ pub async fn authenticate(app: &App, client: Payer, claim: Claim<'_>) -> Result<
     }
 }
 
+/// What the name's account has, for this try. When the database can't say it, that was no try.
+async fn credentials_of<'a>(
+    app: &App,
+    username: &str,
+    guess: Guess<'a>,
+) -> Result<(Guess<'a>, Option<Credentials>), ApiError> {
+    match app.store.credentials(username).await {
+        Ok(found) => Ok((guess, found)),
+        Err(error) => {
+            guess.was_right();
+            Err(error.into())
+        }
+    }
+}
+
 /// A try at a name that has none left: of a client with a live refresh token of the account, or of a network that has had hardly
 /// any wrong password for this name. So those who guess slow the owner down, and don't lock the owner out.
 async fn guess_when_none_is_left<'a>(
@@ -184,8 +200,7 @@ async fn guess_when_none_is_left<'a>(
         None => None,
     };
     let Some(holder) = holder else {
-        let guess = from_network()?;
-        return Ok((guess, app.store.credentials(username).await?));
+        return credentials_of(app, username, from_network()?).await;
     };
     let found = app.store.credentials(username).await?;
     let is_of_owner = found.as_ref().is_some_and(|found| found.user == holder.user);
