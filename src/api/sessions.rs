@@ -129,8 +129,8 @@ pub struct Claim<'a> {
 }
 
 /// The account whose name and password these are; otherwise 401, after the same work whether or not the name exists. After
-/// many wrong passwords for one name, from any addresses, further tries get 429 until some time has passed, except those of
-/// [`guess_when_none_is_left`].
+/// many wrong passwords for one name, from any addresses, further tries get 429 until some time has passed, except those of a
+/// client with a live refresh token, and a few of a network that had hardly any wrong one.
 pub async fn authenticate(app: &App, client: Payer, claim: Claim<'_>) -> Result<UserId, ApiError> {
     let Claim { username, password, proof } = claim;
     if username.contains('\0') {
