@@ -99,8 +99,8 @@ async fn what_the_database_holds_is_counted_by_one_node() {
     let (alice, bob) = (first.account().await, first.account().await);
     alice.send_to(&bob, "hello").await;
     // Whether or not it was counted before there was anything: soon after a start it is, when nobody has just done so.
-    first.database().await.execute("DELETE FROM jobs").await;
-    first.restart().await;
+    let database = first.database().await;
+    first.restart_after(database.execute("DELETE FROM jobs")).await;
     let second = first.start_beside().await;
     eventually("both to have looked", async || {
         let pages = [Page::of(&first).await, Page::of(&second).await];
