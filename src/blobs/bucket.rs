@@ -59,7 +59,7 @@ impl Bucket {
     ) -> Result<Staged, UploadError> {
         let object = Object { service: self.service.clone(), key: self.keys.of(id) };
         let mut cut = if size > PART_BYTES as u64 { Some(object.begin().await?) } else { None };
-        let (mut part, mut received) = (self.memory.part(payer), 0);
+        let (mut part, mut received) = (self.memory.part(payer, size), 0);
         let mut body = std::pin::pin!(body);
         while let Some(bytes) = body.next().await {
             let mut bytes = bytes.map_err(|_| UploadError::Body)?;
@@ -70,7 +70,8 @@ impl Bucket {
             while !bytes.is_empty() {
                 part.take_in(&mut bytes).await?;
                 if let Some(cut) = cut.as_mut().filter(|_| part.is_full()) {
-                    object.put_part(cut, std::mem::replace(&mut part, self.memory.part(payer))).await?;
+                    let next = self.memory.part(payer, size - (received - bytes.len() as u64));
+                    object.put_part(cut, std::mem::replace(&mut part, next)).await?;
                 }
             }
         }

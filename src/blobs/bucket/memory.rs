@@ -1,8 +1,9 @@
 //! The memory that parts of uploads to a bucket have, and its shares.
 //!
 //! A part has to be held until it is full, which takes minutes with a slow line. So a part takes memory only as its bytes
-//! come in: from `pieces`. A part that finds none there takes the memory of a whole part from `wholes`, and gives its pieces back.
-//! It never waits again, so parts that each hold a piece can't wait for each other for ever.
+//! come in: from `pieces`. A part that finds none there takes all that it will need from `wholes`, and gives its pieces back.
+//! It never waits again, so parts that each hold a piece can't wait for each other for ever. That holds for small ones, too: an
+//! account may send many at once, which together need more than its share.
 
 use std::time::Duration;
 
@@ -29,7 +30,7 @@ const RESERVE_KIB: u32 = 8 << 10;
 /// The largest small part, in KiB.
 const SMALL_KIB: u32 = 1 << 10;
 
-/// Memory for parts that have found no room to grow, in KiB: four of them.
+/// Memory for parts that have found no room to grow, in KiB: four of the largest.
 const WHOLES_KIB: u32 = 4 * PART_KIB;
 /// The share of an account …
 const WHOLES_OF_ACCOUNT_KIB: u32 = PART_KIB;
@@ -75,16 +76,19 @@ impl Memory {
         Self { pieces: Amount::new(pieces), wholes: Amount::new(wholes) }
     }
 
-    /// A part of this payer, without any bytes yet.
-    pub fn part(&self, payer: Payer) -> Part {
+    /// A part of this payer, without any bytes yet, for the next of the `missing` bytes of its upload.
+    pub fn part(&self, payer: Payer, missing: u64) -> Part {
         let bytes = PutPayloadMut::new().with_block_size(BLOCK_BYTES);
-        Part { bytes, pieces: self.pieces.holder(payer), whole: self.wholes.holder(payer) }
+        let most = usize::try_from(missing).unwrap_or(usize::MAX).min(PART_BYTES);
+        Part { bytes, most, pieces: self.pieces.holder(payer), whole: self.wholes.holder(payer) }
     }
 }
 
 /// Bytes on their way, and their memory.
 pub(super) struct Part {
     bytes: PutPayloadMut,
+    /// Bytes that it will have in the end, if its upload has as many as announced.
+    most: usize,
     pieces: Held,
     whole: Held,
 }
@@ -104,19 +108,16 @@ impl Part {
     /// expensive.
     pub async fn take_in(&mut self, bytes: &mut Bytes) -> Result<(), NoRoom> {
         let bytes = bytes.split_to(bytes.len().min(PART_BYTES - self.length()));
-        self.grow_to(kib((self.length() + bytes.len()).next_multiple_of(BLOCK_BYTES))).await?;
+        self.grow_to(self.length() + bytes.len()).await?;
         self.bytes.extend_from_slice(&bytes);
         Ok(())
     }
 
-    async fn grow_to(&mut self, wanted: u32) -> Result<(), NoRoom> {
-        if self.whole.units() > 0 || self.pieces.try_grow_to(wanted) {
+    async fn grow_to(&mut self, length: usize) -> Result<(), NoRoom> {
+        if self.whole.units() >= blocks(length) || self.pieces.try_grow_to(blocks(length)) {
             return Ok(());
         }
-        if wanted <= SMALL_KIB {
-            return self.pieces.grow_to(wanted, TURN).await;
-        }
-        self.whole.grow_to(PART_KIB, TURN).await?;
+        self.whole.grow_to(blocks(length.max(self.most)), TURN).await?;
         self.pieces.shrink_to(0);
         Ok(())
     }
@@ -125,6 +126,11 @@ impl Part {
     pub fn finish(self) -> (PutPayload, [Held; 2]) {
         (self.bytes.freeze(), [self.pieces, self.whole])
     }
+}
+
+/// The memory of so many bytes, in KiB.
+fn blocks(bytes: usize) -> u32 {
+    kib(bytes.next_multiple_of(BLOCK_BYTES))
 }
 
 #[cfg(test)]
@@ -136,6 +142,8 @@ mod tests {
     use super::*;
     use crate::model::ids::UserId;
 
+    const WHOLE: u64 = PART_BYTES as u64;
+
     /// An account of its own at this address.
     fn account(address: [u8; 4]) -> Payer {
         Payer::AccountAt(UserId::random(), Ipv4Addr::from(address).into())
@@ -143,7 +151,7 @@ mod tests {
 
     /// So many accounts in networks of their own.
     fn strangers(memory: &Memory, count: u8) -> Vec<Part> {
-        (0..count).map(|network| memory.part(account([198, 51, network, 1]))).collect()
+        (0..count).map(|network| memory.part(account([198, 51, network, 1]), WHOLE)).collect()
     }
 
     async fn fill(part: &mut Part, bytes: usize) -> Result<(), NoRoom> {
@@ -158,7 +166,7 @@ mod tests {
     async fn hoard(memory: &Memory, mut payer: impl FnMut(u8) -> Payer) -> Vec<Part> {
         let mut held = Vec::new();
         for number in 0..100 {
-            let mut part = memory.part(payer(number));
+            let mut part = memory.part(payer(number), WHOLE);
             if fill(&mut part, PART_BYTES - 1).await.is_err() {
                 return held;
             }
@@ -178,7 +186,7 @@ mod tests {
         let of_network = hoard(&memory, |host| account([192, 0, 2, host.saturating_add(2)])).await;
         assert_eq!(of_account.len() + of_address.len() + of_network.len(), 6);
         let begun = tokio::time::Instant::now();
-        fill(&mut memory.part(account([198, 51, 100, 1])), PART_BYTES).await.unwrap();
+        fill(&mut memory.part(account([198, 51, 100, 1]), WHOLE), PART_BYTES).await.unwrap();
         assert_eq!(begun.elapsed(), Duration::ZERO, "a stranger doesn't even wait");
         drop((of_account, of_address, of_network));
         assert_eq!((memory.pieces.taken(), memory.wholes.taken()), (0, 0));
@@ -195,7 +203,7 @@ mod tests {
             }
         }
         assert!(slow.iter().all(Part::is_full));
-        let small = memory.part(account([203, 0, 113, 1]));
+        let small = memory.part(account([203, 0, 113, 1]), 1 << 20);
         fill(&mut { small }, 1 << 20).await.unwrap();
     }
 
@@ -208,6 +216,23 @@ mod tests {
         }
         let full = join_all(parts.into_iter().map(|mut part| async move {
             fill(&mut part, PART_BYTES).await.unwrap();
+            tokio::time::sleep(Duration::from_millis(500)).await; // the service takes it
+        }));
+        tokio::time::timeout(TURN, full).await.unwrap();
+        assert_eq!((memory.pieces.taken(), memory.wholes.taken()), (0, 0));
+    }
+
+    /// An album of one account, of which all pictures come in at the same pace.
+    #[tokio::test(start_paused = true)]
+    async fn many_small_uploads_of_one_account_at_once_all_have_their_turn() {
+        let memory = Memory::new();
+        let one = account([192, 0, 2, 1]);
+        let full = join_all((0..60).map(|_| async {
+            let mut part = memory.part(one, 300_000);
+            for bytes in [50_000, 100_000, 150_000, 200_000, 250_000, 300_000] {
+                fill(&mut part, bytes).await.unwrap();
+                tokio::task::yield_now().await;
+            }
             tokio::time::sleep(Duration::from_millis(500)).await; // the service takes it
         }));
         tokio::time::timeout(TURN, full).await.unwrap();
