@@ -292,7 +292,8 @@ async fn serve_clients(app: &App, api: TcpSocket) -> Result<()> {
 
 fn serve_probes(management: TcpListener, health: &Health, telemetry: &Telemetry, config: &Config, probes: &Tasks) {
     let router = management::router(health.clone(), telemetry.metrics.clone());
-    let few = Connections::new(MANAGEMENT_CONNECTIONS, MANAGEMENT_CONNECTIONS_OF_ADDRESS, None);
+    // Probes and scrapers may open one for each question.
+    let few = Connections::new(MANAGEMENT_CONNECTIONS, MANAGEMENT_CONNECTIONS_OF_ADDRESS, None).without_rate();
     let patience = Patience { head: config.server.header_timeout.min(MANAGEMENT_PATIENCE), ..patience(config) };
     probes.spawn(
         "management",

@@ -45,7 +45,12 @@ impl Connections {
 
     /// A separate count with these limits and the same trusted proxies, of connections that this one has let in.
     pub fn like(&self, max: usize, max_per_client: usize) -> Self {
-        Self { opened: None, ..Self::new(max, max_per_client, self.server.clone()) }
+        Self::new(max, max_per_client, self.server.clone()).without_rate()
+    }
+
+    /// These, however often a client opens one.
+    pub fn without_rate(self) -> Self {
+        Self { opened: None, ..self }
     }
 
     /// Counts a new connection, or refuses it.
