@@ -94,10 +94,11 @@ async fn whenever_a_client_hangs_up_there_is_a_whole_attachment_or_none() {
         }
     });
     join_all(attempts).await;
-    came_and_went(&server, 60, before).await;
     let database = server.database().await;
     let count =
         async |stored: i64| database.number(&format!("SELECT count(*) FROM attachments WHERE stored = {stored}")).await;
+    eventually("no upload to be under way", async || count(0).await == 0).await;
+    came_and_went(&server, 60, before).await;
     let is_whole = async |name: String| {
         let answer = download(&device, &name).send().await;
         answer.status == 200 && answer.body.len() == size
