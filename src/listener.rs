@@ -135,7 +135,7 @@ async fn converse(stream: Bounded, peer: SocketAddr, router: Router, head_timeou
     }
 }
 
-/// Answers one request, and announces the end of the connection if much of its body is unread.
+/// Answers one request. If much of its body is still unread, the answer says `connection: close`.
 fn answer(
     router: Router,
     request: Request<Incoming>,

@@ -195,10 +195,12 @@ impl Owners {
 /// Compares the clock with the time that the database remembers. The first start on a database has only the clock of the
 /// database server to compare with, if that has one.
 async fn resume(clock: &Clock, store: &Store) -> store::Result<()> {
-    if store.seen_time().await?.is_none() {
+    let mut seen = store.seen_time().await?;
+    if seen.is_none() {
         store.remember_time(store.server_time().await?.unwrap_or(clock.now())).await?;
+        seen = store.seen_time().await?;
     }
-    if let Some(seen) = store.seen_time().await? {
+    if let Some(seen) = seen {
         clock.resume(seen.at, seen.server);
     }
     Ok(())
@@ -268,11 +270,9 @@ async fn serve_clients(app: &App, api: TcpSocket) -> Result<()> {
              proxy; if other clients connect from such networks, set --trusted-proxies to the proxy's address alone"
         );
     }
-    let connections = Connections::new(
-        listener::connections_that_fit(server.max_connections),
-        server.max_connections_per_address,
-        Some(server.clone()),
-    );
+    let max = listener::connections_that_fit(server.max_connections);
+    let of_address = server.max_connections_per_address;
+    let connections = Connections::new(max, of_address, Some(server.clone())).with_rate(of_address);
     sweeps::start(app).await;
     let api = listen(api)?;
     let router = api::router(app.clone());
@@ -292,8 +292,8 @@ async fn serve_clients(app: &App, api: TcpSocket) -> Result<()> {
 
 fn serve_probes(management: TcpListener, health: &Health, telemetry: &Telemetry, config: &Config, probes: &Tasks) {
     let router = management::router(health.clone(), telemetry.metrics.clone());
-    // Probes and scrapers may open one for each question.
-    let few = Connections::new(MANAGEMENT_CONNECTIONS, MANAGEMENT_CONNECTIONS_OF_ADDRESS, None).without_rate();
+    // Without a rate: probes and scrapers may open one for each question.
+    let few = Connections::new(MANAGEMENT_CONNECTIONS, MANAGEMENT_CONNECTIONS_OF_ADDRESS, None);
     let patience = Patience { head: config.server.header_timeout.min(MANAGEMENT_PATIENCE), ..patience(config) };
     probes.spawn(
         "management",
@@ -314,26 +314,24 @@ fn patience(config: &Config) -> Patience {
 
 /// Locks the database of an embedded server, and makes sure that its folder can be written.
 async fn open_folder(config: &mut Config) -> Result<Option<Lock>> {
-    let Some(file) = config.database.file().map(Path::to_owned) else {
-        config.open_data_dir()?;
-        config.check_secret()?;
-        return Ok(None);
-    };
-    // A lock file that is there needs no room on the disk. So the reserve of a server that is running stays.
-    let early = if files::lock_path(&file).exists() {
-        Some(files::lock(&file, config.data_dir.as_deref()).await?)
-    } else {
-        None
-    };
-    // On a full disk the start needs the reserve: to see that the folder can be written, and for the log of the database. A job
-    // makes the reserve anew.
-    reserve::release(&file);
+    let file = config.database.file().map(Path::to_owned);
+    let mut lock = None;
+    if let Some(file) = &file {
+        // A lock file that is there needs no room on the disk. So a start that is refused leaves the reserve of the running
+        // server alone.
+        if files::lock_path(file).exists() {
+            lock = Some(files::lock(file, config.data_dir.as_deref()).await?);
+        }
+        // On a full disk the start needs what is held back for it: to see that the folder can be written, and for the log of
+        // the database. A job makes it anew.
+        reserve::release(file);
+    }
     config.open_data_dir()?;
     config.check_secret()?;
-    match early {
-        Some(lock) => Ok(Some(lock)),
-        None => files::lock(&file, config.data_dir.as_deref()).await.map(Some),
+    if let (Some(file), None) = (&file, &lock) {
+        lock = Some(files::lock(file, config.data_dir.as_deref()).await?);
     }
+    Ok(lock)
 }
 
 /// Takes a port without listening yet: whoever connects to it is refused at once.

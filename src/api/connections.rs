@@ -35,22 +35,20 @@ impl Connections {
     pub fn new(max: usize, max_per_client: usize, server: Option<Server>) -> Self {
         let [total, own] = [max, max_per_client].map(|count| u32::try_from(count).unwrap_or(u32::MAX));
         let shares = vec![(Scope::Own, own), (Scope::Site, own.saturating_mul(SITE))];
+        Self { open: Amount::new(Terms { shares, ..Terms::total(total) }), opened: None, server }
+    }
+
+    /// The same, with a limit on how often one address opens a connection: a quarter of `max_per_client` in a second, four
+    /// times `max_per_client` at once.
+    pub fn with_rate(self, max_per_client: usize) -> Self {
+        let own = u32::try_from(max_per_client).unwrap_or(u32::MAX);
         let quota = Quota::per_second((own / OPENED_IN_A_SECOND).max(1), own.saturating_mul(OPENED_AT_ONCE));
-        Self {
-            open: Amount::new(Terms { shares, ..Terms::total(total) }),
-            opened: Some(Arc::new(Rate::new(Refusal::AddressLimit).with(Scope::Own, quota))),
-            server,
-        }
+        Self { opened: Some(Arc::new(Rate::new(Refusal::AddressLimit).with(Scope::Own, quota))), ..self }
     }
 
     /// A separate count with these limits and the same trusted proxies, of connections that this one has let in.
     pub fn like(&self, max: usize, max_per_client: usize) -> Self {
-        Self::new(max, max_per_client, self.server.clone()).without_rate()
-    }
-
-    /// These, however often a client opens one.
-    pub fn without_rate(self) -> Self {
-        Self { opened: None, ..self }
+        Self::new(max, max_per_client, self.server.clone())
     }
 
     /// Counts a new connection, or refuses it.
@@ -111,14 +109,14 @@ mod tests {
 
     #[test]
     fn connections_that_were_let_in_once_have_no_rate() {
-        let connections = Connections::new(1000, 8, None).like(1000, 8);
+        let connections = Connections::new(1000, 8, None).with_rate(8).like(1000, 8);
         assert_eq!((0..500).filter(|_| connections.admit(ip("192.0.2.1")).is_some()).count(), 500);
     }
 
     #[tokio::test(start_paused = true)]
     async fn a_client_that_opens_and_closes_is_slowed_and_a_proxy_is_not() {
         let server = Config::embedded(Path::new("unused")).unwrap().server;
-        let connections = Connections::new(1000, 8, Some(server));
+        let connections = Connections::new(1000, 8, Some(server)).with_rate(8);
         let opened = |peer| (0..500).filter(|_| connections.admit(ip(peer)).is_some()).count();
         assert_eq!(opened("192.0.2.1"), 32);
         assert_eq!((opened("192.0.2.2"), opened("127.0.0.1")), (32, 500));

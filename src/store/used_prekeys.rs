@@ -1,9 +1,9 @@
 //! What is remembered of used prekeys, so that none is stored and handed out again.
 //!
 //! A one-time prekey is recorded in the transaction that hands it out, a signed one in the transaction that replaces it or
-//! removes its device. Records live as long as their device. Those of a linked device that is removed go to the primary one:
-//! everybody who has fetched a bundle has a signed prekey of it, with a signature by the identity key. For the same reason
-//! they outlive a reset that keeps the identity key.
+//! removes its device. Records live as long as their device. Those of a linked device that is removed go to the primary
+//! device: each bundle that was fetched contains a signed prekey with the identity key's signature, so another client can
+//! upload it again. For the same reason the records outlive a reset that keeps the identity key.
 //!
 //! A record is 8 bytes. A match by chance is as good as impossible among the keys of one account, and an account that makes a
 //! match on purpose harms only itself. Hand-outs and uploads are limited for each account, and so is the growth: some 80 bytes

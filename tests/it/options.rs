@@ -6,7 +6,7 @@ use tokio::net::TcpStream;
 use uuid::Uuid;
 
 use crate::harness::{
-    Binary, Device, Event, S3, S3Proxy, Socket, TestServer, deployment, eventually, free_port, raw_request,
+    Binary, Database, Device, Event, S3, S3Proxy, Socket, TestServer, deployment, eventually, free_port, raw_request,
     send_request,
 };
 
@@ -163,6 +163,13 @@ async fn expired_attachments_are_removed_so_many_at_a_time() {
     assert_eq!(proxy.count("POST"), 2, "a request for each step");
 }
 
+/// Puts the mail of one device into the inbox of another one, without a signal.
+async fn move_mail(database: &Database, from: &Device, to: &Device) {
+    let [from, to] =
+        [from, to].map(|device| format!("(SELECT no FROM devices WHERE id = {})", database.literal(device.id)));
+    database.execute(&format!("UPDATE messages SET device_no = {to} WHERE device_no = {from}")).await;
+}
+
 /// A signal is lost: mail turns up in an inbox of which nobody said anything.
 #[tokio::test]
 async fn a_lost_signal_is_made_up_for_by_a_look_after_the_interval() {
@@ -173,11 +180,7 @@ async fn a_lost_signal_is_made_up_for_by_a_look_after_the_interval() {
     let mut socket = carol.connect().await;
     socket.until_pong().await;
     let database = server.database().await;
-    let number = async |device: &Device| {
-        database.number(&format!("SELECT no FROM devices WHERE id = {}", database.literal(device.id))).await
-    };
-    let (from, to) = (number(&bob).await, number(&carol).await);
-    database.execute(&format!("UPDATE messages SET device_no = {to} WHERE device_no = {from}")).await;
+    move_mail(&database, &bob, &carol).await;
     socket.expect_message("moved").await;
 }
 
@@ -191,14 +194,11 @@ async fn a_socket_outlives_the_second_of_the_log_in_that_it_began_with() {
     let mut socket = carol.connect().await;
     socket.until_pong().await;
     let database = server.database().await;
-    let number = async |device: &Device| {
-        database.number(&format!("SELECT no FROM devices WHERE id = {}", database.literal(device.id))).await
-    };
-    let (from, to) = (number(&bob).await, number(&carol).await);
-    assert_ne!(database.number(&format!("SELECT tokens_void_to FROM devices WHERE no = {to}")).await, 0);
+    let void_to = format!("SELECT tokens_void_to FROM devices WHERE id = {}", database.literal(carol.id));
+    assert_ne!(database.number(&void_to).await, 0);
     database.execute("UPDATE devices SET tokens_void_to = 0, tokens_issued_to = 0").await;
     // A regular look finds the message, and has looked at the device before.
-    database.execute(&format!("UPDATE messages SET device_no = {to} WHERE device_no = {from}")).await;
+    move_mail(&database, &bob, &carol).await;
     socket.expect_message("moved").await;
     carol.log_out().await;
     assert!(matches!(socket.until_end().await.last(), Some(Event::End)));

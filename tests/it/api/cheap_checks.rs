@@ -5,7 +5,7 @@ use serde_json::{Value, json};
 use crate::harness::signer::Identity;
 use crate::harness::{Device, Keys, PASSWORD, TestServer, kyber_key};
 
-/// Keys with a Kyber key among many that somebody else has signed.
+/// Keys of this identity. The signature of one of its eight Kyber keys is by another identity key.
 fn keys_with_a_wrong_signature(identity: &Identity) -> Value {
     let mut keys = Keys { one_time: 2, pq_one_time: Some(8) }.to_json(identity);
     keys["pqPreKeys"][7] = kyber_key(&Identity::generate(), 9);

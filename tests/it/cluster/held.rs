@@ -23,8 +23,8 @@ async fn node() -> TestServer {
     .await
 }
 
-/// Accounts that have nothing to do with what is held send, upload and ask for tickets, again and again. All of it works;
-/// answers how long the slowest request took.
+/// Devices of other accounts send, upload and ask for tickets, again and again, and every request succeeds. Returns the
+/// duration of the slowest one.
 async fn others(pairs: &[(Device, Device)]) -> Duration {
     let begin = Instant::now();
     let go_on = async |(from, to): &(Device, Device)| {

@@ -11,7 +11,7 @@ async fn the_stored_signed_prekey_under_another_id_is_refused_and_the_next_refil
     let server = TestServer::start().await;
     let alice = register(&server, 2, None).await;
     let tablet = alice.link().await;
-    // Somebody with the access token has every bundle, and no identity key.
+    // A thief of the access token can fetch every bundle, but has no identity key to sign with.
     let of_alice = bundle(&alice, &alice).await["signedPreKey"].clone();
     let of_tablet = bundle(&alice, &tablet).await["signedPreKey"].clone();
     upload(&alice, &keys(&alice, 2)).await.expect(204);
@@ -32,7 +32,7 @@ async fn the_stored_signed_prekey_under_another_id_is_refused_and_the_next_refil
     upload(&alice, &keys(&alice, 3)).await.expect(204);
 }
 
-/// Whoever has fetched a bundle has a signed prekey with its signature, for ever.
+/// A client that once fetched the device's bundle still has its signed prekey and the signature.
 #[tokio::test]
 async fn the_signed_prekey_of_a_removed_device_is_refused_and_the_next_refill_works() {
     let server = TestServer::start().await;
