@@ -5,7 +5,7 @@ use sqlx::FromRow;
 use crate::model::ids::{Address, DeviceNo, UserId};
 use crate::model::keys::PublicKey;
 use crate::store::database::{on, reading, run};
-use crate::store::{NewDevice, Result, SessionGrant, Store, devices, sessions, usage, used_prekeys};
+use crate::store::{NewDevice, Result, SessionGrant, Store, devices, prekeys, sessions, usage, used_prekeys};
 use crate::telemetry::metrics::Left;
 
 /// What a log-in is checked against.
@@ -80,7 +80,7 @@ impl Store {
             Registered::UsernameTaken
         } else {
             devices::make_lock(&mut tx, account.user).await?;
-            let no = devices::insert(&mut tx, account.user, &account.device, true, &[]).await?;
+            let no = devices::insert(&mut tx, account.user, &account.device, true).await?;
             sessions::open(&mut tx, no, &account.session).await?;
             Registered::Account(no)
         };
@@ -89,8 +89,8 @@ impl Store {
     }
 
     /// Starts the account over: forgets all its devices and link sessions, gives it a new identity key and a new primary
-    /// device, and logs that in. If the identity key is the one that it had, the new device remembers the used prekeys of the
-    /// former ones: their signatures are still good.
+    /// device, and logs that in. Used prekeys stay remembered, and if the identity key is the one that the account had, the signed
+    /// prekeys of the former devices are too: their signatures are still good.
     pub async fn reset(
         &self,
         user: UserId,
@@ -108,16 +108,17 @@ impl Store {
         let gone: Vec<DeviceNo> = on!(&mut tx, |db| sqlx::query_scalar(statement).bind(user).fetch_all(db))?;
         let statement = "SELECT identity_key FROM users WHERE id = $1";
         let former: Option<Vec<u8>> = on!(&mut tx, |db| sqlx::query_scalar(statement).bind(user).fetch_optional(db))?;
-        let used = match former.is_some_and(|former| former == identity.as_bytes()) {
-            true => used_prekeys::of_account(&mut tx, user).await?,
-            false => Vec::new(),
-        };
+        // Hand-outs under way are over then, and what they hand out is recorded.
+        prekeys::lock(&mut tx, user).await?;
+        if former.is_some_and(|former| former == identity.as_bytes()) {
+            used_prekeys::record_signed(&mut tx, user, None).await?;
+        }
         let mail = devices::forget(&mut tx, &gone).await?;
         run!(&mut tx, sqlx::query("DELETE FROM link_sessions WHERE user_id = $1").bind(user))?;
         let replace = "UPDATE users SET identity_key = $2 WHERE id = $1";
         run!(&mut tx, sqlx::query(replace).bind(user).bind(&identity.as_bytes()[..]))?;
         usage::mark(&mut tx, user, self.usage.day()).await?;
-        let no = devices::insert(&mut tx, user, device, true, &used).await?;
+        let no = devices::insert(&mut tx, user, device, true).await?;
         sessions::open(&mut tx, no, session).await?;
         tx.commit().await?;
         self.metrics.left.add(Left::Removed, mail);

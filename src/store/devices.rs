@@ -7,8 +7,7 @@ use sqlx::FromRow;
 use crate::model::ids::{Address, DeviceId, DeviceNo, UserId};
 use crate::model::keys::{PreKeys, RegistrationId};
 use crate::store::database::{Database, Tx, on, reading, run};
-use crate::store::used_prekeys::{self, Fingerprint};
-use crate::store::{Result, Store, json_list, prekeys};
+use crate::store::{Result, Store, json_list, prekeys, used_prekeys};
 use crate::telemetry::metrics::Left;
 
 /// A device that is about to be made.
@@ -142,7 +141,7 @@ impl Store {
             Some((_, true)) => Removed::Primary,
             Some((no, false)) => {
                 lock(&mut tx, no).await?;
-                used_prekeys::leave_to_primary(&mut tx, user, no).await?;
+                used_prekeys::record_signed(&mut tx, user, Some(no)).await?;
                 mail = forget(&mut tx, &[no]).await?;
                 Removed::Device(no)
             }
@@ -190,14 +189,17 @@ pub(super) async fn lock(tx: &mut Tx, no: DeviceNo) -> Result<()> {
     Ok(())
 }
 
-/// Makes a device with its keys. It begins with the prekeys that `used` remembers as used.
-pub(super) async fn insert(
-    tx: &mut Tx,
-    user: UserId,
-    device: &NewDevice,
-    is_primary: bool,
-    used: &[Fingerprint],
-) -> Result<DeviceNo> {
+/// Locks the device as [`lock`] does, and returns the account that it belongs to; `None` when it is gone.
+pub(super) async fn lock_and_find_owner(tx: &mut Tx, no: DeviceNo) -> Result<Option<UserId>> {
+    let statement = tx.either(
+        "SELECT user_id FROM devices WHERE no = $1",
+        "SELECT user_id FROM devices WHERE no = $1 FOR NO KEY UPDATE",
+    );
+    on!(tx, |db| sqlx::query_scalar(statement).bind(no).fetch_optional(db))
+}
+
+/// Makes a device with its keys.
+pub(super) async fn insert(tx: &mut Tx, user: UserId, device: &NewDevice, is_primary: bool) -> Result<DeviceNo> {
     let statement = "INSERT INTO devices (id, user_id, name, registration_id, is_primary) VALUES ($1, $2, $3, $4, $5) \
                      RETURNING no";
     let no = on!(tx, |db| sqlx::query_scalar(statement)
@@ -207,10 +209,6 @@ pub(super) async fn insert(
         .bind(device.registration_id.0)
         .bind(is_primary)
         .fetch_one(db))?;
-    for used in used.chunks(REMEMBERED_AT_ONCE) {
-        let used: Vec<_> = used.iter().map(|fingerprint| (no, *fingerprint)).collect();
-        used_prekeys::record(tx, &used).await?;
-    }
     prekeys::insert(tx, user, no, &device.prekeys).await?;
     Ok(no)
 }
@@ -248,15 +246,12 @@ async fn forget_mail(tx: &mut Tx, gone: &[DeviceNo]) -> Result<u64> {
     }
 }
 
-/// Used prekeys that are remembered by one statement.
-const REMEMBERED_AT_ONCE: usize = 10_000;
-
 /// Bytes of messages that are deleted at once. A full inbox of the largest messages has 2 GB; deleting it takes many
 /// seconds, during which nobody else could write.
 const MAIL_AT_ONCE: i64 = 16 << 20;
 
 /// $1 is a JSON array of device numbers.
-const FORGET: [&str; 10] = [
+const FORGET: [&str; 9] = [
     "DELETE FROM sends WHERE sender_no IN (SELECT value FROM json_each($1))",
     "DELETE FROM inbox_notices WHERE device_no IN (SELECT value FROM json_each($1))",
     "DELETE FROM push_tokens WHERE device_no IN (SELECT value FROM json_each($1))",
@@ -265,7 +260,6 @@ const FORGET: [&str; 10] = [
     "DELETE FROM sessions WHERE device_no IN (SELECT value FROM json_each($1))",
     "DELETE FROM one_time_prekeys WHERE device_no IN (SELECT value FROM json_each($1))",
     "DELETE FROM device_keys WHERE device_no IN (SELECT value FROM json_each($1))",
-    "DELETE FROM used_prekeys WHERE device_no IN (SELECT value FROM json_each($1))",
     "DELETE FROM devices WHERE no IN (SELECT value FROM json_each($1))",
 ];
 
@@ -279,8 +273,8 @@ const FORGET_MAIL: &str = "\
                 WHERE device_no IN (SELECT value FROM json_each($1)) AND device_no NOT IN (SELECT no FROM devices))) \
         WHERE size_before < $2)";
 
-/// $1 is an array of device numbers. A hand-out under way holds the row in `device_keys`, so `used_prekeys` comes behind it.
-const FORGET_IN_POSTGRES: [&str; 10] = [
+/// $1 is an array of device numbers.
+const FORGET_IN_POSTGRES: [&str; 9] = [
     "DELETE FROM devices WHERE no = ANY($1)",
     "DELETE FROM sends WHERE sender_no = ANY($1)",
     "DELETE FROM inbox_notices WHERE device_no = ANY($1)",
@@ -290,7 +284,6 @@ const FORGET_IN_POSTGRES: [&str; 10] = [
     "DELETE FROM sessions WHERE device_no = ANY($1)",
     "DELETE FROM one_time_prekeys WHERE device_no = ANY($1)",
     "DELETE FROM device_keys WHERE device_no = ANY($1)",
-    "DELETE FROM used_prekeys WHERE device_no = ANY($1)",
 ];
 
 /// See [`FORGET_MAIL`].

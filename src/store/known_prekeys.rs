@@ -1,7 +1,6 @@
 //! What an account has already of the keys of an upload, so that no one-time prekey is stored twice.
 //!
-//! A public key is stored once for the whole account, whatever ids it is uploaded under: each stored copy would be handed
-//! out. Of two ids on one device the newer one stays, since the client surely knows that one.
+//! A public key is stored once for the whole account, whatever ids it is uploaded under. Of two ids on one device the newer one stays, since the client surely knows that one.
 
 use std::collections::{HashMap, HashSet};
 
@@ -57,20 +56,23 @@ impl Own {
 }
 
 impl Known {
-    /// Looks for the keys of the upload among those that the account's devices have, and those that they have used.
+    /// Looks for the keys of the upload among those that the account's devices have, and those that the account has used. The
+    /// account's keys are locked ([`crate::store::prekeys::lock`]).
     pub(super) async fn read(tx: &mut Tx, user: UserId, keys: &PreKeys, rows: &[OneTimeRow<'_>]) -> Result<Self> {
         let one_time = |kind| rows.iter().filter(move |row| row.kind == kind).map(|row| row.public_key);
         let ec: Vec<&[u8]> = one_time(EC).chain([&keys.signed.public_key.as_bytes()[..]]).collect();
         let last_resort = keys.pq_last_resort.iter().map(|key| &key.public_key.as_bytes()[..]);
         let pq: Vec<&[u8]> = one_time(PQ).chain(last_resort).collect();
         let fingerprints: Vec<Fingerprint> = ec.iter().chain(&pq).map(|key| fingerprint(user, key)).collect();
-        let used = used_prekeys::among(tx, user, &fingerprints).await?;
         let mut stored: HashMap<Vec<u8>, Vec<Stored>> = HashMap::new();
         for (kind, keys) in [(EC, ec), (PQ, pq)] {
             for found in stored_among(tx, user, kind, &keys).await? {
                 stored.entry(found.public_key.clone()).or_default().push(found);
             }
         }
+        // Behind the stored ones: a device that has joined a moment ago is not locked. A key of it that is handed out in
+        // between is recorded then, and was stored before.
+        let used = used_prekeys::among(tx, user, &fingerprints).await?;
         Ok(Self { user, used, stored })
     }
 

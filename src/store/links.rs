@@ -4,7 +4,7 @@ use crate::clock::Timestamp;
 use crate::model::ids::{DeviceNo, UserId};
 use crate::model::keys::PublicKey;
 use crate::store::database::{Tx, on, reading, run};
-use crate::store::{NewDevice, Result, SessionGrant, Store, devices, sessions};
+use crate::store::{NewDevice, Result, SessionGrant, Store, devices, prekeys, sessions};
 
 /// What became of an approval.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -161,7 +161,8 @@ impl Store {
             return Ok(Linked::ProofMissing);
         }
         run!(tx, sqlx::query("DELETE FROM link_sessions WHERE hash = $1").bind(&link.hash[..]))?;
-        let no = devices::insert(tx, user, &link.device, false, &[]).await?;
+        prekeys::lock(tx, user).await?;
+        let no = devices::insert(tx, user, &link.device, false).await?;
         sessions::open(tx, no, &link.session).await?;
         Ok(Linked::Device { user, no })
     }

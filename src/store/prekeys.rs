@@ -3,7 +3,11 @@
 //! A one-time prekey is deleted in the transaction that reads it, and that transaction is on disk before anybody sees
 //! the key. So no crash and no race gives one key to two askers. The same transaction records that the key was used, so that
 //! an upload can't bring it back. A key that was recorded before is not handed out: a database may hold one twice that an
-//! earlier version stored under two ids.
+//! earlier version stored under two ids or on two devices.
+//!
+//! Locks on PostgreSQL: an upload, a new device and a reset lock the rows of `device_keys` of all devices of the account, so
+//! that they wait for each other and for hand-outs, which hold a weaker lock of these rows. Rows are locked in this order:
+//! `account_locks`, `devices`, `device_keys`, and the latter two by device number.
 
 mod rows;
 
@@ -83,10 +87,11 @@ impl Store {
             _ => on!(&mut tx, |db| sqlx::query_as(take).bind(user).bind(device).fetch_all(db))?,
         };
         if matches!(tx, Tx::Sqlite(_)) {
-            let used: Vec<_> = taken.iter().map(|key| (key.device_no, fingerprint(user, &key.public_key))).collect();
-            let recorded = used_prekeys::record(&mut tx, &used).await?;
+            let used: Vec<_> = taken.iter().map(|key| (user, fingerprint(user, &key.public_key))).collect();
+            let mut recorded = used_prekeys::record(&mut tx, &used).await?;
             for (key, used) in taken.iter_mut().zip(&used) {
-                key.is_new = recorded.contains(used);
+                // Of two devices with the same key the first one spends it.
+                key.is_new = recorded.remove(used);
             }
         }
         tx.commit().await?;
@@ -172,7 +177,8 @@ const TAKE_KEYS: &str = "\
     RETURNING device_no, kind, key_id, public_key, signature";
 
 /// The same; a key that another transaction is taking at this moment is left to that one. What is taken is recorded in the
-/// same statement, by the fingerprint of [`used_prekeys`].
+/// same statement, by the fingerprint of [`used_prekeys`]. Where two devices have the same key, only one hand-out inserts its
+/// record, and in that one only the first copy counts.
 const TAKE_KEYS_IN_POSTGRES: &str = "\
     WITH oldest AS MATERIALIZED ( \
         SELECT o.no FROM devices d CROSS JOIN (VALUES (0), (1)) AS kinds (kind) CROSS JOIN LATERAL ( \
@@ -182,13 +188,14 @@ const TAKE_KEYS_IN_POSTGRES: &str = "\
     taken AS ( \
         DELETE FROM one_time_prekeys WHERE no IN (SELECT no FROM oldest) \
         RETURNING device_no, kind, key_id, public_key, signature), \
+    hashed AS ( \
+        SELECT *, substr(sha256(uuid_send($1) || public_key), 1, 8) AS fingerprint, \
+               row_number() OVER (PARTITION BY public_key ORDER BY device_no) AS copy FROM taken), \
     recorded AS ( \
-        INSERT INTO used_prekeys (device_no, fingerprint) \
-        SELECT device_no, substr(sha256(uuid_send($1) || public_key), 1, 8) FROM taken ON CONFLICT DO NOTHING \
-        RETURNING device_no, fingerprint) \
+        INSERT INTO used_prekeys (user_id, fingerprint) \
+        SELECT $1, fingerprint FROM hashed ORDER BY fingerprint ON CONFLICT DO NOTHING RETURNING fingerprint) \
     SELECT device_no, kind, key_id, public_key, signature, \
-           (device_no, substr(sha256(uuid_send($1) || public_key), 1, 8)) IN (SELECT device_no, fingerprint FROM recorded) \
-           AS is_new FROM taken";
+           copy = 1 AND fingerprint IN (SELECT fingerprint FROM recorded) AS is_new FROM hashed";
 
 const COUNT_KEYS: &str = "\
     SELECT (SELECT count(*) FROM one_time_prekeys o WHERE o.device_no = k.device_no AND o.kind = 0) AS ec, \
@@ -277,7 +284,19 @@ pub(super) fn intact<T>(value: std::result::Result<T, KeyError>) -> Result<T> {
     value.map_err(|error| StoreError(sqlx::Error::Decode(error.into())))
 }
 
-/// Stores the first keys of a device. One-time keys that the account has or has used are left out.
+/// Keeps uploads and hand-outs of all devices of the account waiting until the commit. What is being handed out is recorded
+/// before this returns.
+pub(super) async fn lock(tx: &mut Tx, user: UserId) -> Result<()> {
+    if matches!(tx, Tx::Postgres(_)) {
+        let statement = "\
+            SELECT k.device_no FROM devices d JOIN device_keys k ON k.device_no = d.no WHERE d.user_id = $1 \
+            ORDER BY k.device_no FOR UPDATE OF k";
+        let _: Vec<DeviceNo> = on!(tx, |db| sqlx::query_scalar(statement).bind(user).fetch_all(db))?;
+    }
+    Ok(())
+}
+
+/// Stores the first keys of a device. The account's keys are locked, if it has any. One-time keys that the account has or has used are left out.
 pub(super) async fn insert(tx: &mut Tx, user: UserId, no: DeviceNo, keys: &PreKeys) -> Result<()> {
     let statement = "\
         INSERT INTO device_keys (device_no, signed_id, signed_key, signed_signature, \

@@ -47,7 +47,6 @@ enum Mode {
 
 #[derive(FromRow)]
 struct Stored {
-    user_id: UserId,
     signed_id: i32,
     signed_key: Vec<u8>,
     pq_last_resort_id: Option<i32>,
@@ -71,13 +70,9 @@ impl Store {
 
     async fn upload(&self, no: DeviceNo, keys: &PreKeys, mode: Mode) -> Result<Refilled> {
         let mut tx = self.begin().await?;
-        devices::lock(&mut tx, no).await?;
-        // Conflicts with the lock of a hand-out, so keys that are being handed out are recorded before the next statement.
-        let statement = tx.either(READ_STORED, READ_STORED_IN_POSTGRES);
-        let stored: Option<Stored> = on!(&mut tx, |db| sqlx::query_as(statement).bind(no).fetch_optional(db))?;
-        let refilled = match stored {
+        let refilled = match devices::lock_and_find_owner(&mut tx, no).await? {
             None => Refilled::DeviceGone,
-            Some(stored) => self.store_new(&mut tx, no, &stored, keys, mode).await?,
+            Some(user) => self.store_new(&mut tx, (user, no), keys, mode).await?,
         };
         tx.commit().await?;
         Ok(refilled)
@@ -86,12 +81,13 @@ impl Store {
     async fn store_new(
         &self,
         tx: &mut Tx,
-        no: DeviceNo,
-        stored: &Stored,
+        (user, no): (UserId, DeviceNo),
         keys: &PreKeys,
         mode: Mode,
     ) -> Result<Refilled> {
-        let user = stored.user_id;
+        prekeys::lock(tx, user).await?;
+        let stored: Option<Stored> = on!(tx, |db| sqlx::query_as(READ_STORED).bind(no).fetch_optional(db))?;
+        let Some(stored) = stored else { return Ok(Refilled::DeviceGone) };
         let rows = prekeys::one_time_rows(keys);
         let known = Known::read(tx, user, keys, &rows).await?;
         let own = match mode {
@@ -114,7 +110,7 @@ impl Store {
         if is_signed_key_of_another(tx, user, no, keys).await? {
             return Ok(Refilled::SignedKeyKnown);
         }
-        used_prekeys::record(tx, &[(no, fingerprint(user, &stored.signed_key))]).await?;
+        used_prekeys::record(tx, &[(user, fingerprint(user, &stored.signed_key))]).await?;
         match mode {
             Mode::Adding => known_prekeys::delete(tx, &change.moved).await?,
             Mode::Replacing => {
@@ -197,9 +193,4 @@ async fn is_signed_key_of_another(tx: &mut Tx, user: UserId, no: DeviceNo, keys:
 }
 
 const READ_STORED: &str = "\
-    SELECT d.user_id, k.signed_id, k.signed_key, k.pq_last_resort_id, k.pq_last_resort_key \
-    FROM device_keys k JOIN devices d ON d.no = k.device_no WHERE k.device_no = $1";
-
-const READ_STORED_IN_POSTGRES: &str = "\
-    SELECT d.user_id, k.signed_id, k.signed_key, k.pq_last_resort_id, k.pq_last_resort_key \
-    FROM device_keys k JOIN devices d ON d.no = k.device_no WHERE k.device_no = $1 FOR UPDATE OF k";
+    SELECT signed_id, signed_key, pq_last_resort_id, pq_last_resort_key FROM device_keys WHERE device_no = $1";

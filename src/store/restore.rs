@@ -1,6 +1,6 @@
 //! What has to be done to a database that was restored from a backup.
 
-use crate::model::ids::{DeviceNo, UserId};
+use crate::model::ids::UserId;
 use crate::store::database::Tx;
 use crate::store::used_prekeys::{self, fingerprint};
 use crate::store::{Result, Store};
@@ -28,21 +28,21 @@ impl Store {
 
 /// Drops the oldest keys, and returns how many.
 async fn forget_some(tx: &mut Tx) -> Result<u64> {
-    let dropped: Vec<(DeviceNo, Option<UserId>, Vec<u8>)> = match tx {
+    let dropped: Vec<(Option<UserId>, Vec<u8>)> = match tx {
         Tx::Sqlite(tx) => sqlx::query_as(FORGET).bind(FORGOTTEN_AT_ONCE).fetch_all(&mut **tx).await?,
         Tx::Postgres(tx) => {
             let counts: Vec<(i64,)> = tx.all(sqlx::query_as(FORGET_IN_POSTGRES).bind(FORGOTTEN_AT_ONCE)).await?;
             return Ok(counts.iter().map(|(count,)| count.unsigned_abs()).sum());
         }
     };
-    let used = dropped.iter().filter_map(|(no, user, public_key)| Some((*no, fingerprint((*user)?, public_key))));
+    let used = dropped.iter().filter_map(|(user, public_key)| user.map(|user| (user, fingerprint(user, public_key))));
     used_prekeys::record(tx, &used.collect::<Vec<_>>()).await?;
     Ok(dropped.len() as u64)
 }
 
 const FORGET: &str = "\
     DELETE FROM one_time_prekeys WHERE no IN (SELECT no FROM one_time_prekeys ORDER BY no LIMIT $1) \
-    RETURNING device_no, (SELECT d.user_id FROM devices d WHERE d.no = one_time_prekeys.device_no), public_key";
+    RETURNING (SELECT d.user_id FROM devices d WHERE d.no = one_time_prekeys.device_no), public_key";
 
 /// Records them in the same statement.
 const FORGET_IN_POSTGRES: &str = "\
@@ -50,7 +50,7 @@ const FORGET_IN_POSTGRES: &str = "\
         DELETE FROM one_time_prekeys WHERE no IN (SELECT no FROM one_time_prekeys ORDER BY no LIMIT $1) \
         RETURNING device_no, public_key), \
     recorded AS ( \
-        INSERT INTO used_prekeys (device_no, fingerprint) \
-        SELECT d.no, substr(sha256(uuid_send(d.user_id) || dropped.public_key), 1, 8) \
+        INSERT INTO used_prekeys (user_id, fingerprint) \
+        SELECT d.user_id, substr(sha256(uuid_send(d.user_id) || dropped.public_key), 1, 8) \
         FROM dropped JOIN devices d ON d.no = dropped.device_no ON CONFLICT DO NOTHING) \
     SELECT count(*) FROM dropped";

@@ -30,7 +30,7 @@ pub use account::{Device, Keys, PASSWORD, kyber_key, one_time_key, outcome, send
 pub use binary::{Binary, Finished};
 pub use client::{Client, Request, Response};
 pub use collector::{Collector, Seen, body};
-pub use database::Database;
+pub use database::{Database, HeldWrite};
 pub use pgbouncer::PgBouncer;
 pub use postgres::Postgres;
 pub use proxy::{Proxy, Way};

@@ -12,6 +12,7 @@ mod links;
 mod messages;
 mod prekeys;
 mod pushes;
+mod races;
 mod room;
 mod sessions;
 mod support;

@@ -7,9 +7,10 @@ use obscura_server::model::keys::{KeyId, PreKeys};
 use obscura_server::store::{Bundle, HandedOut, PrekeyCounts, Refilled, Store};
 use tokio::task::JoinSet;
 
-use super::fixture::TestStore;
+use super::fixture::{NOW, TestStore, grant};
 use super::support::{
-    Member, NONE, account, account_with, count, linked, linked_with, one_time_key, pq_key, prekeys, public_key,
+    Member, NONE, account, account_with, count, linked, linked_with, new_device, one_time_key, pq_key, prekeys,
+    public_key,
 };
 use crate::harness::signer::Identity;
 
@@ -400,4 +401,51 @@ async fn a_key_that_was_dropped_after_a_restore_is_not_stored_again() {
     assert_eq!(counts(&store, &alice).await, PrekeyCounts { ec: 0, pq: 0, uses_pq: true });
     assert_eq!(store.refill(alice.no, &alice.keys(3, 1..=3)).await.unwrap(), Refilled::Stored);
     assert_eq!(drain(&store, alice.user).await, [1, 2, 3]);
+}
+
+/// A node of the former version stores a key on each device that uploads it.
+#[tokio::test]
+async fn a_key_that_two_devices_have_goes_out_once() {
+    for at_once in [true, false] {
+        let store = TestStore::open().await;
+        let (alice, _) = pq_account(&store, 1..=1, &[1]).await;
+        let second = linked(&store, &alice).await;
+        let copy = format!(
+            "INSERT INTO one_time_prekeys (device_no, kind, key_id, public_key, signature) \
+             SELECT {}, kind, key_id, public_key, signature FROM one_time_prekeys",
+            second.no.0
+        );
+        store.database().await.execute(&copy).await;
+        assert_eq!(count(&store, "one_time_prekeys").await, 4);
+        if at_once {
+            let both = hand_out(&store, alice.user).await;
+            assert_eq!((one_time_ids(&both), pq_ids(&both)), (vec![Some(1), None], vec![Some(1), None]));
+        } else {
+            let of_second = store.bundles(alice.user, Some(second.device), NEVER).await.unwrap().unwrap();
+            assert_eq!((one_time_ids(&of_second), pq_ids(&of_second)), (vec![Some(1)], vec![Some(1)]));
+            let both = hand_out(&store, alice.user).await;
+            assert_eq!((one_time_ids(&both), pq_ids(&both)), (vec![None, None], vec![Some(1000), None]));
+        }
+        assert_eq!(count(&store, "one_time_prekeys").await, 0);
+    }
+}
+
+#[tokio::test]
+async fn what_was_used_stays_as_it_is_through_resets_and_removals() {
+    let store = TestStore::open().await;
+    let alice = account(&store).await;
+    let second = linked_with(&store, &alice, alice.keys(1, 1..=3)).await;
+    let used = store.bundles(alice.user, Some(second.device), NEVER).await.unwrap().unwrap().bundles.remove(0).one_time;
+    let mut keys = alice.keys(1, NONE);
+    keys.one_time.extend(used);
+    store.remove_device(alice.user, second.device).await.unwrap();
+    assert_eq!(count(&store, "used_prekeys").await, 2, "the signed prekey of the second device too");
+    let same = public_key(&alice.identity());
+    let other = public_key(&Identity::from_seed(rand::random()));
+    for (identity, expected) in [(same, 3), (other, 3), (same, 3)] {
+        let device = new_device(keys.clone());
+        let reset = store.reset(alice.user, &identity, &device, &grant(NOW)).await.unwrap();
+        assert_eq!(store.prekey_counts(reset.no).await.unwrap().unwrap().ec, 0, "the used key is not stored again");
+        assert_eq!(count(&store, "used_prekeys").await, expected, "signed prekeys of the same identity are added");
+    }
 }
