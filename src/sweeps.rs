@@ -9,8 +9,8 @@ mod files;
 
 use std::fmt::Display;
 use std::path::Path;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicI64, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use tracing::{debug, info, warn};
@@ -18,7 +18,7 @@ use tracing::{debug, info, warn};
 use crate::app::App;
 use crate::disk::{Room, reserve};
 use crate::model::ids::DeviceNo;
-use crate::store::{REPEAT_WINDOW, StoreError};
+use crate::store::{Leftovers, REPEAT_WINDOW, StoreError};
 use crate::sweeps::attachments::Walk;
 use crate::tasks::Round;
 use crate::telemetry::metrics::Job;
@@ -33,6 +33,8 @@ const RECLAIM_PAGES: u32 = 1000;
 const SHORT_LIVED: Duration = Duration::from_mins(1);
 /// How often the seconds in which access tokens have expired are cleared. One round looks at every device.
 const PAST_SECONDS: Duration = Duration::from_hours(12);
+/// How often rows of devices and accounts that are gone are looked for. Each removal deletes its own, so there are few.
+const LEFTOVERS: Duration = Duration::from_hours(1);
 /// How often it is looked whether there is room to grow.
 const ROOM: Duration = Duration::from_secs(10);
 /// How often idle connections to the database are looked through.
@@ -68,6 +70,8 @@ pub async fn start(app: &App) {
     let after = Arc::new(AtomicI64::new(0));
     shared(app, Job::PastSeconds, PAST_SECONDS, move |app| past_seconds(app, after.clone()));
     shared(app, Job::ExpiredLinks, SHORT_LIVED, expired_links);
+    let from = Arc::new(Mutex::new(Leftovers::START));
+    shared(app, Job::Leftovers, LEFTOVERS, move |app| leftovers(app, from.clone()));
     // Before the first request as well, or a full database would grow at every start.
     if let Err(error) = room_to_grow(app.clone()).await {
         warn!(%error, "the size of the database can't be found out yet");
@@ -208,6 +212,13 @@ async fn past_seconds(app: App, after: Arc<AtomicI64>) -> Result<Round, StoreErr
 
 async fn expired_links(app: App) -> Result<Round, StoreError> {
     app.store.expire_links(app.clock.now(), STEP).await.map(round)
+}
+
+async fn leftovers(app: App, walk: Arc<Mutex<Leftovers>>) -> Result<Round, StoreError> {
+    let from = *walk.lock().unwrap_or_else(PoisonError::into_inner);
+    let next = app.store.forget_leftovers(from, STEP).await?;
+    *walk.lock().unwrap_or_else(PoisonError::into_inner) = next.unwrap_or(Leftovers::START);
+    Ok(next.map_or(Round::Done, |_| Round::More))
 }
 
 /// A full step may have left something.

@@ -17,6 +17,9 @@ macro_rules! uuid_type {
         pub struct $name(Uuid);
 
         impl $name {
+            /// The lowest one, which nothing has.
+            pub const NIL: Self = Self(Uuid::nil());
+
             /// A fresh random id (UUIDv4): it tells nothing about when or where it was made.
             pub fn random() -> Self {
                 Self(Uuid::new_v4())

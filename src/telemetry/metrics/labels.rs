@@ -326,6 +326,7 @@ label! {
         ExpiredLinks "expired link sessions" "forgets link sessions",
         AccountUse "use of accounts" "writes down which accounts were used today",
         UnusedAccounts "unused accounts" "removes accounts that are not used any more",
+        Leftovers "leftovers" "forgets what is still kept for devices and accounts that are gone",
         Clock "clock" "compares the clock with the time that is remembered, and remembers it",
         Room "room to grow" "looks whether there is room to grow",
         Connections "database connections" "closes idle connections to the database",

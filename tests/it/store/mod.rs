@@ -8,6 +8,7 @@ mod devices;
 mod fixture;
 mod inventory;
 mod jobs;
+mod leftovers;
 mod links;
 mod messages;
 mod prekeys;
