@@ -15,6 +15,10 @@ use crate::store::{Result, Store, json_list};
 
 /// After so long a push that brought nobody here is sent once more.
 const REMEMBERED: Duration = Duration::from_hours(24);
+/// A target that was unknown to its provider for the first time so long ago counts as known, or two single answers, days apart,
+/// would look like one that lasts. A target that stays unknown is tried again within this time: after 10 attempts in 3 hours, or
+/// in 10 with the longest lease, its push counts as sent, which is remembered for a day.
+const MISSING_COUNTS: Duration = Duration::from_hours(40);
 /// A device is told at most so often that its prekeys run low.
 const BETWEEN_KEYS: Duration = Duration::from_mins(15);
 
@@ -31,7 +35,8 @@ pub struct Sleeper {
     pub newest: Position,
     /// No push for few prekeys was sent lately.
     pub may_hear_of_keys: bool,
-    /// Since when its provider has said that it doesn't know the target, in whole hours.
+    /// Since when its provider has said that it doesn't know the target, in whole hours; `None` also when that began more than 40
+    /// hours ago.
     pub missing_since: Option<Timestamp>,
 }
 
@@ -58,7 +63,7 @@ impl Store {
                 newest: row.newest,
                 // A time that lies far ahead is of a clock that was wrong.
                 may_hear_of_keys: row.keys_pushed_at <= now - BETWEEN_KEYS || row.keys_pushed_at > now + REMEMBERED,
-                missing_since: (row.missing_since > Timestamp::from_seconds(0)
+                missing_since: (row.missing_since > Timestamp::from_seconds(0).max(now - MISSING_COUNTS)
                     && row.missing_since <= now + REMEMBERED)
                     .then_some(row.missing_since),
             })

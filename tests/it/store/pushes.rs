@@ -176,6 +176,10 @@ async fn how_long_a_target_has_been_unknown_is_kept_to_the_hour_and_ends_with_th
     mark("token", None).await;
     assert_eq!(since().await, None);
     mark("token", Some(NOW)).await;
+    for (hours, expected) in [(39, Some(hour)), (41, None)] {
+        let later = sleeper(&store, &bob, NOW + Duration::from_hours(hours)).await;
+        assert_eq!(later.missing_since, expected, "after {hours} hours");
+    }
     assert!(store.set_push_target(bob.no, i64::MAX, &fcm("token")).await.unwrap());
     assert_eq!(since().await, None, "the client has registered it anew");
 }
