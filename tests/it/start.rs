@@ -5,7 +5,7 @@ use std::net::TcpListener;
 use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 
-use crate::harness::{Binary, Database, Device, deployment};
+use crate::harness::{Binary, Database, Device, PATIENCE, deployment};
 
 /// Runs the program, which has to give up, and answers the one sentence that it says.
 async fn refusal(options: &[&str], variables: &[(&str, &str)]) -> String {
@@ -121,6 +121,30 @@ async fn a_generated_secret_is_for_the_owner_only_and_is_kept() {
     assert!(!server.output().contains(secret.trim()));
 }
 
+/// As docs/OPERATIONS.md says.
+#[tokio::test]
+async fn a_secret_that_was_moved_aside_is_accepted_until_its_file_is_deleted() {
+    let folder = tempfile::tempdir().unwrap();
+    let (secret, previous) = (folder.path().join("jwt-secret"), folder.path().join("jwt-secret-previous"));
+    let mut server = Binary::start_embedded(folder.path(), &[]).await;
+    let alice = Device::register(&server.client()).await;
+    server.terminate();
+    assert!(server.exit(PATIENCE).await.success());
+    std::fs::rename(&secret, &previous).unwrap();
+
+    let mut server = server.start_again(&[]).await;
+    assert_ne!(std::fs::read(&secret).unwrap(), std::fs::read(&previous).unwrap());
+    alice.request("GET", "/v1/devices").send().await.expect(200);
+    let bob = Device::register(&server.client()).await;
+    server.terminate();
+    assert!(server.exit(PATIENCE).await.success());
+    std::fs::remove_file(&previous).unwrap();
+
+    let _server = server.start_again(&[]).await;
+    alice.request("GET", "/v1/devices").send().await.expect(401);
+    bob.request("GET", "/v1/devices").send().await.expect(200);
+}
+
 fn mode(path: &Path) -> u32 {
     std::fs::metadata(path).unwrap().permissions().mode() & 0o777
 }
@@ -130,7 +154,7 @@ async fn a_database_of_a_newer_version_is_left_alone() {
     let folder = tempfile::tempdir().unwrap();
     let mut server = Binary::start(folder.path(), &[]).await;
     server.terminate();
-    assert!(server.exit(crate::harness::PATIENCE).await.success());
+    assert!(server.exit(PATIENCE).await.success());
     let database = Database::of(folder.path()).await;
     database
         .execute(

@@ -6,7 +6,7 @@ use tokio::io::AsyncWriteExt;
 use tokio::net::TcpStream;
 
 use crate::harness::signer::Identity;
-use crate::harness::{Client, Device, Keys, PASSWORD, Response, TestServer, eventually, unique_name};
+use crate::harness::{Binary, Client, Device, Keys, PASSWORD, PATIENCE, Response, TestServer, eventually, unique_name};
 
 /// A server with the limits of accounts as they are by default.
 async fn server() -> TestServer {
@@ -84,6 +84,7 @@ async fn guesses_at_one_account_are_slowed_whether_or_not_it_exists() {
     let server = server().await;
     let client = server.client();
     let (alice, bob) = (server.account().await, server.account().await);
+    let tablet = alice.link().await;
     for (network, name) in [(1, alice.username.clone()), (2, "nobody_has_this_name".to_owned())] {
         // Ten at the name, and three more of this network.
         for n in 0..13 {
@@ -99,6 +100,8 @@ async fn guesses_at_one_account_are_slowed_whether_or_not_it_exists() {
     log_in(&client, "198.18.1.31", &alice.username, PASSWORD, Some(owner(""))).await.expect(429);
     log_in(&client, "198.18.1.32", &alice.username, PASSWORD, Some((&alice, "no such token"))).await.expect(429);
     log_in(&client, "198.18.1.33", &alice.username, PASSWORD, Some((&alice, &bob.refresh_token))).await.expect(429);
+    let of_another_device = Some((&alice, tablet.refresh_token.as_str()));
+    log_in(&client, "198.18.1.38", &alice.username, PASSWORD, of_another_device).await.expect(429);
     // The other ways in that take a password share it.
     let opening = json!({"username": alice.username, "password": PASSWORD});
     let open = |body: serde_json::Value, address: &'static str| {
@@ -120,6 +123,24 @@ async fn guesses_at_one_account_are_slowed_whether_or_not_it_exists() {
     let page = server.management().get("/metrics").send().await.expect(200);
     let page = String::from_utf8(page.body.to_vec()).unwrap();
     assert!(page.contains("obscura_passwords_wrong_total 26"), "{page}");
+}
+
+#[tokio::test]
+async fn that_passwords_are_guessed_is_logged_once_and_without_the_name() {
+    let folder = tempfile::tempdir().unwrap();
+    let mut server = Binary::start_limited(folder.path(), &[]).await;
+    let (client, name) = (server.client(), unique_name("guessed"));
+    let mut refused = 0;
+    for n in 0..20 {
+        let answer = log_in(&client, &format!("198.18.1.{n}"), &name, "not the password", None).await;
+        refused += usize::from(answer.status == 429);
+    }
+    assert_eq!(refused, 7, "10 at the name and 3 more of the network");
+    server.terminate();
+    assert!(server.exit(PATIENCE).await.success());
+    let output = server.output();
+    assert_eq!(output.matches("passwords are being guessed").count(), 1, "{output}");
+    assert!(!output.contains(&name), "{output}");
 }
 
 /// The owner has nothing but the name and the password: a new phone, or a session that was ended.

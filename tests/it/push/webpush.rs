@@ -14,7 +14,7 @@ use serde_json::{Value, json};
 
 use super::provider::{Answer, Provider};
 use super::{Project, everything_due_is_pushed, quick, register, tokens};
-use crate::harness::{Device, TestServer, eventually};
+use crate::harness::{Binary, Device, PATIENCE, TestServer, deployment, eventually};
 
 /// A browser that has subscribed.
 struct Browser {
@@ -140,6 +140,35 @@ async fn a_subscription_that_has_ended_is_deleted_and_one_that_was_refused_is_no
 }
 
 #[tokio::test]
+async fn a_push_that_is_refused_again_and_again_is_logged_once_with_a_hint() {
+    let (folder, certificates) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+    let authority = certificates.path().join("ca.pem");
+    let service = Provider::start_encrypted(&authority).await;
+    let ca_file = format!("--push-ca-file={}", authority.display());
+    let options = [
+        &ca_file[..],
+        "--webpush-allowed-networks=127.0.0.0/8,::1/128",
+        "--push-delay-secs=0",
+        "--visibility-timeout-secs=1",
+    ];
+    let mut server = Binary::start(folder.path(), &options).await;
+    let (alice, bob) = (Device::register(&server.client()).await, Device::register(&server.client()).await);
+    let endpoint = format!("https://localhost:{}/bob", service.port());
+    register(&bob, json!({"subscription": Browser::new().subscription(&endpoint)})).await;
+    service.set(Answer::Status(403, json!({})));
+    alice.send_to(&bob, "x").await;
+    service.pushed("bob", 3).await;
+    server.terminate();
+    assert!(server.exit(PATIENCE).await.success());
+    let output = server.output();
+    let lines: Vec<&str> = output.lines().filter(|line| line.contains("refuses a push")).collect();
+    assert_eq!(lines.len(), 1, "{output}");
+    assert!(lines[0].contains("403") && lines[0].contains("--webpush-contact"), "{output}");
+    assert!(!output.contains("/bob"), "{output}");
+    deployment::drop_state(folder.path());
+}
+
+#[tokio::test]
 async fn a_404_deletes_a_subscription_only_when_it_lasts_for_hours_and_is_counted() {
     let folder = tempfile::tempdir().unwrap();
     let authority = folder.path().join("ca.pem");
@@ -174,6 +203,39 @@ async fn a_404_deletes_a_subscription_only_when_it_lasts_for_hours_and_is_counte
     assert_eq!(tokens(&server).await, 1);
     server.clock.advance(std::time::Duration::from_hours(13));
     eventually("the subscription to go", async || tokens(&server).await == 0).await;
+}
+
+/// The phone fetched its mail after the first one, so the service was not asked again.
+#[tokio::test]
+async fn single_404s_days_apart_do_not_delete_a_subscription() {
+    let folder = tempfile::tempdir().unwrap();
+    let authority = folder.path().join("ca.pem");
+    let service = Provider::start_encrypted(&authority).await;
+    let server = TestServer::start_with(|config| {
+        trust(config, &authority);
+        config.notifications.gc_interval = std::time::Duration::from_millis(100);
+    })
+    .await;
+    let (mut alice, mut bob) = (server.account().await, server.account().await);
+    let endpoint = format!("https://127.0.0.1:{}/bob", service.port());
+    register(&bob, json!({"subscription": Browser::new().subscription(&endpoint)})).await;
+    service.set(Answer::Status(404, json!({})));
+    let database = server.database().await;
+    let since = async || database.number("SELECT coalesce(max(missing_since), -1) FROM push_tokens").await;
+    let mut before = 0;
+    for _ in 0..3 {
+        alice.send_to(&bob, "x").await;
+        eventually("the 404 to be written down", async || since().await > before).await;
+        before = since().await;
+        let mut socket = bob.connect().await;
+        let mail = socket.messages(1).await;
+        socket.ack(&mail).await;
+        socket.until_pong().await;
+        drop(socket);
+        server.clock.advance(std::time::Duration::from_hours(72));
+        (alice, bob) = (alice.log_in().await, bob.log_in().await);
+    }
+    assert_eq!(tokens(&server).await, 1);
 }
 
 #[tokio::test]
