@@ -6,8 +6,8 @@
 //! no removal or reset has to move them, and of two hand-outs of one key at once only one can insert its record.
 //!
 //! A record is 8 bytes. A match by chance is as good as impossible among the keys of one account, and an account that makes a
-//! match on purpose harms only itself. Hand-outs and uploads are limited for each account, and so is the growth: some 80 bytes
-//! for each used key.
+//! match on purpose harms only itself. Hand-outs and uploads are limited for each account, and so is the growth: some 125
+//! bytes of PostgreSQL or 35 of SQLite for each used key.
 
 use std::collections::HashSet;
 
