@@ -79,7 +79,7 @@ pub async fn start(app: &App) {
     every(app, Job::Room, ROOM, room_to_grow);
     every(app, Job::Connections, CONNECTIONS, database_connections);
     files::start(app).await;
-    let watch = Arc::new(clock::Watch::default());
+    let watch = Arc::new(clock::begin(app).await);
     every(app, Job::Clock, clock::PERIOD, move |app| {
         let watch = watch.clone();
         async move { clock::compare(&app, &watch).await }

@@ -40,6 +40,11 @@ impl StoreError {
         matches!(self.sqlstate(), Some("40001" | "40P01"))
     }
 
+    /// True when the database has no table of this name.
+    pub(super) fn is_without_table(&self) -> bool {
+        self.sqlstate() == Some("42P01")
+    }
+
     /// True when the state of the connection is not known.
     pub(super) fn is_lost_connection(&self) -> bool {
         match &self.0 {

@@ -5,7 +5,7 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use tokio::time::Instant;
-use tracing::{error, info, warn};
+use tracing::{debug, error, info, warn};
 
 use crate::app::App;
 use crate::clock::Timestamp;
@@ -28,7 +28,6 @@ const SERVER_DIFFERS: Duration = Duration::from_mins(5);
 const SERVER_OBJECTS: Duration = Duration::from_hours(1);
 
 /// What is kept between two comparisons.
-#[derive(Default)]
 pub(super) struct Watch(Mutex<State>);
 
 #[derive(Default)]
@@ -47,6 +46,14 @@ enum Verdict {
     Confirmed,
     Accepted,
     Doubtful,
+}
+
+/// What the first comparison compares with. Call it before the first request comes in, or what that leaves may be lost with a
+/// database that is replaced right afterwards.
+pub(super) async fn begin(app: &App) -> Watch {
+    let seen = app.store.seen_time().await;
+    let seen = seen.inspect_err(|error| debug!(%error, "the database can't be asked for the time")).ok().flatten();
+    Watch(Mutex::new(State { seen, ..State::default() }))
 }
 
 /// Compares once.

@@ -3,6 +3,8 @@
 
 use std::fs;
 use std::path::Path;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use serde_json::Value;
@@ -10,6 +12,8 @@ use uuid::Uuid;
 
 use crate::harness::{Binary, Database, Device, eventually, send_request};
 
+/// Clients that send all the time.
+const SENDERS: usize = 8;
 /// From then on no send may succeed.
 const NOTICED_WITHIN: Duration = Duration::from_secs(10);
 
@@ -19,13 +23,29 @@ async fn status_of_send(from: &Device, to: &Device) -> u16 {
     request.try_send().await.map_or(0, |response| response.status)
 }
 
-/// Spoils the files of a running server, and sees it stop.
+/// Sends one after another until it is told to stop, and returns when the last one succeeded.
+async fn send_on(from: Device, to: Device, is_over: Arc<AtomicBool>) -> Option<Instant> {
+    let mut last = None;
+    while !is_over.load(Ordering::Relaxed) {
+        match status_of_send(&from, &to).await {
+            200 => last = Some(Instant::now()),
+            // Its pace while it is refused.
+            _ => tokio::time::sleep(Duration::from_millis(20)).await,
+        }
+    }
+    last
+}
+
+/// Spoils the files of a running server under load, and sees it stop.
 async fn assert_noticed(name: &str, spoil: impl FnOnce(&Path)) {
     let home = tempfile::tempdir().unwrap();
     let folder = home.path().join("data");
-    let mut server = Binary::start_embedded(&folder, &[]).await;
+    let mut server = Binary::start_embedded(&folder, &["--max-inbox-size=1000000"]).await;
     let (alice, bob) = (Device::register(&server.client()).await, Device::register(&server.client()).await);
     alice.send_to(&bob, "before").await;
+    let is_over = Arc::<AtomicBool>::default();
+    let load: Vec<_> =
+        (0..SENDERS).map(|_| tokio::spawn(send_on(alice.clone(), bob.clone(), is_over.clone()))).collect();
 
     spoil(&folder);
     let spoilt = Instant::now();
@@ -46,6 +66,11 @@ async fn assert_noticed(name: &str, spoil: impl FnOnce(&Path)) {
 
     let status = server.exit(Duration::from_secs(30)).await;
     assert!(status.code().is_some_and(|code| code != 0), "{name}: {status}");
+    is_over.store(true, Ordering::Relaxed);
+    for sender in load {
+        let last = sender.await.unwrap().map(|last| last.saturating_duration_since(spoilt));
+        assert!(last.is_none_or(|last| last < NOTICED_WITHIN), "{name}: the last send succeeded after {last:?}");
+    }
     let output = server.output();
     assert!(output.contains("while the server ran") && output.contains("restore a backup"), "{name}: {output}");
 }
@@ -167,6 +192,24 @@ async fn a_second_server_leaves_what_the_first_one_holds_back_of_the_disk() {
     let second = Binary::run(&[&option, "--server-port=0", "--mgmt-port=0"], &[]).await;
     assert!(second.output.contains("another server is already running"), "{}", second.output);
     assert!(reserve.exists());
+}
+
+/// It is read at the start only, and its loss would log everybody out at the next one.
+#[tokio::test]
+async fn a_removed_signing_secret_is_told_of_and_everything_goes_on() {
+    let folder = tempfile::tempdir().unwrap();
+    let mut server = Binary::start_embedded(folder.path(), &[]).await;
+    let (alice, bob) = (Device::register(&server.client()).await, Device::register(&server.client()).await);
+    fs::remove_file(folder.path().join("jwt-secret")).unwrap();
+    eventually("the loss to be told of", async || {
+        server.output().contains("the file with the signing secret was removed while the server ran")
+    })
+    .await;
+    let alice = alice.log_in().await;
+    assert_eq!(status_of_send(&alice, &bob).await, 200);
+    server.management().get("/readyz").send().await.expect(200);
+    server.terminate();
+    assert!(server.exit(Duration::from_secs(20)).await.success(), "{}", server.output());
 }
 
 /// A volume that is unmounted leaves an empty folder in its place.

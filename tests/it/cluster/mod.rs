@@ -8,5 +8,6 @@ mod faults;
 mod held;
 mod nodes;
 mod poolers;
+mod replaced;
 mod secrets;
 pub mod traffic;
