@@ -5,7 +5,8 @@ use std::time::Duration;
 
 use crate::cluster::traffic::Traffic;
 use crate::harness::{
-    Binary, Device, Fate, Postgres, Proxy, S3, S3Proxy, TestServer, Valkey, Way, deployment, eventually,
+    Binary, Device, Fate, Postgres, Proxy, S3, S3Proxy, Socket, TestServer, Valkey, Way, deployment, eventually,
+    within_time,
 };
 
 /// Two nodes on parts of their own.
@@ -183,6 +184,43 @@ async fn a_bucket_that_refuses_writes_and_then_deletions_disturbs_no_messages_an
     let database = node.database().await;
     let is_gone = async || bucket.is_empty().await && database.number("SELECT count(*) FROM attachments").await == 0;
     eventually("everything to be gone", is_gone).await;
+}
+
+/// How long news of another node may take while Valkey is away. Sessions look at their inbox once in 10 to 14 s.
+const WITHOUT_VALKEY: Duration = Duration::from_secs(16);
+
+/// A device with a socket at the second node of a deployment whose Valkey is gone. The nodes know that.
+async fn connected_without_valkey() -> (Deployment, Device, Socket) {
+    let mut deployment = Deployment::start().await;
+    let [first, second] = &deployment.nodes;
+    let bob = Device::register(&first.client()).await;
+    let mut socket = bob.at(&second.client()).connect().await;
+    socket.until_pong().await;
+    deployment.valkey.kill();
+    for node in &deployment.nodes {
+        let management = node.management();
+        let is_known = async || management.get("/readyz").send().await.status == 503;
+        eventually("the outage to be noticed", is_known).await;
+    }
+    (deployment, bob, socket)
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn while_valkey_is_away_a_log_out_closes_the_socket_at_another_node_within_sixteen_seconds() {
+    let (_deployment, bob, mut socket) = connected_without_valkey().await;
+    bob.log_out().await;
+    within_time(WITHOUT_VALKEY, "the socket to be closed", socket.until_end()).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn while_valkey_is_away_mail_reaches_another_node_within_sixteen_seconds() {
+    let (deployment, bob, mut socket) = connected_without_valkey().await;
+    let alice = Device::register(&deployment.nodes[0].client()).await;
+    // The second one comes when the session has just looked.
+    for text in ["first", "second"] {
+        alice.send_to(&bob, text).await;
+        within_time(WITHOUT_VALKEY, "the message", socket.expect_message(text)).await;
+    }
 }
 
 /// Sockets are open and nobody says anything.
