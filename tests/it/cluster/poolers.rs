@@ -27,9 +27,19 @@ async fn behind_a_pgbouncer_that_pools_sessions_mail_flows_and_the_settings_hold
     let pooler = PgBouncer::start(&postgres, "session").await;
     let folder = tempfile::tempdir().unwrap();
     let mut options = node_options(&pooler.url("postgres"), folder.path());
-    options.push("--db-lock-timeout-ms=700".to_owned());
+    options.extend(["--db-lock-timeout-ms=700".to_owned(), "--db-statement-timeout-ms=9000".to_owned()]);
     let node = Binary::start_node(&options).await;
     let (alice, bob) = (Device::register(&node.client()).await, Device::register(&node.client()).await);
+    // What holds within the transaction of a send, told by a trigger.
+    psql(
+        &postgres.url(),
+        "CREATE TABLE held (settings text);
+         CREATE FUNCTION note_what_holds() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN
+           INSERT INTO held SELECT concat_ws(' ', current_setting('synchronous_commit'), current_setting('statement_timeout'));
+           RETURN NEW; END $$;
+         CREATE TRIGGER note BEFORE INSERT ON messages FOR EACH ROW EXECUTE FUNCTION note_what_holds()",
+    )
+    .await;
     let mut socket = bob.connect().await;
     for text in ["one", "two", "three"] {
         alice.send_to(&bob, text).await;
@@ -41,9 +51,13 @@ async fn behind_a_pgbouncer_that_pools_sessions_mail_flows_and_the_settings_hold
     again.until_pong().await;
     node.management().get("/readyz").send().await.expect(200);
 
-    // The limit for locks is what was asked for: 700 ms, and not for ever.
+    // A send was durable and bounded in time, whatever the server's own settings are.
     let options: sqlx::postgres::PgConnectOptions = postgres.url().parse().unwrap();
     let mut holder = sqlx::ConnectOptions::connect(&options).await.unwrap();
+    let held: Vec<String> = sqlx::query_scalar("SELECT settings FROM held").fetch_all(&mut holder).await.unwrap();
+    assert_eq!(held, ["on 9s"; 3]);
+
+    // The limit for locks is what was asked for: 700 ms, and not for ever.
     let hold = format!("BEGIN; SELECT 1 FROM account_locks WHERE user_id = '{}' FOR UPDATE", bob.user);
     sqlx::raw_sql(sqlx::AssertSqlSafe(hold)).execute(&mut holder).await.unwrap();
     let since = Instant::now();
