@@ -2,11 +2,13 @@
 //! built by the Rust that the project needs.
 
 use std::collections::BTreeSet;
+use std::net::SocketAddr;
 
 use obscura_server::config::GROUPS;
 use serde_yaml_ng::Value;
+use tokio::net::TcpStream;
 
-use crate::harness::Binary;
+use crate::harness::{Binary, eventually, free_port};
 
 const COMPOSE: &str = include_str!("../../docker-compose.yml");
 const DOCKERFILE: &str = include_str!("../../Dockerfile");
@@ -42,6 +44,23 @@ fn every_setting_of_the_container_files_is_an_option() {
     let in_image = DOCKERFILE.lines().filter_map(|line| line.strip_prefix("ENV ")?.split('=').next());
     let unknown: Vec<&str> = names.chain(in_image).filter(|name| !options.contains(name)).collect();
     assert!(unknown.is_empty(), "{unknown:?}");
+}
+
+/// The server takes only its own loopback address for the management port by default, which no other container reaches.
+#[tokio::test]
+async fn in_the_image_the_management_port_can_be_reached_from_outside_of_the_container() {
+    let settings = DOCKERFILE.lines().filter_map(|line| line.strip_prefix("ENV ")?.split_once('='));
+    // The folder of the image is not there.
+    let settings: Vec<_> = settings.filter(|(name, _)| *name != "OBSCURA_DATA_DIR").collect();
+    let folder = tempfile::tempdir().unwrap();
+    let option = format!("--data-dir={}", folder.path().display());
+    let (server, port) = (free_port(), free_port());
+    let options = [option, format!("--server-port={server}"), format!("--mgmt-port={port}")];
+    let options: Vec<&str> = options.iter().map(String::as_str).collect();
+    let _server = Binary::begin_with(&options, &settings);
+    // Any address of this machine but the one that is listened on by default.
+    let elsewhere = SocketAddr::from(([127, 0, 0, 2], port));
+    eventually("the management port to be open", async || TcpStream::connect(elsewhere).await.is_ok()).await;
 }
 
 /// Only the server's own image may be built, all others are named with a version.

@@ -213,6 +213,7 @@ async fn uploads_of_a_byte_stop_before_the_inodes_run_out_and_the_next_start_suc
         }
     };
     refused.expect(507);
+    assert_eq!(server.management().get("/readyz").send().await.expect(200).json()["space"], "low");
     let free = rustix::fs::statvfs(disk.seen_from_here()).unwrap().f_favail;
     assert!(free >= 5, "{free} inodes are left");
     let bob = Device::register(&server.client()).await;

@@ -7,6 +7,7 @@ use tokio::net::TcpStream;
 use uuid::Uuid;
 
 use crate::harness::{Device, TestServer, raw_answer, raw_request};
+use crate::metrics::page::{came_and_went, connections};
 
 fn stalled(path: &str, device: &Device) -> Vec<u8> {
     let key = Uuid::new_v4();
@@ -140,6 +141,38 @@ async fn an_upload_that_trickles_in_ends() {
     assert!(begun.elapsed() < Duration::from_secs(30));
 }
 
+/// The head of a download, on a connection with this receive buffer.
+async fn begin_download(device: &Device, id: &str, buffer: u32) -> TcpStream {
+    let socket = tokio::net::TcpSocket::new_v4().unwrap();
+    socket.set_recv_buffer_size(buffer).unwrap();
+    let mut stream = socket.connect(device.client.address()).await.unwrap();
+    let token = &device.token;
+    let head = format!(
+        "GET /v1/attachments/{id} HTTP/1.1\r\nhost: test\r\nauthorization: Bearer {token}\r\nconnection: close\r\n\r\n"
+    );
+    stream.write_all(head.as_bytes()).await.unwrap();
+    stream
+}
+
+#[tokio::test]
+async fn a_download_that_is_taken_byte_by_byte_ends() {
+    let server = TestServer::start_with(|config| config.gateway.write_timeout = Duration::from_secs(1)).await;
+    let alice = server.account().await;
+    let answer = alice.request("POST", "/v1/attachments").body(vec![5; 8 << 20]).send().await.expect(201).json();
+    let before = connections(&server).await;
+    let mut stream = begin_download(&alice, answer["id"].as_str().unwrap(), 2048).await;
+    let taking = async {
+        while stream.read_u8().await.is_ok() {
+            tokio::time::sleep(Duration::from_secs(1)).await; // the pace is the point
+        }
+    };
+    tokio::select! {
+        () = came_and_went(&server, 1, before) => {}
+        () = taking => {}
+    }
+    came_and_went(&server, 1, before).await;
+}
+
 /// With a receive buffer of 64 KiB, and pauses in which it takes nothing for longer than `--ws-write-timeout-secs`.
 #[tokio::test]
 async fn a_download_that_is_taken_steadily_is_not_cut() {
@@ -147,15 +180,7 @@ async fn a_download_that_is_taken_steadily_is_not_cut() {
     let server = TestServer::start_with(|config| config.gateway.write_timeout = Duration::from_secs(1)).await;
     let alice = server.account().await;
     let answer = alice.request("POST", "/v1/attachments").body(vec![5; LENGTH]).send().await.expect(201).json();
-    let socket = tokio::net::TcpSocket::new_v4().unwrap();
-    socket.set_recv_buffer_size(64 << 10).unwrap();
-    let mut stream = socket.connect(server.address()).await.unwrap();
-    let head = format!(
-        "GET /v1/attachments/{} HTTP/1.1\r\nhost: test\r\nauthorization: Bearer {}\r\nconnection: close\r\n\r\n",
-        answer["id"].as_str().unwrap(),
-        alice.token
-    );
-    stream.write_all(head.as_bytes()).await.unwrap();
+    let mut stream = begin_download(&alice, answer["id"].as_str().unwrap(), 64 << 10).await;
     let (mut received, mut piece) = (0, vec![0; 1 << 20]);
     while let Ok(length) = stream.read_exact(&mut piece).await {
         received += length;

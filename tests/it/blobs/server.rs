@@ -60,6 +60,21 @@ async fn an_attachment_in_a_bucket_is_served_whole_and_in_part() {
 }
 
 #[tokio::test]
+async fn a_part_of_an_attachment_in_a_bucket_that_knows_no_ranges_is_the_whole() {
+    const BYTES: &[u8] = b"the whole attachment, whatever was asked for";
+    let (server, _bucket, proxy) = server_with(|_| {}).await;
+    let device = server.account().await;
+    let id = uploaded(&device, &Bytes::from_static(BYTES)).await;
+    proxy.rule(|method, _| if method == "GET" { Fate::Whole(BYTES) } else { Fate::Pass });
+    for range in ["bytes=4-8", "bytes=0-0", "bytes=-5", "bytes=10-"] {
+        let request = device.request("GET", &format!("/v1/attachments/{id}")).header("range", range);
+        let answer = request.send().await.expect(200);
+        assert_eq!(answer.header("content-range"), None, "{range}");
+        assert_eq!(answer.body, BYTES, "{range}");
+    }
+}
+
+#[tokio::test]
 async fn an_upload_cut_anywhere_leaves_no_object_no_parts_and_no_row() {
     let (server, bucket, _proxy) = server_with(|_| {}).await;
     let device = server.account().await;

@@ -234,7 +234,8 @@ impl Binary {
         Self::begin_with(options, &[])
     }
 
-    fn begin_with(options: &[&str], variables: &[(&str, &str)]) -> Self {
+    /// The same with these environment variables.
+    pub fn begin_with(options: &[&str], variables: &[(&str, &str)]) -> Self {
         let mut command = command(variables);
         command.args(options);
         let (child, output) = spawn(command);
