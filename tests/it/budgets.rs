@@ -10,7 +10,7 @@ use tokio::net::TcpStream;
 use uuid::Uuid;
 
 use crate::harness::signer::Identity;
-use crate::harness::{Binary, Client, Device, Keys, PASSWORD, send_request, unique_name, within};
+use crate::harness::{Binary, Client, Device, Keys, PASSWORD, deployment, send_request, unique_name, within};
 
 /// As many unfinished bodies as once held all of the memory for bodies.
 const BODIES: usize = 66;
@@ -104,7 +104,8 @@ async fn unfinished_bodies_of_one_address_stop_nobody() {
         honest.round(Keys { one_time: 100, pq_one_time: Some(100) }).await;
     }
     assert_memory_is_bounded(&server);
-    drop(held);
+    drop((held, server));
+    deployment::drop_state(folder.path());
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -119,7 +120,8 @@ async fn unfinished_bodies_of_many_addresses_stop_nobody() {
         honest.round(Keys { one_time: 100, pq_one_time: Some(0) }).await;
     }
     assert_memory_is_bounded(&server);
-    drop(held);
+    drop((held, server));
+    deployment::drop_state(folder.path());
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -142,7 +144,8 @@ async fn unfinished_sends_of_one_account_stop_nobody() {
     let send = honest.alice.messages_request(Uuid::new_v4(), large).header("x-forwarded-for", honest.address());
     within("a large send", send.send()).await.expect(200);
     assert_memory_is_bounded(&server);
-    drop(held);
+    drop((held, server));
+    deployment::drop_state(folder.path());
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -167,7 +170,58 @@ async fn unfinished_sends_of_four_accounts_at_one_address_stop_nobody() {
         honest.round(Keys { one_time: 100, pq_one_time: Some(100) }).await;
     }
     assert_memory_is_bounded(&server);
-    drop(held);
+    drop((held, server));
+    deployment::drop_state(folder.path());
+}
+
+/// Addresses that guess, in networks of as many, and the pace that the limit for addresses allows each.
+const GUESSERS: usize = 240;
+const OF_A_NETWORK: usize = 24;
+const GUESSES: usize = 4;
+const PACE: Duration = Duration::from_secs(1);
+
+/// Passwords of names that nobody has, from one address. Returns how many of them were looked at.
+async fn guess(client: Client, number: usize) -> usize {
+    let address = format!("198.51.{}.{}", number / OF_A_NETWORK, number % OF_A_NETWORK);
+    let mut pace = tokio::time::interval(PACE);
+    let mut looked_at = 0;
+    for _ in 0..GUESSES {
+        pace.tick().await;
+        let (username, device) = (unique_name("unknown"), Uuid::new_v4().to_string());
+        let body = json!({"username": username, "password": PASSWORD, "deviceId": device});
+        let request = client.post("/v1/session").header("x-forwarded-for", &address).json(&body);
+        looked_at += usize::from(request.send().await.status == 401);
+    }
+    looked_at
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn two_hundred_and_forty_addresses_at_their_allowed_rate_stop_no_log_in() {
+    let folder = tempfile::tempdir().unwrap();
+    let server = Binary::start_limited(folder.path(), &[]).await;
+    let client = server.client();
+    let mut honest = Vec::new();
+    for number in 0..10 {
+        honest.push(register(&client, Keys::default(), format!("203.{number}.113.1")).await);
+    }
+    let guessing: Vec<_> = (0..GUESSERS).map(|number| tokio::spawn(guess(client.clone(), number))).collect();
+    let log_in = async |number: usize, device: &Device| {
+        // Spread over the time of the attack.
+        tokio::time::sleep(PACE * GUESSES as u32 * number as u32 / 10).await;
+        let body = json!({"username": device.username, "password": PASSWORD, "deviceId": device.id.to_string()});
+        let request = client.post("/v1/session").header("x-forwarded-for", format!("203.{number}.113.2")).json(&body);
+        request.send().await.status
+    };
+    let log_ins = honest.iter().enumerate().map(|(number, device)| log_in(number, device));
+    assert_eq!(futures_util::future::join_all(log_ins).await, [200; 10]);
+    let mut looked_at = 0;
+    for guesser in guessing {
+        looked_at += guesser.await.unwrap();
+    }
+    assert!(looked_at > 20, "only {looked_at} guesses were looked at");
+    assert_memory_is_bounded(&server);
+    drop(server);
+    deployment::drop_state(folder.path());
 }
 
 #[tokio::test]
@@ -196,6 +250,8 @@ async fn a_body_larger_than_its_route_takes_is_refused_by_its_head() {
         let answer = server.client().post(path).header("content-type", "application/json").body(vec![b' '; allowed]);
         answer.send().await.expect(400);
     }
+    drop(server);
+    deployment::drop_state(folder.path());
 }
 
 /// Requests that are sent ahead and all refused get their answers ever more slowly.
@@ -217,4 +273,6 @@ async fn a_client_that_sends_refused_requests_ahead_is_slowed() {
     let (passed, refused) = (count("HTTP/1.1 401 "), count("HTTP/1.1 429 "));
     assert!(passed >= 20, "{passed} passed");
     assert!((20..100).contains(&refused), "{refused} were refused in three seconds, {passed} passed");
+    drop(server);
+    deployment::drop_state(folder.path());
 }

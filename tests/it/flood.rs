@@ -13,8 +13,9 @@ use std::time::{Duration, Instant};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 use tokio::task::JoinSet;
+use uuid::Uuid;
 
-use crate::harness::{Binary, Device, within, within_time};
+use crate::harness::{Binary, Device, Socket, deployment, send_request, within, within_time};
 
 /// Addresses that each appear once in a round, far more than there are tokens for.
 const ADDRESSES: u64 = 100_000;
@@ -122,6 +123,14 @@ async fn behave(device: Device, number: u64, seen: Arc<Seen>) {
     }
 }
 
+/// One message, sent, delivered and acknowledged.
+async fn pass_a_message(server: &Binary, from: &Device, to: &Device, socket: &mut Socket) {
+    let sent = from.post_messages(Uuid::new_v4(), &send_request(&[(to, b"in the middle of it")])).await;
+    assert_eq!(sent.status, 200, "{}", server.output());
+    let envelopes = socket.messages(1).await;
+    socket.ack(&envelopes).await;
+}
+
 fn seconds_asked_for() -> Duration {
     let text = std::env::var("OBSCURA_TEST_FLOOD_SECS").unwrap_or_default();
     Duration::from_secs(text.parse().unwrap_or_default())
@@ -131,7 +140,7 @@ fn seconds_asked_for() -> Duration {
 async fn a_flood_from_a_hundred_thousand_addresses_takes_little_memory_and_stops_nobody() {
     let folder = tempfile::tempdir().unwrap();
     let head = format!("--server-header-timeout-secs={HEAD_SECS}");
-    let server = Binary::start_limited(folder.path(), &[&head]).await;
+    let server = Binary::start_limited_on(deployment::embedded_options(folder.path()), &[&head]).await;
     let (alice, bob) = (Device::register(&server.client()).await, Device::register(&server.client()).await);
     let mut socket = bob.connect().await;
     let at_rest = server.resident_bytes();
@@ -152,10 +161,8 @@ async fn a_flood_from_a_hundred_thousand_addresses_takes_little_memory_and_stops
     let honest = async {
         while begun.elapsed() < limit || Seen::read(&seen.asked) < ADDRESSES || Seen::read(&seen.cut) == 0 {
             let sending = Instant::now();
-            alice.send_to(&bob, "in the middle of it").await;
-            let envelopes = socket.messages(1).await;
+            pass_a_message(&server, &alice, &bob, &mut socket).await;
             slowest = slowest.max(sending.elapsed());
-            socket.ack(&envelopes).await;
             sent += 1;
             most = most.max(server.resident_bytes());
             if told.elapsed() > Duration::from_mins(1) {

@@ -133,9 +133,13 @@ impl Binary {
         Self::launched(command, layout, (Target::anywhere(), Target::anywhere()), true).await
     }
 
-    /// The program in embedded mode with the limits that it has by default.
+    /// The program on this folder, with the limits that it has by default.
     pub async fn start_limited(folder: &Path, options: &[&str]) -> Self {
-        let layout = deployment::embedded_options(folder);
+        Self::start_limited_on(deployment::options(folder).await, options).await
+    }
+
+    /// The program on what this layout says, with the limits that it has by default.
+    pub async fn start_limited_on(layout: Vec<String>, options: &[&str]) -> Self {
         let mut command = command(&[]);
         let [host, port, management, ..] = TEST_OPTIONS else { unreachable!("they come first") };
         command.args(&layout).args([host, port, management]).args(options);
