@@ -5,6 +5,7 @@ use sqlx::FromRow;
 use crate::model::ids::{Address, DeviceNo, UserId};
 use crate::model::keys::PublicKey;
 use crate::store::database::{on, reading, run};
+use crate::store::shares::Rows;
 use crate::store::{NewDevice, Result, SessionGrant, Store, devices, prekeys, sessions, usage, used_prekeys};
 use crate::telemetry::metrics::Left;
 
@@ -98,7 +99,7 @@ impl Store {
         device: &NewDevice,
         session: &SessionGrant,
     ) -> Result<Reset> {
-        let mut tx = self.begin().await?;
+        let mut tx = self.begin_on(Rows::OfAccount(user)).await?;
         devices::lock_account(&mut tx, user).await?;
         // Held, so that no upload replaces a signed prekey that would not be remembered then.
         let statement = tx.either(

@@ -11,6 +11,7 @@ use sqlx::{FromRow, Postgres, SqliteConnection};
 use crate::model::ids::DeviceNo;
 use crate::store::pool::Lent;
 use crate::store::postgres::PostgresStore;
+use crate::store::shares::Share;
 use crate::store::sqlite::{SqliteStore, Transaction};
 use crate::store::standings::Changes;
 use crate::store::{Result, StoreError};
@@ -42,6 +43,8 @@ pub(super) struct PostgresTx {
     pub(super) connection: Lent<Postgres>,
     /// The longest time that one statement may take.
     pub(super) limit: Duration,
+    /// Given back after the connection.
+    pub(super) _share: Option<Share>,
 }
 
 impl Tx {

@@ -7,6 +7,7 @@ use sqlx::FromRow;
 use crate::model::ids::{Address, DeviceId, DeviceNo, UserId};
 use crate::model::keys::{PreKeys, RegistrationId};
 use crate::store::database::{Database, Tx, on, reading, run};
+use crate::store::shares::Rows;
 use crate::store::{Result, Store, json_list, prekeys, used_prekeys};
 use crate::telemetry::metrics::Left;
 
@@ -131,7 +132,7 @@ impl Store {
     /// Removes a linked device of the account, with everything that was kept for it, but for the rest of a very large
     /// inbox: see [`Store::clear_inboxes`]. What it sent to others stays.
     pub async fn remove_device(&self, user: UserId, device: DeviceId) -> Result<Removed> {
-        let mut tx = self.begin().await?;
+        let mut tx = self.begin_on(Rows::OfAccount(user)).await?;
         lock_account(&mut tx, user).await?;
         let statement = "SELECT no, is_primary FROM devices WHERE id = $1 AND user_id = $2";
         let found = on!(&mut tx, |db| sqlx::query_as(statement).bind(device).bind(user).fetch_optional(db))?;

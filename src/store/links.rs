@@ -4,6 +4,7 @@ use crate::clock::Timestamp;
 use crate::model::ids::{DeviceNo, UserId};
 use crate::model::keys::PublicKey;
 use crate::store::database::{Tx, on, reading, run};
+use crate::store::shares::Rows;
 use crate::store::{NewDevice, Result, SessionGrant, Store, devices, prekeys, sessions};
 
 /// What became of an approval.
@@ -78,7 +79,7 @@ pub struct NewLink {
 impl Store {
     /// Opens a link session. It replaces the account's one that waits for approval; approved ones stay.
     pub async fn open_link(&self, user: UserId, hash: &[u8; 32], expires_at: Timestamp, now: Timestamp) -> Result<()> {
-        let mut tx = self.begin().await?;
+        let mut tx = self.begin_on(Rows::OfAccount(user)).await?;
         devices::lock_account(&mut tx, user).await?;
         let replaced = "DELETE FROM link_sessions WHERE user_id = $1 AND (approval IS NULL OR expires_at <= $2)";
         run!(&mut tx, sqlx::query(replaced).bind(user).bind(now))?;
@@ -95,7 +96,7 @@ impl Store {
         approval: Approval<'_>,
         now: Timestamp,
     ) -> Result<Approved> {
-        let mut tx = self.begin().await?;
+        let mut tx = self.begin_on(Rows::OfAccount(user)).await?;
         devices::lock_account(&mut tx, user).await?;
         let statement = "SELECT approval IS NOT NULL FROM link_sessions \
                          WHERE hash = $1 AND user_id = $2 AND expires_at > $3";
@@ -135,7 +136,7 @@ impl Store {
         let found: Option<UserId> =
             reading!(self, |db| sqlx::query_scalar(statement).bind(&link.hash[..]).bind(now).fetch_optional(db))?;
         let Some(user) = found else { return Ok(Linked::SessionInvalid) };
-        let mut tx = self.begin().await?;
+        let mut tx = self.begin_on(Rows::OfAccount(user)).await?;
         devices::lock_account(&mut tx, user).await?;
         let linked = self.join(&mut tx, link, now).await?;
         tx.commit().await?;

@@ -29,6 +29,7 @@ mod restore;
 mod room;
 mod send;
 mod sessions;
+mod shares;
 mod sqlite;
 mod standings;
 mod time;
@@ -51,6 +52,7 @@ use crate::store::numbering::Numbering;
 use crate::store::postgres::PostgresStore;
 use crate::store::room::Rooms;
 use crate::store::sessions::Tickets;
+use crate::store::shares::Rows;
 use crate::store::sqlite::SqliteStore;
 use crate::store::standings::Standings;
 use crate::store::uploads::Uploads;
@@ -252,6 +254,15 @@ impl Store {
     /// True when no other node can use the database.
     pub fn is_our_own(&self) -> bool {
         matches!(self.database, Database::Sqlite(_))
+    }
+
+    /// Starts a transaction that may write, for a request that has to do with these rows. On PostgreSQL only a few of them
+    /// at a time have a connection, since another session may hold the rows: see `shares`.
+    async fn begin_on(&self, rows: Rows) -> Result<Tx> {
+        match &self.database {
+            Database::Sqlite(_) => self.begin().await,
+            Database::Postgres(postgres) => Ok(Tx::Postgres(postgres.begin_on(rows).await?)),
+        }
     }
 
     /// Starts a transaction that may write.

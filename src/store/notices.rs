@@ -9,6 +9,7 @@ use sqlx::{FromRow, SqliteConnection};
 use crate::clock::Timestamp;
 use crate::model::ids::{DeviceNo, Position};
 use crate::store::database::{PostgresTx, Tx, reading, run};
+use crate::store::shares::Rows;
 use crate::store::{Result, Store, json_list};
 
 /// The time since when a notice counts is rounded down to this.
@@ -43,7 +44,7 @@ impl Store {
     /// Subtracts a notice that the device has acknowledged. What was added since stays. A notice that was acknowledged before,
     /// or of which refusals have been taken back since, changes nothing.
     pub async fn notice_told(&self, device: DeviceNo, told: Notice, now: Timestamp) -> Result<()> {
-        let mut tx = self.begin().await?;
+        let mut tx = self.begin_on(Rows::OfDevice(device)).await?;
         let statement = "UPDATE inbox_notices SET period = $3, since = $4, expired = expired - $5, \
                         refused = CASE WHEN refused > $6 THEN refused - $6 ELSE 0 END \
                     WHERE device_no = $1 AND period = $2";

@@ -17,6 +17,7 @@ use crate::config;
 use crate::store::database::{PostgresTx, timely};
 use crate::store::error::migration_error;
 use crate::store::pool::{Lent, Pool, Terms};
+use crate::store::shares::{Rows, Shares};
 use crate::store::{OpenError, Result, StoreError};
 use crate::telemetry::metrics::{Metrics, PoolName};
 
@@ -48,6 +49,7 @@ pub(super) struct PostgresStore {
     pub(super) pool: Pool<Postgres>,
     /// The longest time that one statement may take.
     pub(super) limit: Duration,
+    shares: Shares,
     /// Set once another database answers.
     is_lost: Arc<AtomicBool>,
 }
@@ -82,7 +84,12 @@ impl PostgresStore {
             outlives_its_borrower: false,
         };
         let pool = Pool::new(options, settings, terms, PoolName::Shared, metrics);
-        let store = Self { pool, limit: config.statement_timeout + MARGIN, is_lost: Arc::default() };
+        let store = Self {
+            pool,
+            limit: config.statement_timeout + MARGIN,
+            shares: Shares::new(config.acquire_timeout),
+            is_lost: Arc::default(),
+        };
         store.check().await.map_err(|StoreError(cause)| OpenError::connecting(address, cause))?;
         Ok(store)
     }
@@ -91,6 +98,12 @@ impl PostgresStore {
     /// what holds then.
     pub(super) async fn begin(&self) -> Result<PostgresTx> {
         self.begin_with("BEGIN ISOLATION LEVEL READ COMMITTED").await
+    }
+
+    /// Starts a transaction that locks these rows, once it has a share of the pool.
+    pub(super) async fn begin_on(&self, rows: Rows) -> Result<PostgresTx> {
+        let share = self.shares.take(rows).await?;
+        Ok(PostgresTx { _share: Some(share), ..self.begin().await? })
     }
 
     /// Starts the transaction of a group. See `BEGIN_GROUP`.
@@ -119,7 +132,7 @@ impl PostgresStore {
         self.is_ours()?;
         let mut connection = self.pool.get().await?;
         timely(self.limit, sqlx::raw_sql(statements).execute(&mut *connection)).await?;
-        Ok(PostgresTx { connection, limit: self.limit })
+        Ok(PostgresTx { connection, limit: self.limit, _share: None })
     }
 
     /// All rows of a question that PostgreSQL alone understands.

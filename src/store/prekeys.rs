@@ -20,6 +20,7 @@ use crate::model::keys::{
 };
 use crate::store::database::{Tx, on, reading, run};
 use crate::store::known_prekeys::{Known, Own};
+use crate::store::shares::Rows;
 use crate::store::used_prekeys::{self, fingerprint};
 use crate::store::{Result, Store, StoreError};
 
@@ -78,7 +79,7 @@ impl Store {
     ///
     /// A device left with fewer than `threshold` one-time prekeys counts as low.
     pub async fn bundles(&self, user: UserId, device: Option<DeviceId>, threshold: u32) -> Result<Option<HandedOut>> {
-        let mut tx = self.begin().await?;
+        let mut tx = self.begin_on(Rows::OfAccount(user)).await?;
         let read = tx.either(READ_DEVICES, READ_DEVICES_IN_POSTGRES);
         let rows: Vec<DeviceRow> = on!(&mut tx, |db| sqlx::query_as(read).bind(user).bind(device).fetch_all(db))?;
         let take = tx.either(TAKE_KEYS, TAKE_KEYS_IN_POSTGRES);

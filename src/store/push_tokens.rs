@@ -4,6 +4,7 @@ use crate::clock::Timestamp;
 use crate::model::ids::DeviceNo;
 use crate::model::push::{PushTarget, Subscription};
 use crate::store::database::{on, run};
+use crate::store::shares::Rows;
 use crate::store::{Result, Store};
 
 const FCM: i32 = 0;
@@ -20,7 +21,7 @@ impl Store {
             PushTarget::Apns(_) => (APNS, None),
             PushTarget::WebPush(subscription) => (WEB_PUSH, Some((&subscription.p256dh[..], &subscription.auth[..]))),
         };
-        let mut tx = self.begin().await?;
+        let mut tx = self.begin_on(Rows::OfDevice(no)).await?;
         // The row is held where others could end the session at this moment.
         let statement = tx.either(SET, SET_IN_POSTGRES);
         let stored = run!(
@@ -39,7 +40,7 @@ impl Store {
 
     /// Forgets how to wake a device.
     pub async fn forget_push_target(&self, no: DeviceNo) -> Result<()> {
-        let mut tx = self.begin().await?;
+        let mut tx = self.begin_on(Rows::OfDevice(no)).await?;
         run!(&mut tx, sqlx::query("DELETE FROM push_tokens WHERE device_no = $1").bind(no))?;
         tx.commit().await
     }

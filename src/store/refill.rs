@@ -13,6 +13,7 @@ use crate::model::keys::PreKeys;
 use crate::store::database::{Tx, on, run};
 use crate::store::known_prekeys::{self, Known, Own};
 use crate::store::prekeys::{self, OneTimeRow};
+use crate::store::shares::Rows;
 use crate::store::used_prekeys::{self, fingerprint};
 use crate::store::{Result, Store, devices};
 
@@ -69,7 +70,7 @@ impl Store {
     }
 
     async fn upload(&self, no: DeviceNo, keys: &PreKeys, mode: Mode) -> Result<Refilled> {
-        let mut tx = self.begin().await?;
+        let mut tx = self.begin_on(Rows::OfDevice(no)).await?;
         let refilled = match devices::lock_and_find_owner(&mut tx, no).await? {
             None => Refilled::DeviceGone,
             Some(user) => self.store_new(&mut tx, (user, no), keys, mode).await?,

@@ -17,6 +17,7 @@ use crate::model::ids::{Address, DeviceId, DeviceNo, IdempotencyKey, UserId};
 use crate::store::database::{Database, Tx, on, reading, run};
 use crate::store::gather::Gather;
 use crate::store::messages::CLOCK_TOLERANCE;
+use crate::store::shares::Rows;
 use crate::store::{Result, Store, devices, usage};
 
 /// A refresh token that is presented again so soon is a client racing itself, and no sign of theft.
@@ -136,7 +137,7 @@ impl Store {
     /// are forgotten, and its access tokens are void. The push token stays, since the device does. `None`, and nothing
     /// has changed, when the account has no such device.
     pub async fn log_in(&self, user: UserId, device: DeviceId, grant: &SessionGrant) -> Result<Option<SessionHolder>> {
-        let mut tx = self.begin().await?;
+        let mut tx = self.begin_on(Rows::OfAccount(user)).await?;
         // Held, so that it can't be removed before it has its session.
         let statement = tx.either(
             "SELECT user_id, id, no, tokens_void_to FROM devices WHERE id = $1 AND user_id = $2",
@@ -159,7 +160,7 @@ impl Store {
         let known: Option<DeviceNo> =
             reading!(self, |db| sqlx::query_scalar(statement).bind(&wish.next.family[..]).fetch_optional(db))?;
         let Some(no) = known else { return Ok(Refreshed::Refused) };
-        let mut tx = self.begin().await?;
+        let mut tx = self.begin_on(Rows::OfDevice(no)).await?;
         devices::lock(&mut tx, no).await?;
         let refreshed = match session_of(&mut tx, &wish.next.family).await? {
             Some(session) if session.expires_at > now => exchange::exchange(&mut tx, &session, wish, now).await?,
@@ -195,7 +196,7 @@ impl Store {
     /// Ends the device's session: its refresh token, its tickets and its push token are forgotten, and its access tokens
     /// that expire at or before the Unix second `void_to` are void. The device, its keys and its queued messages stay.
     pub async fn log_out(&self, no: DeviceNo, void_to: i64) -> Result<()> {
-        let mut tx = self.begin().await?;
+        let mut tx = self.begin_on(Rows::OfDevice(no)).await?;
         end(&mut tx, no, void_to).await?;
         tx.commit().await
     }
@@ -204,29 +205,14 @@ impl Store {
     /// asked for with has become void. To be awaited to the end.
     pub async fn issue_ticket(&self, ticket: NewTicket) -> Result<bool> {
         match &self.database {
-            Database::Sqlite(_) => self.tickets.issued.ask(ticket, async |tickets| self.issue(tickets).await).await,
-            Database::Postgres(_) => Ok(self.issue(&[ticket]).await?.contains(&true)),
+            Database::Sqlite(_) => {
+                self.tickets.issued.ask(ticket, async |tickets| issue(self.begin().await?, tickets).await).await
+            }
+            Database::Postgres(_) => {
+                let tx = self.begin_on(Rows::OfDevice(ticket.device)).await?;
+                Ok(issue(tx, &[ticket]).await?.contains(&true))
+            }
         }
-    }
-
-    async fn issue(&self, tickets: &[NewTicket]) -> Result<Vec<bool>> {
-        let mut tx = self.begin().await?;
-        let statement = tx.either(
-            "INSERT INTO gateway_tickets (hash, device_no, expires_at) \
-             SELECT $1, no, $2 FROM devices WHERE no = $3 AND tokens_void_to < $4",
-            "INSERT INTO gateway_tickets (hash, device_no, expires_at) \
-             SELECT $1, no, $2 FROM devices WHERE no = $3 AND tokens_void_to < $4 FOR SHARE",
-        );
-        let mut issued = Vec::with_capacity(tickets.len());
-        for NewTicket { hash, device, token_expires_at, expires_at } in tickets {
-            let insert = run!(
-                &mut tx,
-                sqlx::query(statement).bind(&hash[..]).bind(expires_at).bind(device).bind(token_expires_at)
-            );
-            issued.push(insert? == 1);
-        }
-        tx.commit().await?;
-        Ok(issued)
     }
 
     /// Uses a gateway ticket up. `None` when it is unknown, used or expired, or its device is gone or logged out. To be
@@ -235,33 +221,17 @@ impl Store {
         let statement = "SELECT device_no FROM gateway_tickets WHERE hash = $1";
         let known: Option<DeviceNo> =
             reading!(self, |db| sqlx::query_scalar(statement).bind(&hash[..]).fetch_optional(db))?;
-        if known.is_none() {
-            return Ok(None);
-        }
+        let Some(no) = known else { return Ok(None) };
         let presented = (*hash, now);
         match &self.database {
-            Database::Sqlite(_) => self.tickets.redeemed.ask(presented, async |all| self.redeem(all).await).await,
-            Database::Postgres(_) => Ok(self.redeem(&[presented]).await?.pop().flatten()),
+            Database::Sqlite(_) => {
+                self.tickets.redeemed.ask(presented, async |all| redeem(self.begin().await?, all).await).await
+            }
+            Database::Postgres(_) => {
+                let tx = self.begin_on(Rows::OfDevice(no)).await?;
+                Ok(redeem(tx, &[presented]).await?.pop().flatten())
+            }
         }
-    }
-
-    async fn redeem(&self, presented: &[Presented]) -> Result<Vec<Option<SessionHolder>>> {
-        let mut tx = self.begin().await?;
-        let mut holders = Vec::with_capacity(presented.len());
-        for (hash, now) in presented {
-            let statement = "DELETE FROM gateway_tickets WHERE hash = $1 RETURNING device_no, expires_at";
-            let ticket: Option<(DeviceNo, Timestamp)> =
-                on!(&mut tx, |db| sqlx::query_as(statement).bind(&hash[..]).fetch_optional(db))?;
-            holders.push(match ticket {
-                Some((no, expires_at)) if expires_at > *now => {
-                    let statement = "SELECT user_id, id, no, tokens_void_to FROM devices WHERE no = $1";
-                    on!(&mut tx, |db| sqlx::query_as(statement).bind(no).fetch_optional(db))?
-                }
-                _ => None,
-            });
-        }
-        tx.commit().await?;
-        Ok(holders)
     }
 
     /// Forgets refresh tokens that have expired, at most `limit`. Answers how many. None lives longer than until `longest`:
@@ -302,6 +272,41 @@ impl Store {
         tx.commit().await?;
         Ok(swept)
     }
+}
+
+async fn issue(mut tx: Tx, tickets: &[NewTicket]) -> Result<Vec<bool>> {
+    let statement = tx.either(
+        "INSERT INTO gateway_tickets (hash, device_no, expires_at) \
+         SELECT $1, no, $2 FROM devices WHERE no = $3 AND tokens_void_to < $4",
+        "INSERT INTO gateway_tickets (hash, device_no, expires_at) \
+         SELECT $1, no, $2 FROM devices WHERE no = $3 AND tokens_void_to < $4 FOR SHARE",
+    );
+    let mut issued = Vec::with_capacity(tickets.len());
+    for NewTicket { hash, device, token_expires_at, expires_at } in tickets {
+        let insert =
+            run!(&mut tx, sqlx::query(statement).bind(&hash[..]).bind(expires_at).bind(device).bind(token_expires_at));
+        issued.push(insert? == 1);
+    }
+    tx.commit().await?;
+    Ok(issued)
+}
+
+async fn redeem(mut tx: Tx, presented: &[Presented]) -> Result<Vec<Option<SessionHolder>>> {
+    let mut holders = Vec::with_capacity(presented.len());
+    for (hash, now) in presented {
+        let statement = "DELETE FROM gateway_tickets WHERE hash = $1 RETURNING device_no, expires_at";
+        let ticket: Option<(DeviceNo, Timestamp)> =
+            on!(&mut tx, |db| sqlx::query_as(statement).bind(&hash[..]).fetch_optional(db))?;
+        holders.push(match ticket {
+            Some((no, expires_at)) if expires_at > *now => {
+                let statement = "SELECT user_id, id, no, tokens_void_to FROM devices WHERE no = $1";
+                on!(&mut tx, |db| sqlx::query_as(statement).bind(no).fetch_optional(db))?
+            }
+            _ => None,
+        });
+    }
+    tx.commit().await?;
+    Ok(holders)
 }
 
 /// Gives the device this session in place of the one it may have.

@@ -13,6 +13,7 @@ use crate::clock::Timestamp;
 use crate::model::ids::{AttachmentId, UserId};
 use crate::store::database::{Database, run};
 use crate::store::gather::Gather;
+use crate::store::shares::Rows;
 use crate::store::sqlite::SqliteStore;
 use crate::store::{Result, Store};
 
@@ -99,7 +100,9 @@ impl Store {
     /// uploaded counts against the quota; every upload that was begun counts against the day. To be awaited to the end.
     pub async fn reserve_attachment(&self, upload: Reservation) -> Result<Reserved> {
         match &self.database {
-            Database::Postgres(_) => postgres::reserve(self.begin().await?, upload).await,
+            Database::Postgres(_) => {
+                postgres::reserve(self.begin_on(Rows::OfAccount(upload.user)).await?, upload).await
+            }
             Database::Sqlite(sqlite) => match self.step(sqlite, Step::Begin(upload)).await? {
                 Taken::Begun(reserved) => Ok(reserved),
                 Taken::Completed(_) => unreachable!("who begins is told what came of that"),

@@ -3,12 +3,15 @@
 
 use std::time::{Duration, Instant};
 
-use futures_util::future::join_all;
+use futures_util::future::{BoxFuture, FutureExt, join_all};
+use serde_json::json;
 use uuid::Uuid;
 
-use crate::harness::{Device, Event, TestServer, eventually, send_request};
+use crate::harness::{Database, Device, Event, Response, TestServer, eventually, send_request, within};
 use crate::metrics::page::Page;
 
+/// Requests of the held account at one time: twice as many as the pool has connections.
+const OWN: usize = 40;
 /// How long the others go on meanwhile. A lock is waited for up to 5 s, a connection of the pool up to 3 s.
 const MEANWHILE: Duration = Duration::from_secs(4);
 
@@ -21,6 +24,12 @@ async fn node() -> TestServer {
         config.database.max_connections = 20;
     })
     .await
+}
+
+async fn until_one_waits(database: &Database) {
+    let waiting =
+        "SELECT count(*) FROM pg_stat_activity WHERE wait_event_type = 'Lock' AND datname = current_database()";
+    eventually("something to wait for the row", async || database.number(waiting).await > 0).await;
 }
 
 /// Devices of other accounts send, upload and ask for tickets, again and again, and every request succeeds. Returns the
@@ -50,6 +59,53 @@ async fn pairs(node: &TestServer) -> Vec<(Device, Device)> {
         pairs.push((node.account().await, node.account().await));
     }
     pairs
+}
+
+/// While these rows of bob are held, many requests have to do with him: the n-th one is made of alice and bob.
+async fn many_requests_delay_nobody_else(
+    rows: &str,
+    request: impl Fn(usize, Device, Device) -> BoxFuture<'static, Response>,
+) {
+    let node = node().await;
+    let (pairs, alice, bob) = (pairs(&node).await, node.account().await, node.account().await);
+    let database = node.database().await;
+    let held = database.hold(&rows.replace("BOB", &bob.user.to_string())).await;
+    let own = (0..OWN).map(|n| tokio::spawn(request(n, alice.clone(), bob.clone()))).collect::<Vec<_>>();
+    until_one_waits(&database).await;
+    let slowest = others(&pairs).await;
+    held.release().await;
+    for answer in within("the held account's requests to end", join_all(own)).await {
+        let answer = answer.expect("it doesn't panic");
+        assert!(answer.status < 300 || answer.status == 503, "{}", answer.status);
+        if answer.status == 503 {
+            assert_eq!(answer.header("retry-after"), Some("2"));
+        }
+    }
+    request(0, alice, bob).await.expect(201);
+    assert!(slowest < Duration::from_secs(3), "another account waited for {slowest:?}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn uploads_that_wait_for_a_held_account_delay_no_other() {
+    many_requests_delay_nobody_else("SELECT 1 FROM account_locks WHERE user_id = 'BOB' FOR UPDATE", |_, _, bob| {
+        async move { bob.request("POST", "/v1/attachments").body("x").send().await }.boxed()
+    })
+    .await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn requests_that_wait_for_a_held_user_device_or_key_delay_no_other() {
+    let rows = "SELECT 1 FROM users u JOIN devices d ON d.user_id = u.id JOIN device_keys k ON k.device_no = d.no
+                WHERE u.id = 'BOB' FOR UPDATE";
+    many_requests_delay_nobody_else(rows, |n, alice, bob| {
+        let request = match n % 3 {
+            0 => bob.request("POST", "/v1/gateway/ticket"),
+            1 => bob.request("PUT", "/v1/push-token").json(&json!({"token": "a token"})),
+            _ => alice.request("GET", &format!("/v1/keys/{}", bob.user)),
+        };
+        async move { request.send().await }.boxed()
+    })
+    .await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
