@@ -201,33 +201,28 @@ fn deliveries_between_nodes_are_exact_and_a_folder_has_one_node() {
     }
 }
 
-/// Attacks that stay within the limits aimed at, except for success in time and latencies, which depend on what else runs on
-/// the machine: those are figures of `scripts/attack`.
-const HELD: &[&str] =
-    &["bodies-drip", "uploads-one-byte", "sign-ups-one-address", "prekey-drain", "forwarded-untrusted", "silent-api"];
-
+/// Success in time and latencies depend on what else runs on the machine: those are figures of `scripts/attack`.
 #[test]
-fn every_attack_runs_beside_honest_clients_and_none_makes_the_server_grow() {
+fn every_attack_gets_no_more_than_the_default_limits_allow_and_the_server_does_not_grow() {
     let folder = tempfile::tempdir().unwrap();
     let json = folder.path().join("attacks.json");
     let attack = ["attack", "--seconds=2", "--untimed"];
     let output = command(&attack, folder.path()).arg("--json").arg(&json).output().unwrap();
     let said = format!("{}{}", String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
     let line: Value = serde_json::from_str(&std::fs::read_to_string(json).expect(&said)).unwrap();
-    let attacks = line["attacks"].as_array().unwrap();
-    for name in HELD {
-        let attack = attacks.iter().find(|attack| attack["name"] == *name).unwrap();
-        let misses = attack["misses"].as_array().unwrap();
-        assert!(misses.iter().all(|miss| miss.as_str().unwrap().starts_with("honest success")), "{name}: {said}");
-    }
-    let ran = attacks.iter().filter(|attack| attack["skipped"].is_null());
-    for attack in ran {
+    for attack in line["attacks"].as_array().unwrap() {
+        let name = attack["name"].as_str().unwrap();
+        if let Some(why) = attack["skipped"].as_str() {
+            assert!(name == "push-silent-dns" && why.contains("root"), "{name} was skipped: {why}");
+            continue;
+        }
+        let mut misses = attack["misses"].as_array().unwrap().iter().map(|miss| miss.as_str().unwrap());
+        assert!(misses.all(|miss| miss.starts_with("honest success")), "{name}: {said}");
         assert!(attack["honest"]["succeeded"].as_u64().unwrap() > 0, "{attack}");
         assert!(attack["attacker"]["attempts"].as_u64().unwrap() > 0, "{attack}");
     }
 }
 
-/// Two at once, in turn; neither ends with the tool.
 #[test]
 fn two_servers_that_run_already_are_measured_beside_each_other() {
     let tool = Path::new(env!("CARGO_BIN_EXE_obscura-load"));

@@ -50,7 +50,12 @@ macro_rules! attack {
 }
 
 /// The default limit of one address: what isn't a 429 is a 401.
-const ONE_ADDRESS: Option<Limit> = Some(Limit { status: 401, burst: 20.0, per_second: 10.0 });
+const ONE_ADDRESS: Option<Limit> = limit(401, 20, 10);
+
+/// A limit of answers with this status.
+const fn limit(status: u16, burst: u32, per_second: u32) -> Option<Limit> {
+    Some(Limit { status, burst: burst as f64, per_second: per_second as f64 })
+}
 
 /// All attacks.
 pub const ATTACKS: &[Attack] = &[
@@ -59,19 +64,39 @@ pub const ATTACKS: &[Attack] = &[
     attack!("bodies-drip", bodies::drip, "200 bodies that drip a byte a second, from 10 addresses"),
     Attack {
         witness: Witness::Friend,
+        // The inbox has room for 1000, and the friend has queued 200.
+        limit: limit(200, 800, 0),
         ..attack!("inbox-flood", inbox::flood, "30 made-up accounts fill the inbox of a device that is offline")
     },
-    attack!("own-devices", inbox::own_devices, "an account sends 1 MiB messages to its own devices"),
+    Attack {
+        // 64 MiB in an inbox.
+        limit: limit(200, 64, 0),
+        ..attack!("own-devices", inbox::own_devices, "an account sends 1 MiB messages to its own devices")
+    },
     Attack {
         witness: Witness::Group,
         ..attack!("group-member-flood", inbox::member, "one member of a group is flooded by 60 accounts")
     },
-    attack!("uploads-one-byte", inbox::uploads, "uploads of one byte at full speed"),
-    attack!("sign-ups-one-address", accounts::sign_ups_one_address, "sign-ups at full speed from one address"),
-    attack!("sign-ups-ipv4-neighbours", accounts::sign_ups_ipv4, "sign-ups from 200 addresses of one IPv4 /24"),
-    attack!("sign-ups-ipv6-neighbours", accounts::sign_ups_ipv6, "sign-ups from 200 /64 networks of one IPv6 /48"),
+    Attack {
+        limit: limit(201, 300, 5),
+        ..attack!("uploads-one-byte", inbox::uploads, "uploads of one byte at full speed")
+    },
+    Attack {
+        limit: limit(201, 3, 1),
+        ..attack!("sign-ups-one-address", accounts::sign_ups_one_address, "sign-ups at full speed from one address")
+    },
+    Attack {
+        limit: limit(201, 200, 0),
+        ..attack!("sign-ups-ipv4-neighbours", accounts::sign_ups_ipv4, "sign-ups from 200 addresses of one IPv4 /24")
+    },
+    Attack {
+        limit: limit(201, 200, 0),
+        ..attack!("sign-ups-ipv6-neighbours", accounts::sign_ups_ipv6, "sign-ups from 200 /64 networks of one IPv6 /48")
+    },
     Attack {
         witness: Witness::Prekeys,
+        // Each of the two may fetch 60 times an hour.
+        limit: limit(200, 120, 0),
         ..attack!("prekey-drain", keys::drain, "two accounts fetch a third one's prekeys at full speed")
     },
     attack!("signatures", keys::signatures, "200 prekeys under a made-up link id, from 50 addresses"),
