@@ -5,19 +5,28 @@ use std::collections::HashMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
+use reqwest::Url;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio::time::Instant;
 use tracing::{info, warn};
 
 use crate::model::push::PushTarget;
-use crate::push::providers::{Cause, Provider};
+use crate::push::providers::{Cause, Provider, names};
 use crate::tasks::jittered;
 use crate::telemetry::metrics::PushProvider;
 
 /// So many failures one after another, and the provider is left alone for a while.
 const FAILURES: u32 = 3;
-/// One Web Push service gets this part of the slots.
+/// One Web Push service gets this part of the slots, …
 const SHARE: usize = 4;
+/// … and all slow ones together this part.
+const SHARE_OF_SLOW: usize = 2;
+/// A service is slow when a push to it took longer than this, …
+const SLOW: Duration = Duration::from_secs(2);
+/// … for as long as this afterwards.
+const SLOW_FOR: Duration = Duration::from_mins(10);
+/// Slow services that are remembered while no push to them is under way.
+const REMEMBERED: usize = 1000;
 /// The longest such while, unless the provider asks for more.
 const LONGEST_PAUSE: Duration = Duration::from_mins(15);
 
@@ -33,26 +42,35 @@ pub(super) struct Lane {
     pub(super) name: PushProvider,
     pub(super) provider: Provider,
     slots: Arc<Semaphore>,
-    hosts: Arc<Hosts>,
+    services: Arc<Services>,
     health: Mutex<Health>,
 }
 
-/// How many pushes are under way to each Web Push service. A single one can't take all slots.
-struct Hosts {
-    under_way: Mutex<HashMap<String, usize>>,
+/// How many pushes are under way to each Web Push service, by its domain: one machine can have many ports and names. One
+/// service can't take all slots, and neither can several that answer slowly.
+struct Services {
+    known: Mutex<HashMap<String, Service>>,
     most: usize,
+    most_slow: usize,
+}
+
+#[derive(Default)]
+struct Service {
+    under_way: usize,
+    slow_until: Option<Instant>,
 }
 
 /// Room for one push. Dropping it gives the room back.
 #[derive(Debug)]
 pub(super) struct Slot {
     _permit: OwnedSemaphorePermit,
-    _host: Option<AtHost>,
+    _service: Option<AtService>,
 }
 
-struct AtHost {
-    host: String,
-    hosts: Arc<Hosts>,
+struct AtService {
+    domain: String,
+    since: Instant,
+    services: Arc<Services>,
 }
 
 #[derive(Default)]
@@ -94,8 +112,9 @@ impl Lanes {
 
 impl Lane {
     fn new(name: PushProvider, provider: Provider, concurrency: usize) -> Self {
-        let hosts = Arc::new(Hosts { under_way: Mutex::default(), most: concurrency.div_ceil(SHARE) });
-        Self { name, provider, slots: Arc::new(Semaphore::new(concurrency)), hosts, health: Mutex::default() }
+        let (most, most_slow) = (concurrency.div_ceil(SHARE), concurrency.div_ceil(SHARE_OF_SLOW));
+        let services = Arc::new(Services { known: Mutex::default(), most, most_slow });
+        Self { name, provider, slots: Arc::new(Semaphore::new(concurrency)), services, health: Mutex::default() }
     }
 
     /// Whether somebody is told of the pushes.
@@ -112,11 +131,13 @@ impl Lane {
             }
         }
         let permit = self.slots.clone().try_acquire_owned().map_err(|_| Blocked::Full)?;
-        let host = match target {
-            PushTarget::WebPush(subscription) => Some(self.hosts.enter(&subscription.endpoint).ok_or(Blocked::Full)?),
+        let service = match target {
+            PushTarget::WebPush(subscription) => {
+                Some(self.services.enter(&subscription.endpoint).ok_or(Blocked::Full)?)
+            }
             PushTarget::Fcm(_) | PushTarget::Apns(_) => None,
         };
-        Ok(Slot { _permit: permit, _host: host })
+        Ok(Slot { _permit: permit, _service: service })
     }
 
     /// The provider has answered, whatever it said about the one push.
@@ -156,41 +177,66 @@ impl Lane {
     }
 }
 
-impl Hosts {
-    fn enter(self: &Arc<Self>, endpoint: &str) -> Option<AtHost> {
-        // `https://host:port`, the path left out.
-        let host: String = endpoint.split('/').take(3).collect::<Vec<_>>().join("/");
-        let mut under_way = self.under_way();
-        let count = under_way.entry(host.clone()).or_default();
-        if *count >= self.most {
+impl Services {
+    fn enter(self: &Arc<Self>, endpoint: &str) -> Option<AtService> {
+        let (domain, since) = (service(endpoint), Instant::now());
+        let mut known = self.known();
+        if known.get(&domain).is_some_and(|service| service.is_slow(since)) {
+            let slow: usize = known.values().filter(|each| each.is_slow(since)).map(|each| each.under_way).sum();
+            if slow >= self.most_slow {
+                return None;
+            }
+        }
+        let service = known.entry(domain.clone()).or_default();
+        if service.under_way >= self.most {
             return None;
         }
-        *count += 1;
-        Some(AtHost { host, hosts: self.clone() })
+        service.under_way += 1;
+        Some(AtService { domain, since, services: self.clone() })
     }
 
     /// No code panics while it holds them.
-    fn under_way(&self) -> MutexGuard<'_, HashMap<String, usize>> {
-        self.under_way.lock().unwrap_or_else(PoisonError::into_inner)
+    fn known(&self) -> MutexGuard<'_, HashMap<String, Service>> {
+        self.known.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
-impl Drop for AtHost {
+impl Service {
+    fn is_slow(&self, now: Instant) -> bool {
+        self.slow_until.is_some_and(|until| until > now)
+    }
+}
+
+impl Drop for AtService {
     fn drop(&mut self) {
-        let mut under_way = self.hosts.under_way();
-        if let Some(count) = under_way.get_mut(&self.host) {
-            *count -= 1;
-            if *count == 0 {
-                under_way.remove(&self.host);
+        let now = Instant::now();
+        let mut known = self.services.known();
+        if let Some(service) = known.get_mut(&self.domain) {
+            service.under_way -= 1;
+            if now - self.since > SLOW {
+                service.slow_until = Some(now + SLOW_FOR);
             }
+            if service.under_way == 0 && !service.is_slow(now) {
+                known.remove(&self.domain);
+            }
+        }
+        if known.len() > REMEMBERED {
+            known.retain(|_, service| service.under_way > 0);
         }
     }
 }
 
-impl std::fmt::Debug for AtHost {
+impl std::fmt::Debug for AtService {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.write_str("AtHost(…)")
+        f.write_str("AtService(…)")
     }
+}
+
+/// Who answers at an endpoint: the last two labels of its name, or its address.
+fn service(endpoint: &str) -> String {
+    let url = Url::parse(endpoint).ok();
+    let name = url.as_ref().and_then(Url::domain).map(names::domain);
+    name.or_else(|| url.as_ref()?.host_str()).unwrap_or_default().to_owned()
 }
 
 #[cfg(test)]
@@ -231,11 +277,31 @@ mod tests {
     #[tokio::test]
     async fn one_web_push_service_gets_no_more_than_its_part() {
         let lane = Lane::new(PushProvider::Fcm, Provider::Log, 8);
-        let slots = ["https://a/1", "https://a/2"].map(|endpoint| lane.enter(&browser(endpoint)).unwrap());
-        assert_eq!(lane.enter(&browser("https://a/3")).unwrap_err(), Blocked::Full);
-        assert!(lane.enter(&browser("https://b/1")).is_ok() && lane.enter(&browser("https://a:8443/1")).is_ok());
+        let slots = ["https://one.a.example/1", "https://a.example:8443/2"].map(|to| lane.enter(&browser(to)).unwrap());
+        for endpoint in ["https://a.example/3", "https://a.example:8444/3", "https://two.a.example/3"] {
+            assert_eq!(lane.enter(&browser(endpoint)).unwrap_err(), Blocked::Full, "{endpoint}");
+        }
+        assert!(lane.enter(&browser("https://b.example/1")).is_ok());
+        assert!(lane.enter(&browser("https://192.0.2.1/1")).is_ok() && lane.enter(&browser("https://[::1]/1")).is_ok());
         drop(slots);
-        assert!(lane.enter(&browser("https://a/3")).is_ok() && lane.hosts.under_way().is_empty());
+        assert!(lane.enter(&browser("https://a.example/3")).is_ok() && lane.services.known().is_empty());
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn slow_web_push_services_together_get_half_of_the_slots() {
+        let lane = Lane::new(PushProvider::WebPush, Provider::Log, 8);
+        let all = || (0..16).filter_map(|n| lane.enter(&browser(&format!("https://{}.example/", n % 8))).ok());
+        let slots: Vec<_> = all().collect();
+        assert_eq!(slots.len(), 8, "the server doesn't know yet that they are slow");
+        tokio::time::advance(SLOW + Duration::from_secs(1)).await;
+        drop(slots);
+        let slots: Vec<_> = all().collect();
+        assert_eq!(slots.len(), 4);
+        assert!(lane.enter(&browser("https://quick.example/")).is_ok());
+        drop(slots);
+        tokio::time::advance(SLOW_FOR).await;
+        assert_eq!(all().collect::<Vec<_>>().len(), 8, "not slow for ever");
+        assert!(lane.services.known().is_empty());
     }
 
     #[tokio::test(start_paused = true)]

@@ -4,7 +4,7 @@ mod apns;
 mod endpoints;
 mod fcm;
 mod http;
-mod names;
+pub(super) mod names;
 mod sealing;
 mod vapid;
 mod webpush;

@@ -134,7 +134,7 @@ impl Resolve for Names {
 }
 
 /// The last two labels of a name: one owner can make any number of names below them.
-fn domain(name: &str) -> &str {
+pub fn domain(name: &str) -> &str {
     let start = name.rmatch_indices('.').nth(1).map_or(0, |(dot, _)| dot + 1);
     &name[start..]
 }
