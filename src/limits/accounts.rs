@@ -18,6 +18,10 @@ const GUESSES_OF_NETWORKS: u32 = 2;
 const UPLOADS_PER_SECOND: u32 = 500;
 /// … and at once.
 const UPLOADS_AT_ONCE: u32 = 2000;
+/// Of them from one address, in a second and at once …
+const UPLOADS_FROM_ADDRESS: [u32; 2] = [50, 500];
+/// … and from one network (/24, /48).
+const UPLOADS_FROM_NETWORK: [u32; 2] = [100, 1000];
 /// Uploads that may be under way at a time, in all …
 const UPLOADS_UNDER_WAY: u32 = 1024;
 /// … of one account …
@@ -55,7 +59,7 @@ impl AccountLimits {
         };
         let of_networks = |number: u32| number.saturating_mul(GUESSES_OF_NETWORKS);
         let uploads = Quota::per_second(config.uploads_per_second, config.uploads_burst);
-        let all = uploads.and(Quota::per_second(UPLOADS_PER_SECOND, UPLOADS_AT_ONCE));
+        let begun = |[per_second, at_once]: [u32; 2]| uploads.and(Quota::per_second(per_second, at_once));
         let shares = vec![
             (Scope::Own, UPLOADS_OF_ACCOUNT),
             (Scope::Client, UPLOADS_OF_ADDRESS),
@@ -68,7 +72,11 @@ impl AccountLimits {
             proven_guesses: guesses(per_hour, burst),
             guesses_of_network: guesses(GUESSES_OF_NETWORK_PER_HOUR, GUESSES_OF_NETWORK),
             guesses_of_networks: guesses(of_networks(per_hour), of_networks(burst)),
-            uploads: Rate::new(Refusal::UploadRate).with(Scope::Own, uploads).with(Scope::All, all),
+            uploads: Rate::new(Refusal::UploadRate)
+                .with(Scope::Own, uploads)
+                .with(Scope::Client, begun(UPLOADS_FROM_ADDRESS))
+                .with(Scope::Block, begun(UPLOADS_FROM_NETWORK))
+                .with(Scope::All, begun([UPLOADS_PER_SECOND, UPLOADS_AT_ONCE])),
             under_way: Amount::new(under_way),
         }
     }
@@ -212,6 +220,21 @@ mod tests {
         let held: Vec<_> = (0..100).filter_map(|_| limits.upload(busy).ok()).collect();
         assert_eq!(held.len(), UPLOADS_OF_ACCOUNT as usize);
         limits.upload(other).unwrap();
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn uploads_that_begin_have_a_share_for_each_address_and_network() {
+        let limits = AccountLimits::new(&config());
+        let begun = |hosts: std::ops::Range<u32>| {
+            let address =
+                |n: u32| std::net::Ipv4Addr::new(192, 0, 2, (hosts.start + n % (hosts.end - hosts.start)) as u8);
+            let upload = |n| limits.upload(Payer::AccountAt(UserId::random(), address(n).into()));
+            (0..2000).filter(|n| upload(*n).is_ok()).count()
+        };
+        assert_eq!(begun(1..2), 500);
+        assert_eq!(begun(2..200), 500, "what the network has left");
+        let stranger = Payer::AccountAt(UserId::random(), std::net::Ipv4Addr::new(192, 0, 3, 1).into());
+        limits.upload(stranger).unwrap();
     }
 
     #[tokio::test(start_paused = true)]
