@@ -154,7 +154,7 @@ pub static GROUPS: &[Group] = &[
         option("sign-ups-per-day-per-network", "OBSCURA_RATE_LIMIT_SIGN_UPS_PER_DAY_PER_NETWORK", "200", Count(0, MAX_COUNT),
             "accounts made in a day from one network (IPv4: a /24, IPv6: a /48), also all at once; 0 turns it off").ours(),
         option("wrong-passwords-per-hour", "OBSCURA_RATE_LIMIT_WRONG_PASSWORDS_PER_HOUR", "60", Count(0, MAX_COUNT),
-            "wrong passwords for one account, from all addresses together; above it further tries are refused until some time has passed; 0 turns it off").ours(),
+            "wrong passwords for one account, from all addresses together; above it each network has a few tries of its own, and clients with a live refresh token of the account have as many again; 0 turns it off").ours(),
         option("wrong-passwords-burst", "OBSCURA_RATE_LIMIT_WRONG_PASSWORDS_BURST", "10", Count(0, MAX_COUNT),
             "wrong passwords for one account at once; 0 counts as 1").ours(),
         option("upload-rate-limit-per-second", "OBSCURA_RATE_LIMIT_UPLOADS_PER_SECOND", "5", Count(0, MAX_COUNT),
@@ -291,7 +291,7 @@ pub static GROUPS: &[Group] = &[
         option("attachment-bytes-per-day", "OBSCURA_ATTACHMENT_BYTES_PER_DAY", "1073741824", Bytes(0, MAX_STORE_BYTES),
             "bytes that an account may upload in a day, those of broken-off uploads included; 0 means no limit").ours(),
         option("attachment-timeout-secs", "OBSCURA_ATTACHMENT_TIMEOUT_SECS", "120", Seconds(1, 86_400),
-            "an upload or download that is not answered in this time becomes 408, counted from the last byte of an upload; one that comes in at less than 8 KiB/s uses this time up"),
+            "an upload or download that is not answered in this time becomes 408, counted from the last byte of an upload; one that comes in at less than 8 KiB/s uses this time up, and one of which no byte comes within 10 s gets 408, too"),
         option("storage-cleanup-interval-secs", "OBSCURA_STORAGE_CLEANUP_INTERVAL_SECS", "3600", Seconds(1, MAX_SECONDS),
             "pause between two removals of expired attachments")
             .or("attachment-cleanup-interval-secs").or_variable("OBSCURA_ATTACHMENT_CLEANUP_INTERVAL_SECS"),

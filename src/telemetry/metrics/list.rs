@@ -203,7 +203,7 @@ metrics! {
         queued_bytes: Gauge = "obscura.inventory.messages.size" "By"
             "Bytes of these messages: their number times the average of the 500 oldest and the 500 newest. An estimate.",
         oldest: Gauge = "obscura.inventory.messages.oldest" "s"
-            "Age of the oldest queued message. Near `--retention-days` for a device that never comes is normal.",
+            "Age of the oldest queued message. Near `--ttl-days` for a device that never comes is normal.",
         attachments: Gauge = "obscura.inventory.attachments" "{attachment}"
             "Attachments, uploads under way included. Exact.",
         attachment_bytes: Gauge = "obscura.inventory.attachments.size" "By"
