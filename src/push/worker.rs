@@ -235,7 +235,7 @@ impl Worker {
                 }
                 Fate::Done => {
                     unheard += u32::from(!lane.is_real());
-                    sent.push((sleeper.device, sleeper.newest));
+                    sent.push((sleeper.device, sleeper.target.token().to_owned(), sleeper.newest));
                     if leased.job.reason == Reason::Keys {
                         self.store.remember_keys_push(sleeper.device, now).await?;
                     }

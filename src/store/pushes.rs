@@ -71,15 +71,16 @@ impl Store {
         Ok(rows.into_iter().filter_map(sleeper).collect())
     }
 
-    /// Remembers that pushes were sent for all mail up to these positions.
-    pub async fn remember_pushes(&self, sent: &[(DeviceNo, Position)], now: Timestamp) -> Result<()> {
+    /// Remembers that pushes were sent, with these tokens, for all mail up to these positions. A token that was replaced
+    /// meanwhile is left alone: nothing was sent with the new one.
+    pub async fn remember_pushes(&self, sent: &[(DeviceNo, String, Position)], now: Timestamp) -> Result<()> {
         let mut tx = self.begin().await?;
         // In one order on all nodes, so that two never wait for each other.
         let mut sent = sent.to_vec();
         sent.sort_unstable();
-        for (device, position) in sent {
-            let statement = "UPDATE push_tokens SET pushed_to = $2, pushed_at = $3 WHERE device_no = $1";
-            run!(&mut tx, sqlx::query(statement).bind(device).bind(position).bind(now))?;
+        for (device, token, position) in sent {
+            let statement = "UPDATE push_tokens SET pushed_to = $2, pushed_at = $3 WHERE device_no = $1 AND token = $4";
+            run!(&mut tx, sqlx::query(statement).bind(device).bind(position).bind(now).bind(token))?;
         }
         tx.commit().await
     }

@@ -32,8 +32,8 @@ async fn overslept(store: &Store, now: Timestamp) -> Vec<DeviceNo> {
 }
 
 async fn pushed(store: &Store, person: &Person, now: Timestamp) {
-    let newest = sleeper(store, person, now).await.newest;
-    store.remember_pushes(&[(person.no, newest)], now).await.unwrap();
+    let Sleeper { newest, target, .. } = sleeper(store, person, now).await;
+    store.remember_pushes(&[(person.no, target.token().to_owned(), newest)], now).await.unwrap();
 }
 
 #[tokio::test]
@@ -105,6 +105,18 @@ async fn a_push_is_forgotten_after_a_day_and_with_another_token() {
     let tomorrow = NOW + Duration::from_hours(25);
     assert_eq!(sleeper(&store, &bob, tomorrow).await.waiting_since, Some(NOW));
     store.set_push_target(bob.no, i64::MAX, &fcm("another")).await.unwrap();
+    assert_eq!(sleeper(&store, &bob, NOW).await.waiting_since, Some(NOW));
+}
+
+#[tokio::test]
+async fn a_push_with_the_old_token_does_not_count_for_the_new_one() {
+    let store = TestStore::open().await;
+    let (alice, bob) = (store.account().await, phone(&store).await);
+    store.settle(&[to(&alice, &bob, "one")], &[], NOW).await.unwrap();
+    let newest = sleeper(&store, &bob, NOW).await.newest;
+    // The push is under way when the token is replaced.
+    store.set_push_target(bob.no, i64::MAX, &fcm("another")).await.unwrap();
+    store.remember_pushes(&[(bob.no, "token".into(), newest)], NOW).await.unwrap();
     assert_eq!(sleeper(&store, &bob, NOW).await.waiting_since, Some(NOW));
 }
 
