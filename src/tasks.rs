@@ -6,7 +6,6 @@ use std::time::Duration;
 use rand::Rng;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
-use tokio_util::task::task_tracker::TaskTrackerToken;
 use tracing::error;
 
 /// What one round of a repeated job answers.
@@ -45,11 +44,6 @@ impl Tasks {
     /// Runs what one client asked for, such as a connection, until it ends. A panic ends only that.
     pub fn attend(&self, future: impl Future<Output = ()> + Send + 'static) {
         self.tracker.spawn(future);
-    }
-
-    /// Makes shutdown wait for something that runs elsewhere, until the answer is dropped.
-    pub fn attended(&self) -> TaskTrackerToken {
-        self.tracker.token()
     }
 
     /// Runs `future` to its end even if the caller is dropped meanwhile, as happens when a client hangs up.

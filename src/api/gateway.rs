@@ -2,19 +2,25 @@
 
 use std::sync::Arc;
 
-use axum::extract::rejection::QueryRejection;
-use axum::extract::ws::rejection::WebSocketUpgradeRejection;
-use axum::extract::{Query, State, WebSocketUpgrade};
-use axum::http::{HeaderMap, StatusCode, header};
+use axum::body::Body;
+use axum::extract::{Query, Request, State};
+use axum::http::{HeaderMap, HeaderValue, StatusCode, header};
 use axum::response::Response;
 use axum::{Extension, Json};
+use hyper::upgrade::OnUpgrade;
+use hyper_util::rt::TokioIo;
 use serde::{Deserialize, Serialize};
+use tracing::debug;
+use tungstenite::error::{Error, ProtocolError};
+use tungstenite::handshake::server::create_response_with_body;
 
+use crate::api::clients::Admitted;
 use crate::api::error::ApiError;
 use crate::api::extract::Caller;
 use crate::app::App;
 use crate::auth::tokens::OpaqueSecret;
 use crate::gateway::{self, Features, Progress};
+use crate::limits::Payer;
 use crate::store::NewTicket;
 
 /// `POST /v1/gateway/ticket`
@@ -71,9 +77,8 @@ impl Ticket {
         if let Some(ticket) = authorization.and_then(|value| value.strip_prefix("Ticket ")) {
             return Some(Self::Plain(ticket.to_owned()));
         }
-        let lists = headers.get_all(header::SEC_WEBSOCKET_PROTOCOL).iter().filter_map(|list| list.to_str().ok());
-        let mut protocols = lists.flat_map(|list| list.split(',')).map(str::trim);
-        protocols.find_map(|name| name.strip_prefix(TICKET_PROTOCOL)).map(|ticket| Self::Protocol(ticket.to_owned()))
+        let ticket = protocols(headers).find_map(|name| name.strip_prefix(TICKET_PROTOCOL));
+        ticket.map(|ticket| Self::Protocol(ticket.to_owned()))
     }
 
     fn text(&self) -> &str {
@@ -88,35 +93,47 @@ impl Ticket {
 pub async fn connect(
     State(app): State<App>,
     Extension(progress): Extension<Arc<Progress>>,
-    upgrade: Result<WebSocketUpgrade, WebSocketUpgradeRejection>,
-    query: Result<Query<ConnectQuery>, QueryRejection>,
-    headers: HeaderMap,
+    Extension(admitted): Extension<Admitted>,
+    request: Request,
 ) -> Result<Response, ApiError> {
-    let upgrade = upgrade.map_err(refused)?;
+    let mut request = request.map(drop);
+    let mut response = create_response_with_body(&request, Body::empty).map_err(refused)?;
+    let upgrade = request.extensions_mut().remove::<OnUpgrade>().ok_or(ApiError::UpgradeRequired)?;
     let missing = || ApiError::bad_request("There is no ticket, neither in the query nor in a header");
-    let Query(query) = query.map_err(|_| missing())?;
+    let Query(query) = Query::<ConnectQuery>::try_from_uri(request.uri()).map_err(|_| missing())?;
     let features = Features::named(&query.features);
-    let ticket = Ticket::find(query, &headers).ok_or_else(missing)?;
+    let ticket = Ticket::find(query, request.headers()).ok_or_else(missing)?;
     let (store, hash, now) = (app.store.clone(), OpaqueSecret::hash_of(ticket.text()), app.clock.now());
     let redeemed = app.tasks.finish(async move { store.redeem_ticket(&hash, now).await }).await;
     // The contract knows no other answer to a ticket that can't be looked up: the client asks for another one.
     // Its error is logged as those of other requests.
     let holder = redeemed.map_err(ApiError::from).ok().flatten().ok_or(ApiError::Unauthorized)?;
     // Browsers break off when none of the protocols that they name is confirmed; others get none.
-    let upgrade = match ticket {
-        Ticket::Plain(_) => upgrade,
-        Ticket::Protocol(_) => upgrade.protocols([PROTOCOL]),
-    };
-    let attended = app.tasks.attended();
-    Ok(gateway::limited(upgrade).on_upgrade(move |socket| async move {
-        let _attended = attended;
-        gateway::run(app, holder, features, socket, progress).await;
-    }))
+    if matches!(ticket, Ticket::Protocol(_)) && protocols(request.headers()).any(|name| name == PROTOCOL) {
+        response.headers_mut().insert(header::SEC_WEBSOCKET_PROTOCOL, HeaderValue::from_static(PROTOCOL));
+    }
+    let payer = Admitted { payer: Payer::Account(holder.user), ..admitted }.holder();
+    app.tasks.clone().attend(async move {
+        match upgrade.await {
+            Ok(upgraded) => {
+                let connection = Box::new(TokioIo::new(upgraded));
+                gateway::run(app, (holder, payer), features, connection, progress).await;
+            }
+            Err(error) => debug!(%error, "a connection ended before it became a socket"),
+        }
+    });
+    Ok(response)
 }
 
-fn refused(rejection: WebSocketUpgradeRejection) -> ApiError {
-    match rejection {
-        WebSocketUpgradeRejection::ConnectionNotUpgradable(_) => ApiError::UpgradeRequired,
+/// The entries of all lists of protocols.
+fn protocols(headers: &HeaderMap) -> impl Iterator<Item = &str> {
+    let lists = headers.get_all(header::SEC_WEBSOCKET_PROTOCOL).iter().filter_map(|list| list.to_str().ok());
+    lists.flat_map(|list| list.split(',')).map(str::trim)
+}
+
+fn refused(error: Error) -> ApiError {
+    match error {
+        Error::Protocol(ProtocolError::WrongHttpVersion) => ApiError::UpgradeRequired,
         _ => ApiError::bad_request("Expected a WebSocket handshake"),
     }
 }

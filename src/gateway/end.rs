@@ -1,7 +1,9 @@
 //! Why a session ends, and how that is counted.
 
-use axum::extract::ws::CloseCode;
+use tungstenite::protocol::CloseFrame;
+use tungstenite::protocol::frame::coding::CloseCode;
 
+use crate::gateway::memory::FrameMemory;
 use crate::gateway::pipe::Pipe;
 use crate::telemetry::metrics::Closed;
 
@@ -28,6 +30,17 @@ impl End {
             Self::Silent => Closed::Silent,
             Self::Dismissed(reason) => *reason,
             Self::Stopping => Closed::Stopping,
+        }
+    }
+
+    /// Tells the client, if it is still there. The memory of its frames is kept until the socket is gone.
+    pub(super) async fn close(self, pipe: Pipe, _memory: FrameMemory) {
+        let frame = |code, reason: &'static str| Some(CloseFrame { code, reason: reason.into() });
+        match self {
+            Self::Gone => {}
+            Self::Silent | Self::Dismissed(_) => pipe.close(None).await,
+            Self::Offended(code) => pipe.close(frame(code, "")).await,
+            Self::Stopping => pipe.close(frame(CloseCode::Away, "Server shutting down")).await,
         }
     }
 }

@@ -3,15 +3,21 @@
 mod acks;
 mod end;
 mod features;
+mod framing;
 mod inflight;
 mod inflow;
 mod look;
+mod memory;
 mod pace;
 mod pings;
 mod pipe;
+mod progress;
 mod session;
+mod socket;
 mod trail;
 
 pub use features::Features;
-pub use pipe::{LATE, Progress, limited};
+pub use pipe::LATE;
+pub use progress::Progress;
 pub use session::run;
+pub use socket::Connection;

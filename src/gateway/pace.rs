@@ -5,10 +5,9 @@ use std::time::Duration;
 
 use tokio::time::Instant;
 
+use crate::gateway::memory::MODEST_BYTES;
 use crate::limits::LEAST_RATE;
 
-/// A frame with at most this many bytes of messages, or with a single larger message, needs no share of the memory for frames.
-pub(super) const MODEST_BYTES: usize = 64 << 10;
 /// The first frame of a socket has at most this many bytes of messages. A client that takes frames quickly gets larger ones,
 /// up to the configured size. A slow client gets smaller ones, so that a frame arrives before the network changes.
 const FIRST_FRAME_BYTES: usize = 256 << 10;

@@ -3,21 +3,18 @@
 use std::future::poll_fn;
 use std::pin::Pin;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 use std::task::{Context, Poll};
 use std::time::Duration;
 
-use axum::extract::WebSocketUpgrade;
-use axum::extract::ws::{CloseCode, CloseFrame, Message, WebSocket, close_code};
 use bytes::Bytes;
-use futures_util::{Sink, Stream, StreamExt};
 use tokio::time::Sleep;
 use tungstenite::error::{Error as WebSocketError, ProtocolError};
+use tungstenite::protocol::frame::coding::CloseCode;
+use tungstenite::protocol::{CloseFrame, Message};
 
-/// The largest frame, and the largest message of several frames, that a client may send.
-const MAX_INBOUND_BYTES: usize = 256 << 10;
-/// Idle sockets keep their read buffer, so it is small. Frames of clients are small too.
-const READ_BUFFER_BYTES: usize = 1024;
+use crate::gateway::progress::Progress;
+use crate::gateway::socket::{Connection, Socket};
+
 /// Pings that are read while earlier answers wait to be taken. A client that only writes is then read no further.
 const UNANSWERED_PINGS: u32 = 16;
 /// Bytes without a whole frame after which there is an [`Event::Unframed`].
@@ -28,71 +25,6 @@ const GOODBYE: Duration = Duration::from_secs(1);
 /// If a timer fires later than this, the process, the virtual machine or the node was paused. What the client sent meanwhile
 /// still waits in the kernel, so its time begins anew.
 pub const LATE: Duration = Duration::from_secs(1);
-
-/// The progress of one connection: how many bytes its client has taken, which tells a slow reader from one that doesn't read;
-/// and whether the connection ends before everything that the client sent was read.
-#[derive(Debug, Default)]
-pub struct Progress {
-    taken: AtomicU64,
-    stalled: AtomicBool,
-    left_unread: AtomicBool,
-    read: AtomicU64,
-    refused: AtomicU32,
-}
-
-impl Progress {
-    /// Counts bytes that the client has taken.
-    pub fn add(&self, bytes: u64) {
-        self.taken.fetch_add(bytes, Ordering::Relaxed);
-    }
-
-    /// The client has taken too little for too long, and the connection is being ended for that.
-    pub fn has_stalled(&self) {
-        self.stalled.store(true, Ordering::Relaxed);
-    }
-
-    /// The server reads no further, though the client may still be sending.
-    pub fn is_left_unread(&self) {
-        self.left_unread.store(true, Ordering::Relaxed);
-    }
-
-    /// All that the client has sent so far was read.
-    pub fn is_read_again(&self) {
-        self.left_unread.store(false, Ordering::Relaxed);
-    }
-
-    /// True when the client may still be sending and nothing reads it. False for a client that takes nothing either.
-    pub fn was_left_unread(&self) -> bool {
-        self.left_unread.load(Ordering::Relaxed) && !self.stalled.load(Ordering::Relaxed)
-    }
-
-    /// Counts bytes that were read.
-    pub fn add_read(&self, bytes: usize) {
-        self.read.fetch_add(bytes as u64, Ordering::Relaxed);
-    }
-
-    /// Counts an answer, and returns how many more refusals (429) than other answers there were.
-    pub fn answered(&self, is_refused: bool) -> u32 {
-        // Requests of a connection come one after the other.
-        let refused = self.refused.load(Ordering::Relaxed);
-        let refused = if is_refused { refused.saturating_add(1) } else { refused.saturating_sub(1) };
-        self.refused.store(refused, Ordering::Relaxed);
-        if is_refused { refused } else { 0 }
-    }
-
-    fn bytes(&self) -> u64 {
-        self.taken.load(Ordering::Relaxed)
-    }
-}
-
-/// Sets the buffers and limits of a socket before its handshake is answered.
-pub fn limited(upgrade: WebSocketUpgrade) -> WebSocketUpgrade {
-    upgrade
-        .read_buffer_size(READ_BUFFER_BYTES)
-        .write_buffer_size(0)
-        .max_frame_size(MAX_INBOUND_BYTES)
-        .max_message_size(MAX_INBOUND_BYTES)
-}
 
 /// What happened on a socket.
 #[derive(Debug)]
@@ -113,7 +45,7 @@ pub(super) enum Event {
 
 /// The socket of one session.
 pub(super) struct Pipe {
-    socket: WebSocket,
+    socket: Socket,
     progress: Arc<Progress>,
     writing: bool,
     /// Pings whose answers may still wait in the socket.
@@ -126,9 +58,17 @@ pub(super) struct Pipe {
 }
 
 impl Pipe {
-    pub(super) fn new(socket: WebSocket, progress: Arc<Progress>) -> Self {
-        let accounted = progress.read.load(Ordering::Relaxed);
-        Self { socket, progress, writing: false, unanswered: 0, accounted, taken_before: 0, broken: None }
+    pub(super) fn new(connection: Box<dyn Connection>, progress: Arc<Progress>) -> Self {
+        let accounted = progress.read();
+        Self {
+            socket: Socket::new(connection),
+            progress,
+            writing: false,
+            unanswered: 0,
+            accounted,
+            taken_before: 0,
+            broken: None,
+        }
     }
 
     /// True while a frame of ours is under way. Another one may be started only when it is not.
@@ -138,19 +78,19 @@ impl Pipe {
 
     /// How many bytes the client has taken since the last call.
     pub(super) fn taken(&mut self) -> u64 {
-        let taken = self.progress.bytes();
+        let taken = self.progress.taken();
         taken - std::mem::replace(&mut self.taken_before, taken)
     }
 
     /// True when the connection was ended because its client took no bytes.
     pub(super) fn is_stalled(&self) -> bool {
-        self.progress.stalled.load(Ordering::Relaxed)
+        self.progress.is_stalled()
     }
 
     /// Starts to write a frame; [`Pipe::next`] goes on with it.
     pub(super) fn start(&mut self, message: Message) {
         debug_assert!(!self.is_writing(), "one frame at a time");
-        match Pin::new(&mut self.socket).start_send(message) {
+        match self.socket.start(message) {
             Ok(()) => self.writing = true,
             Err(_) => self.give_up_writing(),
         }
@@ -169,7 +109,7 @@ impl Pipe {
 
     fn poll_next(&mut self, context: &mut Context<'_>, reading: bool) -> Poll<Event> {
         if self.writing {
-            match Pin::new(&mut self.socket).poll_flush(context) {
+            match self.socket.poll_flush(context) {
                 Poll::Ready(Ok(())) => {
                     (self.writing, self.unanswered) = (false, 0);
                     return Poll::Ready(Event::Written);
@@ -187,10 +127,13 @@ impl Pipe {
             return Poll::Pending;
         }
         loop {
-            let Poll::Ready(message) = Pin::new(&mut self.socket).poll_next(context) else {
+            let Poll::Ready(message) = self.socket.poll_next(context) else {
+                if !self.is_writing() {
+                    self.socket.tidy_up();
+                }
                 return self.unframed().map_or(Poll::Pending, |bytes| Poll::Ready(Event::Unframed(bytes)));
             };
-            self.accounted = self.progress.read.load(Ordering::Relaxed);
+            self.accounted = self.progress.read();
             return match message {
                 Some(Ok(Message::Binary(bytes))) => Poll::Ready(Event::Binary(bytes)),
                 // After a close nothing but the end of the stream follows; reading on sends our answer to it.
@@ -200,7 +143,7 @@ impl Pipe {
                     (self.writing, self.unanswered) = (true, self.unanswered + 1);
                     Poll::Ready(Event::Alive)
                 }
-                Some(Ok(Message::Text(_) | Message::Pong(_))) => Poll::Ready(Event::Alive),
+                Some(Ok(Message::Text(_) | Message::Pong(_) | Message::Frame(_))) => Poll::Ready(Event::Alive),
                 Some(Err(error)) => Poll::Ready(match offence(error) {
                     Some(code) => {
                         // What follows is not read as frames any more. It must not keep the close code from the client.
@@ -216,7 +159,7 @@ impl Pipe {
 
     /// Bytes since the last event, if they are many.
     fn unframed(&mut self) -> Option<u32> {
-        let read = self.progress.read.load(Ordering::Relaxed);
+        let read = self.progress.read();
         let bytes = u32::try_from(read - self.accounted).unwrap_or(u32::MAX);
         if bytes < MANY_UNFRAMED_BYTES {
             return None;
@@ -228,8 +171,10 @@ impl Pipe {
     /// Says goodbye and waits a moment for the client to take notice.
     pub(super) async fn close(mut self, frame: Option<CloseFrame>) {
         let goodbye = async {
-            if self.socket.send(Message::Close(frame)).await.is_ok() {
-                while let Some(Ok(_)) = self.socket.next().await {}
+            if self.socket.start(Message::Close(frame)).is_ok()
+                && poll_fn(|context| self.socket.poll_flush(context)).await.is_ok()
+            {
+                while let Some(Ok(_)) = poll_fn(|context| self.socket.poll_next(context)).await {}
             }
         };
         // A client that doesn't read isn't waited for.
@@ -238,16 +183,16 @@ impl Pipe {
 }
 
 /// The close code for a fault of the client; `None` when the connection failed.
-fn offence(error: axum::Error) -> Option<CloseCode> {
-    match error.into_inner().downcast_ref()? {
-        WebSocketError::Capacity(_) => Some(close_code::SIZE),
-        WebSocketError::Utf8(_) => Some(close_code::INVALID),
+fn offence(error: WebSocketError) -> Option<CloseCode> {
+    match error {
+        WebSocketError::Capacity(_) => Some(CloseCode::Size),
+        WebSocketError::Utf8(_) => Some(CloseCode::Invalid),
         WebSocketError::Protocol(
             ProtocolError::ResetWithoutClosingHandshake
             | ProtocolError::SendAfterClosing
             | ProtocolError::ReceivedAfterClosing,
         ) => None,
-        WebSocketError::Protocol(_) => Some(close_code::PROTOCOL),
+        WebSocketError::Protocol(_) => Some(CloseCode::Protocol),
         _ => None,
     }
 }

@@ -4,10 +4,10 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use axum::extract::ws::{CloseFrame, Message, Utf8Bytes, WebSocket, close_code};
 use bytes::Bytes;
 use tokio::time::Instant;
 use tracing::debug;
+use tungstenite::protocol::Message;
 
 use crate::app::App;
 use crate::bus::{Signal, Signals, Wakeups};
@@ -17,51 +17,47 @@ use crate::gateway::features::{DeviceList, Features};
 use crate::gateway::inflight::Inflight;
 use crate::gateway::inflow::{self, Inflow};
 use crate::gateway::look::{NoFrame, Retry, timely};
-use crate::gateway::pace::{MODEST_BYTES, Pace};
+use crate::gateway::memory::FrameMemory;
+use crate::gateway::pace::Pace;
 use crate::gateway::pings::next_ping;
-use crate::gateway::pipe::{Event, LATE, Pipe, Progress};
+use crate::gateway::pipe::{Event, LATE, Pipe};
+use crate::gateway::progress::Progress;
+use crate::gateway::socket::Connection;
 use crate::gateway::trail::Trails;
-use crate::limits::{Held, Payer, kib};
+use crate::limits::Payer;
 use crate::model::ids::{Address, DeviceNo, MessageId, Position};
 use crate::store::{Notice, SessionHolder};
 use crate::tasks::jittered;
 use crate::telemetry::metrics::{Closed, Direction};
 use crate::wire;
 
-/// Serves one socket from its handshake to its end.
-pub async fn run(app: App, holder: SessionHolder, features: Features, socket: WebSocket, progress: Arc<Progress>) {
+/// Serves one socket from its handshake to its end. The memory of large frames is charged to `payer`.
+pub async fn run(
+    app: App,
+    (holder, payer): (SessionHolder, Payer),
+    features: Features,
+    connection: Box<dyn Connection>,
+    progress: Arc<Progress>,
+) {
     // Subscribed before the first read: what is queued from here on is either read or signalled.
     let wakeups = app.bus.subscribe(Address { user: holder.user, device: holder.no });
     let _open = app.metrics.sockets.hold(());
     app.metrics.sockets_opened.one(());
-    let mut session = Session::new(app, &holder, Pipe::new(socket, progress));
+    let mut session = Session::new(app, &holder, payer, Pipe::new(connection, progress));
     session.notice_wanted = features.inbox_notice;
     session.device_list = features.device_list.then(|| Box::new(DeviceList::new(holder.user)));
     let end = session.serve(&wakeups).await;
     drop(wakeups);
-    let Session { app, device, pipe, acks, .. } = session;
+    let Session { app, device, pipe, acks, memory, .. } = session;
     app.metrics.sockets_closed.one(end.reason(&pipe));
-    let closing = async {
-        match end {
-            End::Gone => {}
-            End::Silent | End::Dismissed(_) => pipe.close(None).await,
-            End::Offended(code) => pipe.close(Some(CloseFrame { code, reason: Utf8Bytes::default() })).await,
-            End::Stopping => {
-                let reason = "Server shutting down".into();
-                pipe.close(Some(CloseFrame { code: close_code::AWAY, reason })).await;
-            }
-        }
-    };
     // Acks that have arrived count, whatever became of the socket.
-    tokio::join!(closing, Box::pin(acks.finish(&app, device)));
+    tokio::join!(end.close(pipe, memory), Box::pin(acks.finish(&app, device)));
     app.push.session_ended(device);
 }
 
 struct Session {
     app: App,
     device: DeviceNo,
-    /// The account, for its share of the memory for frames.
-    payer: Payer,
     /// The device's `tokens_void_to` at the handshake. It changes when the device is logged out.
     epoch: i64,
     pipe: Pipe,
@@ -70,8 +66,7 @@ struct Session {
     trails: Trails,
     /// The inbox has been sent up to here.
     sent_to: Position,
-    /// The memory of the frame under way, if that is a large one.
-    share: Option<Held>,
+    memory: FrameMemory,
     mail_wanted: bool,
     status_wanted: bool,
     standing_wanted: bool,
@@ -93,23 +88,23 @@ struct Session {
 }
 
 impl Session {
-    fn new(app: App, holder: &SessionHolder, pipe: Pipe) -> Self {
+    fn new(app: App, holder: &SessionHolder, payer: Payer, pipe: Pipe) -> Self {
         let now = Instant::now();
         let config = &app.config.gateway;
         let inflight = Inflight::new(app.config.messaging.max_inbox_size);
         let (ping_due, look_due) =
             (next_ping(now, app.clock.now(), config.ping_interval), now + jittered(config.look_interval));
+        let memory = FrameMemory::new(app.limits.frames.clone(), payer);
         Self {
             app,
             device: holder.no,
-            payer: Payer::Account(holder.user),
             epoch: holder.tokens_void_to,
             pipe,
             inflight,
             acks: Acks::default(),
             trails: Trails::default(),
             sent_to: Position::default(),
-            share: None,
+            memory,
             mail_wanted: true,
             status_wanted: true,
             // The device may have been removed between the redeemed ticket and our subscription.
@@ -153,12 +148,13 @@ impl Session {
                 () = &mut stopping => return End::Stopping,
                 signals = wakeups.next() => if let Some(end) = self.signalled(signals, wakeups) { return end },
                 stored = self.acks.stored() => self.acks.settle(stored),
+                () = self.memory.granted() => {}
                 event = self.pipe.next(reading) => match event {
                     Event::Binary(frame) => self.heard(frame),
                     Event::Alive => self.heard_of(1),
                     Event::Unframed(bytes) => self.heard_of(bytes / inflow::BYTES),
                     Event::Written => {
-                        self.share = None;
+                        self.memory.written();
                         self.trails.written();
                         self.pace.was_taken(self.pipe.taken(), self.app.config.gateway.max_batch_bytes);
                     }
@@ -192,7 +188,7 @@ impl Session {
                     || (!self.pipe.is_writing()
                         && (self.status_wanted
                             || self.notice_wanted
-                            || self.mail_wanted
+                            || self.may_read_mail()
                             || self.device_list.as_ref().is_some_and(|list| list.is_wanted)))
             }
         }
@@ -208,6 +204,7 @@ impl Session {
             Ok(None) => self.retry = None,
             Err(NoFrame::Dismissed) => return Err(End::Dismissed(Closed::Dismissed)),
             Err(NoFrame::Failed) => {
+                self.memory.cancel();
                 self.retry = Some(Retry::after(self.retry, self.app.config.gateway.fetch_retry_budget));
             }
         }
@@ -263,7 +260,7 @@ impl Session {
         {
             return Ok(Some(Message::Binary(frame)));
         }
-        if self.mail_wanted { self.next_batch().await } else { Ok(None) }
+        if self.may_read_mail() { self.next_batch().await } else { Ok(None) }
     }
 
     /// The frame that says how many messages expired or were refused.
@@ -276,24 +273,31 @@ impl Session {
 
     async fn next_batch(&mut self) -> std::result::Result<Option<Message>, NoFrame> {
         let limit = self.app.config.messaging.batch_limit;
-        let max_bytes = self.app.config.gateway.max_batch_bytes.min(self.pace.frame_limit());
+        let most = self.app.config.gateway.max_batch_bytes.min(self.pace.frame_limit());
         let now = self.app.clock.earliest();
-        // Large frames only while there is memory for them; modest ones always.
-        let mut share = self.app.limits.frames.try_take(self.payer, kib(max_bytes));
-        let max_bytes = if share.is_some() { max_bytes } else { max_bytes.min(MODEST_BYTES) };
-        let page = timely(self.app.store.unsent(self.device, self.sent_to, now, limit, max_bytes)).await?;
+        let page = loop {
+            let max_bytes = self.memory.reserve(most);
+            let page = timely(self.app.store.unsent(self.device, self.sent_to, now, limit, max_bytes)).await?;
+            match page.oversized {
+                None => break page,
+                // It is read with the memory for it. Each time the first message is larger, so this ends.
+                Some(bytes) if self.memory.reserve_for_message(bytes) => {}
+                Some(_) => return Ok(None),
+            }
+        };
         self.mail_wanted = page.more;
-        let bytes: usize = page.envelopes.iter().map(|envelope| envelope.body.0.len()).sum();
-        if let Some(share) = &mut share {
-            share.shrink_to(if bytes > MODEST_BYTES { kib(bytes) } else { 0 });
-        }
-        self.share = share;
+        self.memory.keep(page.envelopes.iter().map(|envelope| envelope.body.0.len()).sum());
         self.trails.read(&page.envelopes);
         let Some(last) = page.envelopes.last() else { return Ok(None) };
         self.sent_to = last.position;
         self.app.metrics.deliveries.add((), page.envelopes.len() as u64);
         page.envelopes.iter().for_each(|envelope| self.inflight.sent(envelope.id, envelope.position));
         Ok(Some(Message::Binary(wire::envelope_batch(page.envelopes))))
+    }
+
+    /// True when there may be mail, and no message waits for memory.
+    fn may_read_mail(&self) -> bool {
+        self.mail_wanted && !self.memory.is_waiting()
     }
 
     fn signalled(&mut self, signals: Signals, wakeups: &Wakeups) -> Option<End> {

@@ -37,12 +37,15 @@ pub struct Terms {
     pub max_waiting: usize,
     /// Who takes turns while they wait.
     pub turns: Scope,
+    /// True if units that become free are kept for the request whose turn it is. Otherwise it can be overtaken by smaller
+    /// ones, without end.
+    pub in_turn: bool,
 }
 
 impl Terms {
     /// A total without shares, reserve or queue.
     pub fn total(total: u32) -> Self {
-        Self { total, shares: Vec::new(), reserve: 0, small: 0, max_waiting: 0, turns: Scope::Own }
+        Self { total, shares: Vec::new(), reserve: 0, small: 0, max_waiting: 0, turns: Scope::Own, in_turn: false }
     }
 }
 
@@ -151,10 +154,29 @@ impl Amount {
 
 impl State {
     fn fits(&self, terms: &Terms, charged: &Charged, has: u32, units: u32) -> bool {
+        self.has_room(terms, has, units) && self.is_within_shares(charged, units)
+    }
+
+    fn has_room(&self, terms: &Terms, has: u32, units: u32) -> bool {
         let is_small = has.saturating_add(units) <= terms.small;
         let room = if is_small { terms.total } else { terms.total.saturating_sub(terms.reserve) };
         self.taken.saturating_add(units) <= room
-            && charged.iter().flatten().all(|(key, share)| self.of(*key).saturating_add(units) <= *share)
+    }
+
+    fn is_within_shares(&self, charged: &Charged, units: u32) -> bool {
+        charged.iter().flatten().all(|(key, share)| self.of(*key).saturating_add(units) <= *share)
+    }
+
+    /// True if a request that waits needs what a holder with these keys would take.
+    fn is_owed_to_others(&self, charged: &Charged) -> bool {
+        let shares_a_key = |other: &Charged| {
+            let keys = |charged: &Charged| charged.map(|part| part.map(|(key, _)| key));
+            keys(other).iter().flatten().any(|key| keys(charged).contains(&Some(*key)))
+        };
+        self.waiting.iter().filter(|waiting| !waiting.answer.is_closed()).any(|waiting| {
+            // What waits for the total, and not for its own share, waits for everybody's units.
+            self.is_within_shares(&waiting.charged, waiting.units) || shares_a_key(&waiting.charged)
+        })
     }
 
     fn of(&self, key: Key) -> u32 {
@@ -178,10 +200,14 @@ impl State {
     }
 
     /// Which request that waits is served next: of those that fit, the one whose payer was served the longest time ago.
+    /// With [`Terms::in_turn`] the total need not have room for it yet; the others then wait as well.
     fn next(&self, terms: &Terms) -> Option<usize> {
-        let fitting = self.waiting.iter().enumerate().filter(|(_, w)| self.fits(terms, &w.charged, w.has, w.units));
+        let fits = |w: &Waiting| {
+            self.is_within_shares(&w.charged, w.units) && (terms.in_turn || self.has_room(terms, w.has, w.units))
+        };
+        let fitting = self.waiting.iter().enumerate().filter(|(_, waiting)| fits(waiting));
         let next = fitting.min_by_key(|(index, w)| (self.served.get(&w.turn).copied().unwrap_or_default(), *index));
-        next.map(|(index, _)| index)
+        next.filter(|(_, waiting)| self.has_room(terms, waiting.has, waiting.units)).map(|(index, _)| index)
     }
 
     /// Makes room for one more request of this payer in the queue. Returns false if it is full and
@@ -252,7 +278,9 @@ impl Held {
         }
         let charged = self.of.charged(self.payer);
         let mut state = self.of.state();
-        let fits = state.fits(&self.of.inner.terms, &charged, self.units, units);
+        let terms = &self.of.inner.terms;
+        let fits =
+            state.fits(terms, &charged, self.units, units) && !(terms.in_turn && state.is_owed_to_others(&charged));
         if fits {
             state.take(&charged, units);
             self.units += units;

@@ -60,8 +60,14 @@ const ACCOUNT_BODIES_OF_NETWORK_KIB: u32 = 32 << 10;
 const GUEST_BODIES_OF_SITE: u32 = 8;
 /// Memory for the large frames of all sockets, in KiB.
 const FRAMES_KIB: u32 = 64 << 10;
-/// The share of one account's large frames, in KiB.
-const FRAMES_OF_ACCOUNT_KIB: u32 = 16 << 10;
+/// The share of one account's large frames, in KiB. No frame is larger.
+pub const FRAMES_OF_ACCOUNT_KIB: u32 = 16 << 10;
+/// The share of one address for the large frames of all its accounts, in KiB …
+const FRAMES_OF_ADDRESS_KIB: u32 = 32 << 10;
+/// … and of its network (/24, /48).
+const FRAMES_OF_NETWORK_KIB: u32 = 48 << 10;
+/// Messages that may wait for the memory of frames, of all sockets together.
+const FRAMES_WAITING: usize = 1024;
 /// Requests that may wait for room.
 const WAITING: usize = 256;
 /// How long a body waits for the memory of others.
@@ -125,7 +131,15 @@ impl Limits {
         let received = Quota::per_second(accounts.target_per_second, accounts.target_burst);
         let bodies = |total, shares| {
             let (reserve, small) = (SMALL_BODIES_KIB, SMALL_BODY_KIB);
-            Amount::new(Terms { total, shares, reserve, small, max_waiting: WAITING, turns: Scope::Own })
+            Amount::new(Terms {
+                total,
+                shares,
+                reserve,
+                small,
+                max_waiting: WAITING,
+                turns: Scope::Own,
+                in_turn: false,
+            })
         };
         let guest = kib(largest_guest_body);
         let halved = available_parallelism().map_or(1, |processors| processors.get() / 2).max(1);
@@ -154,10 +168,7 @@ impl Limits {
                     (Scope::Block, ACCOUNT_BODIES_OF_NETWORK_KIB),
                 ],
             ),
-            frames: Amount::new(Terms {
-                shares: vec![(Scope::Own, FRAMES_OF_ACCOUNT_KIB)],
-                ..Terms::total(FRAMES_KIB)
-            }),
+            frames: Amount::new(frames()),
             signatures: Amount::new(Terms {
                 max_waiting: WAITING,
                 turns: Scope::Block,
@@ -165,6 +176,17 @@ impl Limits {
             }),
         }))
     }
+}
+
+/// What the memory for large frames allows, in KiB.
+fn frames() -> Terms {
+    let shares = vec![
+        (Scope::Own, FRAMES_OF_ACCOUNT_KIB),
+        (Scope::Client, FRAMES_OF_ADDRESS_KIB),
+        (Scope::Block, FRAMES_OF_NETWORK_KIB),
+    ];
+    let (max_waiting, turns, in_turn) = (FRAMES_WAITING, Scope::Client, true);
+    Terms { shares, max_waiting, turns, in_turn, ..Terms::total(FRAMES_KIB) }
 }
 
 impl Budgets {

@@ -29,6 +29,8 @@ pub struct Page {
     pub envelopes: Vec<Envelope>,
     /// Whether there may be more behind them.
     pub more: bool,
+    /// What the next message weighs, in bytes on the wire, if that is more than was asked for. The page is then empty.
+    pub oversized: Option<usize>,
 }
 
 /// What a step of the sweep over old messages did.
@@ -55,11 +57,19 @@ impl Look {
         i64::try_from(self.max_bytes).unwrap_or(i64::MAX)
     }
 
-    fn page(&self, envelopes: Vec<Envelope>) -> Page {
+    fn page(&self, rows: Vec<MessageRow>) -> Page {
+        if let [MessageRow { body: None, size, .. }] = rows[..] {
+            return Page {
+                envelopes: Vec::new(),
+                more: true,
+                oversized: Some(usize::try_from(size).unwrap_or_default()),
+            };
+        }
+        let envelopes: Vec<Envelope> = rows.into_iter().map(Envelope::from).collect();
         let bytes: usize = envelopes.iter().map(|envelope| envelope.body.0.len() + ENVELOPE_OVERHEAD as usize).sum();
         // A page that another large message would not have fitted into may have been cut short.
         let more = envelopes.len() >= self.limit as usize || bytes + MAX_MESSAGE_BYTES > self.max_bytes;
-        Page { more: more && !envelopes.is_empty(), envelopes }
+        Page { more: more && !envelopes.is_empty(), envelopes, oversized: None }
     }
 }
 
@@ -75,20 +85,18 @@ impl PostgresStore {
             .bind(column(Look::max_weight))
             .bind(ENVELOPE_OVERHEAD);
         let rows: Vec<PlacedRow> = self.all(question).await?;
-        let mut envelopes: Vec<Vec<Envelope>> = looks.iter().map(|_| Vec::new()).collect();
+        let mut pages: Vec<Vec<MessageRow>> = looks.iter().map(|_| Vec::new()).collect();
         for row in rows {
-            let of_look = usize::try_from(row.place - 1).ok().and_then(|place| envelopes.get_mut(place));
-            of_look
-                .ok_or_else(|| sqlx::Error::Protocol("a message that nobody asked for".into()))?
-                .push(row.row.into());
+            let of_look = usize::try_from(row.place - 1).ok().and_then(|place| pages.get_mut(place));
+            of_look.ok_or_else(|| sqlx::Error::Protocol("a message that nobody asked for".into()))?.push(row.row);
         }
-        Ok(looks.iter().zip(envelopes).map(|(look, envelopes)| look.page(envelopes)).collect())
+        Ok(looks.iter().zip(pages).map(|(look, rows)| look.page(rows)).collect())
     }
 }
 
 impl Store {
     /// The messages of an inbox behind `after` that have not expired, oldest first: at most `limit` of them, and as
-    /// many as weigh `max_bytes` on the wire, but at least one.
+    /// many as weigh `max_bytes` on the wire. If the first one weighs more, it isn't read: see [`Page::oversized`].
     pub async fn unsent(
         &self,
         device: DeviceNo,
@@ -108,7 +116,7 @@ impl Store {
                     .bind(ENVELOPE_OVERHEAD)
                     .bind(look.max_weight());
                 let rows: Vec<MessageRow> = rows.fetch_all(&mut *sqlite.read.get().await?).await?;
-                Ok(look.page(rows.into_iter().map(Envelope::from).collect()))
+                Ok(look.page(rows))
             }
             Database::Postgres(postgres) => {
                 self.looks.ask(look, async |looks: &[Look]| postgres.pages(looks).await).await
@@ -198,7 +206,10 @@ struct MessageRow {
     sender_user: UserId,
     sender_device: DeviceId,
     received_at: Timestamp,
-    body: Vec<u8>,
+    /// `None` when it weighs more than was asked for.
+    body: Option<Vec<u8>>,
+    /// On the wire, in bytes.
+    size: i64,
 }
 
 #[derive(FromRow)]
@@ -216,7 +227,7 @@ impl From<MessageRow> for Envelope {
             sender_user: row.sender_user,
             sender_device: row.sender_device,
             received_at: row.received_at,
-            body: Sealed(Bytes::from(row.body)),
+            body: Sealed(Bytes::from(row.body.unwrap_or_default())),
         }
     }
 }
@@ -229,14 +240,16 @@ const UNSENT: &str = "\
         WHERE device_no = $1 AND position > $2 AND received_at > $3 ORDER BY position LIMIT $4 + 0), \
     weighed AS ( \
         SELECT position, size, SUM(size) OVER (ORDER BY position ROWS UNBOUNDED PRECEDING) AS total FROM page) \
-    SELECT m.position, m.id, m.sender_user, m.sender_device, m.received_at, m.body \
+    SELECT m.position, m.id, m.sender_user, m.sender_device, m.received_at, weighed.size, \
+        CASE WHEN weighed.size <= $6 THEN m.body END AS body \
     FROM weighed CROSS JOIN messages m ON m.position = weighed.position \
     WHERE weighed.total <= $6 OR weighed.total = weighed.size ORDER BY m.position";
 
 /// $1 to $5 are the columns of the looks. Large bodies lie outside of their rows, and are fetched only for what is
 /// answered.
 const UNSENT_IN_POSTGRES: &str = "\
-    SELECT look.place, m.position, m.id, m.sender_user, m.sender_device, m.received_at, m.body \
+    SELECT look.place, m.position, m.id, m.sender_user, m.sender_device, m.received_at, m.size::int8 AS size, \
+        CASE WHEN m.size <= look.max_weight THEN m.body END AS body \
     FROM unnest($1, $2, $3, $4, $5) WITH ORDINALITY \
          AS look (device_no, after, alive_since, most, max_weight, place) \
     CROSS JOIN LATERAL ( \

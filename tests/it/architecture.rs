@@ -205,7 +205,7 @@ fn every_connection_is_told_to_flush_its_commits() {
 
 #[test]
 fn http_stops_at_the_entrances() {
-    assert_confined(&["axum"], &["api", "gateway", "listener", "server"]);
+    assert_confined(&["axum"], &["api", "listener", "server"]);
     // Telemetry names it among those whose log lines are not exported.
     assert_confined(&["hyper"], &["api", "listener", "server", "telemetry"]);
     assert_confined(&["prost"], &["wire", "api"]);

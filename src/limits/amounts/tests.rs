@@ -70,6 +70,41 @@ fn the_reserve_is_for_small_holders() {
 }
 
 #[tokio::test(start_paused = true)]
+async fn in_turn_a_large_request_is_not_overtaken_by_small_ones() {
+    let amount = Amount::new(Terms { in_turn: true, ..terms(4) });
+    let mut held: Vec<_> = (1..5).map(|host| amount.try_take(client(0, host), 1).unwrap()).collect();
+    let large = waiting(&amount, client(1, 1), 3);
+    let small = waiting(&amount, client(2, 1), 1);
+    held.truncate(2);
+    assert!(amount.try_take(client(3, 1), 1).is_none(), "what is free is kept for the one whose turn it is");
+    held.truncate(1);
+    let large = large.await.unwrap();
+    assert_eq!(amount.taken(), 4);
+    drop(held);
+    let small = small.await.unwrap();
+    assert_eq!((large.units(), small.units(), amount.taken()), (3, 1, 4));
+}
+
+#[tokio::test(start_paused = true)]
+async fn in_turn_a_request_above_its_share_delays_only_those_with_whom_it_shares() {
+    let amount = Amount::new(Terms { in_turn: true, shares: vec![(Scope::Own, 3)], ..terms(10) });
+    let held = amount.try_take(client(0, 1), 2).unwrap();
+    let large = waiting(&amount, client(0, 1), 3);
+    assert!(amount.try_take(client(0, 1), 1).is_none(), "its own units are kept for it");
+    let _other = amount.try_take(client(0, 2), 3).unwrap();
+    drop(held);
+    assert_eq!(large.await.unwrap().units(), 3);
+}
+
+#[tokio::test(start_paused = true)]
+async fn in_turn_a_request_that_has_stopped_waiting_delays_no_other() {
+    let amount = Amount::new(Terms { in_turn: true, ..terms(4) });
+    let _held = amount.try_take(client(0, 1), 2).unwrap();
+    drop(waiting(&amount, client(1, 1), 3));
+    assert!(amount.try_take(client(0, 2), 2).is_some());
+}
+
+#[tokio::test(start_paused = true)]
 async fn networks_take_turns_however_many_requests_one_of_them_has() {
     let amount = Amount::new(Terms { turns: Scope::Block, ..terms(1) });
     let held = amount.try_take(client(0, 1), 1).unwrap();

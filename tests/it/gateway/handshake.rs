@@ -4,12 +4,16 @@ use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
-use axum::extract::WebSocketUpgrade;
+use axum::body::Body;
+use axum::extract::Request;
+use hyper_util::rt::TokioIo;
 use obscura_server::app::App;
 use obscura_server::gateway::{self, Features};
+use obscura_server::limits::Payer;
 use obscura_server::model::ids::DeviceId;
 use obscura_server::store::{SessionHolder, Standing};
 use tokio::net::{TcpListener, TcpStream};
+use tokio_tungstenite::tungstenite::handshake::server::create_response_with_body;
 use uuid::Uuid;
 
 use crate::harness::{
@@ -252,9 +256,15 @@ async fn a_session_looks_at_the_standing_of_its_device_before_anything_else() {
 
 /// A port at which every socket is a session of this device.
 async fn serve_session(app: App, holder: SessionHolder) -> SocketAddr {
-    let connect = move |upgrade: WebSocketUpgrade| {
-        let session = move |socket| gateway::run(app.clone(), holder, Features::default(), socket, Arc::default());
-        async move { upgrade.on_upgrade(session) }
+    let connect = move |request: Request| async move {
+        let mut request = request.map(drop);
+        let response = create_response_with_body(&request, Body::empty).unwrap();
+        let (upgrade, payer) = (hyper::upgrade::on(&mut request), Payer::Account(holder.user));
+        tokio::spawn(async move {
+            let connection = Box::new(TokioIo::new(upgrade.await.unwrap()));
+            gateway::run(app, (holder, payer), Features::default(), connection, Arc::default()).await;
+        });
+        response
     };
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let address = listener.local_addr().unwrap();

@@ -8,5 +8,6 @@ mod device_list;
 mod handshake;
 mod inflow;
 mod liveness;
+mod memory;
 mod prekeys;
 mod slow;

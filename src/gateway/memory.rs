@@ -1,0 +1,205 @@
+//! The memory for the large frames of one socket. It is taken before messages are read and given back when their frame has
+//! been written, so what is in memory is always paid for. A message that finds no room waits for its turn.
+
+use std::future::pending;
+use std::time::Duration;
+
+use futures_util::future::BoxFuture;
+
+use crate::limits::{Amount, FRAMES_OF_ACCOUNT_KIB, Held, Payer, kib};
+use crate::tasks::jittered;
+
+/// A frame with at most this many bytes of messages needs no memory of the budget.
+pub(super) const MODEST_BYTES: usize = 64 << 10;
+/// Where there is no room for as much as the client would take, there may be for a frame of this size.
+const SMALLER_BYTES: usize = 256 << 10;
+/// How long a message waits for its turn before the inbox is read again: the message may be gone.
+const PATIENCE: Duration = Duration::from_mins(1);
+/// The pause before that.
+const PAUSE: Duration = Duration::from_secs(1);
+
+/// The memory of one socket.
+pub(super) struct FrameMemory {
+    amount: Amount,
+    payer: Payer,
+    /// For the frame that is made next.
+    reserved: Option<Reserved>,
+    /// For the frame under way.
+    in_use: Option<Held>,
+    /// Set while a message waits for room. It ends with nothing if there was none in time.
+    waiting: Option<BoxFuture<'static, Option<Reserved>>>,
+}
+
+struct Reserved {
+    bytes: usize,
+    /// `None` for a modest frame.
+    held: Option<Held>,
+}
+
+impl FrameMemory {
+    /// No memory yet.
+    pub(super) fn new(amount: Amount, payer: Payer) -> Self {
+        Self { amount, payer, reserved: None, in_use: None, waiting: None }
+    }
+
+    /// Takes memory for the next frame, and returns how many bytes of messages it may have. That are at most `most`, unless
+    /// memory was reserved for a message.
+    pub(super) fn reserve(&mut self, most: usize) -> usize {
+        let reserved = self.reserved.take().unwrap_or_else(|| self.for_frame(most));
+        self.reserved.insert(reserved).bytes
+    }
+
+    fn for_frame(&self, most: usize) -> Reserved {
+        let most = most.min((FRAMES_OF_ACCOUNT_KIB as usize) << 10);
+        for bytes in [most, SMALLER_BYTES.min(most)] {
+            if bytes > MODEST_BYTES
+                && let Some(held) = self.amount.try_take(self.payer, kib(bytes))
+            {
+                return Reserved { bytes, held: Some(held) };
+            }
+        }
+        Reserved { bytes: most.min(MODEST_BYTES), held: None }
+    }
+
+    /// Takes memory for one message that is larger than what was reserved. Returns false if there is none; then the message
+    /// waits for it.
+    pub(super) fn reserve_for_message(&mut self, bytes: usize) -> bool {
+        // A socket that waits holds nothing. Otherwise sockets could wait for each other.
+        self.reserved = None;
+        if bytes <= MODEST_BYTES {
+            self.reserved = Some(Reserved { bytes, held: None });
+            return true;
+        }
+        let units = kib(bytes).min(FRAMES_OF_ACCOUNT_KIB);
+        if let Some(held) = self.amount.try_take(self.payer, units) {
+            self.reserved = Some(Reserved { bytes, held: Some(held) });
+            return true;
+        }
+        let (amount, payer) = (self.amount.clone(), self.payer);
+        self.waiting = Some(Box::pin(async move {
+            match amount.take(payer, units, PATIENCE).await {
+                Ok(held) => Some(Reserved { bytes, held: Some(held) }),
+                Err(_) => {
+                    tokio::time::sleep(jittered(PAUSE)).await;
+                    None
+                }
+            }
+        }));
+        false
+    }
+
+    /// True while a message waits. Until [`FrameMemory::granted`] ends, the inbox is not to be read.
+    pub(super) fn is_waiting(&self) -> bool {
+        self.waiting.is_some()
+    }
+
+    /// Ends when the inbox can be read again. Pending if nothing waits. Dropping the future loses nothing.
+    pub(super) async fn granted(&mut self) {
+        match &mut self.waiting {
+            Some(waiting) => {
+                self.reserved = waiting.await;
+                self.waiting = None;
+            }
+            None => pending().await,
+        }
+    }
+
+    /// A frame with so many bytes of messages is under way: keeps its memory, and gives back the rest.
+    pub(super) fn keep(&mut self, bytes: usize) {
+        let held = self.reserved.take().and_then(|reserved| reserved.held);
+        self.in_use = held.filter(|_| bytes > MODEST_BYTES);
+        if let Some(held) = &mut self.in_use {
+            held.shrink_to(kib(bytes));
+        }
+    }
+
+    /// No frame is made: gives back what was reserved for it.
+    pub(super) fn cancel(&mut self) {
+        self.reserved = None;
+    }
+
+    /// The frame under way has been written.
+    pub(super) fn written(&mut self) {
+        self.in_use = None;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use futures_util::FutureExt;
+
+    use super::*;
+    use crate::limits::Terms;
+    use crate::model::ids::UserId;
+
+    const MIB: usize = 1 << 20;
+
+    /// The memory of another account's socket.
+    fn memory(amount: &Amount) -> FrameMemory {
+        FrameMemory::new(amount.clone(), Payer::Account(UserId::random()))
+    }
+
+    fn amount(mebibytes: u32) -> Amount {
+        Amount::new(Terms { max_waiting: 4, in_turn: true, ..Terms::total(mebibytes << 10) })
+    }
+
+    #[test]
+    fn a_frame_takes_what_it_may_have_then_what_it_has_and_then_nothing() {
+        let amount = amount(4);
+        let mut one = memory(&amount);
+        assert_eq!(one.reserve(MIB), MIB);
+        assert_eq!(amount.taken(), 1024);
+        one.keep(300 << 10);
+        assert_eq!(amount.taken(), 300);
+        one.written();
+        assert_eq!(one.reserve(MIB), MIB);
+        one.keep(MODEST_BYTES);
+        assert_eq!(amount.taken(), 0, "a modest frame is not charged");
+    }
+
+    #[test]
+    fn without_room_frames_are_smaller_and_in_the_end_modest() {
+        let amount = amount(1);
+        let mut sockets: Vec<_> = (0..6).map(|_| memory(&amount)).collect();
+        let sizes: Vec<_> = sockets.iter_mut().map(|socket| socket.reserve(700 << 10) >> 10).collect();
+        assert_eq!(sizes, [700, 256, 64, 64, 64, 64]);
+    }
+
+    #[test]
+    fn no_frame_is_larger_than_what_an_account_may_have() {
+        let amount = amount(64);
+        assert_eq!(memory(&amount).reserve(64 * MIB), (FRAMES_OF_ACCOUNT_KIB as usize) << 10);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_message_without_room_waits_and_is_charged_in_full() {
+        let amount = amount(4);
+        let (mut one, mut other) = (memory(&amount), memory(&amount));
+        assert!(one.reserve_for_message(3 * MIB));
+        assert_eq!(one.reserve(MODEST_BYTES), 3 * MIB);
+        one.keep(3 * MIB);
+        assert_eq!(other.reserve(MIB), MIB);
+        assert!(!other.reserve_for_message(2 * MIB));
+        assert_eq!(amount.taken(), 3 << 10, "it holds nothing while it waits");
+        assert!(other.is_waiting() && other.granted().now_or_never().is_none());
+        one.written();
+        other.granted().await;
+        assert!(!other.is_waiting());
+        assert_eq!((other.reserve(MIB), amount.taken()), (2 * MIB, 2 << 10));
+        other.keep(2 * MIB);
+        other.written();
+        assert_eq!(amount.taken(), 0);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_message_that_finds_no_room_in_time_is_looked_at_again_after_a_pause() {
+        let amount = amount(1);
+        let (mut one, mut other) = (memory(&amount), memory(&amount));
+        assert!(one.reserve_for_message(MIB));
+        let begun = tokio::time::Instant::now();
+        assert!(!other.reserve_for_message(MIB));
+        other.granted().await;
+        assert!(!other.is_waiting() && begun.elapsed() >= PATIENCE + PAUSE / 2);
+        assert_eq!(other.reserve(MIB), MODEST_BYTES);
+    }
+}
