@@ -16,6 +16,7 @@ use std::time::Duration;
 use tracing::{debug, info, warn};
 
 use crate::app::App;
+use crate::clock::Moment;
 use crate::disk::{Room, reserve};
 use crate::model::ids::DeviceNo;
 use crate::store::{Leftovers, REPEAT_WINDOW, StoreError};
@@ -141,7 +142,7 @@ async fn expired_messages(app: App) -> Result<Round, StoreError> {
 }
 
 async fn outcomes_of_sends(app: App) -> Result<Round, StoreError> {
-    let now = app.clock.earliest();
+    let now = app.clock.moment();
     let outcomes = app.store.expire_sends(now, STEP).await?;
     let debts = app.store.expire_send_debts(now, STEP).await?;
     Ok(round(outcomes.max(debts)))
@@ -187,7 +188,8 @@ async fn database_connections(app: App) -> Result<Round, StoreError> {
 }
 
 async fn upload_debts(app: App) -> Result<Round, StoreError> {
-    app.store.expire_upload_debts(app.clock.now(), STEP).await.map(round)
+    let now = Moment { earliest: app.clock.now(), latest: app.clock.latest() };
+    app.store.expire_upload_debts(now, STEP).await.map(round)
 }
 
 async fn expired_sessions(app: App) -> Result<Round, StoreError> {

@@ -5,13 +5,14 @@ use std::time::Duration;
 use bytes::Bytes;
 use sqlx::FromRow;
 
-use crate::clock::Timestamp;
+use crate::clock::{Moment, Timestamp};
 use crate::model::ids::{DeviceId, DeviceNo, MessageId, Position, UserId};
 use crate::model::mail::{Envelope, MAX_MESSAGE_BYTES, Sealed};
-use crate::store::database::{Database, on, run};
+use crate::store::database::{Database, Tx, on, run};
 use crate::store::notices::Counts;
 use crate::store::postgres::PostgresStore;
-use crate::store::{Result, Store, json_list};
+use crate::store::room::LONGEST_DEBT;
+use crate::store::{Limits, Result, Store, json_list};
 use crate::telemetry::metrics::Left;
 
 /// Bytes that an envelope takes on the wire beside its sealed ones: ids, time and framing.
@@ -38,7 +39,7 @@ pub struct Page {
 pub struct Expired {
     /// Messages deleted.
     pub deleted: u64,
-    /// Whether there may be more to delete.
+    /// Whether there may be more to delete, or to correct.
     pub more: bool,
 }
 
@@ -149,9 +150,7 @@ impl Store {
     /// told how many expired: see [`Store::notice`].
     pub async fn expire_messages(&self, now: Timestamp, latest: Timestamp, limit: u32) -> Result<Expired> {
         let mut tx = self.begin().await?;
-        let corrected = tx.either(CORRECT, CORRECT_IN_POSTGRES);
-        let ahead = latest + CLOCK_TOLERANCE;
-        run!(&mut tx, sqlx::query(corrected).bind(now).bind(ahead).bind(i64::from(limit)))?;
+        let corrected = self.correct_times(&mut tx, now, latest + CLOCK_TOLERANCE, limit).await?;
         let expired = tx.either(EXPIRE, EXPIRE_IN_POSTGRES);
         let before = now - self.limits.retention;
         let gone: Vec<DeviceNo> = on!(&mut tx, |db| sqlx::query_scalar(expired)
@@ -163,30 +162,69 @@ impl Store {
         let mut counts = Counts::new();
         gone.into_iter().for_each(|device| *counts.entry(device).or_default() += 1);
         self.add_expired(&mut tx, &counts, now).await?;
+        self.rooms.left(counts.iter().map(|(device, count)| (*device, count.unsigned_abs())));
         tx.commit().await?;
         self.metrics.left.add(Left::Expired, deleted);
-        Ok(Expired { deleted, more: deleted > 0 })
+        Ok(Expired { deleted, more: deleted > 0 || corrected > 0 })
     }
 
-    /// Forgets up to `limit` accounts whose sends of the last day don't count any more.
-    pub async fn expire_send_debts(&self, now: Timestamp, limit: u32) -> Result<u64> {
+    /// Gives about `limit` messages that were received later than `ahead` the time `now`, and their sends with them, which
+    /// PostgreSQL finds by this time. The sends come first: then nothing is waited for while messages are locked. Returns how
+    /// many messages.
+    async fn correct_times(&self, tx: &mut Tx, now: Timestamp, ahead: Timestamp, limit: u32) -> Result<u64> {
+        let statement = "SELECT received_at FROM messages WHERE received_at > $1 ORDER BY received_at LIMIT $2";
+        let mut times: Vec<Timestamp> =
+            on!(&mut *tx, |db| sqlx::query_scalar(statement).bind(ahead).bind(i64::from(limit)).fetch_all(db))?;
+        let is_cut_short = times.len() >= limit as usize;
+        times.dedup();
+        // All messages of one time, and so of one send, have to move together.
+        if is_cut_short && times.len() > 1 {
+            times.pop();
+        }
+        let Some(first) = times.first() else { return Ok(0) };
+        // A send is reviewed later than it was sent.
+        let (review_at, after) = (now + self.limits.idempotency_lifetime, *first);
+        match tx {
+            Tx::Sqlite(tx) => {
+                let list = json_list(times.iter().map(|time| time.millis()));
+                let sends = sqlx::query(CORRECT_SENDS).bind(now).bind(review_at).bind(after).bind(&list);
+                sends.execute(&mut **tx).await?;
+                Ok(sqlx::query(CORRECT).bind(now).bind(&list).execute(&mut **tx).await?.rows_affected())
+            }
+            Tx::Postgres(tx) => {
+                let sends = sqlx::query(CORRECT_SENDS_IN_POSTGRES).bind(now).bind(review_at).bind(after);
+                tx.run(sends.bind(&times)).await?;
+                tx.run(sqlx::query(CORRECT_IN_POSTGRES).bind(now).bind(&times)).await
+            }
+        }
+    }
+
+    /// Forgets up to `limit` accounts whose sends of the last day don't count any more, and up to as many with a debt that a
+    /// wrong clock has stored.
+    pub async fn expire_send_debts(&self, now: impl Into<Moment>, limit: u32) -> Result<u64> {
+        let Moment { earliest, latest } = now.into();
         let mut tx = self.begin().await?;
-        let statement = "DELETE FROM send_debts WHERE paid_at <= $1 AND user_id IN (
+        let old = "DELETE FROM send_debts WHERE paid_at <= $1 AND user_id IN (
                  SELECT user_id FROM send_debts WHERE paid_at <= $1 ORDER BY paid_at LIMIT $2)";
-        let forgotten = run!(&mut tx, sqlx::query(statement).bind(now).bind(i64::from(limit)))?;
+        let absurd = "DELETE FROM send_debts WHERE paid_at > $1 AND user_id IN (
+                 SELECT user_id FROM send_debts WHERE paid_at > $1 ORDER BY paid_at LIMIT $2)";
+        let mut forgotten = run!(&mut tx, sqlx::query(old).bind(earliest).bind(i64::from(limit)))?;
+        forgotten += run!(&mut tx, sqlx::query(absurd).bind(latest + LONGEST_DEBT).bind(i64::from(limit)))?;
         tx.commit().await?;
         Ok(forgotten)
     }
 
     /// Forgets up to about `limit` outcomes that are past their age. One whose messages still wait is kept, and looked
-    /// at again later. Answers how many were looked at.
-    pub async fn expire_sends(&self, now: Timestamp, limit: u32) -> Result<u64> {
+    /// at again later. An outcome that was stored while the clock was wrong, and so would be kept for too long, counts as
+    /// stored now. Answers how many were looked at.
+    pub async fn expire_sends(&self, now: impl Into<Moment>, limit: u32) -> Result<u64> {
+        let Moment { earliest: now, latest } = now.into();
         let mut tx = self.begin().await?;
+        let mut seen = self.correct_reviews(&mut tx, now, latest, limit).await?;
         let statement = "SELECT MAX(review_at) FROM
                  (SELECT review_at FROM sends WHERE review_at <= $1 ORDER BY review_at LIMIT $2) due";
         let last: Option<Timestamp> =
             on!(&mut tx, |db| sqlx::query_scalar(statement).bind(now).bind(i64::from(limit)).fetch_one(db))?;
-        let mut seen = 0;
         if let Some(last) = last {
             let forget = tx.either(FORGET_SENDS, FORGET_SENDS_IN_POSTGRES);
             seen += run!(&mut tx, sqlx::query(forget).bind(last))?;
@@ -196,6 +234,17 @@ impl Store {
         }
         tx.commit().await?;
         Ok(seen)
+    }
+
+    /// Brings reviews nearer that no right clock has put off so far. Those of sends that name no messages may be of repeats,
+    /// whose messages may wait for the whole retention: see `changed_at`.
+    async fn correct_reviews(&self, tx: &mut Tx, now: Timestamp, latest: Timestamp, limit: u32) -> Result<u64> {
+        let Limits { retention, idempotency_lifetime: lifetime, .. } = self.limits;
+        let longest = retention.max(lifetime);
+        let statement = tx.either(CORRECT_REVIEWS, CORRECT_REVIEWS_IN_POSTGRES);
+        let absurd = latest + longest + CLOCK_TOLERANCE;
+        let (limit, later) = (i64::from(limit), i64::try_from((longest - lifetime).as_millis()).unwrap_or(i64::MAX));
+        run!(&mut *tx, sqlx::query(statement).bind(absurd).bind(limit).bind(now).bind(now + lifetime).bind(later))
     }
 }
 
@@ -260,14 +309,35 @@ const UNSENT_IN_POSTGRES: &str = "\
             ORDER BY position LIMIT look.most) page) m \
     WHERE m.total <= look.max_weight OR m.total = m.size ORDER BY look.place, m.position";
 
-const CORRECT: &str = "\
-    UPDATE messages SET received_at = $1 WHERE position IN \
-        (SELECT position FROM messages WHERE received_at > $2 ORDER BY received_at LIMIT $3)";
+const CORRECT: &str =
+    "UPDATE messages SET received_at = $1 WHERE received_at IN (SELECT wrong.value FROM json_each($2) wrong)";
 
 const CORRECT_IN_POSTGRES: &str = "\
     UPDATE messages SET received_at = $1 WHERE (device_no, position) IN \
-        (SELECT device_no, position FROM messages WHERE received_at > $2 ORDER BY received_at LIMIT $3 \
-         FOR UPDATE SKIP LOCKED)";
+        (SELECT device_no, position FROM messages WHERE received_at = ANY($2) FOR UPDATE SKIP LOCKED)";
+
+const CORRECT_SENDS: &str = "\
+    UPDATE sends SET sent_at = $1, review_at = $2 WHERE review_at > $3 AND last_position >= first_position \
+    AND sent_at IN (SELECT wrong.value FROM json_each($4) wrong)";
+
+const CORRECT_SENDS_IN_POSTGRES: &str = "\
+    UPDATE sends SET sent_at = $1, review_at = $2 WHERE review_at > $3 AND last_position >= first_position \
+    AND sent_at = ANY($4)";
+
+const CORRECT_REVIEWS: &str = "\
+    UPDATE sends SET sent_at = $3 + CASE WHEN last_position < first_position THEN $5 ELSE 0 END, \
+        review_at = $4 + CASE WHEN last_position < first_position THEN $5 ELSE 0 END \
+    WHERE (sender_no, idempotency_key) IN \
+        (SELECT sender_no, idempotency_key FROM sends WHERE review_at > $1 ORDER BY review_at LIMIT $2)";
+
+/// Those whose messages wait are left to the correction of these messages, which finds them by the time of their review.
+const CORRECT_REVIEWS_IN_POSTGRES: &str = "\
+    UPDATE sends SET sent_at = $3 + CASE WHEN last_position < first_position THEN $5 ELSE 0 END, \
+        review_at = $4 + CASE WHEN last_position < first_position THEN $5 ELSE 0 END \
+    WHERE (sender_no, idempotency_key) IN \
+        (SELECT sender_no, idempotency_key FROM sends s WHERE s.review_at > $1 AND NOT EXISTS \
+            (SELECT 1 FROM messages m WHERE m.received_at = s.sent_at \
+             AND m.position BETWEEN s.first_position AND s.last_position) ORDER BY s.review_at LIMIT $2)";
 
 const EXPIRE: &str = "\
     DELETE FROM messages WHERE position IN ( \

@@ -168,7 +168,8 @@ impl Store {
         let looks = Arc::new(Gather::new(LOOK_LANES, GATHERED));
         let (tickets, uploads) = (Arc::new(Tickets::new()), uploads::none());
         let metrics = metrics.clone();
-        let (held_up, usage, rooms) = (Arc::default(), Arc::new(Usage::new()), Rooms::new(&limits));
+        let rooms = Rooms::new(&limits, matches!(database, Database::Sqlite(_)));
+        let (held_up, usage) = (Arc::default(), Arc::new(Usage::new()));
         Ok(Self { database, numbering, rooms, limits, metrics, held_up, standings, looks, tickets, uploads, usage })
     }
 

@@ -15,20 +15,28 @@ use bounds::Bounds;
 pub(super) use bounds::{Candidate, Load};
 pub(super) use days::Charges;
 use days::{Charge, Days};
+use inbox::{Doubt, Inbox};
 
 mod bounds;
 mod days;
+mod inbox;
 
 /// Inboxes that are remembered. Above that all are forgotten before the next group, and counted again when they get mail.
 const REMEMBERED_INBOXES: usize = 100_000;
-/// Senders that are remembered in all these inboxes together, some 15 MiB.
+/// Senders that are remembered in all these inboxes together, some 15 MiB. Above that the inboxes with senders are forgotten.
 const REMEMBERED_SENDERS: usize = 250_000;
-/// An inbox that was counted and had no room is not counted again within this time, however much mail comes for it.
-const FULL_FOR: Duration = Duration::from_secs(1);
 /// When a repeat may find room in a full inbox. The device has to connect and acknowledge mail first.
 const INBOX_WAIT: Duration = Duration::from_secs(60);
 /// No stored debt of an account is longer than this, unless the clock was wrong.
 pub(super) const LONGEST_DEBT: Duration = Duration::from_hours(72);
+
+/// A group on SQLite begins no further count once it has counted this many messages and inboxes: everything waits for the
+/// writer.
+const COUNTED_IN_SQLITE: u64 = 8_000;
+/// The same for a group on PostgreSQL, where other groups wait only for its accounts.
+const COUNTED_IN_POSTGRES: u64 = 32_000;
+/// Inboxes in one count, unless they are so large that fewer of them are as much as a group counts.
+const COUNTED_AT_ONCE: u64 = 64;
 
 /// `Ok` if there is room; else the reason and the time after which there may be room.
 pub(super) type Verdict = Result<(), (Shortage, Duration)>;
@@ -36,51 +44,11 @@ pub(super) type Verdict = Result<(), (Shortage, Duration)>;
 /// An upper bound of the messages and bytes that wait for a device of an account, as the account's row in PostgreSQL has it.
 pub(super) type Stamp = (i32, i64);
 
-/// What is known of one inbox. The numbers may be too high, as acks are not subtracted, but not too low.
-#[derive(Clone, Debug, Default)]
-struct Inbox {
-    total: Load,
-    /// By sending account; `None` while the inbox is not more than half full.
-    senders: Option<HashMap<UserId, Load>>,
-    /// When it was counted and had no room.
-    full_since: Option<Instant>,
-    /// The account's row when the inbox was counted. If the row differs now, another node has queued mail.
-    stamp: Stamp,
-}
-
-impl Inbox {
-    fn of(&self, sender: UserId) -> Load {
-        self.senders.as_ref().and_then(|senders| senders.get(&sender)).copied().unwrap_or_default()
-    }
-
-    fn was_full_at(&self, now: Instant) -> bool {
-        self.full_since.is_some_and(|since| now.saturating_duration_since(since) < FULL_FOR)
-    }
-
-    /// True if the inbox has to be counted before these messages are judged.
-    fn is_unsure(&self, bounds: &Bounds, coming: &[Candidate], stamp: Stamp, now: Instant) -> bool {
-        let comes = coming.iter().fold(Load::default(), |sum, one| sum.plus(Load::one(one.bytes)));
-        if self.stamp == stamp && !bounds.is_over_half(self.total.plus(comes)) {
-            return false;
-        }
-        if self.senders.is_none() {
-            return true;
-        }
-        let (mut total, mut added) = (self.total, HashMap::<UserId, Load>::new());
-        let (mut admitted, mut refused) = (false, false);
-        for one in coming {
-            let of_sender = self.of(one.sender).plus(added.get(&one.sender).copied().unwrap_or_default());
-            if bounds.admits(total, of_sender, one.is_own(), one.bytes).is_ok() {
-                admitted = true;
-                total = total.plus(Load::one(one.bytes));
-                let of_sender = added.entry(one.sender).or_default();
-                *of_sender = of_sender.plus(Load::one(one.bytes));
-            } else {
-                refused = true;
-            }
-        }
-        (admitted && self.stamp != stamp) || (refused && !self.was_full_at(now))
-    }
+/// An account's row before a group and with all that the group has for the account.
+#[derive(Clone, Copy, Debug, Default)]
+pub(super) struct AccountRow {
+    pub(super) before: Stamp,
+    pub(super) now: Stamp,
 }
 
 /// What a node remembers. Cloning gives the same.
@@ -88,14 +56,14 @@ impl Inbox {
 pub(super) struct Rooms {
     bounds: Bounds,
     bytes_per_day: u64,
+    /// True on SQLite: all messages that leave inboxes do so through this node. See [`Rooms::left`].
+    sees_all: bool,
     state: Arc<Mutex<State>>,
 }
 
 #[derive(Default)]
 struct State {
     inboxes: HashMap<DeviceNo, Inbox>,
-    /// The rows of accounts when this node last read them.
-    accounts: HashMap<UserId, Stamp>,
     /// How many senders are in `inboxes`.
     senders: usize,
     days: Days,
@@ -109,13 +77,52 @@ pub(super) fn counted((device, sender, messages, bytes): (DeviceNo, UserId, i64,
     (device, sender, Load { messages: messages.unsigned_abs(), bytes: bytes.unsigned_abs() })
 }
 
+/// How many messages and inboxes a group may still count. The last count may be of more.
+pub(super) struct Counting(u64);
+
+impl Counting {
+    /// True when the group counts nothing more.
+    pub(super) fn is_over(&self) -> bool {
+        self.0 == 0
+    }
+
+    /// Takes the result of a count of so many inboxes. Returns how many messages were counted.
+    pub(super) fn add(&mut self, inboxes: usize, found: &[Counted]) -> u64 {
+        let messages = found.iter().map(|(.., load)| load.messages).sum();
+        self.0 = self.0.saturating_sub(inboxes as u64 + messages);
+        messages
+    }
+}
+
+/// The inboxes that a group has to count, or should.
+#[derive(Debug, Default, PartialEq, Eq)]
+pub(super) struct Unsure {
+    /// Too little is known of these to judge the messages for them. In the order of the messages.
+    pub(super) unknown: Vec<(UserId, DeviceNo)>,
+    /// What is remembered of these has no room for a message, and mail may have left them since. In the order in which they
+    /// were counted last, so that each has its turn.
+    pub(super) stale: Vec<(UserId, DeviceNo)>,
+}
+
 impl Rooms {
-    pub(super) fn new(limits: &Limits) -> Self {
-        Self { bounds: Bounds::of(limits), bytes_per_day: limits.sender_bytes_per_day, state: Arc::default() }
+    pub(super) fn new(limits: &Limits, sees_all: bool) -> Self {
+        let (bounds, bytes_per_day) = (Bounds::of(limits), limits.sender_bytes_per_day);
+        Self { bounds, bytes_per_day, sees_all, state: Arc::default() }
     }
 
     fn state(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// How much one group counts.
+    pub(super) fn counting(&self) -> Counting {
+        Counting(if self.sees_all { COUNTED_IN_SQLITE } else { COUNTED_IN_POSTGRES })
+    }
+
+    /// How many inboxes one count takes.
+    pub(super) fn counted_at_once(&self) -> usize {
+        let inboxes = self.counting().0 / self.bounds.most_messages().max(1);
+        usize::try_from(inboxes.clamp(1, COUNTED_AT_ONCE)).unwrap_or(1)
     }
 
     /// True if the inbox of a device may be more than half full, by the account's row.
@@ -124,85 +131,104 @@ impl Rooms {
         self.bounds.is_over_half(load)
     }
 
-    /// Forgets all inboxes when too many are remembered. Called at the beginning of a group, which then counts what it needs.
+    /// Forgets inboxes when too much is remembered. Called at the beginning of a group, which then counts what it needs.
     pub(super) fn bound(&self) {
         let mut state = self.state();
-        if state.inboxes.len() > REMEMBERED_INBOXES || state.senders > REMEMBERED_SENDERS {
+        if state.inboxes.len() > REMEMBERED_INBOXES {
             state.inboxes.clear();
-            state.accounts.clear();
+            state.senders = 0;
+        } else if state.senders > REMEMBERED_SENDERS {
+            state.inboxes.retain(|_, inbox| inbox.count.is_none());
             state.senders = 0;
         }
     }
 
-    /// The devices whose inboxes have to be counted before these messages can be judged. `before` gives the row of an account
-    /// as it was before this group; accounts for which it is `None` have room.
-    pub(super) fn unsure(
-        &self,
-        coming: &[Candidate],
-        before: impl Fn(UserId) -> Option<Stamp>,
-    ) -> Vec<(UserId, DeviceNo)> {
+    /// The devices whose inboxes have to be counted before these messages can be judged, or should be. `before` gives the
+    /// row of an account as it was before this group; accounts for which it is `None` have room.
+    pub(super) fn unsure(&self, coming: &[Candidate], before: impl Fn(UserId) -> Option<Stamp>) -> Unsure {
         let now = Instant::now();
-        let mut of_devices: HashMap<DeviceNo, Vec<Candidate>> = HashMap::new();
+        let (mut places, mut of_devices) = (HashMap::new(), Vec::<Vec<Candidate>>::new());
         for one in coming {
-            of_devices.entry(one.device).or_default().push(*one);
+            let place = *places.entry(one.device).or_insert(of_devices.len());
+            match of_devices.get_mut(place) {
+                Some(of_device) => of_device.push(*one),
+                None => of_devices.push(vec![*one]),
+            }
         }
+        let (mut unsure, mut stale) = (Unsure::default(), Vec::new());
         let state = self.state();
-        let is_unsure = |device: &DeviceNo, coming: &[Candidate]| {
-            before(coming[0].user).is_some_and(|stamp| match state.inboxes.get(device) {
-                Some(inbox) => inbox.is_unsure(&self.bounds, coming, stamp, now),
-                None => true,
-            })
-        };
-        let unsure = of_devices.iter().filter(|(device, coming)| is_unsure(device, coming));
-        unsure.map(|(device, coming)| (coming[0].user, *device)).collect()
+        for coming in &of_devices {
+            let Candidate { user, device, .. } = coming[0];
+            let Some(stamp) = before(user) else { continue };
+            let doubt = match state.inboxes.get(&device) {
+                Some(inbox) => inbox.doubt(&self.bounds, coming, stamp, (self.sees_all, now)),
+                None => Some(Doubt::Unknown),
+            };
+            match doubt {
+                Some(Doubt::Unknown) => unsure.unknown.push((user, device)),
+                Some(Doubt::Stale { counted_at }) => stale.push((counted_at, user, device)),
+                None => {}
+            }
+        }
+        stale.sort_by_key(|(counted_at, ..)| *counted_at);
+        unsure.stale = stale.into_iter().map(|(_, user, device)| (user, device)).collect();
+        unsure
     }
 
-    /// Stores the result of a count of these devices' inboxes.
-    pub(super) fn counted(&self, devices: impl IntoIterator<Item = DeviceNo>, found: &[Counted], stamp: Stamp) {
+    /// Stores the result of a count of these devices' inboxes, each with its account's row as it was before the group.
+    pub(super) fn counted(&self, devices: impl IntoIterator<Item = (DeviceNo, Stamp)>, found: &[Counted]) {
+        let now = Instant::now();
+        let mut of_devices: HashMap<DeviceNo, HashMap<UserId, Load>> = HashMap::new();
+        for (device, sender, load) in found {
+            of_devices.entry(*device).or_default().insert(*sender, *load);
+        }
         let mut state = self.state();
-        for device in devices {
-            let mut inbox = Inbox { stamp, ..Inbox::default() };
-            let mut senders = HashMap::new();
-            for (_, sender, load) in found.iter().filter(|(counted, ..)| *counted == device) {
-                inbox.total = inbox.total.plus(*load);
-                senders.insert(*sender, *load);
-            }
+        for (device, stamp) in devices {
+            let senders = of_devices.remove(&device).unwrap_or_default();
+            let former = state.inboxes.remove(&device);
+            state.senders -= former.as_ref().map_or(0, Inbox::senders);
             state.senders += senders.len();
-            inbox.senders = Some(senders);
-            if let Some(former) = state.inboxes.insert(device, inbox) {
-                state.senders -= former.senders.map_or(0, |senders| senders.len());
+            state.inboxes.insert(device, Inbox::counted(senders, former, stamp, now));
+        }
+    }
+
+    /// Notes that messages have left these inboxes, or are about to, so many of each.
+    pub(super) fn left(&self, messages: impl IntoIterator<Item = (DeviceNo, u64)>) {
+        let mut state = self.state();
+        for (device, messages) in messages {
+            if let Some(inbox) = state.inboxes.get_mut(&device) {
+                inbox.left(messages);
             }
         }
     }
 
-    /// Judges these messages one after the other; each admitted one counts for those after it. `after` gives the row of an
-    /// account as it is now; an account for which it is `None` has room in any case.
+    /// Judges these messages one after the other; each admitted one counts for those after it. `row` gives the row of an
+    /// account; an account for which it is `None` has room in any case.
     ///
-    /// A refusal has the time after which there may be room. The days of the senders are charged with what is admitted. Returns `None`, and judges nothing, when an inbox is not
-    /// remembered any more because another group has begun: it has to be counted again, or it would be taken for empty.
+    /// A refusal has the time after which there may be room. The days of the senders are charged with what is admitted.
+    /// Returns `None`, and judges nothing, when an inbox is not remembered any more because another group has begun: it has
+    /// to be counted again, or it would be taken for empty.
     pub(super) fn judge(
         &self,
         coming: &[Candidate],
         now: Timestamp,
-        after: impl Fn(UserId) -> Option<Stamp>,
+        row: impl Fn(UserId) -> Option<AccountRow>,
     ) -> Option<(Vec<Verdict>, Charges)> {
         let mut locked = self.state();
         let state = &mut *locked;
-        if coming.iter().any(|one| after(one.user).is_some() && !state.inboxes.contains_key(&one.device)) {
+        if coming.iter().any(|one| row(one.user).is_some() && !state.inboxes.contains_key(&one.device)) {
             return None;
         }
         let (mut verdicts, mut charges) = (Vec::with_capacity(coming.len()), HashMap::new());
         for one in coming {
-            verdicts.push(match after(one.user) {
+            verdicts.push(match row(one.user) {
                 None => state.days.charge(&mut charges, one, self.bytes_per_day, now),
-                Some(stamp) => self.judge_inbox(state, &mut charges, one, now, stamp),
+                Some(row) => self.judge_inbox(state, &mut charges, one, now, row),
             });
         }
         for one in coming {
-            if let Some(inbox) = state.inboxes.get_mut(&one.device)
-                && !self.bounds.is_over_half(inbox.total)
-            {
-                state.senders -= inbox.senders.take().map_or(0, |senders| senders.len());
+            if let Some(inbox) = state.inboxes.get_mut(&one.device) {
+                state.senders -= inbox.forget_senders(&self.bounds);
             }
         }
         drop(locked);
@@ -215,23 +241,19 @@ impl Rooms {
         charges: &mut HashMap<UserId, Charge>,
         one: &Candidate,
         now: Timestamp,
-        stamp: Stamp,
+        row: AccountRow,
     ) -> Verdict {
         let inbox = state.inboxes.entry(one.device).or_default();
-        inbox.stamp = stamp;
+        // Otherwise another node has queued mail that was not counted here, which is to be noticed next time as well.
+        if inbox.stamp == row.before {
+            inbox.stamp = row.now;
+        }
         if let Err(shortage) = self.bounds.admits(inbox.total, inbox.of(one.sender), one.is_own(), one.bytes) {
-            inbox.full_since.get_or_insert_with(Instant::now);
             return Err((shortage, INBOX_WAIT));
         }
         state.days.charge(charges, one, self.bytes_per_day, now)?;
         if let Some(inbox) = state.inboxes.get_mut(&one.device) {
-            inbox.total = inbox.total.plus(Load::one(one.bytes));
-            if let Some(senders) = &mut inbox.senders {
-                let before = senders.len();
-                let of_sender = senders.entry(one.sender).or_default();
-                *of_sender = of_sender.plus(Load::one(one.bytes));
-                state.senders += senders.len() - before;
-            }
+            state.senders += inbox.add(one);
         }
         Ok(())
     }
@@ -239,7 +261,7 @@ impl Rooms {
     /// The new row of an account whose devices have all been counted: how much waits at most for one of them. `None` when
     /// one of them is not remembered any more, since another group has failed or begun: the row stays as it is, and says
     /// too much.
-    pub(super) fn stamped(&self, user: UserId, devices: &[DeviceNo]) -> Option<Stamp> {
+    pub(super) fn stamped(&self, devices: &[DeviceNo]) -> Option<Stamp> {
         let mut state = self.state();
         let mut most = Load::default();
         for device in devices {
@@ -252,31 +274,30 @@ impl Rooms {
                 inbox.stamp = stamp;
             }
         }
-        if let Some(account) = state.accounts.get_mut(&user) {
-            *account = stamp;
-        }
         Some(stamp)
     }
 
-    /// True if the row of an account is as this node left it, so that its inboxes are known.
-    pub(super) fn knows(&self, user: UserId, stamp: Stamp) -> bool {
-        self.state().accounts.get(&user) == Some(&stamp)
-    }
-
-    /// Stores the rows of accounts as they are now.
-    pub(super) fn learn(&self, rows: impl Iterator<Item = (UserId, Stamp)>) {
+    /// Says that the row of an account for which a group queued nothing is again as it was before the group.
+    pub(super) fn restored(&self, devices: impl IntoIterator<Item = DeviceNo>, row: AccountRow) {
         let mut state = self.state();
-        if state.accounts.len() > REMEMBERED_INBOXES {
-            state.accounts.clear();
+        for device in devices {
+            if let Some(inbox) = state.inboxes.get_mut(&device)
+                && inbox.stamp == row.now
+            {
+                inbox.stamp = row.before;
+            }
         }
-        state.accounts.extend(rows);
     }
 
-    /// Forgets all inboxes: a transaction that counted some of them has failed.
-    pub(super) fn forget(&self) {
+    /// Forgets the inboxes of a group that was not committed: it may have counted them without the messages that it was
+    /// about to delete.
+    pub(super) fn forget(&self, devices: &[DeviceNo]) {
         let mut state = self.state();
-        state.inboxes.clear();
-        state.senders = 0;
+        for device in devices {
+            if let Some(inbox) = state.inboxes.remove(device) {
+                state.senders -= inbox.senders();
+            }
+        }
     }
 }
 

@@ -19,7 +19,7 @@ use crate::model::mail::{Outcome, Outgoing, Replay, Sent, Shortage};
 use crate::store::database::{Database, reading};
 use crate::store::outcome::{self, Devices, Queued};
 use crate::store::room::Charges;
-use crate::store::send::judge::{Changed, Judged, candidates, cases, judge};
+use crate::store::send::judge::{Changed, Judged, candidates, cases, judge, waiting_for};
 use crate::store::{Limits, Result, Store, StoreError};
 use crate::telemetry::metrics::{Left, Metrics, QueueRefusal, Repeat};
 
@@ -126,6 +126,13 @@ struct Found {
     devices: Devices,
 }
 
+impl Found {
+    /// All devices of the accounts that are written to.
+    fn device_numbers(&self) -> impl Iterator<Item = DeviceNo> {
+        self.devices.values().flatten().map(|(_, no)| *no)
+    }
+}
+
 impl Store {
     /// How many groups can be settled at the same time, to some use. SQLite has one writer.
     pub fn groups_at_once(&self) -> usize {
@@ -139,9 +146,9 @@ impl Store {
     /// until they are too old by the earliest time of `now`; new messages get the latest time. Durable when it
     /// returns. Each send is judged by itself; repeats of a send within one group are found as well.
     ///
-    /// A send is left for a later group, so that the others need not wait for it, when another transaction holds one of its
-    /// accounts for too long, or when too many inboxes would have to be counted at once; an ack, when another transaction
-    /// holds its message. On SQLite there are none.
+    /// A send is left for a later group, so that the others need not wait for it, when too many inboxes would have to be
+    /// counted at once, or when another transaction holds one of its accounts for too long; an ack, when another transaction
+    /// holds its message. On SQLite there are no other transactions.
     pub async fn settle(
         &self,
         sends: &[Outgoing],
@@ -201,8 +208,7 @@ impl Store {
             }
             Database::Postgres(postgres) => self.settle_in_postgres(postgres, sends, acks, now, locking).await,
         };
-        let settled = settled.inspect_err(|_| self.rooms.forget())?;
-        Ok(settled.map(|(settled, tally)| {
+        Ok(settled?.map(|(settled, tally)| {
             tally.count(&settled.sent, &self.metrics);
             settled
         }))
@@ -248,6 +254,11 @@ fn malformed(column: &str) -> sqlx::Error {
 fn changed_at(limits: &Limits, now: Timestamp) -> (Timestamp, Timestamp) {
     let later = limits.retention.saturating_sub(limits.idempotency_lifetime);
     (now + later, now + limits.retention.max(limits.idempotency_lifetime))
+}
+
+/// How many messages of each device these acks are for. Acks of one device stand together.
+fn acked(acks: &[(DeviceNo, Position)]) -> impl Iterator<Item = (DeviceNo, u64)> {
+    acks.chunk_by(|one, next| one.0 == next.0).map(|acks| (acks[0].0, acks.len() as u64))
 }
 
 /// The accounts written to, each once, in ascending order.

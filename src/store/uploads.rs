@@ -9,7 +9,7 @@ mod sqlite;
 use std::sync::Arc;
 use std::time::Duration;
 
-use crate::clock::Timestamp;
+use crate::clock::{Moment, Timestamp};
 use crate::model::ids::{AttachmentId, UserId};
 use crate::store::database::{Database, run};
 use crate::store::gather::Gather;
@@ -122,12 +122,17 @@ impl Store {
         }
     }
 
-    /// Forgets up to `limit` accounts whose uploads of the last day don't count any more.
-    pub async fn expire_upload_debts(&self, now: Timestamp, limit: u32) -> Result<u64> {
+    /// Forgets up to `limit` accounts whose uploads of the last day don't count any more, and up to as many with a debt that
+    /// a wrong clock has stored.
+    pub async fn expire_upload_debts(&self, now: impl Into<Moment>, limit: u32) -> Result<u64> {
+        let Moment { earliest, latest } = now.into();
         let mut tx = self.begin().await?;
-        let statement = "DELETE FROM upload_debts WHERE paid_at <= $1 AND user_id IN (
+        let old = "DELETE FROM upload_debts WHERE paid_at <= $1 AND user_id IN (
                  SELECT user_id FROM upload_debts WHERE paid_at <= $1 ORDER BY paid_at LIMIT $2)";
-        let forgotten = run!(&mut tx, sqlx::query(statement).bind(now).bind(i64::from(limit)))?;
+        let absurd = "DELETE FROM upload_debts WHERE paid_at > $1 AND user_id IN (
+                 SELECT user_id FROM upload_debts WHERE paid_at > $1 ORDER BY paid_at LIMIT $2)";
+        let mut forgotten = run!(&mut tx, sqlx::query(old).bind(earliest).bind(i64::from(limit)))?;
+        forgotten += run!(&mut tx, sqlx::query(absurd).bind(latest + LONGEST_DEBT).bind(i64::from(limit)))?;
         tx.commit().await?;
         Ok(forgotten)
     }

@@ -60,6 +60,8 @@ async fn rows_of_the_future(server: &TestServer) -> i64 {
         "SELECT (SELECT count(*) FROM messages WHERE received_at > {now}) \
               + (SELECT count(*) FROM attachments WHERE created_at > {now}) \
               + (SELECT count(*) FROM upload_debts WHERE paid_at > {now}) \
+              + (SELECT count(*) FROM sends WHERE sent_at > {now} OR review_at > {now}) \
+              + (SELECT count(*) FROM send_debts WHERE paid_at > {now}) \
               + (SELECT count(*) FROM gateway_tickets WHERE expires_at > {now}) \
               + (SELECT count(*) FROM sessions WHERE expires_at > {session})"
     );

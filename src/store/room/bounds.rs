@@ -37,6 +37,11 @@ impl Bounds {
         Self { most, share: Load { messages: part(most.messages), bytes: part(most.bytes) } }
     }
 
+    /// Messages that an inbox may hold.
+    pub(super) fn most_messages(&self) -> u64 {
+        self.most.messages
+    }
+
     /// True if an inbox with this load is more than half full. Only then do the shares of senders count.
     pub(in crate::store) fn is_over_half(&self, load: Load) -> bool {
         load.messages > self.most.messages / 2 || load.bytes > self.most.bytes / 2

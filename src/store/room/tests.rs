@@ -1,10 +1,16 @@
+use super::inbox::{FIRST_PAUSE, LONGEST_PAUSE};
 use super::*;
 
 const MESSAGES: u64 = 20;
 const BYTES: u64 = 2000;
 
+/// Of a node that sees all mail leave.
 fn rooms(bytes_per_day: u64) -> Rooms {
-    let limits = Limits {
+    Rooms::new(&limits(bytes_per_day), true)
+}
+
+fn limits(bytes_per_day: u64) -> Limits {
+    Limits {
         retention: DAY * 30,
         max_inbox_size: MESSAGES as u32,
         inbox_max_bytes: BYTES,
@@ -13,12 +19,24 @@ fn rooms(bytes_per_day: u64) -> Rooms {
         idempotency_lifetime: DAY,
         max_prekeys: 100,
         max_devices: 10,
-    };
-    Rooms::new(&limits)
+    }
 }
 
 fn empty(rooms: &Rooms, device: DeviceNo) {
-    rooms.counted([device], &[], Stamp::default());
+    count(rooms, device, &[]);
+}
+
+fn count(rooms: &Rooms, device: DeviceNo, found: &[Counted]) {
+    rooms.counted([(device, Stamp::default())], found);
+}
+
+fn unsure(rooms: &Rooms, coming: &[Candidate]) -> Unsure {
+    rooms.unsure(coming, |_| Some(Stamp::default()))
+}
+
+/// An inbox with as many messages as it may hold, all of one sender.
+fn full(device: DeviceNo) -> [Counted; 1] {
+    [(device, UserId::random(), Load { messages: MESSAGES, bytes: 20 })]
 }
 
 const NOW: Timestamp = Timestamp::from_seconds(1_800_000_000);
@@ -26,7 +44,7 @@ const DAY: Duration = Duration::from_hours(24);
 
 /// What a group is that has not been committed.
 fn charged(rooms: &Rooms, one: Candidate) -> (Result<(), Shortage>, Charges) {
-    let (mut verdicts, charges) = rooms.judge(&[one], NOW, |_| Some(Stamp::default())).unwrap();
+    let (mut verdicts, charges) = rooms.judge(&[one], NOW, |_| Some(AccountRow::default())).unwrap();
     (verdicts.remove(0).map_err(|(shortage, _)| shortage), charges)
 }
 
@@ -61,10 +79,11 @@ fn limits_and_shares_hold_whatever_comes() {
                 (true, true) => Ok(()),
             };
             // Shares are known only for an inbox that was counted when it was about half full.
-            let unsure = rooms.unsure(&[Candidate { user: owner, device, sender, bytes }], |_| Some(Stamp::default()));
-            if !unsure.is_empty() {
+            let unsure = unsure(&rooms, &[Candidate { user: owner, device, sender, bytes }]);
+            assert_eq!(unsure.stale, [], "nothing has left it");
+            if !unsure.unknown.is_empty() {
                 let found: Vec<Counted> = of_senders.iter().map(|(sender, load)| (device, *sender, *load)).collect();
-                rooms.counted([device], &found, Stamp::default());
+                count(&rooms, device, &found);
             }
             assert_eq!(taken(&rooms, Candidate { user: owner, device, sender, bytes }), expected);
             if expected.is_ok() {
@@ -76,31 +95,120 @@ fn limits_and_shares_hold_whatever_comes() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_full_inbox_is_counted_once_in_a_second_and_one_with_room_whenever_it_seems_full() {
-    let (rooms, owner, sender, device) = (rooms(0), UserId::random(), UserId::random(), DeviceNo(1));
-    let one = Candidate { user: owner, device, sender, bytes: 1 };
-    let is_unsure = || !rooms.unsure(&[one], |_| Some(Stamp::default())).is_empty();
-    assert!(is_unsure(), "nothing is known of it");
-    let full = [(device, sender, Load { messages: MESSAGES, bytes: 20 })];
-    rooms.counted([device], &full, Stamp::default());
-    assert!(is_unsure());
-    assert_eq!(taken(&rooms, one), Err(Shortage::Inbox));
-    assert!(!is_unsure());
-    tokio::time::advance(FULL_FOR).await;
-    assert!(is_unsure(), "there may be room by now");
+async fn a_full_inbox_is_counted_again_only_when_mail_has_left_it() {
+    let (rooms, user, device) = (rooms(0), UserId::random(), DeviceNo(1));
+    let one = Candidate { user, device, sender: UserId::random(), bytes: 1 };
+    assert_eq!(unsure(&rooms, &[one]).unknown, [(user, device)], "nothing is known of it");
+    count(&rooms, device, &full(device));
+    for _ in 0..1000 {
+        assert_eq!(taken(&rooms, one), Err(Shortage::Inbox));
+        assert_eq!(unsure(&rooms, &[one]), Unsure::default());
+        tokio::time::advance(LONGEST_PAUSE).await;
+    }
+    count(&rooms, device, &full(device));
+    rooms.left([(device, 1)]);
+    assert_eq!(unsure(&rooms, &[one]), Unsure::default(), "little has left, and it was counted just now");
+    rooms.left([(device, 1)]);
+    assert_eq!(unsure(&rooms, &[one]).stale, [(user, device)], "a sixteenth has left");
+    count(&rooms, device, &full(device));
+    rooms.left([(device, 1)]);
+    tokio::time::advance(LONGEST_PAUSE).await;
+    assert_eq!(unsure(&rooms, &[one]).stale, [(user, device)], "however little it is, it is found out after a while");
     empty(&rooms, device);
     assert_eq!(taken(&rooms, one), Ok(()));
-    assert!(!is_unsure());
+    assert_eq!(unsure(&rooms, &[one]), Unsure::default());
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_full_inbox_from_which_other_nodes_may_take_mail_is_counted_more_and_more_seldom() {
+    let (rooms, user, device) = (Rooms::new(&limits(0), false), UserId::random(), DeviceNo(1));
+    let one = Candidate { user, device, sender: UserId::random(), bytes: 1 };
+    let mut pauses = Vec::new();
+    for _ in 0..9 {
+        count(&rooms, device, &full(device));
+        let counted_at = Instant::now();
+        while unsure(&rooms, &[one]).stale.is_empty() {
+            assert_eq!(taken(&rooms, one), Err(Shortage::Inbox));
+            tokio::time::advance(FIRST_PAUSE).await;
+        }
+        pauses.push(counted_at.elapsed().as_secs());
+    }
+    assert_eq!(pauses, [1, 2, 4, 8, 16, 32, 60, 60, 60]);
+    // A node that sees much leave counts at once, and soon again.
+    rooms.left([(device, 2)]);
+    assert_eq!(unsure(&rooms, &[one]).stale, [(user, device)]);
+    count(&rooms, device, &[(device, one.sender, Load { messages: MESSAGES - 2, bytes: 20 })]);
+    tokio::time::advance(FIRST_PAUSE).await;
+    assert_eq!(unsure(&rooms, &[one]).stale, [(user, device)], "its share is taken, but for how long?");
+}
+
+#[tokio::test(start_paused = true)]
+async fn the_inbox_that_was_counted_first_is_counted_again_first() {
+    let (rooms, user) = (Rooms::new(&limits(0), false), UserId::random());
+    let devices = [3, 1, 2].map(DeviceNo);
+    for device in devices {
+        count(&rooms, device, &full(device));
+        tokio::time::advance(FIRST_PAUSE).await;
+    }
+    let coming = [1, 2, 3, 9, 8].map(|no| Candidate { user, device: DeviceNo(no), sender: UserId::random(), bytes: 1 });
+    let Unsure { unknown, stale } = unsure(&rooms, &coming);
+    assert_eq!(stale, devices.map(|device| (user, device)));
+    assert_eq!(unknown, [9, 8].map(|no| (user, DeviceNo(no))), "in the order of the messages");
+}
+
+/// Its sender's day is over, so nothing comes above the half.
+#[test]
+fn a_half_full_inbox_is_not_counted_for_each_message_that_is_refused_for_other_reasons() {
+    let (rooms, user, device) = (rooms(4), UserId::random(), DeviceNo(1));
+    let one = Candidate { user, device, sender: UserId::random(), bytes: 4 };
+    let half = Load { messages: MESSAGES / 2, bytes: 20 };
+    empty(&rooms, DeviceNo(2));
+    taken(&rooms, Candidate { device: DeviceNo(2), ..one }).unwrap();
+    count(&rooms, device, &[(device, UserId::random(), half)]);
+    for number in 0..10 {
+        assert_eq!(taken(&rooms, one), Err(Shortage::Day));
+        let coming = vec![one; 1 + number % 2];
+        assert_eq!(unsure(&rooms, &coming), Unsure::default(), "{number}");
+    }
 }
 
 #[test]
 fn a_row_that_another_node_has_written_is_not_believed() {
     let (rooms, owner, device) = (rooms(0), UserId::random(), DeviceNo(1));
     let one = Candidate { user: owner, device, sender: UserId::random(), bytes: 1 };
-    rooms.counted([device], &[(device, one.sender, Load { messages: 1, bytes: 1 })], (12, 12));
-    assert!(rooms.unsure(&[one], |_| Some((12, 12))).is_empty());
-    assert_eq!(rooms.unsure(&[one], |_| Some((13, 13))), [(owner, device)]);
-    assert!(rooms.unsure(&[one], |_| None).is_empty(), "it is not half full");
+    rooms.counted([(device, (12, 12))], &[(device, one.sender, Load { messages: 1, bytes: 1 })]);
+    assert_eq!(rooms.unsure(&[one], |_| Some((12, 12))), Unsure::default());
+    assert_eq!(rooms.unsure(&[one], |_| Some((13, 13))).unknown, [(owner, device)]);
+    assert_eq!(rooms.unsure(&[one], |_| None), Unsure::default(), "it is not half full");
+}
+
+/// Another node has queued mail. Here a message is refused for its size, so nothing is counted.
+#[test]
+fn a_row_that_another_node_has_written_is_not_believed_after_a_refusal() {
+    let (rooms, user, device) = (rooms(0), UserId::random(), DeviceNo(1));
+    let large = Candidate { user, device, sender: UserId::random(), bytes: BYTES };
+    let found: Vec<Counted> =
+        (1..MESSAGES).map(|_| (device, UserId::random(), Load { messages: 1, bytes: 1 })).collect();
+    let row = |more: i32| (19 + more, i64::from(19 + more));
+    rooms.counted([(device, row(0))], &found);
+    assert_eq!(rooms.unsure(&[large], |_| Some(row(1))), Unsure::default(), "it is refused whatever the other one did");
+    let judged = rooms.judge(&[large], NOW, |_| Some(AccountRow { before: row(1), now: row(2) })).unwrap();
+    assert!(judged.0[0].is_err());
+    let small = Candidate { bytes: 1, ..large };
+    assert_eq!(rooms.unsure(&[small], |_| Some(row(2))).unknown, [(user, device)], "there may be no room for it");
+}
+
+/// A group for which nothing is queued leaves the row as it was.
+#[test]
+fn a_row_that_refusals_did_not_raise_is_believed() {
+    let (rooms, user, device) = (rooms(0), UserId::random(), DeviceNo(1));
+    let large = Candidate { user, device, sender: UserId::random(), bytes: BYTES };
+    rooms.counted([(device, (19, 19))], &[(device, UserId::random(), Load { messages: MESSAGES - 1, bytes: 19 })]);
+    let row = AccountRow { before: (19, 19), now: (20, 2019) };
+    assert!(rooms.judge(&[large], NOW, |_| Some(row)).unwrap().0[0].is_err());
+    rooms.restored([device], row);
+    let small = Candidate { bytes: 1, ..large };
+    assert_eq!(rooms.unsure(&[small], |_| Some((19, 19))), Unsure::default());
 }
 
 /// Each of these inboxes is full, and together they have more senders than are remembered.
@@ -115,13 +223,17 @@ fn an_inbox_is_not_taken_for_empty_when_too_many_are_remembered() {
         .collect();
     for one in &coming {
         let found: Vec<Counted> = full.iter().map(|(_, sender, load)| (one.device, *sender, *load)).collect();
-        rooms.counted([one.device], &found, Stamp::default());
+        count(&rooms, one.device, &found);
     }
-    let judged = || rooms.judge(&coming, NOW, |_| Some(Stamp::default()));
+    let small = Candidate { device: DeviceNo(-1), ..coming[0] };
+    empty(&rooms, small.device);
+    taken(&rooms, small).unwrap();
+    let judged = || rooms.judge(&coming, NOW, |_| Some(AccountRow::default()));
     assert!(judged().unwrap().0.iter().all(Result::is_err), "all of them are full");
     rooms.bound();
     assert!(judged().is_none(), "they have to be counted again");
-    assert_eq!(rooms.unsure(&coming, |_| Some(Stamp::default())).len(), coming.len());
+    assert_eq!(unsure(&rooms, &coming).unknown.len(), coming.len());
+    assert_eq!(unsure(&rooms, &[small]), Unsure::default(), "one without senders is still remembered");
 }
 
 /// Two groups are under way: whatever one of them does to what is remembered, the other one writes no row that says less than
@@ -135,24 +247,25 @@ fn a_row_never_says_less_than_waits_whatever_another_group_forgets() {
             .iter()
             .map(|device| (*device, sender, Load { messages: rand::random_range(0..=MESSAGES), bytes: 20 }))
             .collect();
-        rooms.counted(devices, &waiting, Stamp::default());
+        let count = || rooms.counted(devices.map(|device| (device, Stamp::default())), &waiting);
+        count();
         let mut most = waiting.iter().map(|(.., load)| load.messages).max().unwrap();
         if rand::random() {
-            rooms.forget();
+            rooms.forget(&devices);
         }
         let coming = devices.map(|device| Candidate { user: owner, device, sender: UserId::random(), bytes: 1 });
-        if rooms.judge(&coming, NOW, |_| Some(Stamp::default())).is_none() {
-            rooms.counted(devices, &waiting, Stamp::default());
-            rooms.judge(&coming, NOW, |_| Some(Stamp::default())).unwrap();
+        if rooms.judge(&coming, NOW, |_| Some(AccountRow::default())).is_none() {
+            count();
+            rooms.judge(&coming, NOW, |_| Some(AccountRow::default())).unwrap();
         }
         most = (most + 1).min(MESSAGES);
         match rand::random_range(0..3) {
-            0 => rooms.forget(),
+            0 => rooms.forget(&devices[..1]),
             // Another account of the other group.
             1 => empty(&rooms, DeviceNo(3)),
             _ => {}
         }
-        if let Some((messages, _)) = rooms.stamped(owner, &devices) {
+        if let Some((messages, _)) = rooms.stamped(&devices) {
             assert!(u64::from(messages.unsigned_abs()) >= most, "{messages} instead of {most}");
         }
     }
@@ -164,11 +277,11 @@ fn an_inbox_that_is_counted_often_fills_no_memory() {
     let found: Vec<Counted> =
         (0..MESSAGES).map(|_| (device, UserId::random(), Load { messages: 1, bytes: 1 })).collect();
     for _ in 0..=REMEMBERED_SENDERS as u64 / MESSAGES {
-        rooms.counted([device], &found, Stamp::default());
+        count(&rooms, device, &found);
     }
     assert_eq!(rooms.state().senders, found.len());
     rooms.bound();
-    assert!(rooms.stamped(UserId::random(), &[device]).is_some(), "it is still remembered");
+    assert!(rooms.stamped(&[device]).is_some(), "it is still remembered");
     empty(&rooms, device);
     let one = Candidate { user: UserId::random(), device, sender: UserId::random(), bytes: 1 };
     taken(&rooms, one).unwrap();

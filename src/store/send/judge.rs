@@ -1,6 +1,6 @@
 //! Decides about the sends of a group: which are repeats, which messages need room, and what is queued. Pure.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::ops::Range;
 use std::time::Duration;
 
@@ -118,6 +118,17 @@ pub(super) fn candidates(sends: &[Outgoing], cases: &[Case<'_>]) -> Vec<Candidat
             .collect::<Vec<_>>()
     };
     sends.iter().zip(cases).flat_map(of_send).collect()
+}
+
+/// The sends with a message for one of these devices.
+pub(super) fn waiting_for(
+    sends: &[Outgoing],
+    cases: &[Case<'_>],
+    devices: &HashSet<DeviceNo>,
+) -> Vec<(DeviceNo, IdempotencyKey)> {
+    let waits = |case: &Case<'_>| case.queued().iter().any(|row| devices.contains(&row.device));
+    let waiting = sends.iter().zip(cases).filter(|(_, case)| waits(case));
+    waiting.map(|(mail, _)| (mail.sender.no, mail.key)).collect()
 }
 
 /// Decides what is queued. `verdicts` are those on the candidates, in their order.

@@ -7,8 +7,7 @@
 
 mod rows;
 
-use std::collections::{HashMap, HashSet};
-use std::time::Duration;
+use std::collections::HashSet;
 
 use crate::clock::{Moment, Timestamp};
 use crate::model::ids::{DeviceId, DeviceNo, IdempotencyKey, MessageId, Position, UserId};
@@ -17,7 +16,8 @@ use crate::store::database::{PostgresTx, timely};
 use crate::store::notices::{self, Unread};
 use crate::store::outcome::Devices;
 use crate::store::postgres::PostgresStore;
-use crate::store::room::Candidate;
+use crate::store::room::{AccountRow, Counting, Stamp, Unsure};
+use crate::store::send::judge::Judgement;
 use crate::store::send::postgres::rows::Locked;
 use crate::store::send::{self, Found, Known, Locking, NewMessage, Receipt, Settled, Tally};
 use crate::store::{Result, Store};
@@ -25,8 +25,6 @@ use crate::telemetry::traces::Span;
 
 /// Positions in a block of the sequence, as the migration says.
 const BLOCK: usize = 65_536;
-/// Accounts whose inboxes are counted in one group.
-const COUNTED_AT_ONCE: usize = 16;
 /// The device is compared too, so that nothing but its own mail can ever be deleted.
 ///
 /// Two things keep each look-up on the primary key, also when it is planned while there are no messages: `OFFSET 0`,
@@ -65,7 +63,7 @@ const ASK: &str = "
 type Answer =
     (i64, Option<IdempotencyKey>, Option<UserId>, Option<DeviceId>, Option<Vec<u8>>, Option<Vec<u8>>, Option<Position>);
 
-/// A row of `sends` that is replaced is past its age and has no message waiting: see `ASK`.
+/// A row of `sends` that is replaced is past its age ($9) and has no message waiting: see `ASK`, which goes by the same time.
 const WRITE: &str = concat!(
     "WITH receipts AS (
         INSERT INTO sends
@@ -116,22 +114,35 @@ impl Store {
         locking: Locking,
     ) -> Result<Option<(Settled, Tally)>> {
         let mut tx = Span::within("store.begin").attempt(postgres.begin_group()).await?;
-        let write = self.write_group(&mut tx, sends, acks, now, locking);
-        let settled = Span::within("store.write").attempt(write).await?;
-        match settled {
-            Some(_) => Span::within("store.commit").attempt(tx.end("COMMIT")).await?,
-            None => tx.end("ROLLBACK").await?,
+        let mut touched = Vec::new();
+        let written = async {
+            let write = self.write_group(&mut tx, sends, acks, (now, locking), &mut touched);
+            let settled = Span::within("store.write").attempt(write).await?;
+            match settled {
+                Some(_) => Span::within("store.commit").attempt(tx.end("COMMIT")).await?,
+                None => tx.end("ROLLBACK").await?,
+            }
+            Ok(settled)
+        };
+        let settled = written.await;
+        match &settled {
+            Ok(Some((Settled { held, .. }, _))) => {
+                self.rooms.left(send::acked(acks).filter(|(device, _)| !held.contains(device)));
+            }
+            Ok(None) | Err(_) => self.rooms.forget(&touched),
         }
-        Ok(settled)
+        settled
     }
 
+    /// Everything but the beginning and the end. `touched` is given the devices whose inboxes are remembered by what is not
+    /// committed yet.
     async fn write_group(
         &self,
         tx: &mut PostgresTx,
         sends: &[Outgoing],
         acks: &[(DeviceNo, Position)],
-        Moment { earliest, latest: now }: Moment,
-        locking: Locking,
+        (Moment { earliest, latest: now }, locking): (Moment, Locking),
+        touched: &mut Vec<DeviceNo>,
     ) -> Result<Option<(Settled, Tally)>> {
         let mut tally = Tally::default();
         let acks = &in_order(acks);
@@ -140,27 +151,27 @@ impl Store {
             (tally.acked, held) = tx.delete_acked(acks, locking).await?;
             return Ok(Some((Settled { sent: Vec::new(), held }, tally)));
         }
-        let lifetime = self.limits.idempotency_lifetime;
+        let alive_since = earliest - self.limits.idempotency_lifetime;
         self.rooms.bound();
         let locked = tx.lock_accounts(sends, locking).await?;
-        // The rows of accounts with an inbox that may be more than half full, as they are now and were before this group.
-        let row = |user: UserId| locked.get(&user).filter(|row| self.rooms.is_over_half(row.now));
-        let is_unsure = |user: &UserId| row(*user).is_some_and(|row| !self.rooms.knows(*user, row.before));
-        let later = left_for_later(sends, &locked, is_unsure, locking);
-        let (found, blocks) = tx.ask(sends, earliest - lifetime).await?;
-        let is_later = |mail: &Outgoing| later.contains(&(mail.sender.no, mail.key));
-        let cases = send::cases(sends, &found, is_later);
-        let coming = send::candidates(sends, &cases);
-        let mut counted = Vec::new();
-        let (verdicts, mut charges) = loop {
-            counted.extend(self.count_the_unsure(tx, &coming, &found.devices, &locked).await?);
-            if let Some(judged) = self.rooms.judge(&coming, now, |user| row(user).map(|row| row.now)) {
-                break judged;
+        let (found, blocks) = tx.ask(sends, alive_since).await?;
+        touched.extend(found.device_numbers());
+        // The rows of accounts with an inbox that may be more than half full.
+        let row = |user: UserId| locked.get(&user).copied().filter(|row| self.rooms.is_over_half(row.now));
+        let mut later = held_back(sends, &locked, locking);
+        let (mut counting, mut counted) = (self.rooms.counting(), HashSet::new());
+        let (cases, verdicts, mut charges) = loop {
+            let cases = send::cases(sends, &found, |mail| later.contains(&(mail.sender.no, mail.key)));
+            let coming = send::candidates(sends, &cases);
+            let unsure = self.rooms.unsure(&coming, |user| row(user).map(|row| row.before));
+            let count = self.count_accounts(tx, &unsure, &found.devices, &locked, (&mut counting, &mut counted));
+            let uncounted = count.await?;
+            if !uncounted.is_empty() {
+                later.extend(send::waiting_for(sends, &cases, &uncounted));
+            } else if let Some((verdicts, charges)) = self.rooms.judge(&coming, now, row) {
+                break (cases, verdicts, charges);
             }
         };
-        counted.sort_unstable();
-        counted.dedup();
-        self.rooms.learn(coming.iter().filter_map(|one| row(one.user).map(|row| (one.user, row.now))));
         let judgement = send::judge(sends, cases, verdicts);
         let (rows, judged) = (&judgement.rows, &judgement.judged);
         let received = self.numbering.receive(rows.len(), now);
@@ -169,7 +180,8 @@ impl Store {
         let messages = send::numbered(rows, &received.ids, position);
         // Acks that may not wait are written by a statement of their own.
         let at_once = if locking == Locking::Wait { acks } else { &InOrder::default() };
-        let written = tx.write(&receipts, &messages, at_once, received.received_at, lifetime).await?;
+        let times = (received.received_at, received.received_at + self.limits.idempotency_lifetime, alive_since);
+        let written = tx.write(&receipts, &messages, at_once, times).await?;
         // Another group has just written the outcome of one of these sends down.
         if written.receipts < receipts.len() as i64 {
             return Ok(None);
@@ -188,75 +200,84 @@ impl Store {
             charges.written(&tx.owe(&debts, now).await?);
         }
         tally.charges = Some(charges);
-        if !counted.is_empty() {
-            self.set_counted(tx, &counted, &found.devices).await?;
+        let rows = self.corrected_rows(&counted, &judgement, &found.devices, &locked);
+        if !rows.is_empty() {
+            tx.set_at_most(&rows).await?;
         }
         Ok(Some((Settled { sent: judgement.sent, held }, tally)))
     }
 
-    /// Counts the inboxes of those accounts of which too little is known to judge these messages. Returns the accounts.
-    async fn count_the_unsure(
+    /// Counts the inboxes of accounts, those with unknown ones first, until the group has counted enough. `counted` is given
+    /// the accounts. Returns the unknown inboxes that are left.
+    async fn count_accounts(
         &self,
         tx: &mut PostgresTx,
-        coming: &[Candidate],
+        Unsure { unknown, stale }: &Unsure,
         devices: &Devices,
-        locked: &HashMap<UserId, Locked>,
-    ) -> Result<Vec<UserId>> {
-        let row = |user: UserId| locked.get(&user).filter(|row| self.rooms.is_over_half(row.now));
-        let unsure = self.rooms.unsure(coming, |user| row(user).map(|row| row.before));
-        let mut users: Vec<UserId> = unsure.into_iter().map(|(user, _)| user).collect();
-        users.sort_unstable();
-        users.dedup();
-        if users.is_empty() {
-            return Ok(users);
+        locked: &Locked,
+        (counting, counted): (&mut Counting, &mut HashSet<UserId>),
+    ) -> Result<HashSet<DeviceNo>> {
+        let of_user = |user: &UserId| devices.get(user).map(Vec::as_slice).unwrap_or_default();
+        let mut seen = HashSet::new();
+        let users = unknown.iter().chain(stale).map(|(user, _)| *user).filter(|user| seen.insert(*user));
+        let users: Vec<UserId> = users.collect();
+        let (mut rest, mut done) = (&users[..], HashSet::<UserId>::new());
+        while !rest.is_empty() && !counting.is_over() {
+            // One row stands for all inboxes of an account, so they are counted together.
+            let mut inboxes = 0;
+            let fits = |user: &&UserId| {
+                inboxes += of_user(user).len();
+                inboxes <= self.rooms.counted_at_once()
+            };
+            let (chunk, later) = rest.split_at(rest.iter().take_while(fits).count().max(1));
+            let found = tx.count(chunk).await?;
+            let stamped = |user: &UserId| {
+                let stamp = locked.get(user).map(|row| row.before).unwrap_or_default();
+                of_user(user).iter().map(move |(_, no)| (*no, stamp))
+            };
+            let devices: Vec<(DeviceNo, Stamp)> = chunk.iter().flat_map(stamped).collect();
+            self.metrics.counted.add((), counting.add(devices.len(), &found));
+            self.rooms.counted(devices, &found);
+            done.extend(chunk);
+            rest = later;
         }
-        let found = tx.count(&users).await?;
-        for user in &users {
-            let of_user = devices.get(user).map(Vec::as_slice).unwrap_or_default();
-            let stamp = row(*user).map(|row| row.before).unwrap_or_default();
-            self.rooms.counted(of_user.iter().map(|(_, no)| *no), &found, stamp);
-        }
-        Ok(users)
+        let left = unknown.iter().filter(|(user, _)| !done.contains(user)).map(|(_, device)| *device).collect();
+        counted.extend(done);
+        Ok(left)
     }
 
-    /// Stores how much waits at most for a device of these accounts, which have just been counted, if that is still
-    /// remembered.
-    async fn set_counted(&self, tx: &mut PostgresTx, users: &[UserId], devices: &Devices) -> Result<()> {
-        let mut rows = Vec::with_capacity(users.len());
-        for user in users {
-            let of_user: Vec<DeviceNo> =
-                devices.get(user).map(Vec::as_slice).unwrap_or_default().iter().map(|(_, no)| *no).collect();
-            rows.extend(self.rooms.stamped(*user, &of_user).map(|stamp| (*user, stamp)));
+    /// What the rows of accounts should say after this group, where they say too much: those of the accounts that were
+    /// counted, if that is still remembered, and of those for which nothing was queued. If refusals raised a row, another
+    /// node would take them for mail, and count.
+    fn corrected_rows(
+        &self,
+        counted: &HashSet<UserId>,
+        judgement: &Judgement<'_>,
+        devices: &Devices,
+        locked: &Locked,
+    ) -> Vec<(UserId, Stamp)> {
+        let of_user = |user: &UserId| devices.get(user).into_iter().flatten().map(|(_, no)| *no);
+        let stamped = |user: &UserId| Some((*user, self.rooms.stamped(&of_user(user).collect::<Vec<_>>())?));
+        let mut rows: Vec<(UserId, Stamp)> = counted.iter().filter_map(stamped).collect();
+        let is_over_half = |row: &AccountRow| self.rooms.is_over_half(row.now);
+        if locked.values().any(is_over_half) {
+            let queued: HashSet<UserId> = judgement.rows.iter().map(|(_, message)| message.user).collect();
+            let is_raised = |user: &UserId, row: &AccountRow| is_over_half(row) && !queued.contains(user);
+            for (user, row) in locked.iter().filter(|(user, row)| is_raised(user, row) && !counted.contains(user)) {
+                self.rooms.restored(of_user(user), *row);
+                rows.push((*user, row.before));
+            }
         }
-        if rows.is_empty() {
-            return Ok(());
-        }
-        tx.set_at_most(&rows).await
+        rows
     }
 }
 
-/// The sends that are left for a later group: one of their accounts could not be locked, or too many accounts would have to be
-/// counted with them, for which the whole group would wait. The first send that needs a count always gets it.
-fn left_for_later(
-    sends: &[Outgoing],
-    locked: &HashMap<UserId, Locked>,
-    is_unsure: impl Fn(&UserId) -> bool,
-    locking: Locking,
-) -> HashSet<(DeviceNo, IdempotencyKey)> {
-    let (mut later, mut counted) = (HashSet::new(), HashSet::new());
-    for mail in sends {
-        let users = || mail.accounts();
-        // Accounts that never were have no lock, and nobody holds it.
-        let is_held = locking == Locking::PassOver && users().any(|user| !locked.contains_key(&user));
-        let unsure: Vec<UserId> = users().filter(&is_unsure).filter(|user| !counted.contains(user)).collect();
-        let is_too_much = !unsure.is_empty() && !counted.is_empty() && counted.len() + unsure.len() > COUNTED_AT_ONCE;
-        if is_held || is_too_much {
-            later.insert((mail.sender.no, mail.key));
-        } else {
-            counted.extend(unsure);
-        }
-    }
-    later
+/// The sends that are left for a later group because one of their accounts could not be locked.
+fn held_back(sends: &[Outgoing], locked: &Locked, locking: Locking) -> HashSet<(DeviceNo, IdempotencyKey)> {
+    // Accounts that never were have no lock, and nobody holds it.
+    let is_held =
+        |mail: &&Outgoing| locking == Locking::PassOver && mail.accounts().any(|user| !locked.contains_key(&user));
+    sends.iter().filter(is_held).map(|mail| (mail.sender.no, mail.key)).collect()
 }
 
 impl PostgresTx {
@@ -285,14 +306,14 @@ impl PostgresTx {
         Ok((Found { known, devices }, blocks))
     }
 
-    /// Writes outcomes and messages down, and deletes what is acknowledged, all in one statement.
+    /// Writes outcomes and messages down, and deletes what is acknowledged, all in one statement. The times are those of
+    /// the receipt, of the review of the outcomes, and up to which former outcomes are past their age.
     async fn write(
         &mut self,
         receipts: &[Receipt<'_>],
         messages: &[NewMessage<'_>],
         (acked_devices, acked_positions): &InOrder,
-        received_at: Timestamp,
-        lifetime: Duration,
+        (received_at, review_at, alive_since): (Timestamp, Timestamp, Timestamp),
     ) -> Result<Written> {
         let column = |of: fn(&Receipt<'_>) -> i64| receipts.iter().map(of).collect::<Vec<i64>>();
         let keys: Vec<IdempotencyKey> = receipts.iter().map(|receipt| receipt.mail.key).collect();
@@ -312,8 +333,8 @@ impl PostgresTx {
             .bind(column(|receipt| receipt.first.0))
             .bind(column(|receipt| receipt.last.0))
             .bind(received_at)
-            .bind(received_at + lifetime)
-            .bind(received_at - lifetime)
+            .bind(review_at)
+            .bind(alive_since)
             .bind(positions)
             .bind(devices)
             .bind(ids)

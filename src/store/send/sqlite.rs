@@ -4,6 +4,7 @@
 //! A trip to the thread of the connection costs as much as a statement, so a group makes two: one text begins, deletes
 //! and asks, the other one writes and commits.
 
+use std::collections::HashSet;
 use std::fmt::Write;
 
 use sqlx::query::Query;
@@ -15,7 +16,7 @@ use crate::model::ids::{DeviceId, DeviceNo, Position, UserId};
 use crate::model::mail::{Outgoing, Sent};
 use crate::store::notices::{self, Unread};
 use crate::store::outcome::Devices;
-use crate::store::room::{self, Counted, LONGEST_DEBT, Stamp};
+use crate::store::room::{self, AccountRow, Counted, Counting, LONGEST_DEBT, Stamp, Unsure};
 use crate::store::send::{self, Changed, Found, Known, NewMessage, Receipt, Tally};
 use crate::store::sqlite::{SqliteStore, Transaction};
 use crate::store::{Result, Store, StoreError, json_list};
@@ -73,32 +74,46 @@ impl Store {
         sqlite: &SqliteStore,
         sends: &[Outgoing],
         acks: &[(DeviceNo, Position)],
-        Moment { earliest, latest: now }: Moment,
+        now: Moment,
     ) -> Result<(Vec<Option<Sent>>, Tally)> {
         let mut tx = Span::within("store.begin").attempt(sqlite.unbegun()).await?;
+        // From here on no other group counts until this one has ended.
+        self.rooms.left(send::acked(acks));
         if sends.is_empty() {
             let text = sqlx::query(DELETE).bind(acknowledged(acks));
             let [_begun, deleted, _committed] = Span::within("store.commit").attempt(tx.finish(text)).await?;
             return Ok((Vec::new(), Tally { acked: deleted.changed, ..Tally::default() }));
         }
-        let lifetime = self.limits.idempotency_lifetime;
-        let question = tx.run(question(sends, acks, earliest - lifetime));
+        let question = tx.run(question(sends, acks, now.earliest - self.limits.idempotency_lifetime));
         let [_begun, deleted, known, devices] = Span::within("store.write").attempt(question).await?;
-        let mut tally = Tally { acked: deleted.changed, ..Tally::default() };
         let found = Found { known: outcomes_of(&known.rows)?, devices: devices_of(&devices.rows)? };
-        let cases = send::cases(sends, &found, |_| false);
-        let coming = send::candidates(sends, &cases);
+        let written = self.write_in_sqlite(tx, sends, &found, now.latest).await;
+        let (sent, tally) =
+            written.inspect_err(|_| self.rooms.forget(&found.device_numbers().collect::<Vec<DeviceNo>>()))?;
+        Ok((sent, Tally { acked: deleted.changed, ..tally }))
+    }
+
+    /// Judges the sends, and stores what is queued. Commits.
+    async fn write_in_sqlite(
+        &self,
+        mut tx: Transaction,
+        sends: &[Outgoing],
+        found: &Found,
+        now: Timestamp,
+    ) -> Result<(Vec<Option<Sent>>, Tally)> {
+        let (lifetime, mut tally) = (self.limits.idempotency_lifetime, Tally::default());
         // There is no other writer, so what is remembered of an inbox holds until it is counted again.
         self.rooms.bound();
-        let (verdicts, mut charges) = loop {
+        let (mut later, mut counting) = (HashSet::new(), self.rooms.counting());
+        let (cases, verdicts, mut charges) = loop {
+            let cases = send::cases(sends, found, |mail| later.contains(&(mail.sender.no, mail.key)));
+            let coming = send::candidates(sends, &cases);
             let unsure = self.rooms.unsure(&coming, |_| Some(Stamp::default()));
-            if !unsure.is_empty() {
-                let unsure: Vec<DeviceNo> = unsure.into_iter().map(|(_, device)| device).collect();
-                let counted = Span::within("store.write").attempt(count(&mut tx, &unsure)).await?;
-                self.rooms.counted(unsure, &counted, Stamp::default());
-            }
-            if let Some(judged) = self.rooms.judge(&coming, now, |_| Some(Stamp::default())) {
-                break judged;
+            let uncounted = self.count_in_sqlite(&mut tx, &unsure, &mut counting).await?;
+            if !uncounted.is_empty() {
+                later.extend(send::waiting_for(sends, &cases, &uncounted));
+            } else if let Some((verdicts, charges)) = self.rooms.judge(&coming, now, |_| Some(AccountRow::default())) {
+                break (cases, verdicts, charges);
             }
         };
         let judgement = send::judge(sends, cases, verdicts);
@@ -130,6 +145,27 @@ impl Store {
         }
         tally.charges = Some(charges);
         Ok((judgement.sent, tally))
+    }
+
+    /// Counts inboxes, the unknown ones first, until the group has counted enough. Returns the unknown ones that are left.
+    async fn count_in_sqlite(
+        &self,
+        tx: &mut Transaction,
+        Unsure { unknown, stale }: &Unsure,
+        counting: &mut Counting,
+    ) -> Result<HashSet<DeviceNo>> {
+        let asked: Vec<DeviceNo> = unknown.iter().chain(stale).map(|(_, device)| *device).collect();
+        let mut counted = 0;
+        for devices in asked.chunks(self.rooms.counted_at_once()) {
+            if counting.is_over() {
+                break;
+            }
+            let found = Span::within("store.write").attempt(count(tx, devices)).await?;
+            self.metrics.counted.add((), counting.add(devices.len(), &found));
+            self.rooms.counted(devices.iter().map(|device| (*device, Stamp::default())), &found);
+            counted += devices.len();
+        }
+        Ok(unknown.iter().skip(counted).map(|(_, device)| *device).collect())
     }
 }
 

@@ -116,6 +116,8 @@ metrics! {
             "Messages that left the queue for good, by cause.",
         refused_messages: Counter<QueueRefusal> = "obscura.queue.refused" "{message}"
             "Messages not queued for lack of room, by reason; a repeat that finds no room counts again.",
+        counted: Counter = "obscura.queue.counted" "{message}"
+            "Waiting messages that were counted to find out whether their inboxes have room.",
         repeats: Counter<Repeat> = "obscura.queue.repeats" "{send}"
             "Sends that had been sent before, and were answered with the first outcome.",
     }

@@ -1,5 +1,7 @@
 //! An inbox without room, as senders and receivers see it.
 
+use std::time::Duration;
+
 use futures_util::future::join_all;
 use prost::Message as _;
 use uuid::Uuid;
@@ -147,6 +149,63 @@ async fn a_client_that_understands_parts_gets_200_with_the_refused_devices() {
     alice.post_messages(Uuid::new_v4(), &send_request(&[])).await.expect(200);
 }
 
+/// Sends one message under the lenient preference. Returns why it was refused, if it was.
+async fn reason(sender: &Device, to: &Device) -> Option<i32> {
+    let request = send_request(&[(to, b"x")]);
+    let send = sender.messages_request(Uuid::new_v4(), request.encode_to_vec()).header("prefer", "handling=lenient");
+    let answer = send.send().await.expect(200);
+    if answer.body.is_empty() {
+        return None;
+    }
+    let refused = outcome(&answer).refused_devices;
+    assert_eq!((refused.len(), &refused[0].device_id), (1, &to.id_bytes()));
+    assert!(answer.header("retry-after").is_some_and(|secs| secs.parse::<u64>().unwrap() > 0));
+    Some(refused[0].reason)
+}
+
+#[tokio::test]
+async fn a_sender_is_told_that_it_has_its_share_of_the_inbox() {
+    let server = TestServer::start_with(|config| config.messaging.max_inbox_size = 8).await;
+    let (alice, bob, carol) = (server.account().await, server.account().await, server.account().await);
+    for _ in 0..5 {
+        assert_eq!(reason(&alice, &bob).await, None);
+    }
+    assert_eq!(reason(&alice, &bob).await, Some(2));
+    assert_eq!(reason(&carol, &bob).await, None, "there is room for others");
+}
+
+#[tokio::test]
+async fn a_sender_is_told_that_its_day_is_used_up() {
+    let server = TestServer::start_with(|config| config.messaging.sender_bytes_per_day = 64).await;
+    let (alice, bob) = (server.account().await, server.account().await);
+    let mut taken = 0;
+    let told = loop {
+        match reason(&alice, &bob).await {
+            None => taken += 1,
+            Some(reason) => break reason,
+        }
+        assert!(taken <= 64, "each has at least a byte");
+    };
+    assert_eq!(told, 3);
+    assert_eq!(reason(&bob, &alice).await, None, "it is the day of the sender");
+}
+
+#[tokio::test]
+async fn a_receiver_who_asks_is_told_how_much_expired_and_since_which_hour() {
+    let server = TestServer::start_with(|config| config.messaging.cleanup_interval = Duration::from_millis(100)).await;
+    let (alice, bob) = (server.account().await, server.account().await);
+    alice.send_to(&bob, "never read").await;
+    server.clock.advance(Duration::from_hours(31 * 24));
+    let database = server.database().await;
+    eventually("the message to expire", async || database.queued(&bob).await == 0).await;
+    let bob = bob.log_in().await;
+    let told = notice(&mut bob.connect_with_notices().await).await.expect("a notice");
+    assert_eq!((told.expired_count, told.refused_count), (1, 0));
+    let (hour, now) = (Duration::from_hours(1).as_millis() as u64, server.clock.now().millis().unsigned_abs());
+    assert_eq!(told.since % hour, 0);
+    assert!(now - hour < told.since + hour && told.since <= now, "{} is not of this hour: {now}", told.since);
+}
+
 #[tokio::test]
 async fn a_receiver_who_asks_is_told_what_was_refused_until_it_acknowledges_that() {
     let server = small(1).await;
@@ -187,4 +246,18 @@ async fn a_flood_leaves_only_the_flooded_member_of_a_group_out() {
     let answer = alice.post_messages(Uuid::new_v4(), &to_both).await;
     answer.expect(429);
     assert_eq!(database.queued(&carol).await, before + 1, "the other member has it");
+    // A client that understands parts is told whom it left out, and why; once carol may be sent to again.
+    let told = async || {
+        while alice.post_messages(Uuid::new_v4(), &to_bob).await.status == 200 {}
+        let request = alice.messages_request(Uuid::new_v4(), to_both.encode_to_vec());
+        let answer = request.header("prefer", "handling=lenient").send().await;
+        if answer.status != 200 {
+            return false;
+        }
+        let refused = outcome(&answer).refused_devices;
+        assert_eq!(refused.len(), 1);
+        assert_eq!((&refused[0].device_id, refused[0].reason), (&bob.id_bytes(), 4));
+        true
+    };
+    eventually("carol to be free", told).await;
 }

@@ -299,6 +299,27 @@ async fn the_inbox_limit_holds_though_the_senders_are_at_two_nodes() {
 }
 
 #[tokio::test]
+async fn the_bytes_of_an_inbox_hold_though_the_senders_are_at_two_nodes() {
+    let a = TestServer::start_node_with(|config| {
+        (config.messaging.inbox_max_bytes, config.messaging.sender_share_percent) = (10_000, 100);
+    })
+    .await;
+    let b = a.start_beside().await;
+    let bob = a.account().await;
+    let senders = [a.account().await, b.account().await];
+    let database = a.database().await;
+    let request = send_request(&[(&bob, &[7; 1_500])]);
+    for _ in 0..10 {
+        let sends = senders.iter().map(|sender| sender.post_messages(Uuid::new_v4(), &request));
+        for answer in join_all(sends).await {
+            assert!([200, 429].contains(&answer.status), "{}", answer.status);
+        }
+        assert!(database.number("SELECT COALESCE(SUM(octet_length(body)), 0) FROM messages").await <= 10_000);
+    }
+    assert_eq!(database.queued(&bob).await, 6);
+}
+
+#[tokio::test]
 async fn an_attachment_uploaded_at_one_node_is_downloaded_at_another() {
     let (a, b) = two_nodes().await;
     let alice = a.account().await;

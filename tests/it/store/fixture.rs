@@ -25,6 +25,7 @@ pub struct TestStore {
     store: Store,
     limits: Limits,
     config: DatabaseConfig,
+    metrics: Metrics,
     _folder: StateFolder,
 }
 
@@ -72,8 +73,9 @@ impl TestStore {
         let mut limits = Limits::of(&config);
         change(&mut limits);
         let config = config.database;
-        let store = Store::open(&config, limits, &Metrics::unread()).await.expect("a store");
-        Self { store, limits, config, _folder: folder }
+        let metrics = Metrics::unread();
+        let store = Store::open(&config, limits, &metrics).await.expect("a store");
+        Self { store, limits, config, metrics, _folder: folder }
     }
 
     /// The same database after closing it and opening it again, as a restart does.
@@ -103,7 +105,12 @@ impl TestStore {
 
     /// Opens the same database beside this one.
     pub async fn open_again(&self) -> Result<Store, OpenError> {
-        Store::open(&self.config, self.limits, &Metrics::unread()).await
+        Store::open(&self.config, self.limits, &self.metrics).await
+    }
+
+    /// How many waiting messages were counted to find out whether there is room, in all stores on the database.
+    pub fn counted(&self) -> u64 {
+        self.metrics.counted.value(())
     }
 
     /// A look at, and a hand in, the database.

@@ -3,6 +3,7 @@
 
 mod accounts;
 mod attachments;
+mod corrections;
 mod database;
 mod devices;
 mod fixture;

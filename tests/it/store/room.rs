@@ -11,6 +11,8 @@ use uuid::Uuid;
 use super::fixture::{NOW, Person, TestStore};
 use crate::harness::{Database, eventually};
 
+mod counting;
+
 const HOUR: Duration = Duration::from_hours(1);
 
 fn send(from: &Person, to: &[(&Person, usize)]) -> Outgoing {
@@ -96,6 +98,20 @@ async fn a_sender_has_its_share_only_above_half_and_own_devices_have_all() {
     };
     assert!(refused(&settle(&store, &own()).await).is_empty());
     assert_eq!(refused(&settle(&store, &own()).await), [(bob.device, Shortage::Inbox)]);
+}
+
+#[tokio::test]
+async fn what_an_account_queues_for_its_own_devices_counts_in_its_day() {
+    let store = TestStore::open_with(|limits| limits.sender_bytes_per_day = 6400).await;
+    let bob = store.account().await;
+    let own = || {
+        let mail = send(&bob, &[(&bob, 100)]);
+        Outgoing { sender: Sender { device: DeviceId::random(), ..mail.sender }, ..mail }
+    };
+    for _ in 0..64 {
+        assert!(refused(&settle(&store, &own()).await).is_empty());
+    }
+    assert_eq!(refused(&settle(&store, &own()).await), [(bob.device, Shortage::Day)]);
 }
 
 #[tokio::test]
@@ -237,7 +253,7 @@ async fn acknowledge_notice(store: &TestStore, person: &Person) {
     store.notice_told(person.no, told, NOW).await.unwrap();
 }
 
-/// Repeats a send until there is room for all of it. A full inbox is looked at once in a second.
+/// Repeats a send until there is room for all of it.
 async fn queue_the_rest(store: &TestStore, mail: &Outgoing) {
     eventually("room", async || refused(&settle(store, mail).await).is_empty()).await;
 }

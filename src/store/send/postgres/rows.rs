@@ -8,7 +8,7 @@ use crate::model::ids::{DeviceId, DeviceNo, IdempotencyKey, UserId};
 use crate::model::mail::Outgoing;
 use crate::store::Result;
 use crate::store::database::PostgresTx;
-use crate::store::room::{self, Counted, LONGEST_DEBT, Stamp};
+use crate::store::room::{self, AccountRow, Counted, LONGEST_DEBT, Stamp};
 use crate::store::send::{self, Changed, Locking};
 
 /// No message was ever larger. Where a node of the former version has changed only the number of messages, each of them counts
@@ -56,23 +56,13 @@ const LOCK_WHAT_IS_FREE: &str = concat!(
     WHERE NOT EXISTS (SELECT 1 FROM account_locks l WHERE l.user_id = asked.user_id)"
 );
 
-/// The row of a locked account.
-#[derive(Clone, Copy)]
-pub(super) struct Locked {
-    /// Without this group.
-    pub(super) before: Stamp,
-    /// With all that this group has for the account.
-    pub(super) now: Stamp,
-}
+/// The rows of locked accounts.
+pub(super) type Locked = HashMap<UserId, AccountRow>;
 
 impl PostgresTx {
     /// Locks the accounts that are written to, and adds their mail to the bounds. Returns the row of each account that is
     /// locked now.
-    pub(super) async fn lock_accounts(
-        &mut self,
-        sends: &[Outgoing],
-        locking: Locking,
-    ) -> Result<HashMap<UserId, Locked>> {
+    pub(super) async fn lock_accounts(&mut self, sends: &[Outgoing], locking: Locking) -> Result<Locked> {
         // How many of these messages, and bytes, one device of an account gets at most.
         let mut per_device: HashMap<(UserId, DeviceId), Stamp> = HashMap::new();
         for recipient in sends.iter().flat_map(|mail| &mail.recipients) {
@@ -100,7 +90,7 @@ impl PostgresTx {
             .into_iter()
             .map(|(user, at_most, bytes)| {
                 let now = (at_most, bytes);
-                (user, Locked { before: before(&user, now), now })
+                (user, AccountRow { before: before(&user, now), now })
             })
             .collect())
     }
