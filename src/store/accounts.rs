@@ -6,7 +6,7 @@ use crate::model::ids::{Address, DeviceNo, UserId};
 use crate::model::keys::PublicKey;
 use crate::store::database::{on, reading, run};
 use crate::store::shares::Rows;
-use crate::store::{NewDevice, Result, SessionGrant, Store, devices, prekeys, sessions, usage, used_prekeys};
+use crate::store::{NewDevice, Result, SessionGrant, Store, devices, prekeys, sessions, spent_prekeys, usage};
 use crate::telemetry::metrics::Left;
 
 /// What a log-in is checked against.
@@ -112,7 +112,7 @@ impl Store {
         // Hand-outs under way are over then, and what they hand out is recorded.
         prekeys::lock(&mut tx, user).await?;
         if former.is_some_and(|former| former == identity.as_bytes()) {
-            used_prekeys::record_signed(&mut tx, user, None).await?;
+            spent_prekeys::record_signed(&mut tx, user, None).await?;
         }
         let mail = devices::forget(&mut tx, &gone).await?;
         run!(&mut tx, sqlx::query("DELETE FROM link_sessions WHERE user_id = $1").bind(user))?;

@@ -8,7 +8,7 @@ use crate::model::ids::{Address, DeviceId, DeviceNo, UserId};
 use crate::model::keys::{PreKeys, RegistrationId};
 use crate::store::database::{Database, Tx, on, reading, run};
 use crate::store::shares::Rows;
-use crate::store::{Result, Store, json_list, prekeys, used_prekeys};
+use crate::store::{Result, Store, json_list, prekeys, spent_prekeys};
 use crate::telemetry::metrics::Left;
 
 /// A device that is about to be made.
@@ -142,7 +142,7 @@ impl Store {
             Some((_, true)) => Removed::Primary,
             Some((no, false)) => {
                 lock(&mut tx, no).await?;
-                used_prekeys::record_signed(&mut tx, user, Some(no)).await?;
+                spent_prekeys::record_signed(&mut tx, user, Some(no)).await?;
                 mail = forget(&mut tx, &[no]).await?;
                 Removed::Device(no)
             }

@@ -10,7 +10,7 @@ use crate::model::ids::{DeviceNo, UserId};
 use crate::model::keys::PreKeys;
 use crate::store::database::{Tx, on};
 use crate::store::prekeys::{EC, OneTimeRow, PQ};
-use crate::store::used_prekeys::{self, Fingerprint, fingerprint};
+use crate::store::spent_prekeys::{self, Fingerprint, fingerprint};
 use crate::store::{Result, json_list};
 
 /// What an account has of the keys of one upload.
@@ -72,7 +72,7 @@ impl Known {
         }
         // Behind the stored ones: a device that has joined a moment ago is not locked. A key of it that is handed out in
         // between is recorded then, and was stored before.
-        let used = used_prekeys::among(tx, user, &fingerprints).await?;
+        let used = spent_prekeys::among(tx, user, &fingerprints).await?;
         Ok(Self { user, used, stored })
     }
 

@@ -4,7 +4,7 @@
 
 use crate::model::ids::{DeviceNo, UserId};
 use crate::store::database::{Tx, reading};
-use crate::store::{Result, Store, json_list, used_prekeys};
+use crate::store::{Result, Store, json_list, spent_prekeys};
 
 /// Where a walk over what is kept for devices and accounts has come to.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -12,7 +12,7 @@ pub enum Leftovers {
     /// Behind the notice of this device.
     Notices(DeviceNo),
     /// Behind the used prekeys of this account.
-    UsedPrekeys(UserId),
+    SpentPrekeys(UserId),
 }
 
 impl Leftovers {
@@ -26,8 +26,8 @@ impl Store {
     pub async fn forget_leftovers(&self, from: Leftovers, limit: u32) -> Result<Option<Leftovers>> {
         match from {
             Leftovers::Notices(after) => self.forget_notices(after, limit).await.map(Some),
-            Leftovers::UsedPrekeys(after) => {
-                Ok(self.forget_used_prekeys(after, limit).await?.map(Leftovers::UsedPrekeys))
+            Leftovers::SpentPrekeys(after) => {
+                Ok(self.forget_spent_prekeys(after, limit).await?.map(Leftovers::SpentPrekeys))
             }
         }
     }
@@ -54,20 +54,20 @@ impl Store {
         }
         Ok(match rows.last() {
             Some((last, _)) if rows.len() >= limit as usize => Leftovers::Notices(*last),
-            _ => Leftovers::UsedPrekeys(UserId::NIL),
+            _ => Leftovers::SpentPrekeys(UserId::NIL),
         })
     }
 
-    async fn forget_used_prekeys(&self, after: UserId, limit: u32) -> Result<Option<UserId>> {
+    async fn forget_spent_prekeys(&self, after: UserId, limit: u32) -> Result<Option<UserId>> {
         let rows: Vec<(UserId, bool)> =
             reading!(self, |db| sqlx::query_as(HOLDERS).bind(after).bind(i64::from(limit)).fetch_all(db))?;
         let mut done = after;
         for (user, exists) in &rows {
             if !exists {
                 let mut tx = self.begin().await?;
-                let forgotten = used_prekeys::forget(&mut tx, *user).await?;
+                let forgotten = spent_prekeys::forget(&mut tx, *user).await?;
                 tx.commit().await?;
-                if forgotten >= u64::from(used_prekeys::FORGOTTEN_AT_ONCE) {
+                if forgotten >= u64::from(spent_prekeys::FORGOTTEN_AT_ONCE) {
                     return Ok(Some(done));
                 }
             }
@@ -86,9 +86,9 @@ const NOTICES: &str = "\
 /// rows.
 const HOLDERS: &str = "\
     WITH RECURSIVE holders (user_id, place) AS ( \
-        SELECT (SELECT user_id FROM used_prekeys WHERE user_id > $1 ORDER BY user_id LIMIT 1), 1 \
+        SELECT (SELECT user_id FROM spent_prekeys WHERE user_id > $1 ORDER BY user_id LIMIT 1), 1 \
         UNION ALL \
-        SELECT (SELECT u.user_id FROM used_prekeys u WHERE u.user_id > h.user_id ORDER BY u.user_id LIMIT 1), h.place + 1 \
+        SELECT (SELECT u.user_id FROM spent_prekeys u WHERE u.user_id > h.user_id ORDER BY u.user_id LIMIT 1), h.place + 1 \
         FROM holders h WHERE h.user_id IS NOT NULL AND h.place < $2) \
     SELECT h.user_id, EXISTS (SELECT 1 FROM users u WHERE u.id = h.user_id) \
     FROM holders h WHERE h.user_id IS NOT NULL ORDER BY h.user_id";

@@ -30,13 +30,13 @@ mod room;
 mod send;
 mod sessions;
 mod shares;
+mod spent_prekeys;
 mod sqlite;
 mod standings;
 mod time;
 pub(crate) mod transfer;
 mod uploads;
 mod usage;
-mod used_prekeys;
 
 use std::fmt::Write;
 use std::sync::{Arc, Mutex};

@@ -21,7 +21,7 @@ use crate::model::keys::{
 use crate::store::database::{Tx, on, reading, run};
 use crate::store::known_prekeys::{Known, Own};
 use crate::store::shares::Rows;
-use crate::store::used_prekeys::{self, fingerprint};
+use crate::store::spent_prekeys::{self, fingerprint};
 use crate::store::{Result, Store, StoreError};
 
 pub(super) use rows::{OneTimeRow, add_one_time, lasting_keys, one_time_rows, prune};
@@ -89,7 +89,7 @@ impl Store {
         };
         if matches!(tx, Tx::Sqlite(_)) {
             let used: Vec<_> = taken.iter().map(|key| (user, fingerprint(user, &key.public_key))).collect();
-            let mut recorded = used_prekeys::record(&mut tx, &used).await?;
+            let mut recorded = spent_prekeys::record(&mut tx, &used).await?;
             for (key, used) in taken.iter_mut().zip(&used) {
                 // Of two devices with the same key the first one spends it.
                 key.is_new = recorded.remove(used);
@@ -178,7 +178,7 @@ const TAKE_KEYS: &str = "\
     RETURNING device_no, kind, key_id, public_key, signature";
 
 /// The same; a key that another transaction is taking at this moment is left to that one. What is taken is recorded in the
-/// same statement, by the fingerprint of [`used_prekeys`]. Where two devices have the same key, only one hand-out inserts its
+/// same statement, by the fingerprint of [`spent_prekeys`]. Where two devices have the same key, only one hand-out inserts its
 /// record, and in that one only the first copy counts.
 const TAKE_KEYS_IN_POSTGRES: &str = "\
     WITH oldest AS MATERIALIZED ( \
@@ -193,7 +193,7 @@ const TAKE_KEYS_IN_POSTGRES: &str = "\
         SELECT *, substr(sha256(uuid_send($1) || public_key), 1, 8) AS fingerprint, \
                row_number() OVER (PARTITION BY public_key ORDER BY device_no) AS copy FROM taken), \
     recorded AS ( \
-        INSERT INTO used_prekeys (user_id, fingerprint) \
+        INSERT INTO spent_prekeys (user_id, fingerprint) \
         SELECT $1, fingerprint FROM hashed ORDER BY fingerprint ON CONFLICT DO NOTHING RETURNING fingerprint) \
     SELECT device_no, kind, key_id, public_key, signature, \
            copy = 1 AND fingerprint IN (SELECT fingerprint FROM recorded) AS is_new FROM hashed";

@@ -14,7 +14,7 @@ use crate::store::database::{Tx, on, run};
 use crate::store::known_prekeys::{self, Known, Own};
 use crate::store::prekeys::{self, OneTimeRow};
 use crate::store::shares::Rows;
-use crate::store::used_prekeys::{self, fingerprint};
+use crate::store::spent_prekeys::{self, fingerprint};
 use crate::store::{Result, Store, devices};
 
 /// The result of an upload. Unless it says `Stored`, nothing has changed.
@@ -111,7 +111,7 @@ impl Store {
         if is_signed_key_of_another(tx, user, no, keys).await? {
             return Ok(Refilled::SignedKeyKnown);
         }
-        used_prekeys::record(tx, &[(user, fingerprint(user, &stored.signed_key))]).await?;
+        spent_prekeys::record(tx, &[(user, fingerprint(user, &stored.signed_key))]).await?;
         match mode {
             Mode::Adding => known_prekeys::delete(tx, &change.moved).await?,
             Mode::Replacing => {

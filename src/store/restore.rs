@@ -2,7 +2,7 @@
 
 use crate::model::ids::UserId;
 use crate::store::database::Tx;
-use crate::store::used_prekeys::{self, fingerprint};
+use crate::store::spent_prekeys::{self, fingerprint};
 use crate::store::{Result, Store};
 
 /// One-time prekeys dropped by one transaction: up to 8 MB, if they are post-quantum ones.
@@ -36,7 +36,7 @@ async fn forget_some(tx: &mut Tx) -> Result<u64> {
         }
     };
     let used = dropped.iter().filter_map(|(user, public_key)| user.map(|user| (user, fingerprint(user, public_key))));
-    used_prekeys::record(tx, &used.collect::<Vec<_>>()).await?;
+    spent_prekeys::record(tx, &used.collect::<Vec<_>>()).await?;
     Ok(dropped.len() as u64)
 }
 
@@ -50,7 +50,7 @@ const FORGET_IN_POSTGRES: &str = "\
         DELETE FROM one_time_prekeys WHERE no IN (SELECT no FROM one_time_prekeys ORDER BY no LIMIT $1) \
         RETURNING device_no, public_key), \
     recorded AS ( \
-        INSERT INTO used_prekeys (user_id, fingerprint) \
+        INSERT INTO spent_prekeys (user_id, fingerprint) \
         SELECT d.user_id, substr(sha256(uuid_send(d.user_id) || dropped.public_key), 1, 8) \
         FROM dropped JOIN devices d ON d.no = dropped.device_no ON CONFLICT DO NOTHING) \
     SELECT count(*) FROM dropped";

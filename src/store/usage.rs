@@ -11,7 +11,7 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use crate::model::ids::{Address, DeviceNo, UserId};
 use crate::store::database::{Database, Tx, on, reading, run};
-use crate::store::{Result, Store, devices, json_list, used_prekeys};
+use crate::store::{Result, Store, devices, json_list, spent_prekeys};
 use crate::telemetry::metrics::Left;
 
 /// Cells that remember which accounts were noted today; a collision costs one more write.
@@ -241,7 +241,7 @@ pub(super) async fn mark(tx: &mut Tx, user: UserId, day: Option<i64>) -> Result<
 /// Deletes what belongs to the account and not to a device of it.
 async fn forget_account(tx: &mut Tx, user: UserId) -> Result<()> {
     // In an account that was used for years more are left, which [`Store::forget_leftovers`] deletes.
-    used_prekeys::forget(tx, user).await?;
+    spent_prekeys::forget(tx, user).await?;
     for statement in [
         "DELETE FROM link_sessions WHERE user_id = $1",
         "DELETE FROM upload_debts WHERE user_id = $1",

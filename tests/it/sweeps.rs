@@ -53,22 +53,22 @@ async fn what_is_kept_for_devices_and_accounts_that_are_gone_is_forgotten() {
                    SELECT no, 1, 1, 1, 0 FROM devices UNION ALL SELECT no + 1000, 1, 1, 1, 0 FROM devices";
     database.execute(notices).await;
     let of_another = match deployment::is_distributed() {
-        true => "INSERT INTO used_prekeys SELECT gen_random_uuid(), fingerprint FROM used_prekeys",
-        false => "INSERT INTO used_prekeys SELECT randomblob(16), fingerprint FROM used_prekeys",
+        true => "INSERT INTO spent_prekeys SELECT gen_random_uuid(), fingerprint FROM spent_prekeys",
+        false => "INSERT INTO spent_prekeys SELECT randomblob(16), fingerprint FROM spent_prekeys",
     };
     database.execute(of_another).await;
     let rows = async |table: &str| database.number(&format!("SELECT count(*) FROM {table}")).await;
-    assert_eq!((rows("inbox_notices").await, rows("used_prekeys").await), (2, 2));
+    assert_eq!((rows("inbox_notices").await, rows("spent_prekeys").await), (2, 2));
     // Each job has a round soon after the start, unless a node has had one lately.
     if deployment::is_distributed() {
         database.execute("DELETE FROM jobs").await;
     }
     server.restart().await;
-    for table in ["inbox_notices", "used_prekeys"] {
+    for table in ["inbox_notices", "spent_prekeys"] {
         eventually(&format!("{table} to be swept"), async || rows(table).await == 1).await;
     }
     assert_eq!(database.number("SELECT count(*) FROM inbox_notices JOIN devices ON no = device_no").await, 1);
-    assert_eq!(database.number("SELECT count(*) FROM used_prekeys JOIN users ON id = user_id").await, 1);
+    assert_eq!(database.number("SELECT count(*) FROM spent_prekeys JOIN users ON id = user_id").await, 1);
 }
 
 /// A year of service days passes; the accounts stay as they are.

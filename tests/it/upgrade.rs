@@ -12,7 +12,8 @@ use uuid::Uuid;
 
 use crate::cluster::traffic::Traffic;
 use crate::harness::{
-    Binary, Client, Device, Event, Keys, PATIENCE, Socket, deployment, eventually, outcome, send_request, within,
+    Binary, Client, Database, Device, Event, Keys, PATIENCE, Socket, deployment, outcome, send_request, signed_key,
+    within,
 };
 
 /// The former program on a database that it makes itself.
@@ -187,9 +188,8 @@ async fn a_send_is_repeated_across_old_and_new_nodes_without_acting_twice() {
     deployment::drop_state(folder.path());
 }
 
-/// The former version knows no refusals: it tells the sender that devices are missing, so that the message is sent anew.
 #[tokio::test(flavor = "multi_thread")]
-async fn what_a_new_node_refused_an_old_node_does_not_call_delivered() {
+async fn what_a_new_node_refused_an_old_node_with_room_queues_once() {
     let folder = tempfile::tempdir().unwrap();
     deployment::make_empty_database(folder.path()).await;
     let mut layout = deployment::distributed_options(folder.path()).await;
@@ -200,12 +200,50 @@ async fn what_a_new_node_refused_an_old_node_does_not_call_delivered() {
     alice.at(&new.client()).send_to(&bob, "kept").await;
     let (key, request) = (Uuid::new_v4(), send_request(&[(&bob, b"refused")]));
     alice.at(&new.client()).post_messages(key, &request).await.expect(429);
-    let repeated = outcome(&alice.at(&old.client()).post_messages(key, &request).await.expect(200));
-    assert_eq!(repeated.device_mismatches.len(), 1);
-    assert!(repeated.device_mismatches[0].missing_device_ids.contains(&bob.id_bytes()));
-    expect_mail(&bob, &["kept"]).await;
-    let node = alice.at(&new.client());
-    eventually("the repeat to find room", async || node.post_messages(key, &request).await.status == 200).await;
-    expect_mail(&bob, &["refused"]).await;
+    for node in [&old, &new, &old] {
+        assert!(alice.at(&node.client()).post_messages(key, &request).await.expect(200).body.is_empty());
+    }
+    expect_mail(&bob, &["kept", "refused"]).await;
+    deployment::drop_state(folder.path());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_prekey_that_was_used_at_an_old_or_a_new_node_is_known_at_the_other() {
+    let folder = tempfile::tempdir().unwrap();
+    let (old, new) = old_and_new(folder.path()).await;
+    let asker = Device::register(&new.client()).await;
+    for (here, there, place) in [(&old, &new, "new"), (&new, &old, "old")] {
+        let target = Device::register_with(&here.client(), Keys { one_time: 0, pq_one_time: Some(0) }).await;
+        let mut body = Keys { one_time: 2, pq_one_time: Some(2) }.to_json(&target.identity);
+        body["signedPreKey"] = signed_key(&target.identity, 2);
+        target.request("POST", "/v1/keys").json(&body).send().await.expect(204);
+        let spent = one_time_keys(&asker.at(&here.client()), &target).await;
+        assert_eq!(spent.len(), 2, "one of each kind");
+        // The answer to an upload was lost, or a copy of the device was restored: the same keys come again.
+        body["signedPreKey"] = signed_key(&target.identity, 3);
+        target.at(&there.client()).request("POST", "/v1/keys").json(&body).send().await.expect(204);
+        let rest = one_time_keys(&asker.at(&there.client()), &target).await;
+        assert_eq!(rest.len(), 2, "the other one of each kind");
+        assert!(rest.iter().all(|key| !spent.contains(key)), "handed out twice: {spent:?}, {rest:?}");
+        assert_eq!(one_time_keys(&asker.at(&here.client()), &target).await, [], "no more are stored, uploaded at the {place} node");
+    }
+    deployment::drop_state(folder.path());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn prekeys_used_before_a_device_was_removed_at_an_old_node_stay_known() {
+    let folder = tempfile::tempdir().unwrap();
+    let (old, new) = old_and_new(folder.path()).await;
+    let (alice, asker) = (Device::register(&old.client()).await, Device::register(&new.client()).await);
+    let tablet = alice.link().await;
+    let known = "SELECT count(*) FROM spent_prekeys";
+    let layout = deployment::distributed_options(folder.path()).await;
+    let database = Database::open(&deployment::config_of(&layout).database).await;
+    one_time_keys(&asker, &alice).await;
+    let before = database.number(known).await;
+    assert!(before > 0);
+    let path = format!("/v1/devices/{}", tablet.id);
+    alice.at(&old.client()).request("DELETE", &path).send().await.expect(204);
+    assert!(database.number(known).await >= before);
     deployment::drop_state(folder.path());
 }

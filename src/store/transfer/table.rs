@@ -140,7 +140,7 @@ pub(super) static TABLES: &[Table] = &[
             bytes("signature"),
         ],
     ),
-    table("used_prekeys", 2, &[uuid("user_id"), bytes("fingerprint")]),
+    table("spent_prekeys", 2, &[uuid("user_id"), bytes("fingerprint")]),
     table("sessions", 1, &[bigint("device_no"), bytes("family"), bytes("secret_hash"), bigint("expires_at")]),
     table("refresh_uses", 1, &[bytes("secret_hash"), bigint("device_no"), uuid("idempotency_key"), bigint("used_at")]),
     table("gateway_tickets", 1, &[bytes("hash"), bigint("device_no"), bigint("expires_at")]),

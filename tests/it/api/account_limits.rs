@@ -141,7 +141,7 @@ async fn an_account_spends_its_own_one_time_prekeys_within_a_budget_and_still_ge
     }
     let of_alice = &friend.bundles(alice.user).await[0];
     assert!(!of_alice["oneTimePreKey"].is_null(), "others have a budget of their own");
-    assert_eq!(server.database().await.number("SELECT count(*) FROM used_prekeys").await, 5 + 5);
+    assert_eq!(server.database().await.number("SELECT count(*) FROM spent_prekeys").await, 5 + 5);
 }
 
 /// Each replaced signed prekey is remembered.

@@ -114,13 +114,13 @@ async fn a_removed_device_leaves_nothing_behind_but_what_it_sent() {
     furnish(&store, &alice, &bob, &[&second]).await;
     assert!(rows(&store, second.no).await.iter().all(|(_, count)| *count > 0), "{:?}", rows(&store, second.no).await);
     let (of_alice, of_bob) = (rows(&store, alice.no).await, rows(&store, bob.no).await);
-    assert_eq!(count(&store, "used_prekeys").await, 2, "the former signed prekeys of both");
+    assert_eq!(count(&store, "spent_prekeys").await, 2, "the former signed prekeys of both");
 
     assert_eq!(store.remove_device(alice.user, second.device).await.unwrap(), Removed::Device(second.no));
     assert_eq!(rows(&store, second.no).await, TABLES_OF_A_DEVICE.map(|(table, _)| (table, 0)));
     assert_eq!(rows(&store, alice.no).await, of_alice);
     assert_eq!(rows(&store, bob.no).await, of_bob, "what the device sent to others stays queued");
-    assert_eq!(count(&store, "used_prekeys").await, 3, "its signed prekey is remembered for the account");
+    assert_eq!(count(&store, "spent_prekeys").await, 3, "its signed prekey is remembered for the account");
     assert_eq!(store.standing(second.device).await.unwrap(), None);
 }
 

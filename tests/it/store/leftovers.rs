@@ -19,13 +19,13 @@ async fn add_notices(store: &TestStore, devices: impl IntoIterator<Item = i64>) 
 async fn add_used(store: &TestStore, user: UserId, number: u32) {
     let insert = if deployment::is_distributed() {
         format!(
-            "INSERT INTO used_prekeys SELECT '{user}', substr(sha256(int8send(n)), 1, 8) FROM generate_series(1, {number}) n"
+            "INSERT INTO spent_prekeys SELECT '{user}', substr(sha256(int8send(n)), 1, 8) FROM generate_series(1, {number}) n"
         )
     } else {
         let id: String = user.as_bytes().iter().map(|byte| format!("{byte:02x}")).collect();
         format!(
             "WITH RECURSIVE series (n) AS (SELECT 1 UNION ALL SELECT n + 1 FROM series WHERE n < {number})
-             INSERT INTO used_prekeys SELECT x'{id}', randomblob(8) FROM series"
+             INSERT INTO spent_prekeys SELECT x'{id}', randomblob(8) FROM series"
         )
     };
     store.database().await.execute(&insert).await;
@@ -42,7 +42,7 @@ async fn walk(store: &TestStore, limit: u32) -> u32 {
 
 async fn used_of(store: &TestStore, person: &Person) -> i64 {
     let of_account = format!(
-        "SELECT count(*) FROM used_prekeys JOIN devices d ON d.user_id = used_prekeys.user_id WHERE d.no = {}",
+        "SELECT count(*) FROM spent_prekeys JOIN devices d ON d.user_id = spent_prekeys.user_id WHERE d.no = {}",
         person.no.0
     );
     number(store, &of_account).await
@@ -60,7 +60,7 @@ async fn notices_of_devices_that_are_gone_are_deleted_in_steps_and_others_stay()
 }
 
 #[tokio::test]
-async fn used_prekeys_of_accounts_that_are_gone_are_deleted_and_those_of_others_stay() {
+async fn spent_prekeys_of_accounts_that_are_gone_are_deleted_and_those_of_others_stay() {
     let store = TestStore::open().await;
     let people = [store.account().await, store.account().await, store.account().await];
     for person in &people {
@@ -70,14 +70,14 @@ async fn used_prekeys_of_accounts_that_are_gone_are_deleted_and_those_of_others_
         add_used(&store, UserId::random(), 3).await;
     }
     walk(&store, 2).await;
-    assert_eq!(count(&store, "used_prekeys").await, 9);
+    assert_eq!(count(&store, "spent_prekeys").await, 9);
     for person in &people {
         assert_eq!(used_of(&store, person).await, 3);
     }
 }
 
 #[tokio::test]
-async fn an_account_with_very_many_used_prekeys_goes_step_by_step() {
+async fn an_account_with_very_many_spent_prekeys_goes_step_by_step() {
     let store = TestStore::open().await;
     store.service_day(1).await.unwrap();
     let (gone, stays) = (store.account().await, store.account().await);
@@ -86,14 +86,14 @@ async fn an_account_with_very_many_used_prekeys_goes_step_by_step() {
     add_used(&store, stays.user, 12_000).await;
     let disuse = Disuse { used_before: Some(1), signed_up_before: Some(2) };
     assert!(store.remove_disused(gone.user, disuse).await.unwrap().is_some());
-    let mut left = vec![count(&store, "used_prekeys").await];
+    let mut left = vec![count(&store, "spent_prekeys").await];
     let mut from = Leftovers::START;
     while let Some(next) = store.forget_leftovers(from, 500).await.unwrap() {
         from = next;
-        left.push(count(&store, "used_prekeys").await);
+        left.push(count(&store, "spent_prekeys").await);
     }
     left.dedup();
     assert_eq!(left[..2], [27_000, 17_000], "10 000 at once");
-    assert_eq!(count(&store, "used_prekeys").await, 12_000);
+    assert_eq!(count(&store, "spent_prekeys").await, 12_000);
     assert_eq!(used_of(&store, &stays).await, 12_000);
 }

@@ -439,13 +439,13 @@ async fn what_was_used_stays_as_it_is_through_resets_and_removals() {
     let mut keys = alice.keys(1, NONE);
     keys.one_time.extend(used);
     store.remove_device(alice.user, second.device).await.unwrap();
-    assert_eq!(count(&store, "used_prekeys").await, 2, "the signed prekey of the second device too");
+    assert_eq!(count(&store, "spent_prekeys").await, 2, "the signed prekey of the second device too");
     let same = public_key(&alice.identity());
     let other = public_key(&Identity::from_seed(rand::random()));
     for (identity, expected) in [(same, 3), (other, 3), (same, 3)] {
         let device = new_device(keys.clone());
         let reset = store.reset(alice.user, &identity, &device, &grant(NOW)).await.unwrap();
         assert_eq!(store.prekey_counts(reset.no).await.unwrap().unwrap().ec, 0, "the used key is not stored again");
-        assert_eq!(count(&store, "used_prekeys").await, expected, "signed prekeys of the same identity are added");
+        assert_eq!(count(&store, "spent_prekeys").await, expected, "signed prekeys of the same identity are added");
     }
 }

@@ -86,7 +86,7 @@ async fn a_reset_with_the_same_keys_stores_none_that_is_being_handed_out() {
     let (alice, keys) = account_with_key(&store, &key).await;
     let (identity, device, session) = (public_key(&alice.identity()), new_device(keys), grant(NOW));
     let reset = store.reset(alice.user, &identity, &device, &session);
-    let (given, reset) = beside(&store, "used_prekeys", bundles(&store, &alice), reset).await;
+    let (given, reset) = beside(&store, "spent_prekeys", bundles(&store, &alice), reset).await;
     reset.unwrap();
     assert_eq!(handed_out(&store, &alice, given).await, [key]);
 }
@@ -97,7 +97,7 @@ async fn a_key_that_is_handed_out_beside_the_removal_of_its_device_is_not_stored
     let (alice, key) = (account(&store).await, one_time_key(1));
     let second = linked_with(&store, &alice, with_key(&alice, 1, &key)).await;
     let removal = store.remove_device(alice.user, second.device);
-    let (given, removed) = beside(&store, "used_prekeys", bundles(&store, &alice), removal).await;
+    let (given, removed) = beside(&store, "spent_prekeys", bundles(&store, &alice), removal).await;
     assert_eq!(removed.unwrap(), Removed::Device(second.no));
     assert_eq!(store.refill(alice.no, &with_key(&alice, 2, &key)).await.unwrap(), Refilled::Stored);
     assert_eq!(handed_out(&store, &alice, given).await, [key]);
@@ -152,7 +152,7 @@ async fn of_hand_outs_of_one_key_from_two_devices_at_once_one_succeeds() {
     store.database().await.execute(&copy).await;
     let of_first = store.bundles(alice.user, Some(alice.device), 0);
     let of_second = store.bundles(alice.user, Some(second.device), 0);
-    let (one, other) = beside(&store, "used_prekeys", of_first, of_second).await;
+    let (one, other) = beside(&store, "spent_prekeys", of_first, of_second).await;
     let given = [one, other].into_iter().flat_map(|answer| answer.unwrap().unwrap().bundles);
     assert_eq!(handed_out(&store, &alice, given).await, [key]);
 }

@@ -238,7 +238,7 @@ async fn a_used_one_time_prekey_that_is_uploaded_again_is_not_handed_out_again()
     upload(&alice, &upload_of(&alice, 5, &ec, &pq)).await.expect(204);
     assert_eq!(drain(&alice).await, [2, 3, 102].into());
     assert_eq!(next_pq(&alice).await, Some(1_000_000));
-    assert_eq!(server.database().await.number("SELECT count(*) FROM used_prekeys").await, 8 + 4, "and 4 signed ones");
+    assert_eq!(server.database().await.number("SELECT count(*) FROM spent_prekeys").await, 8 + 4, "and 4 signed ones");
 }
 
 #[tokio::test]
@@ -254,13 +254,13 @@ async fn a_pruned_prekey_may_come_again_since_it_was_never_handed_out() {
 }
 
 #[tokio::test]
-async fn used_prekeys_are_remembered_when_the_account_has_another_identity_key() {
+async fn spent_prekeys_are_remembered_when_the_account_has_another_identity_key() {
     let server = TestServer::start().await;
     let alice = register(&server, 3, None).await;
     let tablet = alice.link().await;
     alice.bundles(alice.user).await;
     let database = server.database().await;
-    let remembered = async || database.number("SELECT count(*) FROM used_prekeys").await;
+    let remembered = async || database.number("SELECT count(*) FROM spent_prekeys").await;
     assert_eq!(remembered().await, 2);
     alice.remove(&tablet).await;
     assert_eq!(remembered().await, 3, "the signed prekey of the tablet too");

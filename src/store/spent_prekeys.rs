@@ -44,7 +44,7 @@ pub(super) async fn record(tx: &mut Tx, used: &[(UserId, Fingerprint)]) -> Resul
                 rows.extend_from_slice(fingerprint);
             }
             let statement = "\
-                INSERT INTO used_prekeys (user_id, fingerprint) \
+                INSERT INTO spent_prekeys (user_id, fingerprint) \
                 SELECT substr($2, value, 16), substr($2, value + 16, 8) FROM json_each($1) WHERE true \
                 ON CONFLICT DO NOTHING RETURNING user_id, fingerprint";
             sqlx::query_as(statement).bind(offsets).bind(rows).fetch_all(&mut **tx).await?
@@ -54,7 +54,7 @@ pub(super) async fn record(tx: &mut Tx, used: &[(UserId, Fingerprint)]) -> Resul
             let fingerprints: Vec<&[u8]> = used.iter().map(|(_, fingerprint)| &fingerprint[..]).collect();
             // In one order everywhere, since an insert waits for another one of the same record.
             let statement = "\
-                INSERT INTO used_prekeys (user_id, fingerprint) \
+                INSERT INTO spent_prekeys (user_id, fingerprint) \
                 SELECT user_id, fingerprint FROM unnest($1::uuid[], $2::bytea[]) AS used (user_id, fingerprint) \
                 ORDER BY user_id, fingerprint ON CONFLICT DO NOTHING RETURNING user_id, fingerprint";
             tx.all(sqlx::query_as(statement).bind(users).bind(fingerprints)).await?
@@ -68,14 +68,14 @@ pub(super) async fn among(tx: &mut Tx, user: UserId, asked: &[Fingerprint]) -> R
     let found: Vec<(Vec<u8>,)> = match tx {
         Tx::Sqlite(tx) => {
             let statement = "\
-                SELECT u.fingerprint FROM json_each($1) asked CROSS JOIN used_prekeys u \
+                SELECT u.fingerprint FROM json_each($1) asked CROSS JOIN spent_prekeys u \
                 WHERE u.user_id = $3 AND u.fingerprint = substr($2, asked.value, 8)";
             let offsets = json_list((0..asked.len()).map(|n| n * 8 + 1));
             let find = sqlx::query_as(statement).bind(offsets).bind(asked.concat()).bind(user);
             find.fetch_all(&mut **tx).await?
         }
         Tx::Postgres(tx) => {
-            let statement = "SELECT fingerprint FROM used_prekeys WHERE user_id = $1 AND fingerprint = ANY($2)";
+            let statement = "SELECT fingerprint FROM spent_prekeys WHERE user_id = $1 AND fingerprint = ANY($2)";
             let asked: Vec<&[u8]> = asked.iter().map(|fingerprint| &fingerprint[..]).collect();
             tx.all(sqlx::query_as(statement).bind(user).bind(asked)).await?
         }
@@ -97,8 +97,8 @@ pub(super) async fn record_signed(tx: &mut Tx, user: UserId, device: Option<Devi
 /// Forgets records of an account that is gone, at most [`FORGOTTEN_AT_ONCE`]. Returns how many.
 pub(super) async fn forget(tx: &mut Tx, user: UserId) -> Result<u64> {
     let statement = "\
-        DELETE FROM used_prekeys WHERE user_id = $1 \
-        AND fingerprint IN (SELECT fingerprint FROM used_prekeys WHERE user_id = $1 LIMIT $2)";
+        DELETE FROM spent_prekeys WHERE user_id = $1 \
+        AND fingerprint IN (SELECT fingerprint FROM spent_prekeys WHERE user_id = $1 LIMIT $2)";
     run!(tx, sqlx::query(statement).bind(user).bind(i64::from(FORGOTTEN_AT_ONCE)))
 }
 
