@@ -129,6 +129,11 @@ impl Amount {
         let charged = self.charged(payer);
         let mut state = self.state();
         state.give_back(&charged, units);
+        self.serve(state);
+    }
+
+    /// Serves those that wait, and unlocks.
+    fn serve(&self, mut state: MutexGuard<'_, State>) {
         let granted = if state.waiting.is_empty() { Vec::new() } else { self.grant(&mut state) };
         drop(state);
         // After the unlock: a request that has stopped waiting drops what it is sent here, which locks again.
@@ -167,15 +172,21 @@ impl State {
         charged.iter().flatten().all(|(key, share)| self.of(*key).saturating_add(units) <= *share)
     }
 
-    /// True if a request that waits needs what a holder with these keys would take.
+    /// True if a waiting request needs units that a holder with these keys would take. For [`Terms::in_turn`].
     fn is_owed_to_others(&self, charged: &Charged) -> bool {
-        let shares_a_key = |other: &Charged| {
-            let keys = |charged: &Charged| charged.map(|part| part.map(|(key, _)| key));
-            keys(other).iter().flatten().any(|key| keys(charged).contains(&Some(*key)))
-        };
+        let counts_for = |key: Key| charged.iter().flatten().any(|(own, _)| *own == key);
         self.waiting.iter().filter(|waiting| !waiting.answer.is_closed()).any(|waiting| {
-            // What waits for the total, and not for its own share, waits for everybody's units.
-            self.is_within_shares(&waiting.charged, waiting.units) || shares_a_key(&waiting.charged)
+            let mut exceeded = waiting
+                .charged
+                .iter()
+                .flatten()
+                .filter(|(key, share)| self.of(*key).saturating_add(waiting.units) > *share);
+            // A request within its shares waits for the total, which every holder takes from. One that lacks a share waits for
+            // those alone whose units count for the same share.
+            match exceeded.next() {
+                None => true,
+                Some((key, _)) => counts_for(*key) || exceeded.any(|(key, _)| counts_for(*key)),
+            }
         })
     }
 
@@ -233,6 +244,15 @@ impl fmt::Debug for Amount {
     }
 }
 
+/// Ends the waiting of a request, however it ends. With [`Terms::in_turn`] those behind it may have waited for it alone.
+struct EndOfWait<'a>(&'a Amount);
+
+impl Drop for EndOfWait<'_> {
+    fn drop(&mut self) {
+        self.0.serve(self.0.state());
+    }
+}
+
 /// What one holder has taken. Dropping it gives it back.
 pub struct Held {
     of: Amount,
@@ -248,6 +268,8 @@ impl Held {
             return Ok(());
         }
         let answer = self.queue(missing).ok_or(NoRoom)?;
+        let amount = self.of.clone();
+        let _end = EndOfWait(&amount);
         let Ok(Ok(mut more)) = timeout(patience, answer).await else { return Err(NoRoom) };
         self.units += std::mem::take(&mut more.units);
         Ok(())

@@ -66,8 +66,8 @@ pub const FRAMES_OF_ACCOUNT_KIB: u32 = 16 << 10;
 const FRAMES_OF_ADDRESS_KIB: u32 = 32 << 10;
 /// … and of its network (/24, /48).
 const FRAMES_OF_NETWORK_KIB: u32 = 48 << 10;
-/// Messages that may wait for the memory of frames, of all sockets together.
-const FRAMES_WAITING: usize = 1024;
+/// Messages that may wait for the memory of frames, of all sockets together. Each frame looks at all of them.
+const FRAMES_WAITING: usize = 128;
 /// Requests that may wait for room.
 const WAITING: usize = 256;
 /// How long a body waits for the memory of others.

@@ -97,6 +97,30 @@ async fn in_turn_a_request_above_its_share_delays_only_those_with_whom_it_shares
 }
 
 #[tokio::test(start_paused = true)]
+async fn in_turn_the_next_request_is_served_when_the_one_before_it_stops_waiting() {
+    let amount = Amount::new(Terms { in_turn: true, ..terms(4) });
+    let _held = amount.try_take(client(0, 1), 2).unwrap();
+    let first = waiting(&amount, client(1, 1), 3);
+    let mut second = waiting(&amount, client(0, 2), 2);
+    drop(first);
+    assert!((&mut second).now_or_never().is_some());
+    let first = waiting(&amount, client(1, 1), 3);
+    drop(second);
+    let mut second = waiting(&amount, client(0, 2), 2);
+    assert!(first.await.is_err(), "it waits for as long as it may");
+    assert!((&mut second).now_or_never().is_some());
+}
+
+#[tokio::test(start_paused = true)]
+async fn in_turn_a_request_above_the_share_of_its_payer_delays_no_neighbour() {
+    let shares = vec![(Scope::Own, 3), (Scope::Block, 8)];
+    let amount = Amount::new(Terms { in_turn: true, shares, ..terms(10) });
+    let _held = amount.try_take(client(0, 1), 3).unwrap();
+    let _waiting = waiting(&amount, client(0, 1), 2);
+    assert!(amount.try_take(client(0, 2), 3).is_some(), "of the same network");
+}
+
+#[tokio::test(start_paused = true)]
 async fn in_turn_a_request_that_has_stopped_waiting_delays_no_other() {
     let amount = Amount::new(Terms { in_turn: true, ..terms(4) });
     let _held = amount.try_take(client(0, 1), 2).unwrap();
