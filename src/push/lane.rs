@@ -25,9 +25,9 @@ const SHARE_OF_SLOW: usize = 2;
 const SLOW: Duration = Duration::from_secs(2);
 /// … for as long as this afterwards.
 const SLOW_FOR: Duration = Duration::from_mins(10);
-/// Slow services that are remembered while no push to them is under way.
+/// Above this many known services, those without a push under way are forgotten, slow or not.
 const REMEMBERED: usize = 1000;
-/// The longest such while, unless the provider asks for more.
+/// The longest pause after repeated failures, unless the provider asks for a longer one.
 const LONGEST_PAUSE: Duration = Duration::from_mins(15);
 
 /// The lanes of all providers.
@@ -64,12 +64,11 @@ struct Service {
 #[derive(Debug)]
 pub(super) struct Slot {
     _permit: OwnedSemaphorePermit,
-    _service: Option<AtService>,
+    service: Option<AtService>,
 }
 
 struct AtService {
     domain: String,
-    since: Instant,
     services: Arc<Services>,
 }
 
@@ -137,7 +136,7 @@ impl Lane {
             }
             PushTarget::Fcm(_) | PushTarget::Apns(_) => None,
         };
-        Ok(Slot { _permit: permit, _service: service })
+        Ok(Slot { _permit: permit, service })
     }
 
     /// The provider has answered, whatever it said about the one push.
@@ -177,12 +176,22 @@ impl Lane {
     }
 }
 
+impl Slot {
+    /// The push took so long, without the waiting before it.
+    pub(super) fn took(&self, time: Duration) {
+        let Some(at) = self.service.as_ref().filter(|_| time > SLOW) else { return };
+        if let Some(service) = at.services.known().get_mut(&at.domain) {
+            service.slow_until = Some(Instant::now() + SLOW_FOR);
+        }
+    }
+}
+
 impl Services {
     fn enter(self: &Arc<Self>, endpoint: &str) -> Option<AtService> {
-        let (domain, since) = (service(endpoint), Instant::now());
+        let (domain, now) = (service(endpoint), Instant::now());
         let mut known = self.known();
-        if known.get(&domain).is_some_and(|service| service.is_slow(since)) {
-            let slow: usize = known.values().filter(|each| each.is_slow(since)).map(|each| each.under_way).sum();
+        if known.get(&domain).is_some_and(|service| service.is_slow(now)) {
+            let slow: usize = known.values().filter(|each| each.is_slow(now)).map(|each| each.under_way).sum();
             if slow >= self.most_slow {
                 return None;
             }
@@ -192,7 +201,7 @@ impl Services {
             return None;
         }
         service.under_way += 1;
-        Some(AtService { domain, since, services: self.clone() })
+        Some(AtService { domain, services: self.clone() })
     }
 
     /// No code panics while it holds them.
@@ -213,9 +222,6 @@ impl Drop for AtService {
         let mut known = self.services.known();
         if let Some(service) = known.get_mut(&self.domain) {
             service.under_way -= 1;
-            if now - self.since > SLOW {
-                service.slow_until = Some(now + SLOW_FOR);
-            }
             if service.under_way == 0 && !service.is_slow(now) {
                 known.remove(&self.domain);
             }
@@ -293,7 +299,7 @@ mod tests {
         let all = || (0..16).filter_map(|n| lane.enter(&browser(&format!("https://{}.example/", n % 8))).ok());
         let slots: Vec<_> = all().collect();
         assert_eq!(slots.len(), 8, "the server doesn't know yet that they are slow");
-        tokio::time::advance(SLOW + Duration::from_secs(1)).await;
+        slots.iter().for_each(|slot| slot.took(SLOW + Duration::from_secs(1)));
         drop(slots);
         let slots: Vec<_> = all().collect();
         assert_eq!(slots.len(), 4);

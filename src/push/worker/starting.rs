@@ -130,6 +130,7 @@ impl Worker {
                 () = last_words => return,
             };
             metrics.push_time.time(lane.name, start.elapsed());
+            slot.took(start.elapsed());
             span.set("obscura.push.outcome", pushed.name());
             drop(span);
             // Fails only when the worker has ended.
