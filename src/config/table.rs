@@ -291,7 +291,7 @@ pub static GROUPS: &[Group] = &[
         option("attachment-bytes-per-day", "OBSCURA_ATTACHMENT_BYTES_PER_DAY", "1073741824", Bytes(0, MAX_STORE_BYTES),
             "bytes that an account may upload in a day, those of broken-off uploads included; 0 means no limit").ours(),
         option("attachment-timeout-secs", "OBSCURA_ATTACHMENT_TIMEOUT_SECS", "120", Seconds(1, 86_400),
-            "an upload or download that is not answered in this time becomes 408, counted from the last byte of an upload; one that comes in at less than 8 KiB/s uses this time up, and one of which no byte comes within 10 s gets 408, too"),
+            "an upload or download that is not answered in this time becomes 408, counted from the last byte of an upload; one that comes in at less than 8 KiB/s uses this time up, and one whose first byte does not come within 10 s gets 408 at once"),
         option("storage-cleanup-interval-secs", "OBSCURA_STORAGE_CLEANUP_INTERVAL_SECS", "3600", Seconds(1, MAX_SECONDS),
             "pause between two removals of expired attachments")
             .or("attachment-cleanup-interval-secs").or_variable("OBSCURA_ATTACHMENT_CLEANUP_INTERVAL_SECS"),

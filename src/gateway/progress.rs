@@ -44,7 +44,7 @@ impl Progress {
         self.read.fetch_add(bytes as u64, Ordering::Relaxed);
     }
 
-    /// Counts an answer, and returns how many more refusals (429) than other answers there were.
+    /// Counts an answer. After a refusal (429): by how many refusals exceed other answers so far. After any other answer: 0.
     pub fn answered(&self, is_refused: bool) -> u32 {
         // Requests of a connection come one after the other.
         let refused = self.refused.load(Ordering::Relaxed);

@@ -1,6 +1,7 @@
 //! What an account has already of the keys of an upload, so that no one-time prekey is stored twice.
 //!
-//! A public key is stored once for the whole account, whatever ids it is uploaded under. Of two ids on one device the newer one stays, since the client surely knows that one.
+//! A public key is stored once for the whole account, whatever ids it is uploaded under. If one
+//! device uploads it under two ids, the newer id stays: the client certainly knows that one.
 
 use std::collections::{HashMap, HashSet};
 

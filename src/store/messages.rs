@@ -168,9 +168,9 @@ impl Store {
         Ok(Expired { deleted, more: deleted > 0 || corrected > 0 })
     }
 
-    /// Gives about `limit` messages that were received later than `ahead` the time `now`, and their sends with them, which
-    /// PostgreSQL finds by this time. The sends come first: then nothing is waited for while messages are locked. Returns how
-    /// many messages.
+    /// Sets messages received later than `ahead` to `now`, together with the sends that they belong to. Takes about `limit`
+    /// messages: those with one time stay together. Sends are updated first, so that nothing waits while messages are locked.
+    /// Returns the number of messages.
     async fn correct_times(&self, tx: &mut Tx, now: Timestamp, ahead: Timestamp, limit: u32) -> Result<u64> {
         let statement = "SELECT received_at FROM messages WHERE received_at > $1 ORDER BY received_at LIMIT $2";
         let mut times: Vec<Timestamp> =

@@ -297,7 +297,8 @@ pub(super) async fn lock(tx: &mut Tx, user: UserId) -> Result<()> {
     Ok(())
 }
 
-/// Stores the first keys of a device. The account's keys are locked, if it has any. One-time keys that the account has or has used are left out.
+/// Stores the first keys of a device, without one-time keys that the account has or has used. The caller holds [`lock`], unless
+/// the account is new.
 pub(super) async fn insert(tx: &mut Tx, user: UserId, no: DeviceNo, keys: &PreKeys) -> Result<()> {
     let statement = "\
         INSERT INTO device_keys (device_no, signed_id, signed_key, signed_signature, \

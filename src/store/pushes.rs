@@ -15,9 +15,8 @@ use crate::store::{Result, Store, json_list};
 
 /// After so long a push that brought nobody here is sent once more.
 const REMEMBERED: Duration = Duration::from_hours(24);
-/// A target that was unknown to its provider for the first time so long ago counts as known, or two single answers, days apart,
-/// would look like one that lasts. A target that stays unknown is tried again within this time: after 10 attempts in 3 hours, or
-/// in 10 with the longest lease, its push counts as sent, which is remembered for a day.
+/// A first 404 older than this is forgotten. Otherwise two 404s, days apart, would look like one that lasted. It has to exceed
+/// the time between two attempts for a target that stays unknown: up to 10 h for ten attempts, then a day without a push.
 const MISSING_COUNTS: Duration = Duration::from_hours(40);
 /// A device is told at most so often that its prekeys run low.
 const BETWEEN_KEYS: Duration = Duration::from_mins(15);

@@ -256,7 +256,7 @@ fn changed_at(limits: &Limits, now: Timestamp) -> (Timestamp, Timestamp) {
     (now + later, now + limits.retention.max(limits.idempotency_lifetime))
 }
 
-/// How many messages of each device these acks are for. Acks of one device stand together.
+/// How many messages these acks are for, by device. A device may appear several times.
 fn acked(acks: &[(DeviceNo, Position)]) -> impl Iterator<Item = (DeviceNo, u64)> {
     acks.chunk_by(|one, next| one.0 == next.0).map(|acks| (acks[0].0, acks.len() as u64))
 }

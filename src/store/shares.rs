@@ -4,7 +4,6 @@
 //! connection; otherwise requests about one account whose rows are held could take the whole pool.
 
 use std::collections::HashMap;
-use std::io::{Error, ErrorKind};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -18,12 +17,12 @@ const OF_ACCOUNT: usize = 2;
 /// Connections for the rows of one device. An account has several devices.
 const OF_DEVICE: usize = 1;
 
-/// Rows that a transaction locks.
+/// Whose share of the pool a transaction counts against. It may lock other rows of the same account as well.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub(super) enum Rows {
-    /// Of an account, and perhaps of its devices.
+    /// For requests about a whole account: hand-outs, linking, removal, reset, log-in, uploads of attachments.
     OfAccount(UserId),
-    /// Of a device alone.
+    /// For requests of one device: its keys, session, ticket, push token, notice.
     OfDevice(DeviceNo),
 }
 
@@ -58,8 +57,7 @@ impl Shares {
     pub(super) async fn take(&self, rows: Rows) -> Result<Share> {
         let mut share = Share { permit: None, rows, shares: self.clone() };
         let permit = tokio::time::timeout(self.patience, self.join(rows).acquire_owned()).await;
-        let held = "other transactions hold rows of the same account or device for too long";
-        share.permit = permit.map_err(|_| sqlx::Error::Io(Error::new(ErrorKind::TimedOut, held)))?.ok();
+        share.permit = permit.map_err(|_| sqlx::Error::PoolTimedOut)?.ok();
         Ok(share)
     }
 

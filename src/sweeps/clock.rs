@@ -48,8 +48,8 @@ enum Verdict {
     Doubtful,
 }
 
-/// What the first comparison compares with. Call it before the first request comes in, or what that leaves may be lost with a
-/// database that is replaced right afterwards.
+/// Remembers which database answers now, for the first comparison. Call it before the server takes requests: if the database
+/// were replaced between the first request and the first comparison, what was stored could be lost unnoticed.
 pub(super) async fn begin(app: &App) -> Watch {
     let seen = app.store.seen_time().await;
     let seen = seen.inspect_err(|error| debug!(%error, "the database can't be asked for the time")).ok().flatten();

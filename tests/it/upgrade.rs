@@ -225,7 +225,11 @@ async fn a_prekey_that_was_used_at_an_old_or_a_new_node_is_known_at_the_other() 
         let rest = one_time_keys(&asker.at(&there.client()), &target).await;
         assert_eq!(rest.len(), 2, "the other one of each kind");
         assert!(rest.iter().all(|key| !spent.contains(key)), "handed out twice: {spent:?}, {rest:?}");
-        assert_eq!(one_time_keys(&asker.at(&here.client()), &target).await, [], "no more are stored, uploaded at the {place} node");
+        assert_eq!(
+            one_time_keys(&asker.at(&here.client()), &target).await,
+            [],
+            "no more are stored, uploaded at the {place} node"
+        );
     }
     deployment::drop_state(folder.path());
 }
