@@ -7,7 +7,7 @@ use sqlx::FromRow;
 
 use crate::clock::{Moment, Timestamp};
 use crate::model::ids::{DeviceId, DeviceNo, MessageId, Position, UserId};
-use crate::model::mail::{Envelope, MAX_MESSAGE_BYTES, Sealed};
+use crate::model::mail::{Envelope, Sealed};
 use crate::store::database::{Database, Tx, on, run};
 use crate::store::notices::Counts;
 use crate::store::postgres::PostgresStore;
@@ -66,11 +66,14 @@ impl Look {
                 oversized: Some(usize::try_from(size).unwrap_or_default()),
             };
         }
-        let envelopes: Vec<Envelope> = rows.into_iter().map(Envelope::from).collect();
-        let bytes: usize = envelopes.iter().map(|envelope| envelope.body.0.len() + ENVELOPE_OVERHEAD as usize).sum();
-        // A page that another large message would not have fitted into may have been cut short.
-        let more = envelopes.len() >= self.limit as usize || bytes + MAX_MESSAGE_BYTES > self.max_bytes;
-        Page { more: more && !envelopes.is_empty(), envelopes, oversized: None }
+        let found = rows.first().map_or(0, |row| row.found);
+        // Exact below the limit of messages: otherwise each frame would be followed by a look that finds nothing.
+        let more = rows.len() >= self.limit as usize || found > rows.len() as i64;
+        Page {
+            more: more && !rows.is_empty(),
+            envelopes: rows.into_iter().map(Envelope::from).collect(),
+            oversized: None,
+        }
     }
 }
 
@@ -89,7 +92,9 @@ impl PostgresStore {
         let mut pages: Vec<Vec<MessageRow>> = looks.iter().map(|_| Vec::new()).collect();
         for row in rows {
             let of_look = usize::try_from(row.place - 1).ok().and_then(|place| pages.get_mut(place));
-            of_look.ok_or_else(|| sqlx::Error::Protocol("a message that nobody asked for".into()))?.push(row.row);
+            of_look
+                .ok_or_else(|| sqlx::Error::Protocol("a row for a look that was not in the statement".into()))?
+                .push(row.row);
         }
         Ok(looks.iter().zip(pages).map(|(look, rows)| look.page(rows)).collect())
     }
@@ -259,6 +264,8 @@ struct MessageRow {
     body: Option<Vec<u8>>,
     /// On the wire, in bytes.
     size: i64,
+    /// How many messages the look found, those included that weigh too much together to be on the page.
+    found: i64,
 }
 
 #[derive(FromRow)]
@@ -290,7 +297,7 @@ const UNSENT: &str = "\
     weighed AS ( \
         SELECT position, size, SUM(size) OVER (ORDER BY position ROWS UNBOUNDED PRECEDING) AS total FROM page) \
     SELECT m.position, m.id, m.sender_user, m.sender_device, m.received_at, weighed.size, \
-        CASE WHEN weighed.size <= $6 THEN m.body END AS body \
+        CASE WHEN weighed.size <= $6 THEN m.body END AS body, (SELECT COUNT(*) FROM page) AS found \
     FROM weighed CROSS JOIN messages m ON m.position = weighed.position \
     WHERE weighed.total <= $6 OR weighed.total = weighed.size ORDER BY m.position";
 
@@ -298,11 +305,11 @@ const UNSENT: &str = "\
 /// answered.
 const UNSENT_IN_POSTGRES: &str = "\
     SELECT look.place, m.position, m.id, m.sender_user, m.sender_device, m.received_at, m.size::int8 AS size, \
-        CASE WHEN m.size <= look.max_weight THEN m.body END AS body \
+        CASE WHEN m.size <= look.max_weight THEN m.body END AS body, m.found \
     FROM unnest($1, $2, $3, $4, $5) WITH ORDINALITY \
          AS look (device_no, after, alive_since, most, max_weight, place) \
     CROSS JOIN LATERAL ( \
-        SELECT *, SUM(size) OVER (ORDER BY position) AS total FROM ( \
+        SELECT *, SUM(size) OVER (ORDER BY position) AS total, COUNT(*) OVER () AS found FROM ( \
             SELECT position, id, sender_user, sender_device, received_at, body, octet_length(body) + $6 AS size \
             FROM messages \
             WHERE device_no = look.device_no AND position > look.after AND received_at > look.alive_since \

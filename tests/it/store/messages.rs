@@ -187,6 +187,8 @@ async fn a_page_is_bounded_in_messages_and_in_bytes_and_goes_on_where_the_last_o
     assert_eq!(page(third.envelopes[0].position, 50, weight - 1).await.oversized, Some(weight));
     let large = page(third.envelopes[0].position, 50, weight).await;
     assert_eq!((sizes(&large), large.oversized), ((vec![5000], true), None), "it comes alone");
+    let all = page(large.envelopes[0].position, 50, 1000).await;
+    assert_eq!(sizes(&all), (vec![1, 2], false), "nothing is behind them, also if the page has no room for much more");
     let rest = page(large.envelopes[0].position, 50, 1 << 30).await;
     assert_eq!(sizes(&rest), (vec![1, 2], false));
     assert_eq!(sizes(&page(rest.envelopes[1].position, 50, 1 << 30).await), (vec![], false));
