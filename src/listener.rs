@@ -135,7 +135,7 @@ async fn converse(stream: Bounded, peer: SocketAddr, router: Router, head_timeou
     }
 }
 
-/// Answers one request. If much of its body is still unread, the answer says `connection: close`.
+/// Answers one request, with `connection: close` if much of its body was not read.
 fn answer(
     router: Router,
     request: Request<Incoming>,

@@ -65,7 +65,10 @@ impl Socket {
                 // If the connection takes nothing now, `poll_flush` waits for it.
                 let mut context = Context::from_waker(Waker::noop());
                 let (protocol, mut bytes) = self.split(&mut context);
-                done_later(protocol.write(&mut bytes, message))
+                match ready_or_pending(protocol.write(&mut bytes, message)) {
+                    Poll::Ready(written) => written,
+                    Poll::Pending => Ok(()),
+                }
             }
         }
     }
@@ -83,7 +86,7 @@ impl Socket {
         }
         let (protocol, mut bytes) = self.split(context);
         match protocol.flush(&mut bytes) {
-            // Both sides have said goodbye.
+            // Both close frames were exchanged.
             Err(Error::ConnectionClosed) => Poll::Ready(Ok(())),
             flushed => ready_or_pending(flushed),
         }
@@ -135,14 +138,6 @@ fn head_of(payload: &Bytes) -> Bytes {
     let mut head = Vec::new();
     header.format(payload.len() as u64, &mut head).expect("a vector takes everything");
     head.into()
-}
-
-/// What has to wait for the connection is done later.
-fn done_later(done: Result<(), Error>) -> Result<(), Error> {
-    match done {
-        Err(Error::Io(error)) if error.kind() == io::ErrorKind::WouldBlock => Ok(()),
-        done => done,
-    }
 }
 
 fn ready_or_pending<T>(done: Result<T, Error>) -> Poll<Result<T, Error>> {

@@ -238,7 +238,7 @@ impl std::fmt::Debug for AtService {
     }
 }
 
-/// Who answers at an endpoint: the last two labels of its name, or its address.
+/// The domain of an endpoint (the last two labels), or its IP address. Empty if it has neither.
 fn service(endpoint: &str) -> String {
     let url = Url::parse(endpoint).ok();
     let name = url.as_ref().and_then(Url::domain).map(names::domain);

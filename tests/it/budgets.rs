@@ -180,7 +180,7 @@ const OF_A_NETWORK: usize = 24;
 const GUESSES: usize = 4;
 const PACE: Duration = Duration::from_secs(1);
 
-/// Passwords of names that nobody has, from one address. Returns how many of them were looked at.
+/// Passwords for names without an account, from one address. Returns how many of them were looked at.
 async fn guess(client: Client, number: usize) -> usize {
     let address = format!("198.51.{}.{}", number / OF_A_NETWORK, number % OF_A_NETWORK);
     let mut pace = tokio::time::interval(PACE);

@@ -194,7 +194,7 @@ async fn a_second_server_leaves_what_the_first_one_holds_back_of_the_disk() {
     assert!(reserve.exists());
 }
 
-/// It is read at the start only, and its loss would log everybody out at the next one.
+/// It is read at the start only, and at the next start its loss would log all clients out.
 #[tokio::test]
 async fn a_removed_signing_secret_is_told_of_and_everything_goes_on() {
     let folder = tempfile::tempdir().unwrap();

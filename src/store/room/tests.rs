@@ -139,7 +139,11 @@ async fn a_full_inbox_from_which_other_nodes_may_take_mail_is_counted_more_and_m
     assert_eq!(unsure(&rooms, &[one]).stale, [(user, device)]);
     count(&rooms, device, &[(device, one.sender, Load { messages: MESSAGES - 2, bytes: 20 })]);
     tokio::time::advance(FIRST_PAUSE).await;
-    assert_eq!(unsure(&rooms, &[one]).stale, [(user, device)], "its share is taken, but for how long?");
+    assert_eq!(
+        unsure(&rooms, &[one]).stale,
+        [(user, device)],
+        "its share was taken when it was counted; mail may have left since"
+    );
 }
 
 #[tokio::test(start_paused = true)]

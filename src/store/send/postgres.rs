@@ -274,7 +274,7 @@ impl Store {
 
 /// The sends that are left for a later group because one of their accounts could not be locked.
 fn held_back(sends: &[Outgoing], locked: &Locked, locking: Locking) -> HashSet<(DeviceNo, IdempotencyKey)> {
-    // Accounts that never were have no lock, and nobody holds it.
+    // An account that doesn't exist is in `locked` with zeros, so one that is missing is held by another transaction.
     let is_held =
         |mail: &&Outgoing| locking == Locking::PassOver && mail.accounts().any(|user| !locked.contains_key(&user));
     sends.iter().filter(is_held).map(|mail| (mail.sender.no, mail.key)).collect()

@@ -89,7 +89,7 @@ async fn a_device_that_may_not_approve_hears_so_behind_the_parcel_it_sends() {
     let alice = server.account().await;
     let linked = alice.link().await;
     for path in ["PUT /v1/link-sessions/unknown", "PUT /v1/link-sessions"] {
-        // A body that no route takes is too large, whoever sends it.
+        // A body that no route takes gets 413, from this device as well.
         for (bytes, expected) in [(60 << 10, 403), (2 * MIB, 403), (LARGE, 413)] {
             let head = head_of(&linked, path, bytes);
             for _ in 0..3 {

@@ -124,7 +124,7 @@ impl Watching {
             Witness::None => {}
             Witness::Owner => found.note = format!("the owner logged in {hoped} of {tried} times"),
             Witness::Prekeys => found.note = format!("{hoped} of {tried} honest bundles had a one-time key"),
-            Witness::Group => found.note = format!("{hoped} of {tried} group sends were accepted but for the target"),
+            Witness::Group => found.note = format!("{hoped} of {tried} group sends reached the other members"),
             Witness::Friend => {
                 let numbers = inbox(scene).await?;
                 let before = numbers.iter().filter(|number| **number < BEFORE).count();
