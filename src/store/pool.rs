@@ -9,6 +9,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use sqlx::{ConnectOptions, Connection, Database, Sqlite, SqliteConnection};
+use tokio::runtime::Handle;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio::time::{Instant, timeout};
 
@@ -147,20 +148,20 @@ impl<DB: Lendable> Pool<DB> {
             }
         };
         let found = tokio::time::timeout_at(deadline, self.inner.take_idle());
-        let (connection, born) = match found.await.map_err(|_| sqlx::Error::PoolTimedOut)? {
-            Some(idle) => (idle.connection, idle.born),
-            None => (self.inner.connect(deadline).await?, Instant::now()),
+        let mut lent = match found.await.map_err(|_| sqlx::Error::PoolTimedOut)? {
+            Some(idle) => Lent::new(&self.inner, idle.connection, idle.born, permit),
+            None => Inner::connect(&self.inner, permit, deadline).await?,
         };
-        let is_good = self.inner.terms.outlives_its_borrower;
-        Ok(Lent { connection: Some(connection), born, is_good, pool: self.inner.clone(), permit: Some(permit) })
+        lent.is_good = self.inner.terms.outlives_its_borrower;
+        Ok(lent)
     }
 
     /// Closes what has been idle for too long or is too old, and makes connections until the least number is there.
     pub(super) async fn tend(&self) -> Result<()> {
         drop(self.inner.take_outdated());
         while self.inner.count() < self.inner.terms.min as usize {
-            let mut lent = self.get_new().await?;
-            lent.is_good = true;
+            let permit = self.inner.permits.clone().try_acquire_owned().map_err(|_| sqlx::Error::PoolTimedOut)?;
+            drop(Inner::connect(&self.inner, permit, Instant::now() + self.inner.terms.patience).await?);
         }
         Ok(())
     }
@@ -179,12 +180,6 @@ impl<DB: Lendable> Pool<DB> {
             // Nothing is lost by a connection that doesn't close properly.
             let _ = timeout(self.inner.terms.patience, idle.connection.close()).await;
         }
-    }
-
-    async fn get_new(&self) -> Result<Lent<DB>> {
-        let permit = self.inner.permits.clone().try_acquire_owned().map_err(|_| sqlx::Error::PoolTimedOut)?;
-        let connection = Some(self.inner.connect(Instant::now() + self.inner.terms.patience).await?);
-        Ok(Lent { connection, born: Instant::now(), is_good: false, pool: self.inner.clone(), permit: Some(permit) })
     }
 }
 
@@ -207,20 +202,36 @@ impl<DB: Lendable> Inner<DB> {
         }
     }
 
-    async fn connect(&self, deadline: Instant) -> Result<DB::Connection> {
+    /// A new connection. If nobody waits for it any more when it is made, the others find it.
+    ///
+    /// It is made on a thread of its own. The proof that one knows the password takes milliseconds, and `sqlx` cuts it into
+    /// 820 pieces, between which all other tasks come first: on a busy node it would take as many rounds of them.
+    async fn connect(pool: &Arc<Self>, permit: OwnedSemaphorePermit, deadline: Instant) -> Result<Lent<DB>> {
+        let (pool, runtime) = (pool.clone(), Handle::current());
+        let connecting = tokio::task::spawn_blocking(move || {
+            let connection = runtime.block_on(tokio::time::timeout_at(deadline, pool.make(deadline)));
+            let connection = connection.map_err(|_| sqlx::Error::PoolTimedOut)??;
+            Ok(Lent::new(&pool, connection, Instant::now(), permit))
+        });
+        // It is cancelled only when the runtime ends.
+        connecting.await.map_err(|_| sqlx::Error::WorkerCrashed)?
+    }
+
+    /// Tries until `deadline`.
+    async fn make(&self, deadline: Instant) -> sqlx::Result<DB::Connection> {
         loop {
             let connecting = async {
                 let mut connection = self.options.connect().await?;
                 DB::prepare(&mut connection, &self.settings).await?;
                 sqlx::Result::Ok(connection)
             };
-            match tokio::time::timeout_at(deadline, connecting).await.map_err(|_| sqlx::Error::PoolTimedOut)? {
+            match connecting.await {
                 // Nothing listens there, it is only just starting, or it takes no writes.
                 Err(sqlx::Error::Io(_)) if Instant::now() + BETWEEN_TRIES < deadline => {}
                 Err(sqlx::Error::Database(error))
                     if error.code().is_some_and(|code| code.starts_with("57P"))
                         && Instant::now() + BETWEEN_TRIES < deadline => {}
-                connected => return Ok(connected?),
+                connected => return connected,
             }
             tokio::time::sleep(jittered(BETWEEN_TRIES)).await;
         }
@@ -262,6 +273,11 @@ pub(super) struct Lent<DB: Lendable> {
 }
 
 impl<DB: Lendable> Lent<DB> {
+    /// A good connection.
+    fn new(pool: &Arc<Inner<DB>>, connection: DB::Connection, born: Instant, permit: OwnedSemaphorePermit) -> Self {
+        Self { connection: Some(connection), born, is_good: true, pool: pool.clone(), permit: Some(permit) }
+    }
+
     /// Tells whether the connection can serve somebody else.
     pub(super) fn set_good(&mut self, is_good: bool) {
         self.is_good = is_good;
@@ -300,93 +316,4 @@ fn lock<T>(held: &Mutex<T>) -> MutexGuard<'_, T> {
 }
 
 #[cfg(test)]
-mod tests {
-    use futures_util::FutureExt;
-    use sqlx::sqlite::SqliteConnectOptions;
-
-    use super::*;
-
-    const TERMS: Terms = Terms {
-        max: 2,
-        min: 0,
-        patience: Duration::from_millis(50),
-        idle_timeout: None,
-        max_lifetime: None,
-        outlives_its_borrower: false,
-    };
-
-    fn pool(terms: Terms) -> Pool<Sqlite> {
-        Pool::new(SqliteConnectOptions::new().in_memory(true), (), terms, PoolName::Reader, &Metrics::unread())
-    }
-
-    fn idle(pool: &Pool<Sqlite>) -> usize {
-        lock(&pool.inner.idle).len()
-    }
-
-    #[tokio::test]
-    async fn no_more_are_lent_than_there_may_be_and_each_comes_back() {
-        let pool = pool(TERMS);
-        let (mut first, mut second) = (pool.get().await.unwrap(), pool.get().await.unwrap());
-        assert!(pool.get().await.is_err());
-        first.set_good(true);
-        second.set_good(true);
-        drop((first, second));
-        assert_eq!(idle(&pool), 2);
-        assert!(pool.get().await.is_ok());
-        pool.close().await;
-        assert!(pool.get().await.is_err());
-    }
-
-    #[tokio::test]
-    async fn one_of_which_nobody_can_tell_is_closed_and_makes_room() {
-        let pool = pool(TERMS);
-        drop(pool.get().await.unwrap());
-        assert_eq!(idle(&pool), 0);
-        for _ in 0..5 {
-            drop(pool.get().await.unwrap());
-        }
-    }
-
-    #[tokio::test]
-    async fn those_that_are_idle_too_long_go_but_for_the_least_number_and_old_ones_go_in_any_case() {
-        let limit = Duration::from_secs(10);
-        let pool = pool(Terms { min: 1, idle_timeout: Some(limit), max_lifetime: Some(2 * limit), ..TERMS });
-        let mut both = [pool.get().await.unwrap(), pool.get().await.unwrap()];
-        both.iter_mut().for_each(|lent| lent.set_good(true));
-        drop(both);
-        let age = |by: Duration| {
-            for idle in lock(&pool.inner.idle).iter_mut() {
-                (idle.born, idle.since) = (idle.born - by, idle.since - by);
-            }
-        };
-        drop(pool.inner.take_outdated());
-        assert_eq!(idle(&pool), 2);
-        age(limit);
-        drop(pool.inner.take_outdated());
-        assert_eq!(idle(&pool), 1);
-        age(limit);
-        drop(pool.inner.take_outdated());
-        assert_eq!(idle(&pool), 0);
-    }
-
-    #[tokio::test]
-    async fn the_least_number_is_made_ahead_of_need() {
-        let pool = pool(Terms { min: 2, ..TERMS });
-        pool.tend().await.unwrap();
-        assert_eq!(idle(&pool), 2);
-    }
-
-    #[tokio::test]
-    async fn a_read_that_was_given_up_does_not_spoil_the_next_one_where_connections_outlive_it() {
-        let pool = pool(Terms { max: 1, outlives_its_borrower: true, ..TERMS });
-        for _ in 0..100 {
-            let mut reader = pool.get().await.unwrap();
-            let long = "WITH RECURSIVE n(x) AS (SELECT 1 UNION ALL SELECT x + 1 FROM n LIMIT 5000) SELECT x FROM n";
-            assert!(sqlx::query(long).fetch_all(&mut *reader).now_or_never().is_none(), "it takes longer than that");
-            drop(reader);
-            let mut reader = pool.get().await.unwrap();
-            let one: i64 = sqlx::query_scalar("SELECT 1").fetch_one(&mut *reader).await.unwrap();
-            assert_eq!(one, 1);
-        }
-    }
-}
+mod tests;

@@ -44,7 +44,7 @@ pub use socket::{Event, Socket, distinct_ids};
 pub use valkey::Valkey;
 
 /// How long a test waits for anything that should happen at once. Generous, because machines are busy.
-pub const PATIENCE: Duration = Duration::from_secs(20);
+pub const PATIENCE: Duration = Duration::from_secs(60);
 
 /// Waits for `future`, and fails the test if it takes too long.
 pub async fn within<T>(what: &str, future: impl Future<Output = T>) -> T {

@@ -1,6 +1,8 @@
 //! The database itself: `open`, `check`, `close`; and what only SQLite's file has: `reclaim`.
 
+use std::future::poll_fn;
 use std::path::Path;
+use std::pin::pin;
 
 use obscura_server::config::Config;
 use obscura_server::store::{Limits, OpenError, Store};
@@ -21,6 +23,23 @@ async fn an_open_store_answers_and_a_closed_one_does_not() {
     store.check().await.unwrap();
     store.close().await;
     assert!(store.check().await.is_err());
+}
+
+/// The proof of the password would take 820 rounds of all tasks if it were made among them.
+#[tokio::test]
+async fn a_connection_to_postgres_is_made_in_a_few_turns_however_busy_the_other_tasks_are() {
+    let store = TestStore::open_in_postgres().await;
+    let (one, mut other) = (store.check(), pin!(store.check()));
+    let mut turns = 0;
+    // One of the two has to connect.
+    let counted = poll_fn(|cx| {
+        turns += 1;
+        other.as_mut().poll(cx)
+    });
+    let (one, other) = tokio::join!(one, counted);
+    one.unwrap();
+    other.unwrap();
+    assert!(turns < 20, "{turns}");
 }
 
 #[tokio::test]
