@@ -321,6 +321,13 @@ pub struct Gateway {
     pub max_connections_per_device: usize,
 }
 
+impl Gateway {
+    /// How long a client that is there says nothing at the most.
+    pub fn longest_silence(&self) -> Duration {
+        self.ping_interval + self.ping_timeout
+    }
+}
+
 /// Encrypted attachments and where they are kept.
 #[derive(Clone, Debug)]
 pub struct Attachments {

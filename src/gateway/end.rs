@@ -17,6 +17,8 @@ pub(super) enum End {
     Dismissed(Closed),
     /// The client has broken the WebSocket protocol.
     Offended(CloseCode),
+    /// There is no memory for a large message of the client.
+    NoMemory,
     /// The server stops.
     Stopping,
 }
@@ -26,7 +28,7 @@ impl End {
     pub(super) fn reason(&self, pipe: &Pipe) -> Closed {
         match self {
             Self::Gone if pipe.is_stalled() => Closed::Slow,
-            Self::Gone | Self::Offended(_) => Closed::Gone,
+            Self::Gone | Self::Offended(_) | Self::NoMemory => Closed::Gone,
             Self::Silent => Closed::Silent,
             Self::Dismissed(reason) => *reason,
             Self::Stopping => Closed::Stopping,
@@ -40,6 +42,7 @@ impl End {
             Self::Gone => {}
             Self::Silent | Self::Dismissed(_) => pipe.close(None).await,
             Self::Offended(code) => pipe.close(frame(code, "")).await,
+            Self::NoMemory => pipe.close(frame(CloseCode::Again, "")).await,
             Self::Stopping => pipe.close(frame(CloseCode::Away, "Server shutting down")).await,
         }
     }

@@ -13,7 +13,9 @@ pub(super) struct Framing {
     left: u64,
     /// A fragmented message has begun and not ended.
     in_message: bool,
-    /// The largest payload of a frame so far, in bytes.
+    /// The payloads of the message under way, or of the last one, as far as they were announced; in bytes.
+    message: u64,
+    /// The largest message so far, in bytes.
     largest: u64,
 }
 
@@ -41,7 +43,7 @@ impl Framing {
         self.known == 0 && self.left == 0 && !self.in_message
     }
 
-    /// The largest payload that a frame has had, in bytes.
+    /// The size of the largest message so far, by the heads of its frames, in bytes.
     pub(super) fn largest(&self) -> u64 {
         self.largest
     }
@@ -64,10 +66,12 @@ impl Framing {
             127 => long(&self.head[2..10]),
             short => u64::from(short),
         };
-        self.largest = self.largest.max(self.left);
         // Control frames may come between the parts of a message.
         let is_control = self.head[0] & 0x08 != 0;
         if !is_control {
+            let before = if self.in_message { self.message } else { 0 };
+            self.message = before.saturating_add(self.left);
+            self.largest = self.largest.max(self.message);
             self.in_message = self.head[0] & 0x80 == 0;
         }
         self.known = 0;
@@ -116,5 +120,17 @@ mod tests {
             }
             assert_eq!(framing.largest(), 70_000);
         }
+    }
+
+    #[test]
+    fn a_message_is_as_large_as_its_parts_together() {
+        let mut framing = Framing::default();
+        framing.pass(&frame(0x82, 600));
+        framing.pass(&frame(0x02, 500));
+        framing.pass(&frame(0x89, 125));
+        framing.pass(&frame(0x00, 400));
+        assert_eq!((framing.largest(), framing.is_between_messages()), (900, false));
+        framing.pass(&frame(0x80, 300)[..20]);
+        assert_eq!(framing.largest(), 1200, "as soon as they are announced");
     }
 }

@@ -1,11 +1,13 @@
 //! The memory for the large frames of one socket. It is taken before messages are read and given back when their frame has
-//! been written, so what is in memory is always paid for. A message that finds no room waits for its turn.
+//! been written, so what is in memory is always paid for. A message that finds no room waits for its turn. A large message of
+//! the client that finds none ends the socket.
 
 use std::future::pending;
 use std::time::Duration;
 
 use futures_util::future::BoxFuture;
 
+use crate::gateway::socket::MAX_INBOUND_BYTES;
 use crate::limits::{Amount, FRAMES_OF_ACCOUNT_KIB, Held, Payer, kib};
 use crate::tasks::jittered;
 
@@ -13,6 +15,8 @@ use crate::tasks::jittered;
 pub(super) const MODEST_BYTES: usize = 64 << 10;
 /// Where there is no room for as much as the client would take, there may be for a frame of this size.
 const SMALLER_BYTES: usize = 256 << 10;
+/// What the library needs for the largest message of a client: it joins the parts beside the buffer that it reads into.
+const INCOMING_BYTES: usize = 2 * MAX_INBOUND_BYTES;
 /// How long a message waits for its turn before the inbox is read again: the message may be gone.
 const PATIENCE: Duration = Duration::from_mins(1);
 /// The pause before that.
@@ -26,6 +30,8 @@ pub(super) struct FrameMemory {
     reserved: Option<Reserved>,
     /// For the frame under way.
     in_use: Option<Held>,
+    /// For a large message of the client.
+    incoming: Option<Held>,
     /// Set while a message waits for room. It ends with nothing if there was none in time.
     waiting: Option<BoxFuture<'static, Option<Reserved>>>,
 }
@@ -39,7 +45,13 @@ struct Reserved {
 impl FrameMemory {
     /// No memory yet.
     pub(super) fn new(amount: Amount, payer: Payer) -> Self {
-        Self { amount, payer, reserved: None, in_use: None, waiting: None }
+        Self { amount, payer, reserved: None, in_use: None, incoming: None, waiting: None }
+    }
+
+    /// A large message of the client begins to need memory (true), or does so no longer. Returns false if there is none.
+    pub(super) fn incoming(&mut self, is_large: bool) -> bool {
+        self.incoming = if is_large { self.amount.try_take(self.payer, kib(INCOMING_BYTES)) } else { None };
+        self.incoming.is_some() == is_large
     }
 
     /// Takes memory for the next frame, and returns how many bytes of messages it may have. That are at most `most`, unless
@@ -141,6 +153,17 @@ mod tests {
 
     fn amount(mebibytes: u32) -> Amount {
         Amount::new(Terms { max_waiting: 4, in_turn: true, ..Terms::total(mebibytes << 10) })
+    }
+
+    #[test]
+    fn a_large_message_of_a_client_takes_memory_until_it_needs_no_more() {
+        let amount = amount(1);
+        let mut sockets = [memory(&amount), memory(&amount), memory(&amount)];
+        let [one, two, three] = &mut sockets;
+        assert!(one.incoming(true) && two.incoming(true));
+        assert_eq!(amount.taken(), 1 << 10);
+        assert!(!three.incoming(true));
+        assert!(one.incoming(false) && three.incoming(true));
     }
 
     #[test]

@@ -7,7 +7,7 @@ use std::task::{Context, Poll};
 use std::time::Duration;
 
 use bytes::Bytes;
-use tokio::time::Sleep;
+use tokio::time::{Instant, Sleep};
 use tungstenite::error::{Error as WebSocketError, ProtocolError};
 use tungstenite::protocol::frame::coding::CloseCode;
 use tungstenite::protocol::{CloseFrame, Message};
@@ -35,6 +35,8 @@ pub(super) enum Event {
     Alive,
     /// The client has sent this many bytes that have not made a frame yet.
     Unframed(u32),
+    /// Memory is kept for a large message of the client from now on (true), or no longer.
+    Large(bool),
     /// The frame under way has been handed to the kernel.
     Written,
     /// The connection has ended.
@@ -53,12 +55,19 @@ pub(super) struct Pipe {
     taken_before: u64,
     /// How many of the read bytes were part of an event.
     accounted: u64,
+    /// The last [`Event::Large`].
+    is_large: bool,
+    /// Since when a large message of the client is under way, …
+    large_since: Option<Instant>,
+    /// … and how long it may be, more or less: it is looked at with each event.
+    longest_message: Duration,
     /// Set when writing has failed. Until it ends, what has arrived (acks, say) is still read.
     broken: Option<Pin<Box<Sleep>>>,
 }
 
 impl Pipe {
-    pub(super) fn new(connection: Box<dyn Connection>, progress: Arc<Progress>) -> Self {
+    /// The client may take `longest_message` to send a large message.
+    pub(super) fn new(connection: Box<dyn Connection>, progress: Arc<Progress>, longest_message: Duration) -> Self {
         let accounted = progress.read();
         Self {
             socket: Socket::new(connection),
@@ -67,6 +76,9 @@ impl Pipe {
             unanswered: 0,
             accounted,
             taken_before: 0,
+            is_large: false,
+            large_since: None,
+            longest_message,
             broken: None,
         }
     }
@@ -123,6 +135,9 @@ impl Pipe {
         {
             return Poll::Ready(Event::Closed);
         }
+        if let Some(large) = self.large() {
+            return Poll::Ready(large);
+        }
         if !reading || self.unanswered >= UNANSWERED_PINGS {
             return Poll::Pending;
         }
@@ -131,7 +146,10 @@ impl Pipe {
                 if !self.is_writing() {
                     self.socket.tidy_up();
                 }
-                return self.unframed().map_or(Poll::Pending, |bytes| Poll::Ready(Event::Unframed(bytes)));
+                return match self.large().or_else(|| self.unframed()) {
+                    Some(event) => Poll::Ready(event),
+                    None => Poll::Pending,
+                };
             };
             self.accounted = self.progress.read();
             return match message {
@@ -157,15 +175,26 @@ impl Pipe {
         }
     }
 
+    /// What there is to say about a large message of the client.
+    fn large(&mut self) -> Option<Event> {
+        let (is_large, is_under_way) = (self.socket.is_large(), self.socket.is_in_message());
+        self.large_since = (is_large && is_under_way).then(|| self.large_since.unwrap_or_else(Instant::now));
+        if self.large_since.is_some_and(|since| since.elapsed() > self.longest_message) {
+            self.progress.is_left_unread();
+            return Some(Event::Offended(CloseCode::Policy));
+        }
+        (std::mem::replace(&mut self.is_large, is_large) != is_large).then_some(Event::Large(is_large))
+    }
+
     /// Bytes since the last event, if they are many.
-    fn unframed(&mut self) -> Option<u32> {
+    fn unframed(&mut self) -> Option<Event> {
         let read = self.progress.read();
         let bytes = u32::try_from(read - self.accounted).unwrap_or(u32::MAX);
         if bytes < MANY_UNFRAMED_BYTES {
             return None;
         }
         self.accounted = read;
-        Some(bytes)
+        Some(Event::Unframed(bytes))
     }
 
     /// Says goodbye and waits a moment for the client to take notice.

@@ -43,7 +43,8 @@ pub async fn run(
     let wakeups = app.bus.subscribe(Address { user: holder.user, device: holder.no });
     let _open = app.metrics.sockets.hold(());
     app.metrics.sockets_opened.one(());
-    let mut session = Session::new(app, &holder, payer, Pipe::new(connection, progress));
+    let pipe = Pipe::new(connection, progress, app.config.gateway.longest_silence());
+    let mut session = Session::new(app, &holder, payer, pipe);
     session.notice_wanted = features.inbox_notice;
     session.device_list = features.device_list.then(|| Box::new(DeviceList::new(holder.user)));
     let end = session.serve(&wakeups).await;
@@ -92,11 +93,8 @@ impl Session {
         let now = Instant::now();
         let config = &app.config.gateway;
         let inflight = Inflight::new(app.config.messaging.max_inbox_size);
-        let (ping_due, look_due) =
-            (next_ping(now, app.clock.now(), config.ping_interval), now + jittered(config.look_interval));
         let memory = FrameMemory::new(app.limits.frames.clone(), payer);
         Self {
-            app,
             device: holder.no,
             epoch: holder.tokens_void_to,
             pipe,
@@ -114,12 +112,13 @@ impl Session {
             notice: None,
             status_due: None,
             retry: None,
-            ping_due,
-            look_due,
+            ping_due: next_ping(now, app.clock.now(), config.ping_interval),
+            look_due: now + jittered(config.look_interval),
             last_heard: now,
             inflow: Inflow::new(now),
             moving_due: now,
             pace: Pace::new(now),
+            app,
         }
     }
 
@@ -153,6 +152,7 @@ impl Session {
                     Event::Binary(frame) => self.heard(frame),
                     Event::Alive => self.heard_of(1),
                     Event::Unframed(bytes) => self.heard_of(bytes / inflow::BYTES),
+                    Event::Large(is_large) => if !self.memory.incoming(is_large) { return End::NoMemory },
                     Event::Written => {
                         self.memory.written();
                         self.trails.written();
@@ -387,7 +387,7 @@ impl Session {
 
     /// How often a frame under way is looked at.
     fn moving_step(&self) -> Duration {
-        (self.app.config.gateway.ping_interval + self.app.config.gateway.ping_timeout) / 4
+        self.app.config.gateway.longest_silence() / 4
     }
 
     fn next_due(&self) -> Instant {

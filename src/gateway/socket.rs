@@ -20,12 +20,12 @@ use tungstenite::protocol::{Message, Role, WebSocketConfig, WebSocketContext};
 use crate::gateway::framing::Framing;
 
 /// The largest frame, and the largest message of several frames, that a client may send.
-const MAX_INBOUND_BYTES: usize = 256 << 10;
+pub(super) const MAX_INBOUND_BYTES: usize = 256 << 10;
 /// Idle sockets keep their read buffer, so it is small. Frames of clients are small too.
 const READ_BUFFER_BYTES: usize = 1024;
 /// The largest payload that goes through the library's buffer.
 const COPIED_BYTES: usize = 16 << 10;
-/// After a frame of the client with more bytes than this the read buffer is given back.
+/// A message of the client with more bytes than this is large.
 const MODEST_INBOUND_BYTES: u64 = 16 << 10;
 
 /// The bytes of a connection after its handshake.
@@ -106,12 +106,21 @@ impl Socket {
         })
     }
 
-    /// Gives back the memory of a large frame of the client. To be called when nothing is left to be written and everything
+    /// True while memory is kept for a large message of the client, under way or past.
+    pub(super) fn is_large(&self) -> bool {
+        self.framing.largest() > MODEST_INBOUND_BYTES
+    }
+
+    /// True if the client has begun a message, or a head, and not ended it.
+    pub(super) fn is_in_message(&self) -> bool {
+        !self.framing.is_between_messages()
+    }
+
+    /// Gives back the memory of a large message of the client. To be called when nothing is left to be written and everything
     /// that has come was read.
     pub(super) fn tidy_up(&mut self) {
-        let was_large = self.framing.largest() > MODEST_INBOUND_BYTES;
         // Between messages the library's read buffer is empty, and an open socket is all that it remembers.
-        if was_large && self.framing.is_between_messages() && self.protocol.can_write() && !self.has_ended {
+        if self.is_large() && !self.is_in_message() && self.protocol.can_write() && !self.has_ended {
             (self.protocol, self.framing) = (new_protocol(), Framing::default());
         }
     }

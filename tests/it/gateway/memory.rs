@@ -86,6 +86,60 @@ async fn large_frames_of_clients_leave_no_memory_behind() {
     }
 }
 
+/// Of one account; the others have memory.
+#[tokio::test(flavor = "multi_thread")]
+async fn large_messages_of_clients_that_never_end_hold_a_bounded_amount_of_memory() {
+    let folder = tempfile::tempdir().unwrap();
+    let server = Binary::start(folder.path(), &[MANY_SOCKETS]).await;
+    let (alice, bob) = accounts(&server).await;
+    let mut sockets = Vec::new();
+    for _ in 0..60 {
+        sockets.push(RawSocket::open(server.address(), &bob.ticket().await).await);
+    }
+    let (before, mut refused) = (server.resident_bytes(), 0);
+    for socket in &mut sockets {
+        for part in 0..20 {
+            // Each part is small. Those that were refused may be closed already.
+            let first = if part == 0 { opcode::BINARY } else { opcode::CONTINUATION };
+            let _ = socket.send_part(first, &[0xff; 12 << 10]).await;
+        }
+        let _ = socket.send(opcode::PING, b"").await;
+        match socket.receive().await {
+            Some((opcode::PONG, _)) => {}
+            Some((opcode::CLOSE, code)) if code == 1013_u16.to_be_bytes() => refused += 1,
+            other => panic!("{other:?}"),
+        }
+    }
+    assert_eq!(refused, 60 - SHARE / 512);
+    let grown = server.resident_bytes().saturating_sub(before);
+    assert!(grown < 24 * MIB, "{} MiB", grown / MIB);
+    let mut other = alice.connect().await;
+    other.send(Message::Binary(vec![0xff; 250 << 10].into())).await;
+    other.until_pong().await;
+}
+
+#[tokio::test]
+async fn a_client_that_does_not_end_a_large_message_is_disconnected_though_it_answers_pings() {
+    let server = TestServer::start_with(|config| {
+        config.gateway.ping_interval = Duration::from_secs(1);
+        config.gateway.ping_timeout = Duration::from_secs(2);
+    })
+    .await;
+    let alice = server.account().await;
+    let mut socket = RawSocket::open(server.address(), &alice.ticket().await).await;
+    socket.send_part(opcode::BINARY, &[0xff; 20 << 10]).await.unwrap();
+    let closed = within("the end of the socket", async {
+        loop {
+            match socket.receive().await.expect("a close frame") {
+                (opcode::PING, payload) => socket.send(opcode::PONG, &payload).await.unwrap(),
+                (opcode::CLOSE, code) => return code,
+                _ => {}
+            }
+        }
+    });
+    assert_eq!(closed.await, 1008_u16.to_be_bytes());
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn many_clients_that_do_not_read_large_messages_hold_a_bounded_amount_of_memory() {
     let folder = tempfile::tempdir().unwrap();
