@@ -2,6 +2,7 @@
 //! refuses us holds up nobody else.
 
 use std::collections::HashMap;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -238,11 +239,18 @@ impl std::fmt::Debug for AtService {
     }
 }
 
-/// The domain of an endpoint (the last two labels), or its IP address. Empty if it has neither.
+/// The domain of an endpoint (the last two labels), or the network of its IP address (/24, /48). Empty if it has neither.
 fn service(endpoint: &str) -> String {
     let url = Url::parse(endpoint).ok();
-    let name = url.as_ref().and_then(Url::domain).map(names::domain);
-    name.or_else(|| url.as_ref()?.host_str()).unwrap_or_default().to_owned()
+    if let Some(name) = url.as_ref().and_then(Url::domain) {
+        return names::domain(name).to_owned();
+    }
+    let host = url.as_ref().and_then(Url::host_str).unwrap_or_default();
+    match host.trim_matches(['[', ']']).parse::<IpAddr>().map(|ip| ip.to_canonical()) {
+        Ok(IpAddr::V4(ip)) => Ipv4Addr::from_bits(ip.to_bits() & !0xff).to_string(),
+        Ok(IpAddr::V6(ip)) => Ipv6Addr::from_bits(ip.to_bits() & !(u128::MAX >> 48)).to_string(),
+        Err(_) => String::new(),
+    }
 }
 
 #[cfg(test)]
@@ -290,6 +298,11 @@ mod tests {
         assert!(lane.enter(&browser("https://b.example/1")).is_ok());
         assert!(lane.enter(&browser("https://192.0.2.1/1")).is_ok() && lane.enter(&browser("https://[::1]/1")).is_ok());
         drop(slots);
+        for network in ["https://192.0.2.", "https://[2001:db8:0:"] {
+            let host = |n: u32| format!("{network}{n}{}/1", if network.contains('[') { "::1]" } else { "" });
+            let _slots = [1, 2].map(|n| lane.enter(&browser(&host(n))).unwrap());
+            assert_eq!(lane.enter(&browser(&host(3))).unwrap_err(), Blocked::Full, "{network}");
+        }
         assert!(lane.enter(&browser("https://a.example/3")).is_ok() && lane.services.known().is_empty());
     }
 
