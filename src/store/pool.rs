@@ -213,8 +213,9 @@ impl<DB: Lendable> Inner<DB> {
             let connection = connection.map_err(|_| sqlx::Error::PoolTimedOut)??;
             Ok(Lent::new(&pool, connection, Instant::now(), permit))
         });
-        // It is cancelled only when the runtime ends.
-        connecting.await.map_err(|_| sqlx::Error::WorkerCrashed)?
+        // All such threads may be busy. It is cancelled only when the runtime ends.
+        let made = tokio::time::timeout_at(deadline, connecting).await.map_err(|_| sqlx::Error::PoolTimedOut)?;
+        made.map_err(|_| sqlx::Error::WorkerCrashed)?
     }
 
     /// Tries until `deadline`.
