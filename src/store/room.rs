@@ -35,6 +35,9 @@ pub(super) const LONGEST_DEBT: Duration = Duration::from_hours(72);
 const COUNTED_IN_SQLITE: u64 = 8_000;
 /// The same for a group on PostgreSQL, where other groups wait only for its accounts.
 const COUNTED_IN_POSTGRES: u64 = 32_000;
+/// So many bytes a row may say too much, at random. By its values the nodes recognise a row that another one has written: if one
+/// device is full, mail for another one would not change them.
+const MARKS: i64 = 64 << 10;
 /// Inboxes in one count, unless they are so large that fewer of them are as much as a group counts.
 const COUNTED_AT_ONCE: u64 = 64;
 
@@ -268,7 +271,8 @@ impl Rooms {
             let total = state.inboxes.get(device)?.total;
             most = Load { messages: most.messages.max(total.messages), bytes: most.bytes.max(total.bytes) };
         }
-        let stamp = (i32::try_from(most.messages).unwrap_or(i32::MAX), i64::try_from(most.bytes).unwrap_or(i64::MAX));
+        let bytes = i64::try_from(most.bytes).unwrap_or(i64::MAX).saturating_add(rand::random_range(0..MARKS));
+        let stamp = (i32::try_from(most.messages).unwrap_or(i32::MAX), bytes);
         for device in devices {
             if let Some(inbox) = state.inboxes.get_mut(device) {
                 inbox.stamp = stamp;

@@ -202,6 +202,22 @@ fn a_row_that_another_node_has_written_is_not_believed_after_a_refusal() {
     assert_eq!(rooms.unsure(&[small], |_| Some(row(2))).unknown, [(user, device)], "there may be no room for it");
 }
 
+/// Two nodes have counted an account with a full device. One queues mail for the other device and writes the row.
+#[test]
+fn mail_for_one_device_shows_in_the_row_though_another_device_has_more() {
+    let (here, there, user) = (rooms(0), rooms(0), UserId::random());
+    let devices = [DeviceNo(1), DeviceNo(2)];
+    let full: Vec<Counted> =
+        (0..MESSAGES).map(|_| (devices[0], UserId::random(), Load { messages: 1, bytes: 1 })).collect();
+    let count = |rooms: &Rooms, row: Stamp| rooms.counted(devices.map(|device| (device, row)), &full);
+    count(&here, (0, 0));
+    let row = here.stamped(&devices).unwrap();
+    count(&there, row);
+    let one = Candidate { user, device: devices[1], sender: UserId::random(), bytes: 1 };
+    assert!(there.judge(&[one], NOW, |_| Some(AccountRow { before: row, now: row })).unwrap().0[0].is_ok());
+    assert_ne!(there.stamped(&devices), Some(row));
+}
+
 /// A group for which nothing is queued leaves the row as it was.
 #[test]
 fn a_row_that_refusals_did_not_raise_is_believed() {
