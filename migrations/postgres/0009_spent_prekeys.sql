@@ -1,4 +1,5 @@
 -- Used prekeys by account instead of by device: devices come and go, and so of two hand-outs of one key only one can be recorded.
+SET LOCAL lock_timeout = '3s';  -- Hand-outs of the other nodes queue behind it. The start ends with an error if a dump is running.
 LOCK TABLE used_prekeys IN ACCESS EXCLUSIVE MODE;
 CREATE TABLE spent_prekeys (                      -- one-time prekeys that were handed out, and signed ones that were replaced
     user_id     uuid NOT NULL,
