@@ -22,6 +22,9 @@ const FRESH: Duration = Duration::from_secs(1);
 /// The pause before a server that can't be reached is tried again, while somebody waits.
 const BETWEEN_TRIES: Duration = Duration::from_millis(200);
 
+/// Connections that are made at a time. Each takes a thread, and at times another one to look up a name.
+const MADE_AT_ONCE: usize = 32;
+
 /// How many connections there may be, and how long each is kept.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Terms {
@@ -82,6 +85,7 @@ struct Inner<DB: Lendable> {
     /// Connections that were idle at this moment are asked before they are lent.
     doubted: Mutex<Instant>,
     permits: Arc<Semaphore>,
+    making: Arc<Semaphore>,
     name: PoolName,
     metrics: Metrics,
 }
@@ -118,6 +122,7 @@ impl<DB: Lendable> Pool<DB> {
                 idle: Mutex::default(),
                 doubted,
                 permits,
+                making: Arc::new(Semaphore::new(MADE_AT_ONCE)),
                 name,
                 metrics,
             }),
@@ -208,7 +213,10 @@ impl<DB: Lendable> Inner<DB> {
     /// 820 pieces, between which all other tasks come first: on a busy node it would take as many rounds of them.
     async fn connect(pool: &Arc<Self>, permit: OwnedSemaphorePermit, deadline: Instant) -> Result<Lent<DB>> {
         let (pool, runtime) = (pool.clone(), Handle::current());
+        let turn = tokio::time::timeout_at(deadline, pool.making.clone().acquire_owned());
+        let turn = turn.await.map_err(|_| sqlx::Error::PoolTimedOut)?;
         let connecting = tokio::task::spawn_blocking(move || {
+            let _turn = turn;
             let connection = runtime.block_on(tokio::time::timeout_at(deadline, pool.make(deadline)));
             let connection = connection.map_err(|_| sqlx::Error::PoolTimedOut)??;
             Ok(Lent::new(&pool, connection, Instant::now(), permit))
