@@ -28,7 +28,8 @@ impl End {
     pub(super) fn reason(&self, pipe: &Pipe) -> Closed {
         match self {
             Self::Gone if pipe.is_stalled() => Closed::Slow,
-            Self::Gone | Self::Offended(_) | Self::NoMemory => Closed::Gone,
+            Self::Gone | Self::Offended(_) => Closed::Gone,
+            Self::NoMemory => Closed::NoMemory,
             Self::Silent => Closed::Silent,
             Self::Dismissed(reason) => *reason,
             Self::Stopping => Closed::Stopping,

@@ -15,7 +15,7 @@ pub(super) struct Framing {
     in_message: bool,
     /// The payloads of the message under way, or of the last one, as far as they were announced; in bytes.
     message: u64,
-    /// The largest message so far, in bytes.
+    /// The largest message or control frame so far, in bytes.
     largest: u64,
 }
 
@@ -43,7 +43,7 @@ impl Framing {
         self.known == 0 && self.left == 0 && !self.in_message
     }
 
-    /// The size of the largest message so far, by the heads of its frames, in bytes.
+    /// The size of the largest message or control frame so far, by the heads of its frames, in bytes.
     pub(super) fn largest(&self) -> u64 {
         self.largest
     }
@@ -71,9 +71,10 @@ impl Framing {
         if !is_control {
             let before = if self.in_message { self.message } else { 0 };
             self.message = before.saturating_add(self.left);
-            self.largest = self.largest.max(self.message);
             self.in_message = self.head[0] & 0x80 == 0;
         }
+        // The library takes a control frame that is too long, too, before it refuses it.
+        self.largest = self.largest.max(if is_control { self.left } else { self.message });
         self.known = 0;
     }
 }
@@ -132,5 +133,8 @@ mod tests {
         assert_eq!((framing.largest(), framing.is_between_messages()), (900, false));
         framing.pass(&frame(0x80, 300)[..20]);
         assert_eq!(framing.largest(), 1200, "as soon as they are announced");
+        let mut framing = Framing::default();
+        framing.pass(&frame(0x89, 2000)[..10]);
+        assert_eq!((framing.largest(), framing.is_between_messages()), (2000, false), "a ping, which is too long");
     }
 }

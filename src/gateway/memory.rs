@@ -76,7 +76,7 @@ impl FrameMemory {
     /// Takes memory for one message that is larger than what was reserved. Returns false if there is none; then the message
     /// waits for it.
     pub(super) fn reserve_for_message(&mut self, bytes: usize) -> bool {
-        // A socket that waits holds nothing. Otherwise sockets could wait for each other.
+        // A socket that waits holds nothing for frames. Otherwise sockets could wait for each other.
         self.reserved = None;
         if bytes <= MODEST_BYTES {
             self.reserved = Some(Reserved { bytes, held: None });

@@ -135,25 +135,23 @@ impl Pipe {
         {
             return Poll::Ready(Event::Closed);
         }
-        if let Some(large) = self.large() {
-            return Poll::Ready(large);
-        }
         if !reading || self.unanswered >= UNANSWERED_PINGS {
-            return Poll::Pending;
+            return self.large().map_or(Poll::Pending, Poll::Ready);
         }
         loop {
             let Poll::Ready(message) = self.socket.poll_next(context) else {
                 if !self.is_writing() {
                     self.socket.tidy_up();
                 }
-                return match self.large().or_else(|| self.unframed()) {
-                    Some(event) => Poll::Ready(event),
-                    None => Poll::Pending,
-                };
+                let event = self.overdue().or_else(|| self.large()).or_else(|| self.unframed());
+                return event.map_or(Poll::Pending, Poll::Ready);
             };
             self.accounted = self.progress.read();
             return match message {
-                Some(Ok(Message::Binary(bytes))) => Poll::Ready(Event::Binary(bytes)),
+                Some(Ok(Message::Binary(bytes))) => {
+                    self.large_since = None;
+                    Poll::Ready(Event::Binary(bytes))
+                }
                 // After a close nothing but the end of the stream follows; reading on sends our answer to it.
                 Some(Ok(Message::Close(_))) => continue,
                 Some(Ok(Message::Ping(_))) => {
@@ -175,14 +173,20 @@ impl Pipe {
         }
     }
 
-    /// What there is to say about a large message of the client.
-    fn large(&mut self) -> Option<Event> {
-        let (is_large, is_under_way) = (self.socket.is_large(), self.socket.is_in_message());
-        self.large_since = (is_large && is_under_way).then(|| self.large_since.unwrap_or_else(Instant::now));
-        if self.large_since.is_some_and(|since| since.elapsed() > self.longest_message) {
+    /// The end of a client whose large message is under way for too long. Everything that has come was read.
+    fn overdue(&mut self) -> Option<Event> {
+        let is_under_way = self.socket.is_large() && self.socket.is_in_message();
+        self.large_since = is_under_way.then(|| self.large_since.unwrap_or_else(Instant::now));
+        let is_overdue = self.large_since.is_some_and(|since| since.elapsed() > self.longest_message);
+        is_overdue.then(|| {
             self.progress.is_left_unread();
-            return Some(Event::Offended(CloseCode::Policy));
-        }
+            Event::Offended(CloseCode::Policy)
+        })
+    }
+
+    /// Whether memory is kept for a large message of the client, if that has changed.
+    fn large(&mut self) -> Option<Event> {
+        let is_large = self.socket.is_large();
         (std::mem::replace(&mut self.is_large, is_large) != is_large).then_some(Event::Large(is_large))
     }
 

@@ -173,6 +173,7 @@ label! {
     /// Why a gateway socket ended.
     Closed "reason" {
         Gone "gone" "the client closed it or broke the protocol, or the connection broke",
+        NoMemory "no_memory" "there was no memory for a large message of the client",
         Silent "silent" "a ping was not answered in time",
         Slow "slow" "the client took no byte for `--ws-write-timeout-secs`",
         Dismissed "dismissed" "the device was removed or logged out",
