@@ -3,7 +3,7 @@
 //! A program that has a file open goes on reading and writing it after the path was removed or replaced. What a server
 //! writes then is lost when it ends. So the server has to notice that, and to stop.
 
-mod mark;
+mod generation;
 
 use std::fs::{self, File, OpenOptions, TryLockError};
 use std::io::{self, ErrorKind};
@@ -18,11 +18,11 @@ use tokio_util::sync::CancellationToken;
 use tracing::warn;
 
 use crate::config::{self, Config};
-use crate::files::mark::Marks;
+use crate::files::generation::Generations;
 
 /// How long a predecessor may take to release its locks, and how often they are tried.
 const PREDECESSOR_ENDS_WITHIN: Duration = Duration::from_secs(2);
-const BETWEEN_TRIES: Duration = Duration::from_millis(50);
+const RETRY_PAUSE: Duration = Duration::from_millis(50);
 
 /// The locks of one server. Dropping them lets the next one start.
 #[derive(Debug)]
@@ -62,7 +62,7 @@ async fn acquire(file: &File, path: &Path, database: &Path) -> Result<bool> {
     loop {
         match file.try_lock() {
             Ok(()) => return Ok(true),
-            Err(TryLockError::WouldBlock) if Instant::now() < until => tokio::time::sleep(BETWEEN_TRIES).await,
+            Err(TryLockError::WouldBlock) if Instant::now() < until => tokio::time::sleep(RETRY_PAUSE).await,
             Err(TryLockError::WouldBlock) => {
                 bail!(
                     "another server is already running on {}; stop it, or name another --data-dir",
@@ -124,7 +124,7 @@ pub struct Files {
 struct Inner {
     database: PathBuf,
     watched: Mutex<Vec<Watched>>,
-    marks: Option<Marks>,
+    generations: Option<Generations>,
     lost: CancellationToken,
 }
 
@@ -160,7 +160,7 @@ pub struct Lost {
 impl Files {
     /// The files of this configuration, which have just been opened. Empty unless the database is a file.
     pub fn watch(config: &Config) -> io::Result<Self> {
-        let (mut watched, mut marks) = (Vec::new(), None);
+        let (mut watched, mut generations) = (Vec::new(), None);
         if let Some(database) = config.database.file() {
             let mut watch = |path: PathBuf, what, is_vital| {
                 watched.push(Watched { known: identify(&path).ok().flatten(), path, what, is_vital });
@@ -174,23 +174,23 @@ impl Files {
                 watch(folder.clone(), "the data folder", true);
                 watch(folder.join(config::KEPT_SECRET), "the file with the signing secret", false);
             }
-            marks = Some(Marks::of(File::open(database)?)?);
+            generations = Some(Generations::of(File::open(database)?)?);
         }
         let database = config.database.file().unwrap_or(Path::new("")).to_owned();
         let (watched, lost) = (Mutex::new(watched), CancellationToken::new());
-        Ok(Self { inner: Arc::new(Inner { database, watched, marks, lost }) })
+        Ok(Self { inner: Arc::new(Inner { database, watched, generations, lost }) })
     }
 
     /// Whether there is anything to watch.
     pub fn are_watched(&self) -> bool {
-        self.inner.marks.is_some()
+        self.inner.generations.is_some()
     }
 
     /// Compares the files with their paths. It waits for the disk. Once something is lost, it stays so.
     pub fn look(&self) -> std::result::Result<(), Lost> {
         let mut watched = self.inner.watched.lock().unwrap_or_else(PoisonError::into_inner);
         let found = watched.iter_mut().try_for_each(Watched::look).and_then(|()| {
-            match self.inner.marks.as_ref().map_or(Ok(true), Marks::are_ours) {
+            match self.inner.generations.as_ref().map_or(Ok(true), Generations::are_ours) {
                 Ok(false) => Err(self.overwritten()),
                 // A read error is one of the disk. The database will report it as well.
                 Ok(true) | Err(_) => Ok(()),
@@ -199,20 +199,20 @@ impl Files {
         found.inspect_err(|_| self.inner.lost.cancel())
     }
 
-    /// The next mark that the database is to carry: see `Marks`. `None` without a file.
-    pub fn next_mark(&self) -> Option<i32> {
-        self.inner.marks.as_ref().map(Marks::next)
+    /// The next mark that the database is to carry: see `Generations`. `None` without a file.
+    pub fn next_generation(&self) -> Option<i32> {
+        self.inner.generations.as_ref().map(Generations::next)
     }
 
     /// The database has got the last mark for sure: the transaction was committed.
-    pub fn confirm_mark(&self) {
-        self.inner.marks.iter().for_each(Marks::confirm);
+    pub fn confirm_generation(&self) {
+        self.inner.generations.iter().for_each(Generations::confirm);
     }
 
     /// Compares the mark that was read through SQLite. Another one means that some other program has written a backup into
     /// the database by SQLite's own means.
-    pub fn compare_mark(&self, mark: i32) -> std::result::Result<(), Lost> {
-        if self.inner.marks.as_ref().is_none_or(|marks| marks.may_be(mark)) {
+    pub fn check_generation(&self, generation: i32) -> std::result::Result<(), Lost> {
+        if self.inner.generations.as_ref().is_none_or(|generations| generations.may_be(generation)) {
             return Ok(());
         }
         self.inner.lost.cancel();

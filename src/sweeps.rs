@@ -4,8 +4,8 @@
 mod accounts;
 mod attachments;
 mod clock;
-mod figures;
 mod files;
+mod stats;
 
 use std::fmt::Display;
 use std::path::Path;
@@ -85,7 +85,7 @@ pub async fn start(app: &App) {
         let watch = watch.clone();
         async move { clock::compare(&app, &watch).await }
     });
-    figures::start(app).await;
+    stats::start(app).await;
 }
 
 /// A job that one node does for all, once in a period.
@@ -183,7 +183,7 @@ async fn hold_reserve(app: &App) {
 }
 
 async fn database_connections(app: App) -> Result<Round, StoreError> {
-    app.store.tend_connections().await?;
+    app.store.maintain_connections().await?;
     Ok(Round::Done)
 }
 

@@ -102,7 +102,7 @@ impl Store {
         let mut tx = self.begin_on(Rows::OfAccount(user)).await?;
         devices::lock_account(&mut tx, user).await?;
         // Held, so that no upload replaces a signed prekey that would not be remembered then.
-        let statement = tx.either(
+        let statement = tx.sql(
             "SELECT no FROM devices WHERE user_id = $1 ORDER BY no",
             "SELECT no FROM devices WHERE user_id = $1 ORDER BY no FOR NO KEY UPDATE",
         );

@@ -9,7 +9,7 @@ use sqlx::query::{Query, QueryAs};
 use sqlx::{FromRow, Postgres, SqliteConnection};
 
 use crate::model::ids::DeviceNo;
-use crate::store::pool::Lent;
+use crate::store::pool::PooledConnection;
 use crate::store::postgres::PostgresStore;
 use crate::store::shares::Share;
 use crate::store::sqlite::{SqliteStore, Transaction};
@@ -40,7 +40,7 @@ pub(super) struct SqliteTx {
 /// A transaction on PostgreSQL. Its connection goes back to the pool after the commit; without one it is closed, by
 /// which the server rolls the transaction back.
 pub(super) struct PostgresTx {
-    pub(super) connection: Lent<Postgres>,
+    pub(super) connection: PooledConnection<Postgres>,
     /// The longest time that one statement may take.
     pub(super) limit: Duration,
     /// Given back after the connection.
@@ -49,7 +49,7 @@ pub(super) struct PostgresTx {
 
 impl Tx {
     /// The text for the database that this transaction is on.
-    pub(super) fn either(&self, sqlite: &'static str, postgres: &'static str) -> &'static str {
+    pub(super) fn sql(&self, sqlite: &'static str, postgres: &'static str) -> &'static str {
         match self {
             Self::Sqlite(_) => sqlite,
             Self::Postgres(_) => postgres,
@@ -119,14 +119,14 @@ impl PostgresTx {
     /// Ends the transaction in good order, by `COMMIT` or `ROLLBACK`.
     pub(super) async fn end(mut self, statement: &'static str) -> Result<()> {
         timely(self.limit, sqlx::query(statement).execute(&mut *self.connection)).await?;
-        self.connection.set_good(true);
+        self.connection.set_reusable(true);
         Ok(())
     }
 }
 
 /// What the connections and the files of a database are at the moment.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Figures {
+pub struct DatabaseStats {
     /// Each pool with how many of its connections are lent, and how many are idle.
     pub connections: Vec<(PoolName, usize, usize)>,
     /// SQLite's file and its write-ahead log, in bytes.
@@ -135,7 +135,7 @@ pub struct Figures {
 
 impl Database {
     /// It asks the file system, and nobody else.
-    pub(super) fn figures(&self) -> Figures {
+    pub(super) fn stats(&self) -> DatabaseStats {
         match self {
             Self::Sqlite(sqlite) => {
                 let (used, idle) = sqlite.read.used_and_idle();
@@ -144,14 +144,14 @@ impl Database {
                 let mut wal = sqlite.file.clone().into_os_string();
                 wal.push("-wal");
                 let files = Some((size(&sqlite.file), size(Path::new(&wal))));
-                Figures {
+                DatabaseStats {
                     connections: vec![(PoolName::Reader, used, idle), (PoolName::Writer, writing, waiting)],
                     files,
                 }
             }
             Self::Postgres(postgres) => {
                 let (used, idle) = postgres.pool.used_and_idle();
-                Figures { connections: vec![(PoolName::Shared, used, idle)], files: None }
+                DatabaseStats { connections: vec![(PoolName::Shared, used, idle)], files: None }
             }
         }
     }

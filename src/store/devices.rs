@@ -192,7 +192,7 @@ pub(super) async fn lock(tx: &mut Tx, no: DeviceNo) -> Result<()> {
 
 /// Locks the device as [`lock`] does, and returns the account that it belongs to; `None` when it is gone.
 pub(super) async fn lock_and_find_owner(tx: &mut Tx, no: DeviceNo) -> Result<Option<UserId>> {
-    let statement = tx.either(
+    let statement = tx.sql(
         "SELECT user_id FROM devices WHERE no = $1",
         "SELECT user_id FROM devices WHERE no = $1 FOR NO KEY UPDATE",
     );

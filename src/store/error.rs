@@ -23,7 +23,7 @@ impl StoreError {
     }
 
     /// A copy for other requests that wait for the same answer: with the same text, and full if this one is.
-    pub(super) fn repeated(&self) -> Self {
+    pub(super) fn duplicate(&self) -> Self {
         Self(match self.is_full() {
             true => sqlx::Error::Io(std::io::Error::new(ErrorKind::StorageFull, self.0.to_string())),
             false => sqlx::Error::Protocol(self.0.to_string()),
@@ -31,12 +31,12 @@ impl StoreError {
     }
 
     /// True when another transaction held a row for too long.
-    pub(super) fn is_held_up(&self) -> bool {
+    pub(super) fn is_lock_timeout(&self) -> bool {
         self.sqlstate() == Some("55P03")
     }
 
     /// True when another transaction was in the way, so that the same one may succeed when it is tried again.
-    pub(super) fn is_collision(&self) -> bool {
+    pub(super) fn is_serialization_conflict(&self) -> bool {
         matches!(self.sqlstate(), Some("40001" | "40P01"))
     }
 
@@ -86,7 +86,7 @@ pub enum OpenError {
     #[error(
         "no database answers at {address} (--db-url): {cause}; start it or name another, or, to try Obscura Server on this machine alone, start it with --data-dir DIR"
     )]
-    Away {
+    Unreachable {
         /// Host and port.
         address: String,
         /// What happened.
@@ -171,7 +171,7 @@ pub enum OpenError {
 impl OpenError {
     /// True when the same attempt may succeed a little later.
     pub fn is_temporary(&self) -> bool {
-        matches!(self, Self::Away { .. })
+        matches!(self, Self::Unreachable { .. })
     }
 
     /// Distinguishes a server that isn't there from one that refuses us and from one that we can't use.
@@ -181,7 +181,7 @@ impl OpenError {
                 sqlx::Error::Configuration(_) | sqlx::Error::Tls(_) | sqlx::Error::Protocol(_) => {
                     Self::Unfit { address, cause }
                 }
-                cause => Self::Away { address, cause },
+                cause => Self::Unreachable { address, cause },
             };
         };
         let (code, message) = (error.code().unwrap_or_default(), error.message());
@@ -193,7 +193,7 @@ impl OpenError {
         if code.starts_with("28") || code == "3D000" || is_pooler_that_knows_nothing {
             Self::Refused { address, cause }
         } else if code.starts_with("57P") || code.starts_with("53") || code.starts_with("08") {
-            Self::Away { address, cause }
+            Self::Unreachable { address, cause }
         } else {
             Self::Unfit { address, cause }
         }

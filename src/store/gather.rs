@@ -133,7 +133,7 @@ impl<Q: Clone, A> Lane<Q, A> {
             Err(error) => {
                 for reply in replies {
                     // Fails when nobody waits any more.
-                    let _ = reply.send(Reply::Answer(Err(error.repeated())));
+                    let _ = reply.send(Reply::Answer(Err(error.duplicate())));
                 }
                 return Err(error);
             }

@@ -10,7 +10,7 @@ impl Store {
     /// Whether the job is due and ours to do. Of several nodes one gets it, and nobody else before `period` is over; if
     /// that node dies meanwhile, another one does it then. On SQLite there is one node, and every job is its own.
     pub async fn claim_job(&self, name: &'static str, period: Duration, now: Timestamp) -> Result<bool> {
-        if self.is_our_own() {
+        if self.is_exclusive() {
             return Ok(true);
         }
         let mut tx = self.begin().await?;
@@ -25,7 +25,7 @@ impl Store {
 
     /// Gives a claimed job back that could not be done.
     pub async fn release_job(&self, name: &'static str, now: Timestamp) -> Result<()> {
-        if self.is_our_own() {
+        if self.is_exclusive() {
             return Ok(());
         }
         let mut tx = self.begin().await?;

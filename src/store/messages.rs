@@ -156,7 +156,7 @@ impl Store {
     pub async fn expire_messages(&self, now: Timestamp, latest: Timestamp, limit: u32) -> Result<Expired> {
         let mut tx = self.begin().await?;
         let corrected = self.correct_times(&mut tx, now, latest + CLOCK_TOLERANCE, limit).await?;
-        let expired = tx.either(EXPIRE, EXPIRE_IN_POSTGRES);
+        let expired = tx.sql(EXPIRE, EXPIRE_IN_POSTGRES);
         let before = now - self.limits.retention;
         let gone: Vec<DeviceNo> = on!(&mut tx, |db| sqlx::query_scalar(expired)
             .bind(before)
@@ -231,7 +231,7 @@ impl Store {
         let last: Option<Timestamp> =
             on!(&mut tx, |db| sqlx::query_scalar(statement).bind(now).bind(i64::from(limit)).fetch_one(db))?;
         if let Some(last) = last {
-            let forget = tx.either(FORGET_SENDS, FORGET_SENDS_IN_POSTGRES);
+            let forget = tx.sql(FORGET_SENDS, FORGET_SENDS_IN_POSTGRES);
             seen += run!(&mut tx, sqlx::query(forget).bind(last))?;
             let later = now + self.limits.idempotency_lifetime;
             let keep = "UPDATE sends SET review_at = $2 WHERE review_at <= $1";
@@ -246,7 +246,7 @@ impl Store {
     async fn correct_reviews(&self, tx: &mut Tx, now: Timestamp, latest: Timestamp, limit: u32) -> Result<u64> {
         let Limits { retention, idempotency_lifetime: lifetime, .. } = self.limits;
         let longest = retention.max(lifetime);
-        let statement = tx.either(CORRECT_REVIEWS, CORRECT_REVIEWS_IN_POSTGRES);
+        let statement = tx.sql(CORRECT_REVIEWS, CORRECT_REVIEWS_IN_POSTGRES);
         let absurd = latest + longest + CLOCK_TOLERANCE;
         let (limit, later) = (i64::from(limit), i64::try_from((longest - lifetime).as_millis()).unwrap_or(i64::MAX));
         run!(&mut *tx, sqlx::query(statement).bind(absurd).bind(limit).bind(now).bind(now + lifetime).bind(later))

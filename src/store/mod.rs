@@ -61,7 +61,7 @@ use crate::telemetry::metrics::Metrics;
 
 pub use accounts::{Credentials, NewAccount, Registered, Reset};
 pub use attachments::{AttachmentAge, StoredAttachment};
-pub use database::Figures;
+pub use database::DatabaseStats;
 pub use devices::{DeviceRow, NewDevice, Removed, Standing};
 pub use error::{OpenError, StoreError};
 pub use inventory::Inventory;
@@ -190,25 +190,25 @@ impl Store {
     }
 
     /// Writes nothing more from now on: the database is lost, or another one.
-    pub fn give_up(&self) {
+    pub fn stop_writes(&self) {
         match &self.database {
-            Database::Sqlite(sqlite) => sqlite.give_up(),
-            Database::Postgres(postgres) => postgres.give_up(),
+            Database::Sqlite(sqlite) => sqlite.stop_writes(),
+            Database::Postgres(postgres) => postgres.stop_writes(),
         }
     }
 
-    /// The mark of SQLite's file: see [`Store::set_mark`]. `None` on PostgreSQL.
-    pub async fn mark(&self) -> Result<Option<i32>> {
+    /// The mark of SQLite's file: see [`Store::set_file_generation`]. `None` on PostgreSQL.
+    pub async fn file_generation(&self) -> Result<Option<i32>> {
         match &self.database {
-            Database::Sqlite(sqlite) => sqlite.mark().await.map(Some),
+            Database::Sqlite(sqlite) => sqlite.file_generation().await.map(Some),
             Database::Postgres(_) => Ok(None),
         }
     }
 
     /// Marks SQLite's file with a number, by which it can be told from a copy that was made before.
-    pub async fn set_mark(&self, mark: i32) -> Result<()> {
+    pub async fn set_file_generation(&self, generation: i32) -> Result<()> {
         match &self.database {
-            Database::Sqlite(sqlite) => sqlite.set_mark(mark).await,
+            Database::Sqlite(sqlite) => sqlite.set_file_generation(generation).await,
             Database::Postgres(_) => Ok(()),
         }
     }
@@ -240,20 +240,20 @@ impl Store {
     }
 
     /// Closes connections to PostgreSQL that nobody needs, and makes those that are to be kept.
-    pub async fn tend_connections(&self) -> Result<()> {
+    pub async fn maintain_connections(&self) -> Result<()> {
         match &self.database {
             Database::Sqlite(_) => Ok(()),
-            Database::Postgres(postgres) => postgres.pool.tend().await,
+            Database::Postgres(postgres) => postgres.pool.maintain().await,
         }
     }
 
     /// What the connections and files are at the moment. It doesn't ask the database.
-    pub fn figures(&self) -> Figures {
-        self.database.figures()
+    pub fn stats(&self) -> DatabaseStats {
+        self.database.stats()
     }
 
     /// True when no other node can use the database.
-    pub fn is_our_own(&self) -> bool {
+    pub fn is_exclusive(&self) -> bool {
         matches!(self.database, Database::Sqlite(_))
     }
 

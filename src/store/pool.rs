@@ -18,32 +18,32 @@ use crate::tasks::jittered;
 use crate::telemetry::metrics::{Metrics, PoolName};
 
 /// A connection that was idle for longer is checked before it is lent.
-const FRESH: Duration = Duration::from_secs(1);
+const CHECK_AFTER_IDLE: Duration = Duration::from_secs(1);
 /// The pause before a server that can't be reached is tried again, while somebody waits.
-const BETWEEN_TRIES: Duration = Duration::from_millis(200);
+const RETRY_PAUSE: Duration = Duration::from_millis(200);
 
 /// Connections that are made at a time. Each takes a thread, and at times another one to look up a name.
 const MADE_AT_ONCE: usize = 32;
 
 /// How many connections there may be, and how long each is kept.
 #[derive(Clone, Copy, Debug)]
-pub(super) struct Terms {
+pub(super) struct PoolLimits {
     /// So many at the most, lent and idle ones together.
     pub(super) max: u32,
     /// So many are kept though nobody needs them.
     pub(super) min: u32,
     /// Longest wait for one.
-    pub(super) patience: Duration,
+    pub(super) acquire_timeout: Duration,
     /// One that was idle for longer is closed; `None` keeps all.
     pub(super) idle_timeout: Option<Duration>,
     /// One that is older is closed; `None` keeps it for ever.
     pub(super) max_lifetime: Option<Duration>,
     /// Whether a connection can go on after its borrower vanished in the middle of something.
-    pub(super) outlives_its_borrower: bool,
+    pub(super) reusable_after_cancel: bool,
 }
 
 /// A database whose connections can be lent.
-pub(super) trait Lendable: Database {
+pub(super) trait Poolable: Database {
     /// The settings of a connection that are not in its options.
     type Settings: Clone + Send + Sync + 'static;
 
@@ -57,7 +57,7 @@ pub(super) trait Lendable: Database {
     fn is_usable(connection: &mut Self::Connection) -> impl Future<Output = bool> + Send;
 }
 
-impl Lendable for Sqlite {
+impl Poolable for Sqlite {
     type Settings = ();
 
     async fn prepare(_: &mut SqliteConnection, (): &()) -> sqlx::Result<()> {
@@ -72,55 +72,55 @@ impl Lendable for Sqlite {
 type Options<DB> = <<DB as Database>::Connection as Connection>::Options;
 
 /// Some connections. Cloning gives the same ones.
-pub(super) struct Pool<DB: Lendable> {
+pub(super) struct Pool<DB: Poolable> {
     inner: Arc<Inner<DB>>,
 }
 
-struct Inner<DB: Lendable> {
+struct Inner<DB: Poolable> {
     options: Options<DB>,
     settings: DB::Settings,
-    terms: Terms,
+    limits: PoolLimits,
     /// The one that came back last is at the end, and is lent first.
     idle: Mutex<Vec<Idle<DB>>>,
     /// Connections that were idle at this moment are asked before they are lent.
-    doubted: Mutex<Instant>,
+    suspect_before: Mutex<Instant>,
     permits: Arc<Semaphore>,
     making: Arc<Semaphore>,
     name: PoolName,
     metrics: Metrics,
 }
 
-struct Idle<DB: Lendable> {
+struct Idle<DB: Poolable> {
     connection: DB::Connection,
-    born: Instant,
-    since: Instant,
+    created_at: Instant,
+    idle_since: Instant,
 }
 
-impl<DB: Lendable> Clone for Pool<DB> {
+impl<DB: Poolable> Clone for Pool<DB> {
     fn clone(&self) -> Self {
         Self { inner: self.inner.clone() }
     }
 }
 
-impl<DB: Lendable> Pool<DB> {
+impl<DB: Poolable> Pool<DB> {
     /// No connection yet.
     pub(super) fn new(
         options: Options<DB>,
         settings: DB::Settings,
-        terms: Terms,
+        limits: PoolLimits,
         name: PoolName,
         metrics: &Metrics,
     ) -> Self {
-        let permits = Arc::new(Semaphore::new(terms.max as usize));
-        let doubted = Mutex::new(Instant::now());
+        let permits = Arc::new(Semaphore::new(limits.max as usize));
+        let suspect_before = Mutex::new(Instant::now());
         let metrics = metrics.clone();
         Self {
             inner: Arc::new(Inner {
                 options,
                 settings,
-                terms,
+                limits,
                 idle: Mutex::default(),
-                doubted,
+                suspect_before,
                 permits,
                 making: Arc::new(Semaphore::new(MADE_AT_ONCE)),
                 name,
@@ -131,17 +131,17 @@ impl<DB: Lendable> Pool<DB> {
 
     /// Borrows a connection; makes one if none is idle. A server that can't be reached is tried again for as long as
     /// patience lasts.
-    pub(super) async fn get(&self) -> Result<Lent<DB>> {
+    pub(super) async fn get(&self) -> Result<PooledConnection<DB>> {
         let (start, metrics) = (Instant::now(), &self.inner.metrics);
-        let lent = self.lend(start + self.inner.terms.patience).await;
-        match &lent {
+        let acquired = self.acquire(start + self.inner.limits.acquire_timeout).await;
+        match &acquired {
             Ok(_) => metrics.pool_time.time(self.inner.name, start.elapsed()),
             Err(_) => metrics.pool_failures.one(self.inner.name),
         }
-        lent
+        acquired
     }
 
-    async fn lend(&self, deadline: Instant) -> Result<Lent<DB>> {
+    async fn acquire(&self, deadline: Instant) -> Result<PooledConnection<DB>> {
         let permit = match self.inner.permits.clone().try_acquire_owned() {
             Ok(permit) => permit,
             Err(_) => {
@@ -153,44 +153,45 @@ impl<DB: Lendable> Pool<DB> {
             }
         };
         let found = tokio::time::timeout_at(deadline, self.inner.take_idle());
-        let mut lent = match found.await.map_err(|_| sqlx::Error::PoolTimedOut)? {
-            Some(idle) => Lent::new(&self.inner, idle.connection, idle.born, permit),
+        let mut acquired = match found.await.map_err(|_| sqlx::Error::PoolTimedOut)? {
+            Some(idle) => PooledConnection::new(&self.inner, idle.connection, idle.created_at, permit),
             None => Inner::connect(&self.inner, permit, deadline).await?,
         };
-        lent.is_good = self.inner.terms.outlives_its_borrower;
-        Ok(lent)
+        acquired.is_reusable = self.inner.limits.reusable_after_cancel;
+        Ok(acquired)
     }
 
     /// Closes what has been idle for too long or is too old, and makes connections until the least number is there.
-    pub(super) async fn tend(&self) -> Result<()> {
+    pub(super) async fn maintain(&self) -> Result<()> {
         drop(self.inner.take_outdated());
-        while self.inner.count() < self.inner.terms.min as usize {
+        while self.inner.count() < self.inner.limits.min as usize {
             let permit = self.inner.permits.clone().try_acquire_owned().map_err(|_| sqlx::Error::PoolTimedOut)?;
-            drop(Inner::connect(&self.inner, permit, Instant::now() + self.inner.terms.patience).await?);
+            drop(Inner::connect(&self.inner, permit, Instant::now() + self.inner.limits.acquire_timeout).await?);
         }
         Ok(())
     }
 
     /// How many are lent, and how many are idle.
     pub(super) fn used_and_idle(&self) -> (usize, usize) {
-        (self.inner.lent(), lock(&self.inner.idle).len())
+        (self.inner.in_use(), lock(&self.inner.idle).len())
     }
 
     /// Waits for those that are lent, and closes all.
     pub(super) async fn close(&self) {
-        let _all = timeout(self.inner.terms.patience, self.inner.permits.acquire_many(self.inner.terms.max)).await;
+        let _all =
+            timeout(self.inner.limits.acquire_timeout, self.inner.permits.acquire_many(self.inner.limits.max)).await;
         self.inner.permits.close();
         let idle = std::mem::take(&mut *lock(&self.inner.idle));
         for idle in idle {
             // Nothing is lost by a connection that doesn't close properly.
-            let _ = timeout(self.inner.terms.patience, idle.connection.close()).await;
+            let _ = timeout(self.inner.limits.acquire_timeout, idle.connection.close()).await;
         }
     }
 }
 
-impl<DB: Lendable> Inner<DB> {
+impl<DB: Poolable> Inner<DB> {
     fn is_outdated(&self, idle: &Idle<DB>, now: Instant) -> bool {
-        self.terms.max_lifetime.is_some_and(|limit| now.duration_since(idle.born) > limit)
+        self.limits.max_lifetime.is_some_and(|limit| now.duration_since(idle.created_at) > limit)
     }
 
     async fn take_idle(&self) -> Option<Idle<DB>> {
@@ -200,8 +201,9 @@ impl<DB: Lendable> Inner<DB> {
             if self.is_outdated(&idle, now) {
                 continue;
             }
-            let is_sure = now.duration_since(idle.since) < FRESH && idle.since > *lock(&self.doubted);
-            if is_sure || self.terms.outlives_its_borrower || DB::is_usable(&mut idle.connection).await {
+            let is_trusted =
+                now.duration_since(idle.idle_since) < CHECK_AFTER_IDLE && idle.idle_since > *lock(&self.suspect_before);
+            if is_trusted || self.limits.reusable_after_cancel || DB::is_usable(&mut idle.connection).await {
                 return Some(idle);
             }
         }
@@ -211,7 +213,11 @@ impl<DB: Lendable> Inner<DB> {
     ///
     /// It is made on a thread of its own. The proof that one knows the password takes milliseconds, and `sqlx` cuts it into
     /// 820 pieces, between which all other tasks come first: on a busy node it would take as many rounds of them.
-    async fn connect(pool: &Arc<Self>, permit: OwnedSemaphorePermit, deadline: Instant) -> Result<Lent<DB>> {
+    async fn connect(
+        pool: &Arc<Self>,
+        permit: OwnedSemaphorePermit,
+        deadline: Instant,
+    ) -> Result<PooledConnection<DB>> {
         let (pool, runtime) = (pool.clone(), Handle::current());
         let turn = tokio::time::timeout_at(deadline, pool.making.clone().acquire_owned());
         let turn = turn.await.map_err(|_| sqlx::Error::PoolTimedOut)?;
@@ -219,7 +225,7 @@ impl<DB: Lendable> Inner<DB> {
             let _turn = turn;
             let connection = runtime.block_on(tokio::time::timeout_at(deadline, pool.make(deadline)));
             let connection = connection.map_err(|_| sqlx::Error::PoolTimedOut)??;
-            Ok(Lent::new(&pool, connection, Instant::now(), permit))
+            Ok(PooledConnection::new(&pool, connection, Instant::now(), permit))
         });
         // All such threads may be busy. It is cancelled only when the runtime ends.
         let made = tokio::time::timeout_at(deadline, connecting).await.map_err(|_| sqlx::Error::PoolTimedOut)?;
@@ -236,13 +242,13 @@ impl<DB: Lendable> Inner<DB> {
             };
             match connecting.await {
                 // Nothing listens there, it is only just starting, or it takes no writes.
-                Err(sqlx::Error::Io(_)) if Instant::now() + BETWEEN_TRIES < deadline => {}
+                Err(sqlx::Error::Io(_)) if Instant::now() + RETRY_PAUSE < deadline => {}
                 Err(sqlx::Error::Database(error))
                     if error.code().is_some_and(|code| code.starts_with("57P"))
-                        && Instant::now() + BETWEEN_TRIES < deadline => {}
+                        && Instant::now() + RETRY_PAUSE < deadline => {}
                 connected => return connected,
             }
-            tokio::time::sleep(jittered(BETWEEN_TRIES)).await;
+            tokio::time::sleep(jittered(RETRY_PAUSE)).await;
         }
     }
 
@@ -250,12 +256,12 @@ impl<DB: Lendable> Inner<DB> {
     fn take_outdated(&self) -> Vec<Idle<DB>> {
         let now = Instant::now();
         let mut all = lock(&self.idle);
-        let spare = all.len().saturating_sub(self.terms.min as usize);
+        let spare = all.len().saturating_sub(self.limits.min as usize);
         let (mut kept, mut outdated) = (Vec::with_capacity(all.len()), Vec::new());
         // Those that have been idle for longest come first.
         for (place, idle) in all.drain(..).enumerate() {
-            let idle_for = now.duration_since(idle.since);
-            let is_spare = place < spare && self.terms.idle_timeout.is_some_and(|limit| idle_for > limit);
+            let idle_for = now.duration_since(idle.idle_since);
+            let is_spare = place < spare && self.limits.idle_timeout.is_some_and(|limit| idle_for > limit);
             if is_spare || self.is_outdated(&idle, now) { outdated.push(idle) } else { kept.push(idle) }
         }
         *all = kept;
@@ -264,36 +270,41 @@ impl<DB: Lendable> Inner<DB> {
 
     /// Lent and idle connections.
     fn count(&self) -> usize {
-        self.lent() + lock(&self.idle).len()
+        self.in_use() + lock(&self.idle).len()
     }
 
-    fn lent(&self) -> usize {
-        (self.terms.max as usize).saturating_sub(self.permits.available_permits())
+    fn in_use(&self) -> usize {
+        (self.limits.max as usize).saturating_sub(self.permits.available_permits())
     }
 }
 
 /// A borrowed connection. Dropping it gives it back if it is known to be good, and closes it otherwise.
-pub(super) struct Lent<DB: Lendable> {
+pub(super) struct PooledConnection<DB: Poolable> {
     connection: Option<DB::Connection>,
-    born: Instant,
-    is_good: bool,
+    created_at: Instant,
+    is_reusable: bool,
     pool: Arc<Inner<DB>>,
     permit: Option<OwnedSemaphorePermit>,
 }
 
-impl<DB: Lendable> Lent<DB> {
+impl<DB: Poolable> PooledConnection<DB> {
     /// A good connection.
-    fn new(pool: &Arc<Inner<DB>>, connection: DB::Connection, born: Instant, permit: OwnedSemaphorePermit) -> Self {
-        Self { connection: Some(connection), born, is_good: true, pool: pool.clone(), permit: Some(permit) }
+    fn new(
+        pool: &Arc<Inner<DB>>,
+        connection: DB::Connection,
+        created_at: Instant,
+        permit: OwnedSemaphorePermit,
+    ) -> Self {
+        Self { connection: Some(connection), created_at, is_reusable: true, pool: pool.clone(), permit: Some(permit) }
     }
 
     /// Tells whether the connection can serve somebody else.
-    pub(super) fn set_good(&mut self, is_good: bool) {
-        self.is_good = is_good;
+    pub(super) fn set_reusable(&mut self, is_reusable: bool) {
+        self.is_reusable = is_reusable;
     }
 }
 
-impl<DB: Lendable> Deref for Lent<DB> {
+impl<DB: Poolable> Deref for PooledConnection<DB> {
     type Target = DB::Connection;
 
     fn deref(&self) -> &DB::Connection {
@@ -301,18 +312,18 @@ impl<DB: Lendable> Deref for Lent<DB> {
     }
 }
 
-impl<DB: Lendable> DerefMut for Lent<DB> {
+impl<DB: Poolable> DerefMut for PooledConnection<DB> {
     fn deref_mut(&mut self) -> &mut DB::Connection {
         self.connection.as_mut().expect("it is there until this is dropped")
     }
 }
 
-impl<DB: Lendable> Drop for Lent<DB> {
+impl<DB: Poolable> Drop for PooledConnection<DB> {
     fn drop(&mut self) {
-        if !self.is_good {
-            *lock(&self.pool.doubted) = Instant::now();
+        if !self.is_reusable {
+            *lock(&self.pool.suspect_before) = Instant::now();
         } else if let Some(connection) = self.connection.take().filter(|_| !self.pool.permits.is_closed()) {
-            lock(&self.pool.idle).push(Idle { connection, born: self.born, since: Instant::now() });
+            lock(&self.pool.idle).push(Idle { connection, created_at: self.created_at, idle_since: Instant::now() });
         }
         // Whoever gets the permit finds the connection.
         drop(self.permit.take());
@@ -320,8 +331,8 @@ impl<DB: Lendable> Drop for Lent<DB> {
 }
 
 /// No code panics while it holds one of these.
-fn lock<T>(held: &Mutex<T>) -> MutexGuard<'_, T> {
-    held.lock().unwrap_or_else(PoisonError::into_inner)
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 #[cfg(test)]

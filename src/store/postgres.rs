@@ -16,7 +16,7 @@ use tracing::debug;
 use crate::config;
 use crate::store::database::{PostgresTx, timely};
 use crate::store::error::migration_error;
-use crate::store::pool::{Lent, Pool, Terms};
+use crate::store::pool::{Pool, PoolLimits, PooledConnection};
 use crate::store::shares::{Rows, Shares};
 use crate::store::{OpenError, Result, StoreError};
 use crate::telemetry::metrics::{Metrics, PoolName};
@@ -75,15 +75,15 @@ impl PostgresStore {
         ];
         let by_index = BY_INDEX.map(|(name, value)| (name, value.to_owned()));
         let settings = Settings::new(settings.into_iter().chain(by_index));
-        let terms = Terms {
+        let limits = PoolLimits {
             max: config.max_connections,
             min: config.min_connections,
-            patience: config.acquire_timeout,
+            acquire_timeout: config.acquire_timeout,
             idle_timeout: Some(config.idle_timeout),
             max_lifetime: Some(config.max_lifetime),
-            outlives_its_borrower: false,
+            reusable_after_cancel: false,
         };
-        let pool = Pool::new(options, settings, terms, PoolName::Shared, metrics);
+        let pool = Pool::new(options, settings, limits, PoolName::Shared, metrics);
         let store = Self {
             pool,
             limit: config.statement_timeout + MARGIN,
@@ -117,7 +117,7 @@ impl PostgresStore {
     }
 
     /// Writes nothing more.
-    pub(super) fn give_up(&self) {
+    pub(super) fn stop_writes(&self) {
         self.is_lost.store(true, Ordering::Relaxed);
     }
 
@@ -171,7 +171,7 @@ pub(super) fn connect_options(config: &config::Database) -> std::result::Result<
 pub(super) async fn connect(
     options: &PgConnectOptions,
     settings: &Settings,
-    patience: Duration,
+    acquire_timeout: Duration,
 ) -> std::result::Result<(PgConnection, String), OpenError> {
     let address = format!("{}:{}", options.get_host(), options.get_port());
     let away = |cause| OpenError::connecting(address.clone(), cause);
@@ -181,7 +181,7 @@ pub(super) async fn connect(
         sqlx::Result::Ok(connection)
     };
     let timed_out = |_| away(sqlx::Error::PoolTimedOut);
-    let mut connection = tokio::time::timeout(patience, connecting).await.map_err(timed_out)?.map_err(away)?;
+    let mut connection = tokio::time::timeout(acquire_timeout, connecting).await.map_err(timed_out)?.map_err(away)?;
     let facts = format!(
         "SELECT current_setting('server_version_num'), current_setting('server_encoding'), ({})::text",
         session::TAKES_NO_WRITES
@@ -208,13 +208,13 @@ async fn refuse_pooled_transactions(
     first: &mut PgConnection,
     options: &PgConnectOptions,
     address: &str,
-    patience: Duration,
+    acquire_timeout: Duration,
 ) -> std::result::Result<(), OpenError> {
     let refusal = || OpenError::PooledTransactions { address: address.to_owned() };
     if !session::can_begin(first).await {
         return Err(refusal());
     }
-    let compared = tokio::time::timeout(patience, async {
+    let compared = tokio::time::timeout(acquire_timeout, async {
         let mut second = options.connect().await?;
         let are_sessions = session::are_sessions(first, &mut second).await;
         let _ = second.close().await;
@@ -259,6 +259,6 @@ async fn refuse_unfinished(connection: &mut PgConnection, address: &str) -> std:
 
 /// Gives a connection back that was asked something outside of a transaction. A server that answers, even with an
 /// error, keeps it.
-pub(super) fn give_back<T>(mut connection: Lent<Postgres>, answer: &Result<T>) {
-    connection.set_good(!answer.as_ref().is_err_and(StoreError::is_lost_connection));
+pub(super) fn give_back<T>(mut connection: PooledConnection<Postgres>, answer: &Result<T>) {
+    connection.set_reusable(!answer.as_ref().is_err_and(StoreError::is_lost_connection));
 }

@@ -80,9 +80,9 @@ impl Store {
     /// A device left with fewer than `threshold` one-time prekeys counts as low.
     pub async fn bundles(&self, user: UserId, device: Option<DeviceId>, threshold: u32) -> Result<Option<HandedOut>> {
         let mut tx = self.begin_on(Rows::OfAccount(user)).await?;
-        let read = tx.either(READ_DEVICES, READ_DEVICES_IN_POSTGRES);
+        let read = tx.sql(READ_DEVICES, READ_DEVICES_IN_POSTGRES);
         let rows: Vec<DeviceRow> = on!(&mut tx, |db| sqlx::query_as(read).bind(user).bind(device).fetch_all(db))?;
-        let take = tx.either(TAKE_KEYS, TAKE_KEYS_IN_POSTGRES);
+        let take = tx.sql(TAKE_KEYS, TAKE_KEYS_IN_POSTGRES);
         let mut taken: Vec<TakenRow> = match rows.len() {
             0 => Vec::new(),
             _ => on!(&mut tx, |db| sqlx::query_as(take).bind(user).bind(device).fetch_all(db))?,

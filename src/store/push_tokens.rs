@@ -23,7 +23,7 @@ impl Store {
         };
         let mut tx = self.begin_on(Rows::OfDevice(no)).await?;
         // The row is held where others could end the session at this moment.
-        let statement = tx.either(SET, SET_IN_POSTGRES);
+        let statement = tx.sql(SET, SET_IN_POSTGRES);
         let stored = run!(
             &mut tx,
             sqlx::query(statement)

@@ -160,8 +160,10 @@ impl Store {
         let mut locking = if self.was_held_up() { Locking::PassOver } else { Locking::Wait };
         for _ in 1..ATTEMPTS {
             match self.try_to_settle(sends, acks, now, locking).await {
-                Err(error) if error.is_held_up() => locking = Locking::PassOver,
-                Err(error) if error.is_collision() => tracing::debug!("a group met another one; once more"),
+                Err(error) if error.is_lock_timeout() => locking = Locking::PassOver,
+                Err(error) if error.is_serialization_conflict() => {
+                    tracing::debug!("a group met another one; once more")
+                }
                 Ok(Some(settled)) => {
                     let is_held = settled.sent.iter().any(Option::is_none) || !settled.held.is_empty();
                     if locking == Locking::PassOver && is_held {

@@ -139,7 +139,7 @@ impl Store {
     pub async fn log_in(&self, user: UserId, device: DeviceId, grant: &SessionGrant) -> Result<Option<SessionHolder>> {
         let mut tx = self.begin_on(Rows::OfAccount(user)).await?;
         // Held, so that it can't be removed before it has its session.
-        let statement = tx.either(
+        let statement = tx.sql(
             "SELECT user_id, id, no, tokens_void_to FROM devices WHERE id = $1 AND user_id = $2",
             "SELECT user_id, id, no, tokens_void_to FROM devices WHERE id = $1 AND user_id = $2 FOR NO KEY UPDATE",
         );
@@ -275,7 +275,7 @@ impl Store {
 }
 
 async fn issue(mut tx: Tx, tickets: &[NewTicket]) -> Result<Vec<bool>> {
-    let statement = tx.either(
+    let statement = tx.sql(
         "INSERT INTO gateway_tickets (hash, device_no, expires_at) \
          SELECT $1, no, $2 FROM devices WHERE no = $3 AND tokens_void_to < $4",
         "INSERT INTO gateway_tickets (hash, device_no, expires_at) \
@@ -319,7 +319,7 @@ pub(super) async fn open(tx: &mut Tx, no: DeviceNo, grant: &SessionGrant) -> Res
         sqlx::query(statement).bind(no).bind(&grant.family[..]).bind(&grant.secret_hash[..]).bind(grant.expires_at)
     )?;
     // Remembered rather than reckoned at log-out: the clock or the configured lifetime may be another one by then.
-    let statement = tx.either(
+    let statement = tx.sql(
         "UPDATE devices SET tokens_issued_to = MAX(tokens_issued_to, $2, tokens_void_to + 1) WHERE no = $1",
         "UPDATE devices SET tokens_issued_to = GREATEST(tokens_issued_to, $2, tokens_void_to + 1) WHERE no = $1",
     );
@@ -348,7 +348,7 @@ async fn end_tokens(tx: &mut Tx, no: DeviceNo, void_to: i64) -> Result<Option<i6
     // First, so that whatever is about to be kept for this session waits, and then finds it ended. The number always
     // grows: gateway sockets notice by it that the session they began in has ended. It may be the second of a clock that was
     // wrong, and stays it, since a token of that clock would be good by then. What is issued until then says so.
-    let statement = tx.either(
+    let statement = tx.sql(
         "UPDATE devices SET tokens_void_to = MAX(tokens_void_to + 1, tokens_issued_to, $2) WHERE no = $1 \
          RETURNING tokens_void_to",
         "UPDATE devices SET tokens_void_to = GREATEST(tokens_void_to + 1, tokens_issued_to, $2) WHERE no = $1 \

@@ -17,7 +17,7 @@ use sqlx::{ConnectOptions, Connection, Either, Executor, Sqlite, SqliteConnectio
 
 use crate::config;
 use crate::store::error::migration_error;
-use crate::store::pool::{Lent, Pool, Terms};
+use crate::store::pool::{Pool, PoolLimits, PooledConnection};
 use crate::store::{OpenError, Result, StoreError};
 use crate::telemetry::metrics::{Metrics, PoolName};
 
@@ -70,13 +70,13 @@ impl SqliteStore {
         // Without the writer's settings, some of which take the write lock when they are made.
         let readers = options.pragma("query_only", "on").pragma("cache_size", "-8192");
         // A connection to a file doesn't wear out, and its caches are worth keeping.
-        let terms = |count| Terms {
+        let limits = |count| PoolLimits {
             max: count,
             min: count,
-            patience: config.acquire_timeout,
+            acquire_timeout: config.acquire_timeout,
             idle_timeout: None,
             max_lifetime: None,
-            outlives_its_borrower: true,
+            reusable_after_cancel: true,
         };
         // How a file is laid out is set before its first table is made. To set it again would be one more write each time.
         let first = writer.clone().auto_vacuum(SqliteAutoVacuum::Incremental);
@@ -84,22 +84,22 @@ impl SqliteStore {
         let migrated = MIGRATIONS.run(&mut first).await;
         migrated.map_err(|cause| migration_error(format!("database {shown}"), &MIGRATIONS, cause))?;
         first.close().await.map_err(unusable)?;
-        let write = Pool::new(writer, (), terms(1), PoolName::Writer, metrics);
-        write.tend().await.map_err(|StoreError(cause)| unusable(cause))?;
-        let read = Pool::new(readers, (), terms(READERS), PoolName::Reader, metrics);
-        read.tend().await.map_err(|StoreError(cause)| unusable(cause))?;
+        let write = Pool::new(writer, (), limits(1), PoolName::Writer, metrics);
+        write.maintain().await.map_err(|StoreError(cause)| unusable(cause))?;
+        let read = Pool::new(readers, (), limits(READERS), PoolName::Reader, metrics);
+        read.maintain().await.map_err(|StoreError(cause)| unusable(cause))?;
         Ok(Self { write, read, file: path.to_owned(), is_lost: Arc::default() })
     }
 
     /// Starts a transaction that may write. It waits its turn, so it never meets another writer of this process.
     pub(super) async fn begin(&self) -> Result<Transaction> {
-        let mut transaction = self.unbegun().await?;
+        let mut transaction = self.without_begin().await?;
         let [_begun] = transaction.run(sqlx::query("BEGIN IMMEDIATE")).await?;
         Ok(transaction)
     }
 
     /// A transaction whose first text has to begin it.
-    pub(super) async fn unbegun(&self) -> Result<Transaction> {
+    pub(super) async fn without_begin(&self) -> Result<Transaction> {
         if self.is_lost.load(Ordering::Relaxed) {
             return Err(sqlx::Error::Io(std::io::Error::other("its file was removed, replaced or overwritten")).into());
         }
@@ -114,7 +114,7 @@ impl SqliteStore {
     }
 
     /// Writes nothing more, not even at the end.
-    pub(super) fn give_up(&self) {
+    pub(super) fn stop_writes(&self) {
         self.is_lost.store(true, Ordering::Relaxed);
         // SQLite writes its log into the file when the last connection closes, and the file may be a restored backup by now.
         // So the connections stay open until the process ends.
@@ -122,14 +122,14 @@ impl SqliteStore {
     }
 
     /// The number that `PRAGMA application_id` keeps in the database.
-    pub(super) async fn mark(&self) -> Result<i32> {
+    pub(super) async fn file_generation(&self) -> Result<i32> {
         Ok(sqlx::query_scalar("PRAGMA application_id").fetch_one(&mut *self.read.get().await?).await?)
     }
 
     /// Gives the database this number.
-    pub(super) async fn set_mark(&self, mark: i32) -> Result<()> {
+    pub(super) async fn set_file_generation(&self, generation: i32) -> Result<()> {
         let mut tx = self.begin().await?;
-        tx.run::<1>(sqlx::query(sqlx::AssertSqlSafe(format!("PRAGMA application_id = {mark}")))).await?;
+        tx.run::<1>(sqlx::query(sqlx::AssertSqlSafe(format!("PRAGMA application_id = {generation}")))).await?;
         tx.commit().await
     }
 
@@ -161,7 +161,7 @@ impl SqliteStore {
 /// The driver has transactions of its own. It counts them, and is wrong when SQLite ends one by itself, as it does on a full
 /// disk; and each of their steps is a trip to the thread of the connection, where a text may hold several.
 pub(super) struct Transaction {
-    connection: Lent<Sqlite>,
+    connection: PooledConnection<Sqlite>,
     is_open: bool,
 }
 
@@ -224,7 +224,7 @@ impl Transaction {
             std::process::exit(74); // EX_IOERR
         }
         // Without its thread a connection is of no use to anybody.
-        self.connection.set_good(!matches!(error.0, sqlx::Error::WorkerCrashed));
+        self.connection.set_reusable(!matches!(error.0, sqlx::Error::WorkerCrashed));
         Err(error)
     }
 }
@@ -314,16 +314,16 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let store = store_in(folder.path()).await;
         let broken = format!("BEGIN IMMEDIATE; {INSERT} INSERT INTO refresh_uses VALUES (NULL, 1, NULL, 0); COMMIT");
-        let failed = store.unbegun().await.unwrap().finish::<4>(sqlx::query(sqlx::AssertSqlSafe(broken))).await;
+        let failed = store.without_begin().await.unwrap().finish::<4>(sqlx::query(sqlx::AssertSqlSafe(broken))).await;
         assert!(failed.is_err());
         assert_eq!(uses(&store).await, 0);
         let whole = format!("BEGIN IMMEDIATE; {INSERT} COMMIT");
-        store.unbegun().await.unwrap().finish::<3>(sqlx::query(sqlx::AssertSqlSafe(whole))).await.unwrap();
+        store.without_begin().await.unwrap().finish::<3>(sqlx::query(sqlx::AssertSqlSafe(whole))).await.unwrap();
         assert_eq!(uses(&store).await, 1);
     }
 
     #[tokio::test]
-    async fn transactions_that_are_given_up_anywhere_are_rolled_back_and_stop_nobody() {
+    async fn abandoned_transactions_are_rolled_back_and_block_no_others() {
         let folder = tempfile::tempdir().unwrap();
         let store = store_in(folder.path()).await;
         for polls in 0..200 {

@@ -31,7 +31,7 @@ pub struct Seen {
 impl Store {
     /// What the database knows about the time; `None` if it has never been told, or if it has none of our tables.
     pub async fn seen_time(&self) -> Result<Option<Seen>> {
-        let server = if self.is_our_own() { "NULL" } else { SERVER_TIME };
+        let server = if self.is_exclusive() { "NULL" } else { SERVER_TIME };
         let statement = format!("SELECT seen_at, database_id, confirmations, {server} AS server FROM server_time");
         match reading!(self, |db| sqlx::query_as(sqlx::AssertSqlSafe(statement.as_str())).fetch_optional(db)) {
             Err(error) if error.is_without_table() => Ok(None),
@@ -41,7 +41,7 @@ impl Store {
 
     /// The time of the database server. SQLite has no clock of its own.
     pub async fn server_time(&self) -> Result<Option<Timestamp>> {
-        if self.is_our_own() {
+        if self.is_exclusive() {
             return Ok(None);
         }
         let statement = format!("SELECT {SERVER_TIME}");

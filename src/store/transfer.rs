@@ -80,7 +80,7 @@ pub(crate) enum TransferError {
 /// The sentences of a server that can't open its database, about the option that was used here.
 fn opening(error: &OpenError) -> String {
     match error {
-        OpenError::Away { address, cause } => {
+        OpenError::Unreachable { address, cause } => {
             format!(
                 "no database answers at {address} (--to or --db-url): {cause}; start it and run the same command again"
             )

@@ -141,7 +141,7 @@ impl Store {
     /// former version makes. They count as used today. Returns how many there were.
     pub async fn date_unknown_uses(&self, limit: u32) -> Result<u64> {
         let mut tx = self.begin().await?;
-        let statement = tx.either(
+        let statement = tx.sql(
             "UPDATE users SET used_on = $1 WHERE id IN \
              (SELECT id FROM users WHERE is_unused = $3 AND used_on IS NULL LIMIT $2)",
             // What another transaction holds is being used.
@@ -179,12 +179,12 @@ impl Store {
         devices::lock_account(&mut tx, user).await?;
         // In the order in which a log-in takes them: the devices, then the account. So either the log-in is seen here, or
         // it finds the device gone.
-        let statement = tx.either(
+        let statement = tx.sql(
             "SELECT no FROM devices WHERE user_id = $1 ORDER BY no",
             "SELECT no FROM devices WHERE user_id = $1 ORDER BY no FOR UPDATE",
         );
         let gone: Vec<DeviceNo> = on!(&mut tx, |db| sqlx::query_scalar(statement).bind(user).fetch_all(db))?;
-        let statement = tx.either(
+        let statement = tx.sql(
             "SELECT used_on, is_unused FROM users WHERE id = $1",
             "SELECT used_on, is_unused FROM users WHERE id = $1 FOR UPDATE",
         );

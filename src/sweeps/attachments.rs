@@ -77,7 +77,7 @@ pub async fn remove_stale(app: App, walk: Arc<Walk>) -> Result<Round, SweepError
 /// Removes what uploads left that the last run of the server did not finish. Only where no other node can be in the
 /// middle of one: with a database of our own.
 pub async fn remove_interrupted(app: &App) {
-    if !app.store.is_our_own() {
+    if !app.store.is_exclusive() {
         return;
     }
     // A service that is away would take its time with every single one.

@@ -84,7 +84,7 @@ fn lose(app: &App) -> Result<Round, StoreError> {
             "another database answers at the address of --db-url than at the start; nothing more is accepted, and the \
              server stops: let the address lead to the right database, then start it again"
         );
-        app.store.give_up();
+        app.store.stop_writes();
         app.files.lose();
     }
     Ok(Round::Done)

@@ -12,7 +12,7 @@ use crate::store::StoreError;
 /// Pause between two comparisons.
 const PERIOD: Duration = Duration::from_secs(2);
 /// How often the database gets a new mark. One mark is one small commit.
-const MARKING: Duration = Duration::from_mins(1);
+const GENERATION_INTERVAL: Duration = Duration::from_mins(1);
 /// Longest wait for the comparison at the end, when the disk may be what is wrong.
 const AT_THE_END: Duration = Duration::from_secs(2);
 
@@ -21,14 +21,14 @@ pub(super) async fn start(app: &App) {
     if !app.files.are_watched() {
         return;
     }
-    if let Err(error) = mark(app).await {
+    if let Err(error) = advance_generation(app).await {
         warn!(%error, "the database can't be marked yet");
     }
     app.tasks.spawn("files", run(app.clone()));
 }
 
 async fn run(app: App) {
-    let mut mark_at = Instant::now() + MARKING;
+    let mut mark_at = Instant::now() + GENERATION_INTERVAL;
     loop {
         tokio::select! {
             () = app.tasks.stopping() => return,
@@ -43,8 +43,8 @@ async fn run(app: App) {
             },
         }
         if mark_at <= Instant::now() {
-            mark_at = Instant::now() + MARKING;
-            if let Err(error) = mark(&app).await {
+            mark_at = Instant::now() + GENERATION_INTERVAL;
+            if let Err(error) = advance_generation(&app).await {
                 debug!(%error, "the database can't be marked");
             }
         }
@@ -66,7 +66,7 @@ async fn look(app: &App) -> bool {
     match compare(app).await {
         Ok(()) => false,
         Err(lost) => {
-            app.store.give_up();
+            app.store.stop_writes();
             error!("{lost}");
             true
         }
@@ -77,16 +77,16 @@ async fn compare(app: &App) -> Result<(), Lost> {
     let files = app.files.clone();
     let looked = tokio::task::spawn_blocking(move || files.look()).await;
     looked.unwrap_or_else(|panicked| std::panic::resume_unwind(panicked.into_panic()))?;
-    match app.store.mark().await {
-        Ok(Some(mark)) => app.files.compare_mark(mark),
+    match app.store.file_generation().await {
+        Ok(Some(generation)) => app.files.check_generation(generation),
         // The code that needs the database reports that it can't be read.
         Ok(None) | Err(_) => Ok(()),
     }
 }
 
-async fn mark(app: &App) -> Result<(), StoreError> {
-    let Some(mark) = app.files.next_mark() else { return Ok(()) };
-    app.store.set_mark(mark).await?;
-    app.files.confirm_mark();
+async fn advance_generation(app: &App) -> Result<(), StoreError> {
+    let Some(generation) = app.files.next_generation() else { return Ok(()) };
+    app.store.set_file_generation(generation).await?;
+    app.files.confirm_generation();
     Ok(())
 }

@@ -3,17 +3,17 @@ use sqlx::sqlite::SqliteConnectOptions;
 
 use super::*;
 
-const TERMS: Terms = Terms {
+const LIMITS: PoolLimits = PoolLimits {
     max: 2,
     min: 0,
-    patience: Duration::from_millis(500),
+    acquire_timeout: Duration::from_millis(500),
     idle_timeout: None,
     max_lifetime: None,
-    outlives_its_borrower: false,
+    reusable_after_cancel: false,
 };
 
-fn pool(terms: Terms) -> Pool<Sqlite> {
-    Pool::new(SqliteConnectOptions::new().in_memory(true), (), terms, PoolName::Reader, &Metrics::unread())
+fn pool(limits: PoolLimits) -> Pool<Sqlite> {
+    Pool::new(SqliteConnectOptions::new().in_memory(true), (), limits, PoolName::Reader, &Metrics::unread())
 }
 
 fn idle(pool: &Pool<Sqlite>) -> usize {
@@ -21,12 +21,12 @@ fn idle(pool: &Pool<Sqlite>) -> usize {
 }
 
 #[tokio::test]
-async fn no_more_are_lent_than_there_may_be_and_each_comes_back() {
-    let pool = pool(TERMS);
+async fn the_pool_never_exceeds_its_maximum_and_gets_each_connection_back() {
+    let pool = pool(LIMITS);
     let (mut first, mut second) = (pool.get().await.unwrap(), pool.get().await.unwrap());
     assert!(pool.get().await.is_err());
-    first.set_good(true);
-    second.set_good(true);
+    first.set_reusable(true);
+    second.set_reusable(true);
     drop((first, second));
     assert_eq!(idle(&pool), 2);
     assert!(pool.get().await.is_ok());
@@ -35,8 +35,8 @@ async fn no_more_are_lent_than_there_may_be_and_each_comes_back() {
 }
 
 #[tokio::test]
-async fn one_of_which_nobody_can_tell_is_closed_and_makes_room() {
-    let pool = pool(TERMS);
+async fn a_connection_in_an_unknown_state_is_closed_and_makes_room() {
+    let pool = pool(LIMITS);
     drop(pool.get().await.unwrap());
     assert_eq!(idle(&pool), 0);
     for _ in 0..5 {
@@ -45,15 +45,15 @@ async fn one_of_which_nobody_can_tell_is_closed_and_makes_room() {
 }
 
 #[tokio::test]
-async fn those_that_are_idle_too_long_go_but_for_the_least_number_and_old_ones_go_in_any_case() {
+async fn idle_connections_above_the_minimum_are_closed_and_old_ones_in_any_case() {
     let limit = Duration::from_secs(10);
-    let pool = pool(Terms { min: 1, idle_timeout: Some(limit), max_lifetime: Some(2 * limit), ..TERMS });
+    let pool = pool(PoolLimits { min: 1, idle_timeout: Some(limit), max_lifetime: Some(2 * limit), ..LIMITS });
     let mut both = [pool.get().await.unwrap(), pool.get().await.unwrap()];
-    both.iter_mut().for_each(|lent| lent.set_good(true));
+    both.iter_mut().for_each(|acquired| acquired.set_reusable(true));
     drop(both);
     let age = |by: Duration| {
         for idle in lock(&pool.inner.idle).iter_mut() {
-            (idle.born, idle.since) = (idle.born - by, idle.since - by);
+            (idle.created_at, idle.idle_since) = (idle.created_at - by, idle.idle_since - by);
         }
     };
     drop(pool.inner.take_outdated());
@@ -68,14 +68,14 @@ async fn those_that_are_idle_too_long_go_but_for_the_least_number_and_old_ones_g
 
 #[tokio::test]
 async fn the_least_number_is_made_ahead_of_need() {
-    let pool = pool(Terms { min: 2, ..TERMS });
-    pool.tend().await.unwrap();
+    let pool = pool(PoolLimits { min: 2, ..LIMITS });
+    pool.maintain().await.unwrap();
     assert_eq!(idle(&pool), 2);
 }
 
 #[tokio::test]
 async fn a_read_that_was_given_up_does_not_spoil_the_next_one_where_connections_outlive_it() {
-    let pool = pool(Terms { max: 1, outlives_its_borrower: true, ..TERMS });
+    let pool = pool(PoolLimits { max: 1, reusable_after_cancel: true, ..LIMITS });
     for _ in 0..100 {
         let mut reader = pool.get().await.unwrap();
         let long = "WITH RECURSIVE n(x) AS (SELECT 1 UNION ALL SELECT x + 1 FROM n LIMIT 5000) SELECT x FROM n";

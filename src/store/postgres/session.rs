@@ -10,7 +10,7 @@ use std::sync::Arc;
 use sqlx::postgres::PgRow;
 use sqlx::{AssertSqlSafe, PgConnection, Postgres, Row};
 
-use crate::store::pool::Lendable;
+use crate::store::pool::Poolable;
 use crate::store::postgres::takes_no_writes;
 
 /// True for a replica, and for a server that was set to read-only.
@@ -80,7 +80,7 @@ pub(super) async fn can_begin(connection: &mut PgConnection) -> bool {
     begun.is_ok() && sqlx::raw_sql("COMMIT").execute(connection).await.is_ok()
 }
 
-impl Lendable for Postgres {
+impl Poolable for Postgres {
     type Settings = Settings;
 
     async fn prepare(connection: &mut PgConnection, settings: &Settings) -> sqlx::Result<()> {

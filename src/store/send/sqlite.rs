@@ -76,7 +76,7 @@ impl Store {
         acks: &[(DeviceNo, Position)],
         now: Moment,
     ) -> Result<(Vec<Option<Sent>>, Tally)> {
-        let mut tx = Span::within("store.begin").attempt(sqlite.unbegun()).await?;
+        let mut tx = Span::within("store.begin").attempt(sqlite.without_begin()).await?;
         // From here on no other group counts until this one has ended.
         self.rooms.left(send::acked(acks));
         if sends.is_empty() {

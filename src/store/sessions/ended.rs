@@ -19,7 +19,7 @@ impl Store {
         let statement = "SELECT no FROM devices WHERE no > $1 ORDER BY no LIMIT 1 OFFSET $2";
         let full: Option<DeviceNo> =
             on!(&mut tx, |db| sqlx::query_scalar(statement).bind(after).bind(i64::from(limit) - 1).fetch_optional(db))?;
-        let statement = tx.either(
+        let statement = tx.sql(
             "UPDATE devices SET \
              tokens_void_to = CASE WHEN tokens_void_to <= $3 THEN 0 ELSE tokens_void_to END, \
              tokens_issued_to = CASE WHEN tokens_issued_to <= $3 THEN 0 ELSE tokens_issued_to END \

@@ -54,7 +54,7 @@ pub(super) async fn take(sqlite: &SqliteStore, steps: &[Step]) -> Result<Vec<Tak
             Step::Complete(id) => complete.push(*id),
         }
     }
-    let mut tx = sqlite.unbegun().await?;
+    let mut tx = sqlite.without_begin().await?;
     if begin.is_empty() {
         let [_begun, completed, _committed] = tx.finish(completion(COMPLETE, &complete)).await?;
         return answers(steps, &completed.rows, Vec::new());

@@ -68,7 +68,7 @@ async fn idle_connections_go_down_to_the_minimum_and_old_ones_are_replaced() {
     .await;
     pooled.crowd(50).await;
     let two_are_left = async || {
-        pooled.store.tend_connections().await.unwrap();
+        pooled.store.maintain_connections().await.unwrap();
         pooled.connections().await == 2
     };
     eventually("two to be left", two_are_left).await;
@@ -76,7 +76,7 @@ async fn idle_connections_go_down_to_the_minimum_and_old_ones_are_replaced() {
                 WHERE datname = current_database() AND application_name = 'obscura-server'";
     let before = pooled.database.number(pids).await;
     let replaced = async || {
-        pooled.store.tend_connections().await.unwrap();
+        pooled.store.maintain_connections().await.unwrap();
         pooled.database.number(pids).await != before
     };
     eventually("the old ones to be replaced", replaced).await;

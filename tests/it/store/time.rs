@@ -1,4 +1,4 @@
-//! The remembered time, `seen_time`, `server_time`, `remember_time` and `set_time`; the mark of SQLite's file, `mark` and `set_mark`.
+//! The remembered time, `seen_time`, `server_time`, `remember_time` and `set_time`; the mark of SQLite's file, `mark` and `set_file_generation`.
 
 use std::time::Duration;
 
@@ -13,8 +13,8 @@ async fn the_newest_time_is_remembered_in_whole_minutes_and_goes_back_only_when_
     store.remember_time(NOW + MINUTE / 2).await.unwrap();
     let first = store.seen_time().await.unwrap().unwrap();
     assert_eq!((first.at, first.confirmations), (NOW, 0));
-    assert_eq!(first.server.is_some(), !store.is_our_own());
-    assert_eq!(store.server_time().await.unwrap().is_some(), !store.is_our_own());
+    assert_eq!(first.server.is_some(), !store.is_exclusive());
+    assert_eq!(store.server_time().await.unwrap().is_some(), !store.is_exclusive());
     store.remember_time(NOW - MINUTE).await.unwrap();
     assert_eq!(store.seen_time().await.unwrap().unwrap().at, NOW);
     store.remember_time(NOW + MINUTE).await.unwrap();
@@ -28,9 +28,9 @@ async fn the_newest_time_is_remembered_in_whole_minutes_and_goes_back_only_when_
 #[tokio::test]
 async fn a_file_keeps_its_mark_and_a_store_that_was_given_up_writes_nothing() {
     let store = TestStore::open().await;
-    store.set_mark(-7).await.unwrap();
-    assert_eq!(store.mark().await.unwrap(), store.is_our_own().then_some(-7));
-    store.give_up();
+    store.set_file_generation(-7).await.unwrap();
+    assert_eq!(store.file_generation().await.unwrap(), store.is_exclusive().then_some(-7));
+    store.stop_writes();
     store.remember_time(NOW).await.unwrap_err();
     store.check().await.unwrap_err();
     assert_eq!(store.seen_time().await.unwrap(), None);

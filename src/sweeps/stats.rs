@@ -13,20 +13,20 @@ use crate::telemetry::metrics::process::Used;
 use crate::telemetry::metrics::{Job, Use};
 
 /// How often the process and the pools are looked at.
-const FIGURES: Duration = Duration::from_secs(5);
+const STATS_INTERVAL: Duration = Duration::from_secs(5);
 /// How often the database is asked what it holds.
-const INVENTORY: Duration = Duration::from_mins(1);
+const INVENTORY_INTERVAL: Duration = Duration::from_mins(1);
 
 /// Looks at once, and then again and again.
 pub(super) async fn start(app: &App) {
     let since = Instant::now();
     app.metrics.start_time.set((), app.clock.wall().seconds());
-    let _ = figures(app.clone(), since).await;
-    every(app, Job::Figures, FIGURES, move |app| figures(app, since));
-    every(app, Job::Inventory, INVENTORY, inventory);
+    let _ = collect_stats(app.clone(), since).await;
+    every(app, Job::Figures, STATS_INTERVAL, move |app| collect_stats(app, since));
+    every(app, Job::Inventory, INVENTORY_INTERVAL, inventory);
 }
 
-async fn figures(app: App, since: Instant) -> Result<Round, StoreError> {
+async fn collect_stats(app: App, since: Instant) -> Result<Round, StoreError> {
     let (metrics, store) = (&app.metrics, app.store.clone());
     metrics.uptime.set((), since.elapsed().as_secs());
     let runtime = Handle::current().metrics();
@@ -34,7 +34,7 @@ async fn figures(app: App, since: Instant) -> Result<Round, StoreError> {
     metrics.runtime_tasks.set((), runtime.num_alive_tasks());
     metrics.runtime_queue.set((), runtime.global_queue_depth());
     // It asks the system for files.
-    let looked = tokio::task::spawn_blocking(move || (Used::now(), store.figures())).await;
+    let looked = tokio::task::spawn_blocking(move || (Used::now(), store.stats())).await;
     let Ok((used, database)) = looked else { return Ok(Round::Done) };
     if let Some(used) = used {
         metrics.process(&used);
@@ -53,7 +53,7 @@ async fn figures(app: App, since: Instant) -> Result<Round, StoreError> {
 /// Each node would count the same, so one does it, and the others show nothing: a node doesn't know who counts.
 async fn inventory(app: App) -> Result<Round, StoreError> {
     let (metrics, now) = (&app.metrics, app.clock.now());
-    let is_ours = app.store.claim_job(Job::Inventory.text(), INVENTORY.mul_f64(0.8), now).await?;
+    let is_ours = app.store.claim_job(Job::Inventory.text(), INVENTORY_INTERVAL.mul_f64(0.8), now).await?;
     if !is_ours {
         for gauge in metrics.inventory() {
             gauge.unset(());

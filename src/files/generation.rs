@@ -15,7 +15,7 @@ const OFFSET: u64 = 68;
 
 /// The marks of one run of the server.
 #[derive(Debug)]
-pub(super) struct Marks {
+pub(super) struct Generations {
     /// Stays open until the process ends: closing any handle of a file releases the process's POSIX locks on it, those of
     /// SQLite included.
     file: File,
@@ -31,7 +31,7 @@ pub(super) struct Marks {
     seen: AtomicU32,
 }
 
-impl Marks {
+impl Generations {
     pub(super) fn of(file: File) -> io::Result<Self> {
         let before = read(&file)?;
         let [given, committed, seen] = [(); 3].map(|()| AtomicU32::new(0));
@@ -50,8 +50,9 @@ impl Marks {
     }
 
     /// Whether the database, read through SQLite and so with its log, may have this mark.
-    pub(super) fn may_be(&self, mark: i32) -> bool {
-        let (count, committed) = (mark.cast_unsigned().wrapping_sub(self.base), self.committed.load(Ordering::Relaxed));
+    pub(super) fn may_be(&self, generation: i32) -> bool {
+        let (count, committed) =
+            (generation.cast_unsigned().wrapping_sub(self.base), self.committed.load(Ordering::Relaxed));
         committed == 0 || (count >= committed && count <= self.given.load(Ordering::Relaxed))
     }
 
@@ -74,39 +75,39 @@ impl Marks {
 }
 
 fn read(file: &File) -> io::Result<u32> {
-    let mut mark = [0; 4];
-    file.read_exact_at(&mut mark, OFFSET)?;
-    Ok(u32::from_be_bytes(mark))
+    let mut generation = [0; 4];
+    file.read_exact_at(&mut generation, OFFSET)?;
+    Ok(u32::from_be_bytes(generation))
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
 
-    fn write(file: &File, mark: i32) {
-        file.write_all_at(&mark.to_be_bytes(), OFFSET).unwrap();
+    fn write(file: &File, generation: i32) {
+        file.write_all_at(&generation.to_be_bytes(), OFFSET).unwrap();
     }
 
     #[test]
-    fn a_mark_that_lags_behind_is_ours_and_one_that_goes_back_is_of_a_copy() {
+    fn a_generation_that_lags_behind_is_ours_and_one_that_goes_back_is_of_a_copy() {
         let file = tempfile::tempfile().unwrap();
         file.set_len(4096).unwrap();
-        let marks = Marks::of(file.try_clone().unwrap()).unwrap();
-        assert!(marks.are_ours().unwrap(), "the one before this run");
-        let given: Vec<i32> = (0..4).map(|_| marks.next()).collect();
-        assert!(marks.are_ours().unwrap(), "not folded back yet");
+        let generations = Generations::of(file.try_clone().unwrap()).unwrap();
+        assert!(generations.are_ours().unwrap(), "the one before this run");
+        let given: Vec<i32> = (0..4).map(|_| generations.next()).collect();
+        assert!(generations.are_ours().unwrap(), "not folded back yet");
         write(&file, given[1]);
-        assert!(marks.are_ours().unwrap());
+        assert!(generations.are_ours().unwrap());
         write(&file, given[3]);
-        assert!(marks.are_ours().unwrap());
-        assert!(marks.may_be(given[2]), "whether the last commits happened is not known");
-        marks.confirm();
-        assert!(marks.may_be(given[3]) && !marks.may_be(given[2]));
+        assert!(generations.are_ours().unwrap());
+        assert!(generations.may_be(given[2]), "whether the last commits happened is not known");
+        generations.confirm();
+        assert!(generations.may_be(given[3]) && !generations.may_be(given[2]));
         for of_a_copy in [given[1], 0, given[3].wrapping_add(1)] {
             write(&file, of_a_copy);
-            assert!(!marks.are_ours().unwrap(), "{of_a_copy}");
+            assert!(!generations.are_ours().unwrap(), "{of_a_copy}");
         }
         file.set_len(0).unwrap();
-        assert!(!marks.are_ours().unwrap(), "cut short");
+        assert!(!generations.are_ours().unwrap(), "cut short");
     }
 }
