@@ -152,8 +152,8 @@ pub async fn delete(
 }
 
 async fn remove(app: App, caller: Caller, target: DeviceId) -> Result<StatusCode, ApiError> {
-    let standing = app.store.standing(target).await?.filter(|standing| standing.user == caller.user);
-    let addresses: Vec<_> = standing.iter().map(|found| Address { user: caller.user, device: found.no }).collect();
+    let device_auth = app.store.device_auth(target).await?.filter(|device_auth| device_auth.user == caller.user);
+    let addresses: Vec<_> = device_auth.iter().map(|found| Address { user: caller.user, device: found.no }).collect();
     let removed = app.store.remove_device(caller.user, target).await;
     if removed.is_err() {
         // It may have happened all the same. Whoever is told then looks, and nothing is lost if it has not.
@@ -174,14 +174,14 @@ async fn remove(app: App, caller: Caller, target: DeviceId) -> Result<StatusCode
 /// with their next regular look.
 async fn tell_devices(app: App, user: UserId) {
     match app.store.addresses(&[user]).await {
-        Ok(devices) => app.bus.wake(&devices, Signal::Standing),
+        Ok(devices) => app.bus.wake(&devices, Signal::AuthChanged),
         Err(error) => debug!(%error, "the devices of an account could not be told of a change of their list"),
     }
 }
 
 /// Tells the sockets of devices that were just removed, and sees to it that their mail is deleted.
 pub async fn dismiss(app: &App, removed: &[Address]) {
-    app.bus.wake(removed, Signal::Standing);
+    app.bus.wake(removed, Signal::AuthChanged);
     let gone = removed.iter().map(|address| address.device).collect();
     app.tasks.attend(clear_inboxes(app.clone(), gone));
 }

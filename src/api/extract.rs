@@ -73,8 +73,8 @@ impl FromRequestParts<App> for Unmetered {
         // A token that was made while the clock was in doubt says when it expires by the other clock.
         let by_the_wall = || app.clock.doubt().and_then(|_| app.tokens.verify_access_token(token, app.clock.latest()));
         let claims = verified.or_else(by_the_wall).ok_or(ApiError::Unauthorized)?;
-        let standing = app.store.standing(claims.device).await?.ok_or(ApiError::Unauthorized)?;
-        if standing.user != claims.user || claims.is_void(standing.tokens_void_to) {
+        let device_auth = app.store.device_auth(claims.device).await?.ok_or(ApiError::Unauthorized)?;
+        if device_auth.user != claims.user || claims.is_void(device_auth.tokens_void_to) {
             return Err(ApiError::Unauthorized);
         }
         app.store.note_use(claims.user);
@@ -84,10 +84,10 @@ impl FromRequestParts<App> for Unmetered {
         Ok(Self(Caller {
             user: claims.user,
             device: claims.device,
-            no: standing.no,
-            is_primary: standing.is_primary,
+            no: device_auth.no,
+            is_primary: device_auth.is_primary,
             // A token that doesn't outlive the void second is good until that grows.
-            token_expires_at: claims.expires_at.max(standing.tokens_void_to.saturating_add(1)),
+            token_expires_at: claims.expires_at.max(device_auth.tokens_void_to.saturating_add(1)),
         }))
     }
 }

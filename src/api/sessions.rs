@@ -111,7 +111,7 @@ pub async fn log_out(State(app): State<App>, caller: Caller) -> Result<StatusCod
         .finish(async move {
             let ended = app.store.log_out(caller.no, void_to).await;
             // Also when it failed: it may have happened all the same.
-            app.bus.wake(&[caller.address()], Signal::Standing);
+            app.bus.wake(&[caller.address()], Signal::AuthChanged);
             ended?;
             Ok(StatusCode::NO_CONTENT)
         })
@@ -269,11 +269,11 @@ async fn begin(
     device: DeviceId,
     grant: SessionGrant,
 ) -> Result<Option<SessionHolder>, StoreError> {
-    let standing = app.store.standing(device).await?.filter(|standing| standing.user == user);
-    let addresses: Vec<_> = standing.iter().map(|found| Address { user, device: found.no }).collect();
+    let device_auth = app.store.device_auth(device).await?.filter(|device_auth| device_auth.user == user);
+    let addresses: Vec<_> = device_auth.iter().map(|found| Address { user, device: found.no }).collect();
     let begun = app.store.log_in(user, device, &grant).await;
     // Also when it failed: it may have happened all the same.
-    app.bus.wake(&addresses, Signal::Standing);
+    app.bus.wake(&addresses, Signal::AuthChanged);
     begun
 }
 
@@ -281,7 +281,7 @@ async fn exchange(app: App, wish: Refresh, now: Timestamp) -> Result<Refreshed, 
     let refreshed = app.store.refresh(&wish, now).await?;
     if let Refreshed::Stolen(address) = refreshed {
         warn!("a used refresh token came again, so somebody else has it: the session of its device was ended");
-        app.bus.wake(&[address], Signal::Standing);
+        app.bus.wake(&[address], Signal::AuthChanged);
     }
     Ok(refreshed)
 }

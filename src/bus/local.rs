@@ -146,7 +146,7 @@ mod tests {
         bus.wake(DEVICE, Signal::Mail.into());
         bus.wake(DEVICE, Signal::KeysLow.into());
         let signals = wakeups.next().now_or_never().unwrap();
-        assert!(signals.has(Signal::Mail) && signals.has(Signal::KeysLow) && !signals.has(Signal::Standing));
+        assert!(signals.has(Signal::Mail) && signals.has(Signal::KeysLow) && !signals.has(Signal::AuthChanged));
         assert!(wakeups.next().now_or_never().is_none());
     }
 

@@ -171,12 +171,12 @@ mod tests {
         let (one, other) = (address(1), address(2));
         outbox.add(&[one], Signal::Mail.into());
         outbox.take(10);
-        outbox.add(&[one, other], Signal::Standing.into());
+        outbox.add(&[one, other], Signal::AuthChanged.into());
         outbox.put_back();
         let letters = outbox.take(10);
-        let both = Signals::from(Signal::Mail).and(Signal::Standing.into());
+        let both = Signals::from(Signal::Mail).and(Signal::AuthChanged.into());
         assert_eq!(letters.accounts[&one.user], [(DeviceNo(1), both)]);
-        assert_eq!(letters.accounts[&other.user], [(DeviceNo(2), Signal::Standing.into())]);
+        assert_eq!(letters.accounts[&other.user], [(DeviceNo(2), Signal::AuthChanged.into())]);
     }
 
     #[test]

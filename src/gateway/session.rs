@@ -70,7 +70,7 @@ struct Session {
     memory: FrameMemory,
     mail_wanted: bool,
     status_wanted: bool,
-    standing_wanted: bool,
+    auth_check_wanted: bool,
     notice_wanted: bool,
     /// `None` when the client did not ask for it.
     device_list: Option<Box<DeviceList>>,
@@ -106,7 +106,7 @@ impl Session {
             mail_wanted: true,
             status_wanted: true,
             // The device may have been removed between the redeemed ticket and our subscription.
-            standing_wanted: true,
+            auth_check_wanted: true,
             notice_wanted: false,
             device_list: None,
             notice: None,
@@ -184,7 +184,7 @@ impl Session {
         match self.retry {
             Some(retry) => retry.due <= Instant::now(),
             None => {
-                self.standing_wanted
+                self.auth_check_wanted
                     || (!self.pipe.is_writing()
                         && (self.status_wanted
                             || self.notice_wanted
@@ -224,13 +224,13 @@ impl Session {
 
     /// Looks at what has been asked to be looked at, until there is something to send.
     async fn look(&mut self) -> std::result::Result<Option<Message>, NoFrame> {
-        if self.standing_wanted {
+        if self.auth_check_wanted {
             let epoch = timely(self.app.store.epoch(self.device)).await?;
             // Zero is a second that lay more than a day back and was cleared: an end of this session was seen before that.
             if epoch.is_none_or(|epoch| epoch != 0 && epoch != self.epoch) {
                 return Err(NoFrame::Dismissed);
             }
-            self.standing_wanted = false;
+            self.auth_check_wanted = false;
             if let Some(list) = &mut self.device_list {
                 list.is_wanted = true;
             }
@@ -305,7 +305,7 @@ impl Session {
             self.trails.signalled(&self.app.traces, wakeups.trails());
         }
         self.mail_wanted |= signals.has(Signal::Mail);
-        self.standing_wanted |= signals.has(Signal::Standing);
+        self.auth_check_wanted |= signals.has(Signal::AuthChanged);
         if signals.has(Signal::KeysLow) && self.status_due.is_none() {
             self.status_due = Some(Instant::now() + self.app.config.gateway.prekey_debounce);
         }
@@ -367,7 +367,7 @@ impl Session {
         }
         if self.look_due <= now {
             self.look_due = now + jittered(config.look_interval);
-            (self.mail_wanted, self.standing_wanted) = (true, true);
+            (self.mail_wanted, self.auth_check_wanted) = (true, true);
         }
         if self.status_due.is_some_and(|due| due <= now) {
             (self.status_due, self.status_wanted) = (None, true);

@@ -9,11 +9,11 @@ use sqlx::query::{Query, QueryAs};
 use sqlx::{FromRow, Postgres, SqliteConnection};
 
 use crate::model::ids::DeviceNo;
+use crate::store::device_auth_cache::AuthChanges;
 use crate::store::pool::PooledConnection;
 use crate::store::postgres::PostgresStore;
 use crate::store::shares::Share;
 use crate::store::sqlite::{SqliteStore, Transaction};
-use crate::store::standings::Changes;
 use crate::store::{Result, StoreError};
 use crate::telemetry::metrics::PoolName;
 
@@ -34,7 +34,7 @@ pub(super) enum Tx {
 pub(super) struct SqliteTx {
     transaction: Transaction,
     /// What it changes that is remembered outside of the database.
-    changes: Changes,
+    changes: AuthChanges,
 }
 
 /// A transaction on PostgreSQL. Its connection goes back to the pool after the commit; without one it is closed, by
@@ -58,7 +58,7 @@ impl Tx {
 
     /// Says that the transaction changes where these devices stand. Before the statement that does so, and before the
     /// commit.
-    pub(super) fn changes_standing(&mut self, devices: &[DeviceNo]) {
+    pub(super) fn register_auth_change(&mut self, devices: &[DeviceNo]) {
         match self {
             Self::Sqlite(transaction) => transaction.changes.register(devices),
             // Nothing is remembered of a database that other nodes write to as well.
@@ -76,7 +76,7 @@ impl Tx {
 }
 
 impl SqliteTx {
-    pub(super) fn new(transaction: Transaction, changes: Changes) -> Self {
+    pub(super) fn new(transaction: Transaction, changes: AuthChanges) -> Self {
         Self { transaction, changes }
     }
 

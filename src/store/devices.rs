@@ -37,7 +37,7 @@ pub struct DeviceRow {
 
 /// What an access token is checked against.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, FromRow)]
-pub struct Standing {
+pub struct DeviceAuth {
     /// The device's number.
     pub no: DeviceNo,
     /// The account it belongs to.
@@ -50,10 +50,10 @@ pub struct Standing {
 }
 
 #[derive(FromRow)]
-struct Named {
+struct DeviceAuthRow {
     id: DeviceId,
     #[sqlx(flatten)]
-    standing: Standing,
+    device_auth: DeviceAuth,
 }
 
 /// What became of the wish to remove a device.
@@ -69,17 +69,17 @@ pub enum Removed {
 
 impl Store {
     /// Where the device stands now; `None` when there is no such device (any more).
-    pub async fn standing(&self, device: DeviceId) -> Result<Option<Standing>> {
-        self.standings.of(device, async |devices| self.standings_of(devices).await).await
+    pub async fn device_auth(&self, device: DeviceId) -> Result<Option<DeviceAuth>> {
+        self.device_auth_cache.of(device, async |devices| self.load_device_auth(devices).await).await
     }
 
-    async fn standings_of(&self, devices: &[DeviceId]) -> Result<Vec<Option<Standing>>> {
+    async fn load_device_auth(&self, devices: &[DeviceId]) -> Result<Vec<Option<DeviceAuth>>> {
         if let [device] = devices {
             let statement = "SELECT no, user_id, is_primary, tokens_void_to FROM devices WHERE id = $1";
-            let standing = reading!(self, |db| sqlx::query_as(statement).bind(*device).fetch_optional(db))?;
-            return Ok(vec![standing]);
+            let device_auth = reading!(self, |db| sqlx::query_as(statement).bind(*device).fetch_optional(db))?;
+            return Ok(vec![device_auth]);
         }
-        let rows: Vec<Named> = match &self.database {
+        let rows: Vec<DeviceAuthRow> = match &self.database {
             Database::Sqlite(sqlite) => {
                 let statement = "SELECT d.id, d.no, d.user_id, d.is_primary, d.tokens_void_to \
                                  FROM json_each($1) asked CROSS JOIN devices d ON d.id = substr($2, asked.value, 16)";
@@ -93,7 +93,7 @@ impl Store {
                 postgres.all(sqlx::query_as(statement).bind(devices)).await?
             }
         };
-        let found: HashMap<DeviceId, Standing> = rows.into_iter().map(|row| (row.id, row.standing)).collect();
+        let found: HashMap<DeviceId, DeviceAuth> = rows.into_iter().map(|row| (row.id, row.device_auth)).collect();
         Ok(devices.iter().map(|device| found.get(device).copied()).collect())
     }
 
@@ -217,7 +217,7 @@ pub(super) async fn insert(tx: &mut Tx, user: UserId, device: &NewDevice, is_pri
 /// Forgets devices and everything that was kept for them, but for the rest of very large inboxes. Messages that they
 /// sent stay. The account is locked. Answers how many messages were deleted.
 pub(super) async fn forget(tx: &mut Tx, nos: &[DeviceNo]) -> Result<u64> {
-    tx.changes_standing(nos);
+    tx.register_auth_change(nos);
     match tx {
         Tx::Sqlite(tx) => {
             for statement in FORGET {

@@ -45,15 +45,15 @@ pub struct Expired {
 
 /// A look into an inbox.
 #[derive(Clone, Copy, Debug)]
-pub(super) struct Look {
+pub(super) struct InboxQuery {
     device: DeviceNo,
     after: Position,
-    alive_since: Timestamp,
+    not_before: Timestamp,
     limit: u32,
     max_bytes: usize,
 }
 
-impl Look {
+impl InboxQuery {
     fn max_weight(&self) -> i64 {
         i64::try_from(self.max_bytes).unwrap_or(i64::MAX)
     }
@@ -79,24 +79,24 @@ impl Look {
 
 impl PostgresStore {
     /// A page for each look.
-    async fn pages(&self, looks: &[Look]) -> Result<Vec<Page>> {
-        let column = |of: fn(&Look) -> i64| looks.iter().map(of).collect::<Vec<i64>>();
+    async fn pages(&self, queries: &[InboxQuery]) -> Result<Vec<Page>> {
+        let column = |of: fn(&InboxQuery) -> i64| queries.iter().map(of).collect::<Vec<i64>>();
         let question = sqlx::query_as(UNSENT_IN_POSTGRES)
-            .bind(column(|look| look.device.0))
-            .bind(column(|look| look.after.0))
-            .bind(column(|look| look.alive_since.millis()))
-            .bind(column(|look| i64::from(look.limit)))
-            .bind(column(Look::max_weight))
+            .bind(column(|query| query.device.0))
+            .bind(column(|query| query.after.0))
+            .bind(column(|query| query.not_before.millis()))
+            .bind(column(|query| i64::from(query.limit)))
+            .bind(column(InboxQuery::max_weight))
             .bind(ENVELOPE_OVERHEAD);
         let rows: Vec<PlacedRow> = self.all(question).await?;
-        let mut pages: Vec<Vec<MessageRow>> = looks.iter().map(|_| Vec::new()).collect();
+        let mut pages: Vec<Vec<MessageRow>> = queries.iter().map(|_| Vec::new()).collect();
         for row in rows {
             let of_look = usize::try_from(row.place - 1).ok().and_then(|place| pages.get_mut(place));
             of_look
                 .ok_or_else(|| sqlx::Error::Protocol("a row for a look that was not in the statement".into()))?
                 .push(row.row);
         }
-        Ok(looks.iter().zip(pages).map(|(look, rows)| look.page(rows)).collect())
+        Ok(queries.iter().zip(pages).map(|(query, rows)| query.page(rows)).collect())
     }
 }
 
@@ -111,21 +111,21 @@ impl Store {
         limit: u32,
         max_bytes: usize,
     ) -> Result<Page> {
-        let look = Look { device, after, alive_since: now - self.limits.retention, limit, max_bytes };
+        let query = InboxQuery { device, after, not_before: now - self.limits.retention, limit, max_bytes };
         match &self.database {
             Database::Sqlite(sqlite) => {
                 let rows = sqlx::query_as(UNSENT)
                     .bind(device)
                     .bind(after)
-                    .bind(look.alive_since)
+                    .bind(query.not_before)
                     .bind(limit)
                     .bind(ENVELOPE_OVERHEAD)
-                    .bind(look.max_weight());
+                    .bind(query.max_weight());
                 let rows: Vec<MessageRow> = rows.fetch_all(&mut *sqlite.read.get().await?).await?;
-                Ok(look.page(rows))
+                Ok(query.page(rows))
             }
             Database::Postgres(postgres) => {
-                self.looks.ask(look, async |looks: &[Look]| postgres.pages(looks).await).await
+                self.inbox_reads.run(query, async |queries: &[InboxQuery]| postgres.pages(queries).await).await
             }
         }
     }

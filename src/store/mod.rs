@@ -6,18 +6,19 @@
 
 mod accounts;
 mod attachments;
+mod batcher;
 mod database;
+mod device_auth_cache;
 mod devices;
 mod error;
-mod gather;
 mod inventory;
 mod jobs;
 mod known_prekeys;
 mod leftovers;
 mod links;
+mod message_sequence;
 mod messages;
 mod notices;
-mod numbering;
 mod outcome;
 mod pool;
 mod postgres;
@@ -32,7 +33,6 @@ mod sessions;
 mod shares;
 mod spent_prekeys;
 mod sqlite;
-mod standings;
 mod time;
 pub(crate) mod transfer;
 mod uploads;
@@ -45,16 +45,16 @@ use std::time::Duration;
 use tokio::time::Instant;
 
 use crate::config;
+use crate::store::batcher::QueryBatcher;
 use crate::store::database::{Database, SqliteTx, Tx, reading};
-use crate::store::gather::Gather;
-use crate::store::messages::Look;
-use crate::store::numbering::Numbering;
+use crate::store::device_auth_cache::DeviceAuthCache;
+use crate::store::message_sequence::MessageSequence;
+use crate::store::messages::InboxQuery;
 use crate::store::postgres::PostgresStore;
 use crate::store::room::Rooms;
 use crate::store::sessions::Tickets;
 use crate::store::shares::Rows;
 use crate::store::sqlite::SqliteStore;
-use crate::store::standings::Standings;
 use crate::store::uploads::Uploads;
 use crate::store::usage::Usage;
 use crate::telemetry::metrics::Metrics;
@@ -62,7 +62,7 @@ use crate::telemetry::metrics::Metrics;
 pub use accounts::{Credentials, NewAccount, Registered, Reset};
 pub use attachments::{AttachmentAge, StoredAttachment};
 pub use database::DatabaseStats;
-pub use devices::{DeviceRow, NewDevice, Removed, Standing};
+pub use devices::{DeviceAuth, DeviceRow, NewDevice, Removed};
 pub use error::{OpenError, StoreError};
 pub use inventory::Inventory;
 pub use leftovers::Leftovers;
@@ -82,15 +82,15 @@ pub use usage::Disuse;
 pub type Result<T> = std::result::Result<T, StoreError>;
 
 /// Questions in one statement.
-const GATHERED: usize = 128;
+const QUERIES_PER_BATCH: usize = 128;
 /// Statements at the same time that look into inboxes.
-const LOOK_LANES: usize = 2;
+const CONCURRENT_INBOX_READS: usize = 2;
 
 /// The database.
 #[derive(Clone)]
 pub struct Store {
     database: Database,
-    numbering: Numbering,
+    message_sequence: MessageSequence,
     /// What is known of inboxes and of what accounts have queued.
     rooms: Rooms,
     limits: Limits,
@@ -98,9 +98,9 @@ pub struct Store {
     /// When a group last had to pass over accounts that somebody else holds.
     held_up: Arc<Mutex<Option<Instant>>>,
     /// Questions that every request asks.
-    standings: Standings,
+    device_auth_cache: DeviceAuthCache,
     /// Questions that every message asks.
-    looks: Arc<Gather<Look, Page>>,
+    inbox_reads: Arc<QueryBatcher<InboxQuery, Page>>,
     /// What whoever connects needs.
     tickets: Arc<Tickets>,
     uploads: Arc<Uploads>,
@@ -153,24 +153,36 @@ impl Store {
         limits: Limits,
         metrics: &Metrics,
     ) -> std::result::Result<Self, OpenError> {
-        let (database, numbering) = match config.file() {
+        let (database, message_sequence) = match config.file() {
             Some(file) => {
                 let sqlite = SqliteStore::open(file, config, metrics).await?;
                 let unusable = |cause| OpenError::Unusable { path: file.display().to_string(), cause };
                 let mut writer = sqlite.write.get().await.map_err(|StoreError(cause)| unusable(cause))?;
-                let numbering = Numbering::load(&mut writer).await.map_err(unusable)?;
+                let message_sequence = MessageSequence::load(&mut writer).await.map_err(unusable)?;
                 drop(writer);
-                (Database::Sqlite(sqlite), numbering)
+                (Database::Sqlite(sqlite), message_sequence)
             }
-            None => (Database::Postgres(PostgresStore::open(config, metrics).await?), Numbering::new()),
+            None => (Database::Postgres(PostgresStore::open(config, metrics).await?), MessageSequence::new()),
         };
-        let standings = Standings::new(matches!(database, Database::Sqlite(_)));
-        let looks = Arc::new(Gather::new(LOOK_LANES, GATHERED));
+        let device_auth_cache = DeviceAuthCache::new(matches!(database, Database::Sqlite(_)));
+        let inbox_reads = Arc::new(QueryBatcher::new(CONCURRENT_INBOX_READS, QUERIES_PER_BATCH));
         let (tickets, uploads) = (Arc::new(Tickets::new()), uploads::none());
         let metrics = metrics.clone();
         let rooms = Rooms::new(&limits, matches!(database, Database::Sqlite(_)));
         let (held_up, usage) = (Arc::default(), Arc::new(Usage::new()));
-        Ok(Self { database, numbering, rooms, limits, metrics, held_up, standings, looks, tickets, uploads, usage })
+        Ok(Self {
+            database,
+            message_sequence,
+            rooms,
+            limits,
+            metrics,
+            held_up,
+            device_auth_cache,
+            inbox_reads,
+            tickets,
+            uploads,
+            usage,
+        })
     }
 
     /// Answers when the database can be read and written.
@@ -269,7 +281,9 @@ impl Store {
     /// Starts a transaction that may write.
     async fn begin(&self) -> Result<Tx> {
         Ok(match &self.database {
-            Database::Sqlite(sqlite) => Tx::Sqlite(SqliteTx::new(sqlite.begin().await?, self.standings.changes())),
+            Database::Sqlite(sqlite) => {
+                Tx::Sqlite(SqliteTx::new(sqlite.begin().await?, self.device_auth_cache.changes()))
+            }
             Database::Postgres(postgres) => Tx::Postgres(postgres.begin().await?),
         })
     }

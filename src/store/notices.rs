@@ -80,7 +80,7 @@ impl Store {
     async fn new_period(&self, tx: &mut Tx) -> Result<i64> {
         match tx {
             Tx::Sqlite(tx) => {
-                let place = self.numbering.place(1);
+                let place = self.message_sequence.reserve_positions(1);
                 let keep = "UPDATE sqlite_sequence SET seq = $1 WHERE name = 'messages' AND seq < $1";
                 sqlx::query(keep).bind(place).execute(&mut **tx).await?;
                 Ok(period(Position(place + 1)))

@@ -14,8 +14,8 @@ use sqlx::FromRow;
 
 use crate::clock::Timestamp;
 use crate::model::ids::{Address, DeviceId, DeviceNo, IdempotencyKey, UserId};
+use crate::store::batcher::QueryBatcher;
 use crate::store::database::{Database, Tx, on, reading, run};
-use crate::store::gather::Gather;
 use crate::store::messages::CLOCK_TOLERANCE;
 use crate::store::shares::Rows;
 use crate::store::{Result, Store, devices, usage};
@@ -66,13 +66,13 @@ type Presented = ([u8; 32], Timestamp);
 
 /// Devices that come back all at once. On SQLite, where one writes at a time, their tickets share the wait for the disk.
 pub(super) struct Tickets {
-    issued: Arc<Gather<NewTicket, bool>>,
-    redeemed: Arc<Gather<Presented, Option<SessionHolder>>>,
+    issued: Arc<QueryBatcher<NewTicket, bool>>,
+    redeemed: Arc<QueryBatcher<Presented, Option<SessionHolder>>>,
 }
 
 impl Tickets {
     pub(super) fn new() -> Self {
-        Self { issued: Arc::new(Gather::new(1, TICKETS)), redeemed: Arc::new(Gather::new(1, TICKETS)) }
+        Self { issued: Arc::new(QueryBatcher::new(1, TICKETS)), redeemed: Arc::new(QueryBatcher::new(1, TICKETS)) }
     }
 }
 
@@ -206,7 +206,7 @@ impl Store {
     pub async fn issue_ticket(&self, ticket: NewTicket) -> Result<bool> {
         match &self.database {
             Database::Sqlite(_) => {
-                self.tickets.issued.ask(ticket, async |tickets| issue(self.begin().await?, tickets).await).await
+                self.tickets.issued.run(ticket, async |tickets| issue(self.begin().await?, tickets).await).await
             }
             Database::Postgres(_) => {
                 let tx = self.begin_on(Rows::OfDevice(ticket.device)).await?;
@@ -225,7 +225,7 @@ impl Store {
         let presented = (*hash, now);
         match &self.database {
             Database::Sqlite(_) => {
-                self.tickets.redeemed.ask(presented, async |all| redeem(self.begin().await?, all).await).await
+                self.tickets.redeemed.run(presented, async |all| redeem(self.begin().await?, all).await).await
             }
             Database::Postgres(_) => {
                 let tx = self.begin_on(Rows::OfDevice(no)).await?;
@@ -344,7 +344,7 @@ async fn end(tx: &mut Tx, no: DeviceNo, void_to: i64) -> Result<()> {
 /// Ends the device's session, if it has one, and voids its access tokens and tickets in any case. Answers up to which
 /// second access tokens are void now; `None` when the device is gone.
 async fn end_tokens(tx: &mut Tx, no: DeviceNo, void_to: i64) -> Result<Option<i64>> {
-    tx.changes_standing(&[no]);
+    tx.register_auth_change(&[no]);
     // First, so that whatever is about to be kept for this session waits, and then finds it ended. The number always
     // grows: gateway sockets notice by it that the session they began in has ended. It may be the second of a clock that was
     // wrong, and stays it, since a token of that clock would be good by then. What is issued until then says so.

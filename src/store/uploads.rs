@@ -11,8 +11,8 @@ use std::time::Duration;
 
 use crate::clock::{Moment, Timestamp};
 use crate::model::ids::{AttachmentId, UserId};
+use crate::store::batcher::QueryBatcher;
 use crate::store::database::{Database, run};
-use crate::store::gather::Gather;
 use crate::store::shares::Rows;
 use crate::store::sqlite::SqliteStore;
 use crate::store::{Result, Store};
@@ -66,7 +66,7 @@ const LONGEST_DEBT: Duration = Duration::from_hours(25);
 const BLOCK_BYTES: u64 = 4096;
 
 /// Uploads that begin or end at the same time.
-pub(super) type Uploads = Gather<Step, Taken>;
+pub(super) type Uploads = QueryBatcher<Step, Taken>;
 
 /// What an upload asks of the database.
 #[derive(Clone, Copy)]
@@ -83,7 +83,7 @@ pub(super) enum Taken {
 
 /// None are under way yet.
 pub(super) fn none() -> Arc<Uploads> {
-    Arc::new(Gather::new(1, UPLOADS))
+    Arc::new(QueryBatcher::new(1, UPLOADS))
 }
 
 /// What counts against an account.
@@ -138,7 +138,7 @@ impl Store {
     }
 
     async fn step(&self, sqlite: &SqliteStore, step: Step) -> Result<Taken> {
-        self.uploads.ask(step, async |steps| sqlite::take(sqlite, steps).await).await
+        self.uploads.run(step, async |steps| sqlite::take(sqlite, steps).await).await
     }
 }
 

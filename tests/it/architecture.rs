@@ -294,14 +294,14 @@ fn no_test_is_skipped() {
     }
 }
 
-/// What `store/standings.rs` remembers of devices is right only if each change of them is registered.
+/// What `store/device_auth_cache.rs` remembers of devices is right only if each change of them is registered.
 #[test]
-fn whoever_changes_where_a_device_stands_registers_it() {
+fn every_change_of_device_auth_is_registered() {
     let changing = ["SET tokens_void_to", "DELETE FROM devices ", "SET is_primary", "REPLACE INTO devices"];
     let store = sources().into_iter().filter(|file| file.room == "store");
     let changers: Vec<_> = store.filter(|file| changing.iter().any(|text| file.text.contains(text))).collect();
     assert_eq!(changers.len(), 2, "sessions and devices");
     for file in changers {
-        assert!(file.text.contains("tx.changes_standing("), "{}", file.path.display());
+        assert!(file.text.contains("tx.register_auth_change("), "{}", file.path.display());
     }
 }

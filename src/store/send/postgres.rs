@@ -151,10 +151,10 @@ impl Store {
             (tally.acked, held) = tx.delete_acked(acks, locking).await?;
             return Ok(Some((Settled { sent: Vec::new(), held }, tally)));
         }
-        let alive_since = earliest - self.limits.idempotency_lifetime;
+        let not_before = earliest - self.limits.idempotency_lifetime;
         self.rooms.bound();
         let locked = tx.lock_accounts(sends, locking).await?;
-        let (found, blocks) = tx.ask(sends, alive_since).await?;
+        let (found, blocks) = tx.ask(sends, not_before).await?;
         touched.extend(found.device_numbers());
         // The rows of accounts with an inbox that may be more than half full.
         let row = |user: UserId| locked.get(&user).copied().filter(|row| self.rooms.is_over_half(row.now));
@@ -174,13 +174,13 @@ impl Store {
         };
         let judgement = send::judge(sends, cases, verdicts);
         let (rows, judged) = (&judgement.rows, &judgement.judged);
-        let received = self.numbering.receive(rows.len(), now);
+        let assigned = self.message_sequence.assign_ids(rows.len(), now);
         let position = |n: usize| blocks[n / BLOCK] + (n % BLOCK) as i64;
         let receipts = send::receipts(judged, position);
-        let messages = send::numbered(rows, &received.ids, position);
+        let messages = send::numbered(rows, &assigned.ids, position);
         // Acks that may not wait are written by a statement of their own.
         let at_once = if locking == Locking::Wait { acks } else { &InOrder::default() };
-        let times = (received.received_at, received.received_at + self.limits.idempotency_lifetime, alive_since);
+        let times = (assigned.received_at, assigned.received_at + self.limits.idempotency_lifetime, not_before);
         let written = tx.write(&receipts, &messages, at_once, times).await?;
         // Another group has just written the outcome of one of these sends down.
         if written.receipts < receipts.len() as i64 {
@@ -282,13 +282,13 @@ fn held_back(sends: &[Outgoing], locked: &Locked, locking: Locking) -> HashSet<(
 
 impl PostgresTx {
     /// What the sends depend on, and blocks of positions, enough for all of their messages. See `ASK`.
-    async fn ask(&mut self, sends: &[Outgoing], alive_since: Timestamp) -> Result<(Found, Vec<i64>)> {
+    async fn ask(&mut self, sends: &[Outgoing], not_before: Timestamp) -> Result<(Found, Vec<i64>)> {
         let senders: Vec<DeviceNo> = sends.iter().map(|mail| mail.sender.no).collect();
         let keys: Vec<IdempotencyKey> = sends.iter().map(|mail| mail.key).collect();
         let most: usize = sends.iter().flat_map(|mail| &mail.recipients).map(|to| to.submissions.len()).sum();
         let blocks = i64::try_from(most.div_ceil(BLOCK).max(1)).unwrap_or(i64::MAX);
         let ask =
-            sqlx::query_as(ASK).bind(senders).bind(keys).bind(alive_since).bind(send::accounts(sends)).bind(blocks);
+            sqlx::query_as(ASK).bind(senders).bind(keys).bind(not_before).bind(send::accounts(sends)).bind(blocks);
         let (mut known, mut devices, mut blocks) = (Known::default(), Devices::default(), Vec::new());
         for row in self.all::<Answer>(ask).await? {
             match row {
@@ -313,7 +313,7 @@ impl PostgresTx {
         receipts: &[Receipt<'_>],
         messages: &[NewMessage<'_>],
         (acked_devices, acked_positions): &InOrder,
-        (received_at, review_at, alive_since): (Timestamp, Timestamp, Timestamp),
+        (received_at, review_at, not_before): (Timestamp, Timestamp, Timestamp),
     ) -> Result<Written> {
         let column = |of: fn(&Receipt<'_>) -> i64| receipts.iter().map(of).collect::<Vec<i64>>();
         let keys: Vec<IdempotencyKey> = receipts.iter().map(|receipt| receipt.mail.key).collect();
@@ -334,7 +334,7 @@ impl PostgresTx {
             .bind(column(|receipt| receipt.last.0))
             .bind(received_at)
             .bind(review_at)
-            .bind(alive_since)
+            .bind(not_before)
             .bind(positions)
             .bind(devices)
             .bind(ids)

@@ -118,13 +118,13 @@ impl Store {
         };
         let judgement = send::judge(sends, cases, verdicts);
 
-        let received = self.numbering.receive(judgement.rows.len(), now);
-        let first = self.numbering.place(judgement.rows.len());
+        let assigned = self.message_sequence.assign_ids(judgement.rows.len(), now);
+        let first = self.message_sequence.reserve_positions(judgement.rows.len());
         let position = |n: usize| first + n as i64;
-        let messages = send::numbered(&judgement.rows, &received.ids, position);
+        let messages = send::numbered(&judgement.rows, &assigned.ids, position);
         let receipts = send::receipts(&judgement.judged, position);
         let debts = charges.debts();
-        let insert = |text| insertion(text, (&messages, first, received.received_at), (&receipts, now, now + lifetime));
+        let insert = |text| insertion(text, (&messages, first, assigned.received_at), (&receipts, now, now + lifetime));
         if debts.is_empty() && judgement.is_plain() {
             let write = tx.finish(insert(INSERT_AND_COMMIT));
             let [inserted, _receipts, _committed] = Span::within("store.commit").attempt(write).await?;
@@ -246,14 +246,14 @@ fn close(mut list: String) -> String {
 fn question(
     sends: &[Outgoing],
     acks: &[(DeviceNo, Position)],
-    alive_since: Timestamp,
+    not_before: Timestamp,
 ) -> Query<'static, Sqlite, SqliteArguments> {
     let users = send::accounts(sends);
     sqlx::query(DELETE_AND_ASK)
         .bind(acknowledged(acks))
         .bind(json_list(sends.iter().map(|mail| mail.sender.no.0)))
         .bind(sends.iter().flat_map(|mail| *mail.key.as_bytes()).collect::<Vec<u8>>())
-        .bind(alive_since)
+        .bind(not_before)
         .bind(json_list((0..users.len()).map(|n| n * 16 + 1)))
         .bind(users.iter().flat_map(|user| *user.as_bytes()).collect::<Vec<u8>>())
 }

@@ -22,8 +22,8 @@ async fn a_password_and_a_user_are_taken_from_the_url() {
     let [one, other] = urls.map(|start| Node::open(&format!("{start}{}/0", valkey.address())));
     let address = somebody();
     let wakeups = other.listen(address).await;
-    one.bus.wake(&[address], Signal::Standing);
-    heard(&wakeups, Signal::Standing).await;
+    one.bus.wake(&[address], Signal::AuthChanged);
+    heard(&wakeups, Signal::AuthChanged).await;
 }
 
 #[tokio::test]

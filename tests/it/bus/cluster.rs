@@ -64,7 +64,7 @@ async fn signals_cross_a_cluster_and_go_on_when_a_member_dies() {
         let wakeups = node.listen(address).await;
         for sender in nodes.iter().filter(|sender| !std::ptr::eq(*sender, node)) {
             sender.ready().await;
-            sends(sender, address, Signal::Standing, &wakeups).await;
+            sends(sender, address, Signal::AuthChanged, &wakeups).await;
         }
     }
     // Wherever those three went, these two are on different members.

@@ -14,7 +14,7 @@ async fn a_signal_reaches_the_sessions_of_the_device_on_another_node() {
     let [one, other] = Node::pair(&valkey).await;
     let address = somebody();
     let wakeups = [other.listen(address).await, other.bus.subscribe(address)];
-    for signal in [Signal::Mail, Signal::KeysLow, Signal::Standing] {
+    for signal in [Signal::Mail, Signal::KeysLow, Signal::AuthChanged] {
         one.bus.wake(&[somebody(), address], signal);
         heard(&wakeups[0], signal).await;
         heard(&wakeups[1], signal).await;
@@ -81,8 +81,8 @@ async fn a_node_subscribes_the_channels_of_its_own_accounts_only_and_leaves_them
     .await;
     // Who comes back is heard again.
     let again = nodes[0].listen(addresses[0]).await;
-    nodes[1].bus.wake(&[addresses[0]], Signal::Standing);
-    heard(&again, Signal::Standing).await;
+    nodes[1].bus.wake(&[addresses[0]], Signal::AuthChanged);
+    heard(&again, Signal::AuthChanged).await;
     drop((again, there));
     eventually("both to leave", async || channels(&valkey).await == ["test:all"]).await;
 }
@@ -131,8 +131,8 @@ async fn noise_on_a_channel_is_ignored() {
         let channel = format!("user:{}", address.user);
         let () = redis::cmd("PUBLISH").arg(channel).arg(noise).query_async(&mut connection).await.unwrap();
     }
-    one.bus.wake(&[address], Signal::Standing);
-    assert_eq!(within("the signal", wakeups.next()).await, Signal::Standing.into());
+    one.bus.wake(&[address], Signal::AuthChanged);
+    assert_eq!(within("the signal", wakeups.next()).await, Signal::AuthChanged.into());
 }
 
 #[tokio::test]
@@ -144,10 +144,10 @@ async fn what_was_signalled_last_still_goes_out_at_the_end() {
     for session in &sessions {
         everything(session).await;
     }
-    one.bus.wake(&crowd, Signal::Standing);
+    one.bus.wake(&crowd, Signal::AuthChanged);
     one.tasks.stop();
     within("the node to end", one.tasks.ended()).await;
     for session in &sessions {
-        heard(session, Signal::Standing).await;
+        heard(session, Signal::AuthChanged).await;
     }
 }

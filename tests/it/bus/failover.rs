@@ -56,8 +56,8 @@ async fn a_node_that_stays_connected_to_a_demoted_primary_moves_to_the_new_one()
     one.ready().await;
     let address = somebody();
     let wakeups = other.listen(address).await;
-    one.bus.wake(&[address], Signal::Standing);
-    heard(&wakeups, Signal::Standing).await;
+    one.bus.wake(&[address], Signal::AuthChanged);
+    heard(&wakeups, Signal::AuthChanged).await;
 }
 
 #[tokio::test]

@@ -29,8 +29,8 @@ async fn a_valkey_that_comes_late_is_found_and_who_subscribed_before_is_heard() 
     valkey.restart().await;
     everything(&wakeups).await;
     nodes[0].ready().await;
-    nodes[0].bus.wake(&[address], Signal::Standing);
-    heard(&wakeups, Signal::Standing).await;
+    nodes[0].bus.wake(&[address], Signal::AuthChanged);
+    heard(&wakeups, Signal::AuthChanged).await;
 }
 
 #[tokio::test]
@@ -50,8 +50,8 @@ async fn a_valkey_killed_and_started_empty_loses_nothing_and_needs_no_new_subscr
         inbox.all_seen().await;
     }
     one.ready().await;
-    one.bus.wake(&[address], Signal::Standing);
-    heard(&wakeups, Signal::Standing).await;
+    one.bus.wake(&[address], Signal::AuthChanged);
+    heard(&wakeups, Signal::AuthChanged).await;
 }
 
 #[tokio::test]
@@ -70,8 +70,8 @@ async fn an_outage_a_reconnection_and_signals_from_elsewhere_are_counted() {
     let address = somebody();
     let wakeups = other.listen(address).await;
     one.ready().await;
-    one.bus.wake(&[address], Signal::Standing);
-    heard(&wakeups, Signal::Standing).await;
+    one.bus.wake(&[address], Signal::AuthChanged);
+    heard(&wakeups, Signal::AuthChanged).await;
     assert_eq!(one.metrics.signals.value(SignalWay::Out), 1);
     assert!(metrics.signals.value(SignalWay::In) >= 1);
 }
@@ -161,8 +161,8 @@ async fn what_is_held_back_for_a_moment_arrives_and_another_valkey_at_the_same_a
     one.ready().await;
     let address = somebody();
     let wakeups = other.listen(address).await;
-    one.bus.wake(&[address], Signal::Standing);
-    heard(&wakeups, Signal::Standing).await;
+    one.bus.wake(&[address], Signal::AuthChanged);
+    heard(&wakeups, Signal::AuthChanged).await;
 }
 
 #[tokio::test]
@@ -182,8 +182,8 @@ async fn signals_beyond_what_may_wait_become_a_look_at_everything_on_every_node(
     // The wire is as good as before.
     let address = somebody();
     let wakeups = other.listen(address).await;
-    one.bus.wake(&[address], Signal::Standing);
-    heard(&wakeups, Signal::Standing).await;
+    one.bus.wake(&[address], Signal::AuthChanged);
+    heard(&wakeups, Signal::AuthChanged).await;
 }
 
 #[tokio::test]

@@ -95,7 +95,7 @@ async fn who_gets_no_connection_in_time_is_told_and_a_statement_or_lock_that_tak
     let waiting = pooled.store.log_out(obscura_server::model::ids::DeviceNo(1), 0);
     let late = async {
         tokio::time::sleep(Duration::from_millis(200)).await;
-        pooled.store.standing(DeviceId::random()).await
+        pooled.store.device_auth(DeviceId::random()).await
     };
     let (waited, late) = tokio::join!(waiting, late);
     assert!(late.unwrap_err().to_string().contains("pool timed out"));

@@ -11,7 +11,7 @@ use obscura_server::app::App;
 use obscura_server::gateway::{self, Features};
 use obscura_server::limits::Payer;
 use obscura_server::model::ids::DeviceId;
-use obscura_server::store::{SessionHolder, Standing};
+use obscura_server::store::{DeviceAuth, SessionHolder};
 use tokio::net::{TcpListener, TcpStream};
 use tokio_tungstenite::tungstenite::handshake::server::create_response_with_body;
 use uuid::Uuid;
@@ -231,7 +231,7 @@ async fn a_device_removed_during_its_handshake_keeps_no_socket() {
 
 /// The moment between the redeemed ticket and the session's first look, held open.
 #[tokio::test]
-async fn a_session_looks_at_the_standing_of_its_device_before_anything_else() {
+async fn a_session_checks_the_auth_of_its_device_first() {
     let server = TestServer::start().await;
     let (alice, bob) = (server.account().await, server.account().await);
     let (removed, logged_out) = (alice.link().await, alice.link().await);
@@ -240,8 +240,8 @@ async fn a_session_looks_at_the_standing_of_its_device_before_anything_else() {
     let app = server.server().app().clone();
     for device in [&removed, &logged_out] {
         let id = DeviceId::from_bytes(device.id.as_bytes()).unwrap();
-        let standing = app.store.standing(id).await.unwrap().unwrap();
-        let Standing { no, user, tokens_void_to, .. } = standing;
+        let device_auth = app.store.device_auth(id).await.unwrap().unwrap();
+        let DeviceAuth { no, user, tokens_void_to, .. } = device_auth;
         let holder = SessionHolder { user, device: id, no, tokens_void_to };
         if device.id == removed.id {
             alice.remove(device).await;

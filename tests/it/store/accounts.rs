@@ -16,9 +16,9 @@ async fn registering_makes_an_account_with_a_primary_device_that_is_logged_in() 
 
     let credentials = store.credentials("alice").await.unwrap().unwrap();
     assert_eq!((credentials.user, credentials.password_hash), (account.user, account.password_hash.clone()));
-    let standing = store.standing(account.device.id).await.unwrap().unwrap();
-    assert_eq!((standing.no, standing.user, standing.tokens_void_to), (no, account.user, 0));
-    assert!(standing.is_primary);
+    let device_auth = store.device_auth(account.device.id).await.unwrap().unwrap();
+    assert_eq!((device_auth.no, device_auth.user, device_auth.tokens_void_to), (no, account.user, 0));
+    assert!(device_auth.is_primary);
     assert_eq!(store.devices(account.user).await.unwrap().len(), 1);
     let bundles = store.bundles(account.user, None, 0).await.unwrap().unwrap().bundles;
     assert_eq!(bundles[0].identity, account.identity);
@@ -44,7 +44,7 @@ async fn a_registration_under_a_taken_name_leaves_nothing_behind() {
     assert_eq!(store.register(&second).await.unwrap(), Registered::UsernameTaken);
 
     assert_eq!(store.credentials("alice").await.unwrap().unwrap().user, first.user);
-    assert_eq!(store.standing(second.device.id).await.unwrap(), None);
+    assert_eq!(store.device_auth(second.device.id).await.unwrap(), None);
     let database = store.database().await;
     for table in ["users", "devices", "device_keys", "sessions"] {
         assert_eq!(database.number(&format!("SELECT count(*) FROM {table}")).await, 1, "{table}");
@@ -78,11 +78,11 @@ async fn a_reset_forgets_all_devices_and_link_sessions_and_makes_a_new_primary_d
     assert_eq!(reset.removed, [alice.address()]);
     assert!(reset.no > bob.no, "numbers are never used again");
 
-    assert_eq!(store.standing(alice.device).await.unwrap(), None);
+    assert_eq!(store.device_auth(alice.device).await.unwrap(), None);
     assert_eq!(store.epoch(alice.no).await.unwrap(), None);
-    let standing = store.standing(device.id).await.unwrap().unwrap();
-    assert!(standing.is_primary);
-    assert_eq!((standing.no, standing.user), (reset.no, alice.user));
+    let device_auth = store.device_auth(device.id).await.unwrap().unwrap();
+    assert!(device_auth.is_primary);
+    assert_eq!((device_auth.no, device_auth.user), (reset.no, alice.user));
     let old =
         Refresh { secret_hash: alice.account.session.secret_hash, key: None, next: alice.account.session, void_to: 0 };
     assert_eq!(store.refresh(&old, NOW).await.unwrap(), Refreshed::Refused);

@@ -3,7 +3,7 @@
 use bytes::Bytes;
 use obscura_server::model::ids::{Address, DeviceId, DeviceNo, IdempotencyKey, UserId};
 use obscura_server::model::mail::{Outgoing, Recipient, Sealed, Sender};
-use obscura_server::store::{NewTicket, Refresh, Refreshed, Removed, Standing, Store};
+use obscura_server::store::{DeviceAuth, NewTicket, Refresh, Refreshed, Removed, Store};
 
 use super::fixture::{NOW, TestStore, fcm, grant, ticket};
 use super::support::{Member, NONE, account, count, linked, linked_with, new_device, number, public_key};
@@ -66,18 +66,21 @@ async fn rows(store: &TestStore, no: DeviceNo) -> Vec<(&'static str, i64)> {
 }
 
 #[tokio::test]
-async fn standing_tells_what_a_token_is_checked_against() {
+async fn device_auth_is_what_a_token_is_checked_against() {
     let store = TestStore::open().await;
     let alice = account(&store).await;
     let second = linked(&store, &alice).await;
-    let expected = Standing { no: alice.no, user: alice.user, is_primary: true, tokens_void_to: 0 };
-    assert_eq!(store.standing(alice.device).await.unwrap(), Some(expected));
-    let expected = Standing { no: second.no, is_primary: false, ..expected };
-    assert_eq!(store.standing(second.device).await.unwrap(), Some(expected));
-    assert_eq!(store.standing(DeviceId::random()).await.unwrap(), None);
+    let expected = DeviceAuth { no: alice.no, user: alice.user, is_primary: true, tokens_void_to: 0 };
+    assert_eq!(store.device_auth(alice.device).await.unwrap(), Some(expected));
+    let expected = DeviceAuth { no: second.no, is_primary: false, ..expected };
+    assert_eq!(store.device_auth(second.device).await.unwrap(), Some(expected));
+    assert_eq!(store.device_auth(DeviceId::random()).await.unwrap(), None);
 
     store.log_out(second.no, VOID_TO).await.unwrap();
-    assert_eq!(store.standing(second.device).await.unwrap(), Some(Standing { tokens_void_to: VOID_TO, ..expected }));
+    assert_eq!(
+        store.device_auth(second.device).await.unwrap(),
+        Some(DeviceAuth { tokens_void_to: VOID_TO, ..expected })
+    );
 }
 
 #[tokio::test]
@@ -121,7 +124,7 @@ async fn a_removed_device_leaves_nothing_behind_but_what_it_sent() {
     assert_eq!(rows(&store, alice.no).await, of_alice);
     assert_eq!(rows(&store, bob.no).await, of_bob, "what the device sent to others stays queued");
     assert_eq!(count(&store, "spent_prekeys").await, 3, "its signed prekey is remembered for the account");
-    assert_eq!(store.standing(second.device).await.unwrap(), None);
+    assert_eq!(store.device_auth(second.device).await.unwrap(), None);
 }
 
 #[tokio::test]

@@ -160,9 +160,9 @@ async fn an_approved_link_session_makes_one_device_and_is_used_up() {
     link.device.name = Some("Laptop".to_owned());
     let Linked::Device { user, no } = store.link_device(&link, NOW).await.unwrap() else { panic!("not linked") };
     assert_eq!(user, alice.user);
-    let standing = store.standing(link.device.id).await.unwrap().unwrap();
-    assert_eq!((standing.no, standing.user, standing.is_primary), (no, alice.user, false));
-    assert_eq!(standing.tokens_void_to, 0);
+    let device_auth = store.device_auth(link.device.id).await.unwrap().unwrap();
+    assert_eq!((device_auth.no, device_auth.user, device_auth.is_primary), (no, alice.user, false));
+    assert_eq!(device_auth.tokens_void_to, 0);
     let devices = store.devices(alice.user).await.unwrap();
     assert_eq!(devices[1].name.as_deref(), Some("Laptop"));
     assert_eq!(store.prekey_counts(no).await.unwrap().unwrap().ec, 2);

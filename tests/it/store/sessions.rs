@@ -68,14 +68,14 @@ async fn a_log_in_voids_the_tokens_and_tickets_of_before_and_keeps_the_push_toke
     let mut epoch = 0;
     for _ in 0..3 {
         let holder = store.log_in(alice.user, alice.device, &grant(NOW)).await.unwrap().unwrap();
-        let standing = store.standing(alice.device).await.unwrap().unwrap();
-        assert_eq!(holder.tokens_void_to, standing.tokens_void_to);
-        assert!(standing.tokens_void_to >= alice.session().access_expires_at && standing.tokens_void_to > epoch);
-        epoch = standing.tokens_void_to;
+        let device_auth = store.device_auth(alice.device).await.unwrap().unwrap();
+        assert_eq!(holder.tokens_void_to, device_auth.tokens_void_to);
+        assert!(device_auth.tokens_void_to >= alice.session().access_expires_at && device_auth.tokens_void_to > epoch);
+        epoch = device_auth.tokens_void_to;
     }
     assert_eq!(store.redeem_ticket(&tickets[0], NOW).await.unwrap(), None);
     assert!(store.redeem_ticket(&tickets[1], NOW).await.unwrap().is_some(), "others go on");
-    assert_eq!(store.standing(bob.device).await.unwrap().unwrap().tokens_void_to, 0);
+    assert_eq!(store.device_auth(bob.device).await.unwrap().unwrap().tokens_void_to, 0);
     assert_eq!(store.database().await.number("SELECT count(*) FROM push_tokens").await, 1);
 }
 
@@ -85,7 +85,7 @@ async fn a_refused_log_in_changes_nothing() {
     let (alice, bob) = (store.account().await, store.account().await);
     let ticket = store.ticket(alice.no, NOW + SECOND).await;
     assert_eq!(store.log_in(bob.user, alice.device, &grant(NOW)).await.unwrap(), None);
-    assert_eq!(store.standing(alice.device).await.unwrap().unwrap().tokens_void_to, 0);
+    assert_eq!(store.device_auth(alice.device).await.unwrap().unwrap().tokens_void_to, 0);
     assert!(store.redeem_ticket(&ticket, NOW).await.unwrap().is_some());
 }
 
@@ -148,7 +148,7 @@ async fn a_used_token_is_refused_for_ten_seconds_and_then_counts_as_stolen() {
     assert_eq!(store.try_refresh(alice.session(), None, later).await, Refreshed::Stolen(alice.address()));
     assert_eq!(store.try_refresh(&next, None, later).await, Refreshed::Refused, "the session has ended");
     assert_eq!(store.epoch(alice.no).await.unwrap(), Some(VOID_TO));
-    assert!(store.standing(alice.device).await.unwrap().is_some(), "the device stays");
+    assert!(store.device_auth(alice.device).await.unwrap().is_some(), "the device stays");
     store.rotated(bob.session(), later).await;
 }
 
@@ -224,8 +224,8 @@ async fn a_log_out_ends_the_session_and_leaves_the_device() {
 
     assert_eq!(store.try_refresh(alice.session(), None, NOW).await, Refreshed::Refused);
     assert_eq!(store.redeem_ticket(&ticket, NOW).await.unwrap(), None);
-    let standing = store.standing(alice.device).await.unwrap().unwrap();
-    assert_eq!(standing.tokens_void_to, VOID_TO);
+    let device_auth = store.device_auth(alice.device).await.unwrap().unwrap();
+    assert_eq!(device_auth.tokens_void_to, VOID_TO);
     let counts = store.prekey_counts(alice.no).await.unwrap().unwrap();
     assert_eq!(counts.ec, 2, "the keys stay");
     let database = store.database().await;

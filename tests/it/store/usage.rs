@@ -118,7 +118,7 @@ async fn an_account_that_goes_takes_everything_of_its_own_along_and_its_name_is_
     for table in tables {
         assert_eq!(database.number(&format!("SELECT count(*) FROM {table}")).await, 1, "{table}");
     }
-    assert_eq!(store.standing(gone.device).await.unwrap(), None);
+    assert_eq!(store.device_auth(gone.device).await.unwrap(), None);
     assert_eq!(store.remove_disused(gone.user, before(1, 2)).await.unwrap(), None, "only once");
     let again = new_account(&gone.account.username);
     assert!(matches!(store.register(&again).await.unwrap(), Registered::Account(_)));
@@ -135,6 +135,6 @@ async fn an_account_that_is_used_at_the_last_moment_stays() {
     store.note_use(asks.user);
     for person in [&logs_in, &asks] {
         assert_eq!(store.remove_disused(person.user, before(2, 2)).await.unwrap(), None);
-        assert!(store.standing(person.device).await.unwrap().is_some());
+        assert!(store.device_auth(person.device).await.unwrap().is_some());
     }
 }

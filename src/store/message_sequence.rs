@@ -10,12 +10,12 @@ use crate::model::ids::MessageId;
 
 /// What the writer remembers between groups. A node has one; cloning gives the same.
 #[derive(Clone)]
-pub(super) struct Numbering {
+pub(super) struct MessageSequence {
     state: Arc<Mutex<State>>,
 }
 
 /// What the messages of one group are given.
-pub(super) struct Received {
+pub(super) struct AssignedIds {
     /// When they were received.
     pub(super) received_at: Timestamp,
     /// One for each.
@@ -30,7 +30,7 @@ struct State {
     last_position: i64,
 }
 
-impl Numbering {
+impl MessageSequence {
     /// For a database that gives positions itself.
     pub(super) fn new() -> Self {
         Self { state: Arc::default() }
@@ -59,7 +59,7 @@ impl Numbering {
 
     /// Gives `count` new messages their ids, and the time of receipt that they share. All of them ascend from group to
     /// group, except when a clock is set back by more than [`clock::TOLERANCE`].
-    pub(super) fn receive(&self, count: usize, now: Timestamp) -> Received {
+    pub(super) fn assign_ids(&self, count: usize, now: Timestamp) -> AssignedIds {
         let mut state = self.state();
         // A clock that was set back a little stands still until it has caught up. A larger step ends a doubt, in which the
         // latest time was taken: standing still would tell the time of a wrong clock for hours. Positions keep the order.
@@ -70,12 +70,12 @@ impl Numbering {
         }
         state.last_receipt = received_at;
         let ids = (0..count).map(|_| MessageId::next(received_at, &state.sequence)).collect();
-        Received { received_at, ids }
+        AssignedIds { received_at, ids }
     }
 
     /// The first of `count` new places in SQLite's order; the others follow without a gap. What is given to a
     /// transaction that fails is lost, which does no harm.
-    pub(super) fn place(&self, count: usize) -> i64 {
+    pub(super) fn reserve_positions(&self, count: usize) -> i64 {
         let mut state = self.state();
         let first = state.last_position + 1;
         state.last_position += i64::try_from(count).unwrap_or(i64::MAX);
