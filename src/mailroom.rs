@@ -26,7 +26,7 @@ use crate::mailroom::turns::Turns;
 use crate::model::ids::{Address, DeviceNo, Position, UserId};
 use crate::model::mail::{Outgoing, Sent};
 use crate::push::Push;
-use crate::store::{self, Settled, Store};
+use crate::store::{self, GroupResult, Store};
 use crate::tasks::Tasks;
 use crate::telemetry::Telemetry;
 use crate::telemetry::metrics::{Content, GroupFailure, Metrics};
@@ -156,7 +156,7 @@ struct Worker {
 /// A group after the attempt to store it.
 struct Attempt {
     group: Group,
-    outcome: store::Result<Settled>,
+    outcome: store::Result<GroupResult>,
     began: Instant,
     time: Duration,
 }
@@ -178,7 +178,7 @@ async fn next(letters: &mut mpsc::Receiver<Letter>, until: Option<Instant>) -> O
 
 impl Worker {
     async fn run(mut self, mut letters: mpsc::Receiver<Letter>, tasks: Tasks) {
-        let at_once = self.store.groups_at_once();
+        let at_once = self.store.max_concurrent_groups();
         let (mut under_way, mut telling) = (FuturesUnordered::new(), FuturesUnordered::new());
         let mut is_drained = false;
         // What waited for its turn comes into `gathered` when the group before it ends, also behind the last letter.
@@ -263,7 +263,7 @@ impl Worker {
             (self.store.clone(), self.traces.clone(), self.clock.moment(), Instant::now());
         async move {
             let span = group.traced(&traces);
-            let outcome = span.attempt(store.settle(&group.sends, &group.acks, now)).await;
+            let outcome = span.attempt(store.commit_group(&group.sends, &group.acks, now)).await;
             drop(span);
             Attempt { group, outcome, began, time: began.elapsed() }
         }
@@ -292,13 +292,13 @@ impl Worker {
 
     fn conclude(&mut self, Attempt { group, outcome, time, .. }: Attempt) -> Result<(), MailroomError> {
         match outcome {
-            Ok(Settled { sent: settled, held }) => {
+            Ok(GroupResult { sent: results, locked_devices }) => {
                 self.metrics.group_time.time((), time);
-                self.lay_trails(&settled, &group);
-                let woken: Vec<_> = settled.iter().flatten().flat_map(|sent| sent.woken.iter().copied()).collect();
+                self.lay_trails(&results, &group);
+                let woken: Vec<_> = results.iter().flatten().flat_map(|sent| sent.woken.iter().copied()).collect();
                 self.waking.mail(&woken);
                 let letters = group.sends.into_iter().zip(group.slips);
-                for (sent, (mail, slip)) in settled.into_iter().zip(letters) {
+                for (sent, (mail, slip)) in results.into_iter().zip(letters) {
                     match sent {
                         // A reply fails only when its request is gone; its mail is stored all the same.
                         Some(sent) => drop(slip.reply.send(Ok(sent))),
@@ -306,7 +306,7 @@ impl Worker {
                     }
                 }
                 for slip in group.ack_slips {
-                    if held.contains(&slip.device) {
+                    if locked_devices.contains(&slip.device) {
                         // Its session tries again.
                         slip.refuse(MailroomError::Unavailable);
                     } else {
@@ -340,11 +340,11 @@ impl Worker {
     }
 
     /// Lets deliveries be parts of the traces of their sends. Best effort, as all signals are.
-    fn lay_trails(&self, settled: &[Option<Sent>], group: &Group) {
+    fn lay_trails(&self, results: &[Option<Sent>], group: &Group) {
         if !self.traces.are_kept() {
             return;
         }
-        for (sent, slip) in settled.iter().zip(&group.slips) {
+        for (sent, slip) in results.iter().zip(&group.slips) {
             if let (Some(sent), Some(trail)) = (sent, slip.span.trail()) {
                 self.waking.bus.lay_trail(&sent.woken, trail);
             }

@@ -152,7 +152,7 @@ async fn traced(spans: Vec<Span>, write: impl Future<Output = Stored>) -> Stored
 
 async fn write(app: App, device: DeviceNo, Batch { acks: batch, told }: Batch) -> Stored {
     if let Some(told) = told
-        && let Err(error) = app.store.notice_told(device, *told, app.clock.now()).await
+        && let Err(error) = app.store.acknowledge_notice(device, *told, app.clock.now()).await
     {
         warn!(%error, "an acknowledged notice could not be written down; it will be tried again");
         return false;

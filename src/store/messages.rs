@@ -9,9 +9,9 @@ use crate::clock::{Moment, Timestamp};
 use crate::model::ids::{DeviceId, DeviceNo, MessageId, Position, UserId};
 use crate::model::mail::{Envelope, Sealed};
 use crate::store::database::{Database, Tx, on, run};
+use crate::store::inbox_limiter::MAX_DEBT;
 use crate::store::notices::Counts;
 use crate::store::postgres::PostgresStore;
-use crate::store::room::LONGEST_DEBT;
 use crate::store::{Limits, Result, Store, json_list};
 use crate::telemetry::metrics::Left;
 
@@ -167,7 +167,7 @@ impl Store {
         let mut counts = Counts::new();
         gone.into_iter().for_each(|device| *counts.entry(device).or_default() += 1);
         self.add_expired(&mut tx, &counts, now).await?;
-        self.rooms.left(counts.iter().map(|(device, count)| (*device, count.unsigned_abs())));
+        self.inbox_limiter.left(counts.iter().map(|(device, count)| (*device, count.unsigned_abs())));
         tx.commit().await?;
         self.metrics.left.add(Left::Expired, deleted);
         Ok(Expired { deleted, more: deleted > 0 || corrected > 0 })
@@ -214,7 +214,7 @@ impl Store {
         let absurd = "DELETE FROM send_debts WHERE paid_at > $1 AND user_id IN (
                  SELECT user_id FROM send_debts WHERE paid_at > $1 ORDER BY paid_at LIMIT $2)";
         let mut forgotten = run!(&mut tx, sqlx::query(old).bind(earliest).bind(i64::from(limit)))?;
-        forgotten += run!(&mut tx, sqlx::query(absurd).bind(latest + LONGEST_DEBT).bind(i64::from(limit)))?;
+        forgotten += run!(&mut tx, sqlx::query(absurd).bind(latest + MAX_DEBT).bind(i64::from(limit)))?;
         tx.commit().await?;
         Ok(forgotten)
     }

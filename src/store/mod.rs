@@ -11,6 +11,7 @@ mod database;
 mod device_auth_cache;
 mod devices;
 mod error;
+mod inbox_limiter;
 mod inventory;
 mod jobs;
 mod known_prekeys;
@@ -27,7 +28,6 @@ mod push_tokens;
 mod pushes;
 mod refill;
 mod restore;
-mod room;
 mod send;
 mod sessions;
 mod shares;
@@ -48,10 +48,10 @@ use crate::config;
 use crate::store::batcher::QueryBatcher;
 use crate::store::database::{Database, SqliteTx, Tx, reading};
 use crate::store::device_auth_cache::DeviceAuthCache;
+use crate::store::inbox_limiter::InboxLimiter;
 use crate::store::message_sequence::MessageSequence;
 use crate::store::messages::InboxQuery;
 use crate::store::postgres::PostgresStore;
-use crate::store::room::Rooms;
 use crate::store::sessions::Tickets;
 use crate::store::shares::Rows;
 use crate::store::sqlite::SqliteStore;
@@ -72,7 +72,7 @@ pub use notices::Notice;
 pub use prekeys::{Bundle, HandedOut, PrekeyCounts};
 pub use pushes::{Overslept, Sleeper};
 pub use refill::Refilled;
-pub use send::Settled;
+pub use send::GroupResult;
 pub use sessions::{NewTicket, REPEAT_WINDOW, Refresh, Refreshed, SessionGrant, SessionHolder};
 pub use time::Seen;
 pub use uploads::{Allowance, Reservation, Reserved};
@@ -92,11 +92,11 @@ pub struct Store {
     database: Database,
     message_sequence: MessageSequence,
     /// What is known of inboxes and of what accounts have queued.
-    rooms: Rooms,
+    inbox_limiter: InboxLimiter,
     limits: Limits,
     metrics: Metrics,
     /// When a group last had to pass over accounts that somebody else holds.
-    held_up: Arc<Mutex<Option<Instant>>>,
+    last_contention: Arc<Mutex<Option<Instant>>>,
     /// Questions that every request asks.
     device_auth_cache: DeviceAuthCache,
     /// Questions that every message asks.
@@ -168,15 +168,15 @@ impl Store {
         let inbox_reads = Arc::new(QueryBatcher::new(CONCURRENT_INBOX_READS, QUERIES_PER_BATCH));
         let (tickets, uploads) = (Arc::new(Tickets::new()), uploads::none());
         let metrics = metrics.clone();
-        let rooms = Rooms::new(&limits, matches!(database, Database::Sqlite(_)));
-        let (held_up, usage) = (Arc::default(), Arc::new(Usage::new()));
+        let inbox_limiter = InboxLimiter::new(&limits, matches!(database, Database::Sqlite(_)));
+        let (last_contention, usage) = (Arc::default(), Arc::new(Usage::new()));
         Ok(Self {
             database,
             message_sequence,
-            rooms,
+            inbox_limiter,
             limits,
             metrics,
-            held_up,
+            last_contention,
             device_auth_cache,
             inbox_reads,
             tickets,

@@ -13,11 +13,11 @@ use crate::store::shares::Rows;
 use crate::store::{Result, Store, json_list};
 
 /// The time since when a notice counts is rounded down to this.
-const COARSE: Duration = Duration::from_hours(1);
+const SINCE_PRECISION: Duration = Duration::from_hours(1);
 
 /// A period is the position of the queue at which it began, times this, plus the number of repeats that have taken refusals
 /// back since.
-const TAKEN_BACK_AT_MOST: i64 = 1024;
+const MAX_RETRACTIONS: i64 = 1024;
 
 /// A notice that the device has not acknowledged.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, FromRow)]
@@ -43,21 +43,21 @@ impl Store {
 
     /// Subtracts a notice that the device has acknowledged. What was added since stays. A notice that was acknowledged before,
     /// or of which refusals have been taken back since, changes nothing.
-    pub async fn notice_told(&self, device: DeviceNo, told: Notice, now: Timestamp) -> Result<()> {
+    pub async fn acknowledge_notice(&self, device: DeviceNo, acknowledged: Notice, now: Timestamp) -> Result<()> {
         let mut tx = self.begin_on(Rows::OfDevice(device)).await?;
         let statement = "UPDATE inbox_notices SET period = $3, since = $4, expired = expired - $5, \
                         refused = CASE WHEN refused > $6 THEN refused - $6 ELSE 0 END \
                     WHERE device_no = $1 AND period = $2";
-        let (next, since) = (self.new_period(&mut tx).await?, coarse(now));
+        let (next, since) = (self.new_period(&mut tx).await?, round_down(now));
         run!(
             &mut tx,
             sqlx::query(statement)
                 .bind(device)
-                .bind(told.period)
+                .bind(acknowledged.period)
                 .bind(next)
                 .bind(since)
-                .bind(told.expired)
-                .bind(told.refused)
+                .bind(acknowledged.expired)
+                .bind(acknowledged.refused)
         )?;
         let clear = "DELETE FROM inbox_notices WHERE device_no = $1 AND expired <= 0 AND refused <= 0";
         run!(&mut tx, sqlx::query(clear).bind(device))?;
@@ -71,8 +71,8 @@ impl Store {
         }
         let period = self.new_period(tx).await?;
         match tx {
-            Tx::Sqlite(tx) => add_in_sqlite(tx, counts, Unread::Expired, (period, now)).await,
-            Tx::Postgres(tx) => add_in_postgres(tx, counts, Unread::Expired, (period, now)).await,
+            Tx::Sqlite(tx) => add_in_sqlite(tx, counts, NoticeKind::Expired, (period, now)).await,
+            Tx::Postgres(tx) => add_in_postgres(tx, counts, NoticeKind::Expired, (period, now)).await,
         }
     }
 
@@ -95,16 +95,16 @@ impl Store {
 
 /// The period that begins with the send whose messages have places from this one on.
 pub(super) fn period(position: Position) -> i64 {
-    position.0.saturating_mul(TAKEN_BACK_AT_MOST)
+    position.0.saturating_mul(MAX_RETRACTIONS)
 }
 
 /// What a group or a sweep adds for devices.
 pub(super) type Counts = BTreeMap<DeviceNo, i64>;
 /// What a group takes back for a device: how many refusals, and the place of the first of their sends in the queue.
-pub(super) type TakenBack = BTreeMap<DeviceNo, (i64, Position)>;
+pub(super) type RetractedRefusals = BTreeMap<DeviceNo, (i64, Position)>;
 
-fn coarse(now: Timestamp) -> Timestamp {
-    let step = i64::try_from(COARSE.as_millis()).unwrap_or(i64::MAX);
+fn round_down(now: Timestamp) -> Timestamp {
+    let step = i64::try_from(SINCE_PRECISION.as_millis()).unwrap_or(i64::MAX);
     Timestamp::from_millis(now.millis().div_euclid(step) * step)
 }
 
@@ -135,11 +135,11 @@ const ADD_IN_POSTGRES: &str = add!(
 );
 
 /// A refusal of a former period was acknowledged already.
-const TAKE_BACK: &str = "
+const RETRACT: &str = "
     UPDATE inbox_notices SET refused = MAX(refused - (row.value ->> 1), 0), period = period + 1 FROM json_each($1) row
     WHERE device_no = row.value ->> 0 AND period < row.value ->> 2";
 
-const TAKE_BACK_IN_POSTGRES: &str = "
+const RETRACT_IN_POSTGRES: &str = "
     UPDATE inbox_notices n SET refused = GREATEST(n.refused - taken.count, 0), period = n.period + 1
     FROM unnest($1, $2, $3) AS taken (no, count, next) WHERE n.device_no = taken.no AND n.period < taken.next";
 
@@ -148,13 +148,13 @@ fn next(position: Position) -> i64 {
     period(Position(position.0.saturating_add(1)))
 }
 
-fn taken_back(counts: &TakenBack) -> String {
+fn retracted(counts: &RetractedRefusals) -> String {
     json_list(counts.iter().map(|(device, (count, first))| format!("[{},{count},{}]", device.0, next(*first))))
 }
 
 /// Which of the two counts is added to.
 #[derive(Clone, Copy, PartialEq, Eq)]
-pub(super) enum Unread {
+pub(super) enum NoticeKind {
     Expired,
     Refused,
 }
@@ -163,21 +163,21 @@ pub(super) enum Unread {
 pub(super) async fn add_in_sqlite(
     tx: &mut SqliteConnection,
     counts: &Counts,
-    unread: Unread,
+    kind: NoticeKind,
     (period, now): (i64, Timestamp),
 ) -> Result<()> {
     if counts.is_empty() {
         return Ok(());
     }
     let list = json_list(counts.iter().map(|(device, count)| format!("[{},{count}]", device.0)));
-    let add = sqlx::query(ADD).bind(list).bind(period).bind(coarse(now));
-    add.bind(unread == Unread::Expired).execute(&mut *tx).await?;
+    let add = sqlx::query(ADD).bind(list).bind(period).bind(round_down(now));
+    add.bind(kind == NoticeKind::Expired).execute(&mut *tx).await?;
     Ok(())
 }
 
-pub(super) async fn take_back_in_sqlite(tx: &mut SqliteConnection, counts: &TakenBack) -> Result<()> {
+pub(super) async fn retract_in_sqlite(tx: &mut SqliteConnection, counts: &RetractedRefusals) -> Result<()> {
     if !counts.is_empty() {
-        sqlx::query(TAKE_BACK).bind(taken_back(counts)).execute(&mut *tx).await?;
+        sqlx::query(RETRACT).bind(retracted(counts)).execute(&mut *tx).await?;
     }
     Ok(())
 }
@@ -185,25 +185,25 @@ pub(super) async fn take_back_in_sqlite(tx: &mut SqliteConnection, counts: &Take
 pub(super) async fn add_in_postgres(
     tx: &mut PostgresTx,
     counts: &Counts,
-    unread: Unread,
+    kind: NoticeKind,
     (period, now): (i64, Timestamp),
 ) -> Result<()> {
     if counts.is_empty() {
         return Ok(());
     }
     let (devices, counts): (Vec<DeviceNo>, Vec<i64>) = counts.iter().unzip();
-    let add = sqlx::query(ADD_IN_POSTGRES).bind(devices).bind(counts).bind(period).bind(coarse(now));
-    tx.run(add.bind(unread == Unread::Expired)).await?;
+    let add = sqlx::query(ADD_IN_POSTGRES).bind(devices).bind(counts).bind(period).bind(round_down(now));
+    tx.run(add.bind(kind == NoticeKind::Expired)).await?;
     Ok(())
 }
 
-pub(super) async fn take_back_in_postgres(tx: &mut PostgresTx, counts: &TakenBack) -> Result<()> {
+pub(super) async fn retract_in_postgres(tx: &mut PostgresTx, counts: &RetractedRefusals) -> Result<()> {
     if counts.is_empty() {
         return Ok(());
     }
     let devices: Vec<DeviceNo> = counts.keys().copied().collect();
     let numbers: Vec<i64> = counts.values().map(|(count, _)| *count).collect();
     let next: Vec<i64> = counts.values().map(|(_, first)| next(*first)).collect();
-    tx.run(sqlx::query(TAKE_BACK_IN_POSTGRES).bind(devices).bind(numbers).bind(next)).await?;
+    tx.run(sqlx::query(RETRACT_IN_POSTGRES).bind(devices).bind(numbers).bind(next)).await?;
     Ok(())
 }

@@ -28,15 +28,15 @@ impl<'a> Queued<'a> {
 
 /// Holds a send against the devices that there are: for each recipient either all its devices are covered and get
 /// their message, or none do. The sending device is never counted.
-pub(super) fn evaluate<'a>(mail: &'a Outgoing, devices: &Devices) -> (Outcome, Vec<Queued<'a>>) {
+pub(super) fn match_devices<'a>(mail: &'a Outgoing, devices: &Devices) -> (Outcome, Vec<Queued<'a>>) {
     let (mut outcome, mut queued) = (Outcome::default(), Vec::new());
     for recipient in &mail.recipients {
-        evaluate_one(mail, recipient, devices, &mut outcome, &mut queued);
+        match_recipient(mail, recipient, devices, &mut outcome, &mut queued);
     }
     (outcome, queued)
 }
 
-fn evaluate_one<'a>(
+fn match_recipient<'a>(
     mail: &Outgoing,
     recipient: &'a Recipient,
     devices: &Devices,
@@ -69,14 +69,14 @@ fn evaluate_one<'a>(
 /// the outcome. Any other recipient is compared with its present devices. If the send covers them, the refused messages ask
 /// for room again. If not, nothing more is queued for it under this key, and its part of the outcome becomes a mismatch.
 /// Devices that are gone become invalid, unless their message had been queued.
-pub(super) fn rest<'a>(mail: &'a Outgoing, former: &Outcome, devices: &Devices) -> (Outcome, Vec<Queued<'a>>) {
+pub(super) fn retry_refused<'a>(mail: &'a Outgoing, former: &Outcome, devices: &Devices) -> (Outcome, Vec<Queued<'a>>) {
     let (mut outcome, mut queued) = (Outcome::default(), Vec::new());
     let was_refused = |id: &DeviceId| former.refused.iter().any(|refused| refused.device == *id);
     let was_invalid = |id: &DeviceId| former.invalid_devices.contains(id);
     for recipient in &mail.recipients {
         let (mut now, mut messages) = (Outcome::default(), Vec::new());
         if recipient.submissions.iter().any(|(target, _)| was_refused(target)) {
-            evaluate_one(mail, recipient, devices, &mut now, &mut messages);
+            match_recipient(mail, recipient, devices, &mut now, &mut messages);
         } else {
             now.invalid_devices.extend(recipient.submissions.iter().map(|(target, _)| *target));
             now.mismatches.extend(former.mismatches.iter().filter(|(user, _)| *user == recipient.user).cloned());
@@ -193,7 +193,7 @@ mod tests {
     }
 
     fn queued(mail: &Outgoing, devices: &Devices) -> (Outcome, Vec<i64>) {
-        let (outcome, queued) = evaluate(mail, devices);
+        let (outcome, queued) = match_devices(mail, devices);
         (outcome, queued.iter().map(|message| message.device.0).collect())
     }
 
@@ -204,7 +204,7 @@ mod tests {
     }
 
     #[test]
-    fn an_uncovered_device_stops_its_user_and_nobody_else() {
+    fn an_uncovered_device_stops_the_messages_to_its_user_only() {
         let result = queued(&mail(&[(2, &[20]), (3, &[30])]), &devices(&[(2, &[22, 20, 21]), (3, &[30])]));
         let mismatches = vec![(user(2), vec![device(21), device(22)])];
         assert_eq!(result, (Outcome { mismatches, ..Outcome::default() }, vec![30]));
@@ -254,7 +254,7 @@ mod tests {
     }
 
     fn left(mail: &Outgoing, former: &Outcome, devices: &Devices) -> (Outcome, Vec<i64>) {
-        let (outcome, queued) = rest(mail, former, devices);
+        let (outcome, queued) = retry_refused(mail, former, devices);
         (outcome, queued.iter().map(|message| message.device.0).collect())
     }
 
@@ -314,7 +314,7 @@ mod tests {
         for _ in 0..2000 {
             let targets = some(&[20, 21, 22, 23]);
             let mail = mail(&[(2, &targets)]);
-            let (outcome, queued) = evaluate(&mail, &devices(&[(2, &targets)]));
+            let (outcome, queued) = match_devices(&mail, &devices(&[(2, &targets)]));
             assert_eq!(outcome, Outcome::default());
             let refused_now = some(&targets);
             if refused_now.is_empty() {

@@ -2,8 +2,8 @@
 //!
 //! The judgement and its order are the same on both databases; their statements are in `sqlite` and `postgres`.
 
-mod held;
-mod judge;
+mod evaluate;
+mod locked_rows;
 mod postgres;
 mod sqlite;
 
@@ -17,9 +17,9 @@ use crate::clock::{Moment, Timestamp};
 use crate::model::ids::{DeviceNo, IdempotencyKey, MessageId, Position, UserId};
 use crate::model::mail::{Outcome, Outgoing, Replay, Sent, Shortage};
 use crate::store::database::{Database, reading};
+use crate::store::inbox_limiter::Charges;
 use crate::store::outcome::{self, Devices, Queued};
-use crate::store::room::Charges;
-use crate::store::send::judge::{Changed, Judged, candidates, cases, judge, waiting_for};
+use crate::store::send::evaluate::{Changed, NewSend, candidates, classify, evaluate, waiting_for};
 use crate::store::{Limits, Result, Store, StoreError};
 use crate::telemetry::metrics::{Left, Metrics, QueueRefusal, Repeat};
 
@@ -31,13 +31,13 @@ const ATTEMPTS: u32 = 5;
 const GROUPS_IN_POSTGRES: usize = 2;
 
 /// So long after a group met accounts that somebody held, the next ones don't wait for any.
-const HELD_UP_FOR: Duration = Duration::from_secs(1);
+const CONTENTION_WINDOW: Duration = Duration::from_secs(1);
 
 /// The outcomes of former sends.
-type Known = HashMap<(DeviceNo, IdempotencyKey), Former>;
+type PreviousSends = HashMap<(DeviceNo, IdempotencyKey), PreviousSend>;
 
 /// The outcome of a former send.
-struct Former {
+struct PreviousSend {
     outcome: Outcome,
     digest: [u8; 16],
     /// The place in the queue of its first message, or that it would have had.
@@ -46,12 +46,12 @@ struct Former {
 
 /// What became of a group.
 #[derive(Debug)]
-pub struct Settled {
+pub struct GroupResult {
     /// An answer for each send, in the order given; `None` for one that has to come again with a later group.
     pub sent: Vec<Option<Sent>>,
     /// Devices of which at least one acknowledged message could not be deleted, because another session of the database
     /// holds it. Their acks have to come again. Empty on SQLite.
-    pub held: Vec<DeviceNo>,
+    pub locked_devices: Vec<DeviceNo>,
 }
 
 /// A message that is about to be queued.
@@ -63,7 +63,7 @@ struct NewMessage<'a> {
 }
 
 /// The outcome of a send, about to be written down.
-struct Receipt<'a> {
+struct IdempotencyRecord<'a> {
     mail: &'a Outgoing,
     outcome: Vec<u8>,
     /// Its messages; an empty range when none were queued.
@@ -73,21 +73,21 @@ struct Receipt<'a> {
 
 /// What a group has done to the queue, in rows that were really there.
 #[derive(Default)]
-struct Tally {
+struct GroupCounts {
     accepted: u64,
     accepted_bytes: u64,
     acked: u64,
     charges: Option<Charges>,
 }
 
-impl Tally {
+impl GroupCounts {
     /// Only once it is certain: after the commit.
-    fn count(self, sent: &[Option<Sent>], metrics: &Metrics) {
+    fn record(self, sent: &[Option<Sent>], metrics: &Metrics) {
         metrics.accepted.add((), self.accepted);
         metrics.accepted_bytes.add((), self.accepted_bytes);
         metrics.left.add(Left::Acked, self.acked);
         if let Some(charges) = self.charges {
-            charges.settle();
+            charges.commit();
         }
         for replay in sent.iter().flatten().filter_map(|sent| sent.replay) {
             metrics.repeats.one(match replay {
@@ -117,16 +117,16 @@ enum Locking {
     /// Waits, in a fair queue and not for long: usually it is another group, which is about to be committed.
     Wait,
     /// Leaves the sends to this account, or the ack of this message, for later.
-    PassOver,
+    SkipLocked,
 }
 
 /// What a group of sends depends on.
-struct Found {
-    known: Known,
+struct GroupContext {
+    previous_sends: PreviousSends,
     devices: Devices,
 }
 
-impl Found {
+impl GroupContext {
     /// All devices of the accounts that are written to.
     fn device_numbers(&self) -> impl Iterator<Item = DeviceNo> {
         self.devices.values().flatten().map(|(_, no)| *no)
@@ -135,7 +135,7 @@ impl Found {
 
 impl Store {
     /// How many groups can be settled at the same time, to some use. SQLite has one writer.
-    pub fn groups_at_once(&self) -> usize {
+    pub fn max_concurrent_groups(&self) -> usize {
         match &self.database {
             Database::Sqlite(_) => 1,
             Database::Postgres(_) => GROUPS_IN_POSTGRES,
@@ -149,41 +149,40 @@ impl Store {
     /// A send is left for a later group, so that the others need not wait for it, when too many inboxes would have to be
     /// counted at once, or when another transaction holds one of its accounts for too long; an ack, when another transaction
     /// holds its message. On SQLite there are no other transactions.
-    pub async fn settle(
+    pub async fn commit_group(
         &self,
         sends: &[Outgoing],
         acks: &[(DeviceNo, Position)],
         now: impl Into<Moment>,
-    ) -> Result<Settled> {
+    ) -> Result<GroupResult> {
         let now = now.into();
         // Whoever held the last group up is likely to hold this one up too.
-        let mut locking = if self.was_held_up() { Locking::PassOver } else { Locking::Wait };
+        let mut locking = if self.saw_lock_contention() { Locking::SkipLocked } else { Locking::Wait };
         for _ in 1..ATTEMPTS {
-            match self.try_to_settle(sends, acks, now, locking).await {
-                Err(error) if error.is_lock_timeout() => locking = Locking::PassOver,
+            match self.try_commit_group(sends, acks, now, locking).await {
+                Err(error) if error.is_lock_timeout() => locking = Locking::SkipLocked,
                 Err(error) if error.is_serialization_conflict() => {
                     tracing::debug!("a group met another one; once more")
                 }
-                Ok(Some(settled)) => {
-                    let is_held = settled.sent.iter().any(Option::is_none) || !settled.held.is_empty();
-                    if locking == Locking::PassOver && is_held {
-                        *held_up(&self.held_up) = Some(Instant::now());
+                Ok(Some(result)) => {
+                    let is_incomplete = result.sent.iter().any(Option::is_none) || !result.locked_devices.is_empty();
+                    if locking == Locking::SkipLocked && is_incomplete {
+                        *last_contention(&self.last_contention) = Some(Instant::now());
                     }
-                    return Ok(settled);
+                    return Ok(result);
                 }
                 Ok(None) => tracing::debug!("another group has the same send; once more"),
                 Err(error) => return Err(error),
             }
             self.metrics.group_retries.one(());
         }
-        let settled = self.try_to_settle(sends, acks, now, locking).await?;
-        settled
-            .ok_or_else(|| StoreError(sqlx::Error::Protocol("another group keeps sending under the same key".into())))
+        let result = self.try_commit_group(sends, acks, now, locking).await?;
+        result.ok_or_else(|| StoreError(sqlx::Error::Protocol("another group keeps sending under the same key".into())))
     }
 
     /// Whether a group had to pass over accounts a moment ago.
-    fn was_held_up(&self) -> bool {
-        held_up(&self.held_up).is_some_and(|last| last.elapsed() < HELD_UP_FOR)
+    fn saw_lock_contention(&self) -> bool {
+        last_contention(&self.last_contention).is_some_and(|last| last.elapsed() < CONTENTION_WINDOW)
     }
 
     /// Whether this device has sent under this key before, so that a repeat would queue nothing new.
@@ -196,29 +195,29 @@ impl Store {
     }
 
     /// `None` when another group has stored one of the sends at this moment.
-    async fn try_to_settle(
+    async fn try_commit_group(
         &self,
         sends: &[Outgoing],
         acks: &[(DeviceNo, Position)],
         now: Moment,
         locking: Locking,
-    ) -> Result<Option<Settled>> {
-        let settled = match &self.database {
+    ) -> Result<Option<GroupResult>> {
+        let result = match &self.database {
             Database::Sqlite(sqlite) => {
-                let settled = self.settle_in_sqlite(sqlite, sends, acks, now).await;
-                settled.map(|(sent, tally)| Some((Settled { sent, held: Vec::new() }, tally)))
+                let result = self.commit_in_sqlite(sqlite, sends, acks, now).await;
+                result.map(|(sent, counts)| Some((GroupResult { sent, locked_devices: Vec::new() }, counts)))
             }
-            Database::Postgres(postgres) => self.settle_in_postgres(postgres, sends, acks, now, locking).await,
+            Database::Postgres(postgres) => self.commit_in_postgres(postgres, sends, acks, now, locking).await,
         };
-        Ok(settled?.map(|(settled, tally)| {
-            tally.count(&settled.sent, &self.metrics);
-            settled
+        Ok(result?.map(|(result, counts)| {
+            counts.record(&result.sent, &self.metrics);
+            result
         }))
     }
 }
 
 /// Gives the messages their ids and places. The places ascend.
-fn numbered<'a>(
+fn new_messages<'a>(
     rows: &[(&'a Outgoing, Queued<'a>)],
     ids: &[MessageId],
     position: impl Fn(usize) -> i64,
@@ -228,23 +227,23 @@ fn numbered<'a>(
         .collect()
 }
 
-fn receipts<'a>(judged: &[Judged<'a>], position: impl Fn(usize) -> i64) -> Vec<Receipt<'a>> {
-    let receipt = |Judged { mail, outcome, rows }: &Judged<'a>| {
+fn records<'a>(new_sends: &[NewSend<'a>], position: impl Fn(usize) -> i64) -> Vec<IdempotencyRecord<'a>> {
+    let record = |NewSend { mail, outcome, rows }: &NewSend<'a>| {
         let first = position(rows.start);
         let last = if rows.is_empty() { first - 1 } else { position(rows.end - 1) };
-        Receipt { mail, outcome: outcome::encode(outcome), first: Position(first), last: Position(last) }
+        IdempotencyRecord { mail, outcome: outcome::encode(outcome), first: Position(first), last: Position(last) }
     };
-    judged.iter().map(receipt).collect()
+    new_sends.iter().map(record).collect()
 }
 
-fn held_up(last: &Mutex<Option<Instant>>) -> MutexGuard<'_, Option<Instant>> {
+fn last_contention(last: &Mutex<Option<Instant>>) -> MutexGuard<'_, Option<Instant>> {
     last.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-fn decoded(outcome: &[u8], digest: Vec<u8>, first: Position) -> Result<Former> {
+fn decoded(outcome: &[u8], digest: Vec<u8>, first: Position) -> Result<PreviousSend> {
     let outcome = outcome::decode(outcome).ok_or_else(|| malformed("outcome"))?;
     let digest = digest.try_into().map_err(|_| malformed("digest"))?;
-    Ok(Former { outcome, digest, first })
+    Ok(PreviousSend { outcome, digest, first })
 }
 
 fn malformed(column: &str) -> sqlx::Error {

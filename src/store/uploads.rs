@@ -59,7 +59,7 @@ const UPLOADS: usize = 64;
 const DAY: Duration = Duration::from_hours(24);
 /// No account owes more than a day. A later time was stored while a clock was wrong, and is ignored. The additional hour is for
 /// clocks that differ.
-const LONGEST_DEBT: Duration = Duration::from_hours(25);
+const MAX_DEBT: Duration = Duration::from_hours(25);
 
 /// An upload counts at least this many bytes, since that is what a file takes. Otherwise a million attachments of a byte
 /// each would fill the disk without passing any quota.
@@ -132,7 +132,7 @@ impl Store {
         let absurd = "DELETE FROM upload_debts WHERE paid_at > $1 AND user_id IN (
                  SELECT user_id FROM upload_debts WHERE paid_at > $1 ORDER BY paid_at LIMIT $2)";
         let mut forgotten = run!(&mut tx, sqlx::query(old).bind(earliest).bind(i64::from(limit)))?;
-        forgotten += run!(&mut tx, sqlx::query(absurd).bind(latest + LONGEST_DEBT).bind(i64::from(limit)))?;
+        forgotten += run!(&mut tx, sqlx::query(absurd).bind(latest + MAX_DEBT).bind(i64::from(limit)))?;
         tx.commit().await?;
         Ok(forgotten)
     }
@@ -150,7 +150,7 @@ impl Used {
         }
         if let Some(cost) = cost(upload) {
             let latest = upload.now + DAY - cost;
-            match self.paid_at.filter(|paid_at| *paid_at <= upload.now + LONGEST_DEBT) {
+            match self.paid_at.filter(|paid_at| *paid_at <= upload.now + MAX_DEBT) {
                 Some(paid_at) if paid_at > latest => return Reserved::TooMuchToday(wait(paid_at, latest)),
                 paid_at => self.paid_at = Some(paid_at.unwrap_or(upload.now).max(upload.now) + cost),
             }

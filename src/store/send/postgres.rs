@@ -13,13 +13,15 @@ use crate::clock::{Moment, Timestamp};
 use crate::model::ids::{DeviceId, DeviceNo, IdempotencyKey, MessageId, Position, UserId};
 use crate::model::mail::Outgoing;
 use crate::store::database::{PostgresTx, timely};
-use crate::store::notices::{self, Unread};
+use crate::store::inbox_limiter::{AccountBound, AccountRow, Counting, Unsure};
+use crate::store::notices::{self, NoticeKind};
 use crate::store::outcome::Devices;
 use crate::store::postgres::PostgresStore;
-use crate::store::room::{AccountRow, Counting, Stamp, Unsure};
-use crate::store::send::judge::Judgement;
+use crate::store::send::evaluate::Evaluation;
 use crate::store::send::postgres::rows::Locked;
-use crate::store::send::{self, Found, Known, Locking, NewMessage, Receipt, Settled, Tally};
+use crate::store::send::{
+    self, GroupContext, GroupCounts, GroupResult, IdempotencyRecord, Locking, NewMessage, PreviousSends,
+};
 use crate::store::{Result, Store};
 use crate::telemetry::traces::Span;
 
@@ -46,7 +48,7 @@ macro_rules! delete_messages {
 
 /// The outcomes that are stored for the keys $2 of the senders $1; all devices of the accounts $4; and $5 blocks of positions.
 /// An outcome that is older than $3 still counts while a message of it waits, so that no message is ever queued twice.
-const ASK: &str = "
+const LOOKUP: &str = "
     SELECT s.sender_no, s.idempotency_key, NULL::uuid, NULL::uuid, s.outcome, s.digest, s.first_position
     FROM unnest($1, $2) AS asked (sender_no, idempotency_key) CROSS JOIN LATERAL (
         SELECT * FROM sends known
@@ -59,11 +61,11 @@ const ASK: &str = "
     UNION ALL
     SELECT nextval('message_blocks'), NULL, NULL, NULL, NULL, NULL, NULL FROM generate_series(1, $5)";
 
-/// A row of the answer to `ASK`: a sender with its key, outcome, digest and first place; or a device with its account; or a block.
-type Answer =
+/// A row of the answer to `LOOKUP`: a sender with its key, outcome, digest and first place; or a device with its account; or a block.
+type LookupRow =
     (i64, Option<IdempotencyKey>, Option<UserId>, Option<DeviceId>, Option<Vec<u8>>, Option<Vec<u8>>, Option<Position>);
 
-/// A row of `sends` that is replaced is past its age ($9) and has no message waiting: see `ASK`, which goes by the same time.
+/// A row of `sends` that is replaced is past its age ($9) and has no message waiting: see `LOOKUP`, which goes by the same time.
 const WRITE: &str = concat!(
     "WITH receipts AS (
         INSERT INTO sends
@@ -95,9 +97,9 @@ struct Written {
 /// Messages that are deleted, each once, in the order of the index that they are looked up in: their devices, and their
 /// positions. Rows are deleted, and locked, in the order of their places in the table, so two groups don't wait for each
 /// other in a circle.
-pub(super) type InOrder = (Vec<DeviceNo>, Vec<Position>);
+pub(super) type SortedAcks = (Vec<DeviceNo>, Vec<Position>);
 
-fn in_order(messages: &[(DeviceNo, Position)]) -> InOrder {
+fn sort_acks(messages: &[(DeviceNo, Position)]) -> SortedAcks {
     let mut messages = messages.to_vec();
     messages.sort_unstable();
     messages.dedup();
@@ -105,33 +107,33 @@ fn in_order(messages: &[(DeviceNo, Position)]) -> InOrder {
 }
 
 impl Store {
-    pub(super) async fn settle_in_postgres(
+    pub(super) async fn commit_in_postgres(
         &self,
         postgres: &PostgresStore,
         sends: &[Outgoing],
         acks: &[(DeviceNo, Position)],
         now: Moment,
         locking: Locking,
-    ) -> Result<Option<(Settled, Tally)>> {
+    ) -> Result<Option<(GroupResult, GroupCounts)>> {
         let mut tx = Span::within("store.begin").attempt(postgres.begin_group()).await?;
         let mut touched = Vec::new();
         let written = async {
             let write = self.write_group(&mut tx, sends, acks, (now, locking), &mut touched);
-            let settled = Span::within("store.write").attempt(write).await?;
-            match settled {
+            let result = Span::within("store.write").attempt(write).await?;
+            match result {
                 Some(_) => Span::within("store.commit").attempt(tx.end("COMMIT")).await?,
                 None => tx.end("ROLLBACK").await?,
             }
-            Ok(settled)
+            Ok(result)
         };
-        let settled = written.await;
-        match &settled {
-            Ok(Some((Settled { held, .. }, _))) => {
-                self.rooms.left(send::acked(acks).filter(|(device, _)| !held.contains(device)));
+        let result = written.await;
+        match &result {
+            Ok(Some((GroupResult { locked_devices, .. }, _))) => {
+                self.inbox_limiter.left(send::acked(acks).filter(|(device, _)| !locked_devices.contains(device)));
             }
-            Ok(None) | Err(_) => self.rooms.forget(&touched),
+            Ok(None) | Err(_) => self.inbox_limiter.clear(&touched),
         }
-        settled
+        result
     }
 
     /// Everything but the beginning and the end. `touched` is given the devices whose inboxes are remembered by what is not
@@ -143,68 +145,68 @@ impl Store {
         acks: &[(DeviceNo, Position)],
         (Moment { earliest, latest: now }, locking): (Moment, Locking),
         touched: &mut Vec<DeviceNo>,
-    ) -> Result<Option<(Settled, Tally)>> {
-        let mut tally = Tally::default();
-        let acks = &in_order(acks);
+    ) -> Result<Option<(GroupResult, GroupCounts)>> {
+        let mut counts = GroupCounts::default();
+        let acks = &sort_acks(acks);
         if sends.is_empty() {
-            let held;
-            (tally.acked, held) = tx.delete_acked(acks, locking).await?;
-            return Ok(Some((Settled { sent: Vec::new(), held }, tally)));
+            let locked_devices;
+            (counts.acked, locked_devices) = tx.delete_acked(acks, locking).await?;
+            return Ok(Some((GroupResult { sent: Vec::new(), locked_devices }, counts)));
         }
         let not_before = earliest - self.limits.idempotency_lifetime;
-        self.rooms.bound();
+        self.inbox_limiter.evict();
         let locked = tx.lock_accounts(sends, locking).await?;
-        let (found, blocks) = tx.ask(sends, not_before).await?;
+        let (found, blocks) = tx.lookup(sends, not_before).await?;
         touched.extend(found.device_numbers());
         // The rows of accounts with an inbox that may be more than half full.
-        let row = |user: UserId| locked.get(&user).copied().filter(|row| self.rooms.is_over_half(row.now));
-        let mut later = held_back(sends, &locked, locking);
-        let (mut counting, mut counted) = (self.rooms.counting(), HashSet::new());
-        let (cases, verdicts, mut charges) = loop {
-            let cases = send::cases(sends, &found, |mail| later.contains(&(mail.sender.no, mail.key)));
-            let coming = send::candidates(sends, &cases);
-            let unsure = self.rooms.unsure(&coming, |user| row(user).map(|row| row.before));
-            let count = self.count_accounts(tx, &unsure, &found.devices, &locked, (&mut counting, &mut counted));
+        let row = |user: UserId| locked.get(&user).copied().filter(|row| self.inbox_limiter.is_over_half(row.now));
+        let mut deferred = held_back(sends, &locked, locking);
+        let (mut counting, mut counted) = (self.inbox_limiter.counting(), HashSet::new());
+        let (cases, admissions, mut charges) = loop {
+            let cases = send::classify(sends, &found, |mail| deferred.contains(&(mail.sender.no, mail.key)));
+            let incoming = send::candidates(sends, &cases);
+            let uncertain = self.inbox_limiter.uncertain(&incoming, |user| row(user).map(|row| row.before));
+            let count = self.count_accounts(tx, &uncertain, &found.devices, &locked, (&mut counting, &mut counted));
             let uncounted = count.await?;
             if !uncounted.is_empty() {
-                later.extend(send::waiting_for(sends, &cases, &uncounted));
-            } else if let Some((verdicts, charges)) = self.rooms.judge(&coming, now, row) {
-                break (cases, verdicts, charges);
+                deferred.extend(send::waiting_for(sends, &cases, &uncounted));
+            } else if let Some((admissions, charges)) = self.inbox_limiter.admit(&incoming, now, row) {
+                break (cases, admissions, charges);
             }
         };
-        let judgement = send::judge(sends, cases, verdicts);
-        let (rows, judged) = (&judgement.rows, &judgement.judged);
+        let evaluation = send::evaluate(sends, cases, admissions);
+        let (rows, new_sends) = (&evaluation.rows, &evaluation.new_sends);
         let assigned = self.message_sequence.assign_ids(rows.len(), now);
         let position = |n: usize| blocks[n / BLOCK] + (n % BLOCK) as i64;
-        let receipts = send::receipts(judged, position);
-        let messages = send::numbered(rows, &assigned.ids, position);
+        let records = send::records(new_sends, position);
+        let messages = send::new_messages(rows, &assigned.ids, position);
         // Acks that may not wait are written by a statement of their own.
-        let at_once = if locking == Locking::Wait { acks } else { &InOrder::default() };
+        let at_once = if locking == Locking::Wait { acks } else { &SortedAcks::default() };
         let times = (assigned.received_at, assigned.received_at + self.limits.idempotency_lifetime, not_before);
-        let written = tx.write(&receipts, &messages, at_once, times).await?;
+        let written = tx.write(&records, &messages, at_once, times).await?;
         // Another group has just written the outcome of one of these sends down.
-        if written.receipts < receipts.len() as i64 {
+        if written.receipts < records.len() as i64 {
             return Ok(None);
         }
-        let held;
-        (tally.acked, held) = tx.delete_rest(acks, written.acked.unsigned_abs(), locking).await?;
-        tally.add(&messages, written.messages.unsigned_abs());
-        if !judgement.is_plain() {
+        let locked_devices;
+        (counts.acked, locked_devices) = tx.delete_remaining(acks, written.acked.unsigned_abs(), locking).await?;
+        counts.add(&messages, written.messages.unsigned_abs());
+        if !evaluation.is_plain() {
             let period = notices::period(Position(position(0)));
-            tx.change(&judgement.changed, send::changed_at(&self.limits, now)).await?;
-            notices::add_in_postgres(tx, &judgement.refused, Unread::Refused, (period, now)).await?;
-            notices::take_back_in_postgres(tx, &judgement.taken_back).await?;
+            tx.change(&evaluation.changed, send::changed_at(&self.limits, now)).await?;
+            notices::add_in_postgres(tx, &evaluation.refused, NoticeKind::Refused, (period, now)).await?;
+            notices::retract_in_postgres(tx, &evaluation.retracted).await?;
         }
         let debts = charges.debts();
         if !debts.is_empty() {
-            charges.written(&tx.owe(&debts, now).await?);
+            charges.written(&tx.add_debts(&debts, now).await?);
         }
-        tally.charges = Some(charges);
-        let rows = self.corrected_rows(&counted, &judgement, &found.devices, &locked);
+        counts.charges = Some(charges);
+        let rows = self.corrected_rows(&counted, &evaluation, &found.devices, &locked);
         if !rows.is_empty() {
-            tx.set_at_most(&rows).await?;
+            tx.set_upper_bounds(&rows).await?;
         }
-        Ok(Some((Settled { sent: judgement.sent, held }, tally)))
+        Ok(Some((GroupResult { sent: evaluation.sent, locked_devices }, counts)))
     }
 
     /// Counts the inboxes of accounts, those with unknown ones first, until the group has counted enough. `counted` is given
@@ -227,19 +229,19 @@ impl Store {
             let mut inboxes = 0;
             let fits = |user: &&UserId| {
                 inboxes += of_user(user).len();
-                inboxes <= self.rooms.counted_at_once()
+                inboxes <= self.inbox_limiter.counted_at_once()
             };
-            let (chunk, later) = rest.split_at(rest.iter().take_while(fits).count().max(1));
+            let (chunk, deferred) = rest.split_at(rest.iter().take_while(fits).count().max(1));
             let found = tx.count(chunk).await?;
             let stamped = |user: &UserId| {
-                let stamp = locked.get(user).map(|row| row.before).unwrap_or_default();
-                of_user(user).iter().map(move |(_, no)| (*no, stamp))
+                let account_bound = locked.get(user).map(|row| row.before).unwrap_or_default();
+                of_user(user).iter().map(move |(_, no)| (*no, account_bound))
             };
-            let devices: Vec<(DeviceNo, Stamp)> = chunk.iter().flat_map(stamped).collect();
+            let devices: Vec<(DeviceNo, AccountBound)> = chunk.iter().flat_map(stamped).collect();
             self.metrics.counted.add((), counting.add(devices.len(), &found));
-            self.rooms.counted(devices, &found);
+            self.inbox_limiter.counted(devices, &found);
             done.extend(chunk);
-            rest = later;
+            rest = deferred;
         }
         let left = unknown.iter().filter(|(user, _)| !done.contains(user)).map(|(_, device)| *device).collect();
         counted.extend(done);
@@ -252,19 +254,20 @@ impl Store {
     fn corrected_rows(
         &self,
         counted: &HashSet<UserId>,
-        judgement: &Judgement<'_>,
+        evaluation: &Evaluation<'_>,
         devices: &Devices,
         locked: &Locked,
-    ) -> Vec<(UserId, Stamp)> {
+    ) -> Vec<(UserId, AccountBound)> {
         let of_user = |user: &UserId| devices.get(user).into_iter().flatten().map(|(_, no)| *no);
-        let stamped = |user: &UserId| Some((*user, self.rooms.stamped(&of_user(user).collect::<Vec<_>>())?));
-        let mut rows: Vec<(UserId, Stamp)> = counted.iter().filter_map(stamped).collect();
-        let is_over_half = |row: &AccountRow| self.rooms.is_over_half(row.now);
+        let stamped =
+            |user: &UserId| Some((*user, self.inbox_limiter.new_account_bound(&of_user(user).collect::<Vec<_>>())?));
+        let mut rows: Vec<(UserId, AccountBound)> = counted.iter().filter_map(stamped).collect();
+        let is_over_half = |row: &AccountRow| self.inbox_limiter.is_over_half(row.now);
         if locked.values().any(is_over_half) {
-            let queued: HashSet<UserId> = judgement.rows.iter().map(|(_, message)| message.user).collect();
+            let queued: HashSet<UserId> = evaluation.rows.iter().map(|(_, message)| message.user).collect();
             let is_raised = |user: &UserId, row: &AccountRow| is_over_half(row) && !queued.contains(user);
             for (user, row) in locked.iter().filter(|(user, row)| is_raised(user, row) && !counted.contains(user)) {
-                self.rooms.restored(of_user(user), *row);
+                self.inbox_limiter.restored(of_user(user), *row);
                 rows.push((*user, row.before));
             }
         }
@@ -275,25 +278,25 @@ impl Store {
 /// The sends that are left for a later group because one of their accounts could not be locked.
 fn held_back(sends: &[Outgoing], locked: &Locked, locking: Locking) -> HashSet<(DeviceNo, IdempotencyKey)> {
     // An account that doesn't exist is in `locked` with zeros, so one that is missing is held by another transaction.
-    let is_held =
-        |mail: &&Outgoing| locking == Locking::PassOver && mail.accounts().any(|user| !locked.contains_key(&user));
-    sends.iter().filter(is_held).map(|mail| (mail.sender.no, mail.key)).collect()
+    let is_locked =
+        |mail: &&Outgoing| locking == Locking::SkipLocked && mail.accounts().any(|user| !locked.contains_key(&user));
+    sends.iter().filter(is_locked).map(|mail| (mail.sender.no, mail.key)).collect()
 }
 
 impl PostgresTx {
-    /// What the sends depend on, and blocks of positions, enough for all of their messages. See `ASK`.
-    async fn ask(&mut self, sends: &[Outgoing], not_before: Timestamp) -> Result<(Found, Vec<i64>)> {
+    /// What the sends depend on, and blocks of positions, enough for all of their messages. See `LOOKUP`.
+    async fn lookup(&mut self, sends: &[Outgoing], not_before: Timestamp) -> Result<(GroupContext, Vec<i64>)> {
         let senders: Vec<DeviceNo> = sends.iter().map(|mail| mail.sender.no).collect();
         let keys: Vec<IdempotencyKey> = sends.iter().map(|mail| mail.key).collect();
         let most: usize = sends.iter().flat_map(|mail| &mail.recipients).map(|to| to.submissions.len()).sum();
         let blocks = i64::try_from(most.div_ceil(BLOCK).max(1)).unwrap_or(i64::MAX);
-        let ask =
-            sqlx::query_as(ASK).bind(senders).bind(keys).bind(not_before).bind(send::accounts(sends)).bind(blocks);
-        let (mut known, mut devices, mut blocks) = (Known::default(), Devices::default(), Vec::new());
-        for row in self.all::<Answer>(ask).await? {
+        let lookup =
+            sqlx::query_as(LOOKUP).bind(senders).bind(keys).bind(not_before).bind(send::accounts(sends)).bind(blocks);
+        let (mut previous_sends, mut devices, mut blocks) = (PreviousSends::default(), Devices::default(), Vec::new());
+        for row in self.all::<LookupRow>(lookup).await? {
             match row {
                 (sender, Some(key), .., Some(outcome), Some(digest), Some(first)) => {
-                    known.insert((DeviceNo(sender), key), send::decoded(&outcome, digest, first)?);
+                    previous_sends.insert((DeviceNo(sender), key), send::decoded(&outcome, digest, first)?);
                 }
                 (no, _, Some(user), Some(device), ..) => {
                     devices.entry(user).or_default().push((device, DeviceNo(no)));
@@ -303,22 +306,22 @@ impl PostgresTx {
             }
         }
         devices.values_mut().for_each(|devices| devices.sort_unstable_by_key(|(_, no)| *no));
-        Ok((Found { known, devices }, blocks))
+        Ok((GroupContext { previous_sends, devices }, blocks))
     }
 
     /// Writes outcomes and messages down, and deletes what is acknowledged, all in one statement. The times are those of
     /// the receipt, of the review of the outcomes, and up to which former outcomes are past their age.
     async fn write(
         &mut self,
-        receipts: &[Receipt<'_>],
+        records: &[IdempotencyRecord<'_>],
         messages: &[NewMessage<'_>],
-        (acked_devices, acked_positions): &InOrder,
+        (acked_devices, acked_positions): &SortedAcks,
         (received_at, review_at, not_before): (Timestamp, Timestamp, Timestamp),
     ) -> Result<Written> {
-        let column = |of: fn(&Receipt<'_>) -> i64| receipts.iter().map(of).collect::<Vec<i64>>();
-        let keys: Vec<IdempotencyKey> = receipts.iter().map(|receipt| receipt.mail.key).collect();
-        let digests: Vec<&[u8]> = receipts.iter().map(|receipt| &receipt.mail.digest[..]).collect();
-        let outcomes: Vec<&[u8]> = receipts.iter().map(|receipt| &receipt.outcome[..]).collect();
+        let column = |of: fn(&IdempotencyRecord<'_>) -> i64| records.iter().map(of).collect::<Vec<i64>>();
+        let keys: Vec<IdempotencyKey> = records.iter().map(|record| record.mail.key).collect();
+        let digests: Vec<&[u8]> = records.iter().map(|record| &record.mail.digest[..]).collect();
+        let outcomes: Vec<&[u8]> = records.iter().map(|record| &record.outcome[..]).collect();
         let positions: Vec<Position> = messages.iter().map(|message| message.position).collect();
         let devices: Vec<DeviceNo> = messages.iter().map(|message| message.queued.device).collect();
         let ids: Vec<MessageId> = messages.iter().map(|message| message.id).collect();
@@ -326,12 +329,12 @@ impl PostgresTx {
         let senders: Vec<DeviceId> = messages.iter().map(|message| message.mail.sender.device).collect();
         let bodies: Vec<&[u8]> = messages.iter().map(|message| &message.queued.sealed.0[..]).collect();
         let write = sqlx::query_as(WRITE)
-            .bind(column(|receipt| receipt.mail.sender.no.0))
+            .bind(column(|record| record.mail.sender.no.0))
             .bind(keys)
             .bind(digests)
             .bind(outcomes)
-            .bind(column(|receipt| receipt.first.0))
-            .bind(column(|receipt| receipt.last.0))
+            .bind(column(|record| record.first.0))
+            .bind(column(|record| record.last.0))
             .bind(received_at)
             .bind(review_at)
             .bind(not_before)
@@ -348,7 +351,7 @@ impl PostgresTx {
 
     /// Deletes what it finds. A row that was moved while it was waited for, as the correction of a clock does
     /// ([`Store::expire_messages`]), is passed over, since it is not in its place any more; the next try finds it.
-    pub(super) async fn delete_once(&mut self, (devices, positions): &InOrder) -> Result<u64> {
+    pub(super) async fn delete_once(&mut self, (devices, positions): &SortedAcks) -> Result<u64> {
         self.run(sqlx::query(delete_messages!("$1, $2")).bind(devices).bind(positions)).await
     }
 }

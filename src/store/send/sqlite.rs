@@ -14,10 +14,10 @@ use sqlx::{FromRow, Row, Sqlite};
 use crate::clock::{Moment, Timestamp};
 use crate::model::ids::{DeviceId, DeviceNo, Position, UserId};
 use crate::model::mail::{Outgoing, Sent};
-use crate::store::notices::{self, Unread};
+use crate::store::inbox_limiter::{self, AccountBound, AccountRow, Counted, Counting, MAX_DEBT, Unsure};
+use crate::store::notices::{self, NoticeKind};
 use crate::store::outcome::Devices;
-use crate::store::room::{self, AccountRow, Counted, Counting, LONGEST_DEBT, Stamp, Unsure};
-use crate::store::send::{self, Changed, Found, Known, NewMessage, Receipt, Tally};
+use crate::store::send::{self, Changed, GroupContext, GroupCounts, IdempotencyRecord, NewMessage, PreviousSends};
 use crate::store::sqlite::{SqliteStore, Transaction};
 use crate::store::{Result, Store, StoreError, json_list};
 use crate::telemetry::traces::Span;
@@ -36,7 +36,7 @@ const DELETE: &str = concat!("BEGIN IMMEDIATE;", delete_acknowledged!(), "COMMIT
 /// Deletes, and asks what the sends depend on: the outcomes that are stored for their keys, and all devices of all
 /// accounts that are written to. An outcome that is past its age still counts while a message of it waits, so that no
 /// message is ever queued twice.
-const DELETE_AND_ASK: &str = concat!(
+const DELETE_AND_LOOKUP: &str = concat!(
     "BEGIN IMMEDIATE;",
     delete_acknowledged!(),
     "SELECT s.sender_no, s.idempotency_key, s.outcome, s.digest, s.first_position
@@ -49,7 +49,7 @@ const DELETE_AND_ASK: &str = concat!(
      CROSS JOIN devices d ON d.user_id = substr($6, asked.value, 16)"
 );
 
-/// A row of `sends` that is replaced is past its age and has no message waiting: see `DELETE_AND_ASK`.
+/// A row of `sends` that is replaced is past its age and has no message waiting: see `DELETE_AND_LOOKUP`.
 macro_rules! insert {
     () => {
         "INSERT INTO messages (position, device_no, id, sender_user, sender_device, received_at, body)
@@ -69,28 +69,29 @@ const INSERT: &str = insert!();
 const INSERT_AND_COMMIT: &str = concat!(insert!(), "COMMIT");
 
 impl Store {
-    pub(super) async fn settle_in_sqlite(
+    pub(super) async fn commit_in_sqlite(
         &self,
         sqlite: &SqliteStore,
         sends: &[Outgoing],
         acks: &[(DeviceNo, Position)],
         now: Moment,
-    ) -> Result<(Vec<Option<Sent>>, Tally)> {
+    ) -> Result<(Vec<Option<Sent>>, GroupCounts)> {
         let mut tx = Span::within("store.begin").attempt(sqlite.without_begin()).await?;
         // From here on no other group counts until this one has ended.
-        self.rooms.left(send::acked(acks));
+        self.inbox_limiter.left(send::acked(acks));
         if sends.is_empty() {
             let text = sqlx::query(DELETE).bind(acknowledged(acks));
             let [_begun, deleted, _committed] = Span::within("store.commit").attempt(tx.finish(text)).await?;
-            return Ok((Vec::new(), Tally { acked: deleted.changed, ..Tally::default() }));
+            return Ok((Vec::new(), GroupCounts { acked: deleted.changed, ..GroupCounts::default() }));
         }
-        let question = tx.run(question(sends, acks, now.earliest - self.limits.idempotency_lifetime));
-        let [_begun, deleted, known, devices] = Span::within("store.write").attempt(question).await?;
-        let found = Found { known: outcomes_of(&known.rows)?, devices: devices_of(&devices.rows)? };
+        let lookup = tx.run(lookup(sends, acks, now.earliest - self.limits.idempotency_lifetime));
+        let [_begun, deleted, previous_sends, devices] = Span::within("store.write").attempt(lookup).await?;
+        let found =
+            GroupContext { previous_sends: outcomes_of(&previous_sends.rows)?, devices: devices_of(&devices.rows)? };
         let written = self.write_in_sqlite(tx, sends, &found, now.latest).await;
-        let (sent, tally) =
-            written.inspect_err(|_| self.rooms.forget(&found.device_numbers().collect::<Vec<DeviceNo>>()))?;
-        Ok((sent, Tally { acked: deleted.changed, ..tally }))
+        let (sent, counts) =
+            written.inspect_err(|_| self.inbox_limiter.clear(&found.device_numbers().collect::<Vec<DeviceNo>>()))?;
+        Ok((sent, GroupCounts { acked: deleted.changed, ..counts }))
     }
 
     /// Judges the sends, and stores what is queued. Commits.
@@ -98,53 +99,55 @@ impl Store {
         &self,
         mut tx: Transaction,
         sends: &[Outgoing],
-        found: &Found,
+        found: &GroupContext,
         now: Timestamp,
-    ) -> Result<(Vec<Option<Sent>>, Tally)> {
-        let (lifetime, mut tally) = (self.limits.idempotency_lifetime, Tally::default());
+    ) -> Result<(Vec<Option<Sent>>, GroupCounts)> {
+        let (lifetime, mut counts) = (self.limits.idempotency_lifetime, GroupCounts::default());
         // There is no other writer, so what is remembered of an inbox holds until it is counted again.
-        self.rooms.bound();
-        let (mut later, mut counting) = (HashSet::new(), self.rooms.counting());
-        let (cases, verdicts, mut charges) = loop {
-            let cases = send::cases(sends, found, |mail| later.contains(&(mail.sender.no, mail.key)));
-            let coming = send::candidates(sends, &cases);
-            let unsure = self.rooms.unsure(&coming, |_| Some(Stamp::default()));
-            let uncounted = self.count_in_sqlite(&mut tx, &unsure, &mut counting).await?;
+        self.inbox_limiter.evict();
+        let (mut later, mut counting) = (HashSet::new(), self.inbox_limiter.counting());
+        let (cases, admissions, mut charges) = loop {
+            let cases = send::classify(sends, found, |mail| later.contains(&(mail.sender.no, mail.key)));
+            let incoming = send::candidates(sends, &cases);
+            let uncertain = self.inbox_limiter.uncertain(&incoming, |_| Some(AccountBound::default()));
+            let uncounted = self.count_in_sqlite(&mut tx, &uncertain, &mut counting).await?;
             if !uncounted.is_empty() {
                 later.extend(send::waiting_for(sends, &cases, &uncounted));
-            } else if let Some((verdicts, charges)) = self.rooms.judge(&coming, now, |_| Some(AccountRow::default())) {
-                break (cases, verdicts, charges);
+            } else if let Some((admissions, charges)) =
+                self.inbox_limiter.admit(&incoming, now, |_| Some(AccountRow::default()))
+            {
+                break (cases, admissions, charges);
             }
         };
-        let judgement = send::judge(sends, cases, verdicts);
+        let evaluation = send::evaluate(sends, cases, admissions);
 
-        let assigned = self.message_sequence.assign_ids(judgement.rows.len(), now);
-        let first = self.message_sequence.reserve_positions(judgement.rows.len());
+        let assigned = self.message_sequence.assign_ids(evaluation.rows.len(), now);
+        let first = self.message_sequence.reserve_positions(evaluation.rows.len());
         let position = |n: usize| first + n as i64;
-        let messages = send::numbered(&judgement.rows, &assigned.ids, position);
-        let receipts = send::receipts(&judgement.judged, position);
+        let messages = send::new_messages(&evaluation.rows, &assigned.ids, position);
+        let records = send::records(&evaluation.new_sends, position);
         let debts = charges.debts();
-        let insert = |text| insertion(text, (&messages, first, assigned.received_at), (&receipts, now, now + lifetime));
-        if debts.is_empty() && judgement.is_plain() {
+        let insert = |text| insertion(text, (&messages, first, assigned.received_at), (&records, now, now + lifetime));
+        if debts.is_empty() && evaluation.is_plain() {
             let write = tx.finish(insert(INSERT_AND_COMMIT));
-            let [inserted, _receipts, _committed] = Span::within("store.commit").attempt(write).await?;
-            tally.add(&messages, inserted.changed);
+            let [inserted, _records, _committed] = Span::within("store.commit").attempt(write).await?;
+            counts.add(&messages, inserted.changed);
         } else {
             let write = async {
-                let [inserted, _receipts] = tx.run(insert(INSERT)).await?;
+                let [inserted, _records] = tx.run(insert(INSERT)).await?;
                 let period = notices::period(Position(first));
-                notices::add_in_sqlite(&mut tx, &judgement.refused, Unread::Refused, (period, now)).await?;
-                notices::take_back_in_sqlite(&mut tx, &judgement.taken_back).await?;
-                change(&mut tx, &judgement.changed, send::changed_at(&self.limits, now)).await?;
-                charges.written(&owe(&mut tx, &debts, now).await?);
+                notices::add_in_sqlite(&mut tx, &evaluation.refused, NoticeKind::Refused, (period, now)).await?;
+                notices::retract_in_sqlite(&mut tx, &evaluation.retracted).await?;
+                change(&mut tx, &evaluation.changed, send::changed_at(&self.limits, now)).await?;
+                charges.written(&add_debts(&mut tx, &debts, now).await?);
                 Ok::<_, StoreError>(inserted.changed)
             };
             let inserted = Span::within("store.write").attempt(write).await?;
-            tally.add(&messages, inserted);
+            counts.add(&messages, inserted);
             Span::within("store.commit").attempt(tx.commit()).await?;
         }
-        tally.charges = Some(charges);
-        Ok((judgement.sent, tally))
+        counts.charges = Some(charges);
+        Ok((evaluation.sent, counts))
     }
 
     /// Counts inboxes, the unknown ones first, until the group has counted enough. Returns the unknown ones that are left.
@@ -156,13 +159,13 @@ impl Store {
     ) -> Result<HashSet<DeviceNo>> {
         let asked: Vec<DeviceNo> = unknown.iter().chain(stale).map(|(_, device)| *device).collect();
         let mut counted = 0;
-        for devices in asked.chunks(self.rooms.counted_at_once()) {
+        for devices in asked.chunks(self.inbox_limiter.counted_at_once()) {
             if counting.is_over() {
                 break;
             }
             let found = Span::within("store.write").attempt(count(tx, devices)).await?;
             self.metrics.counted.add((), counting.add(devices.len(), &found));
-            self.rooms.counted(devices.iter().map(|device| (*device, Stamp::default())), &found);
+            self.inbox_limiter.counted(devices.iter().map(|device| (*device, AccountBound::default())), &found);
             counted += devices.len();
         }
         Ok(unknown.iter().skip(counted).map(|(_, device)| *device).collect())
@@ -178,7 +181,7 @@ async fn count(tx: &mut Transaction, devices: &[DeviceNo]) -> Result<Vec<Counted
     .bind(json_list(devices.iter().map(|device| device.0)))
     .fetch_all(&mut **tx)
     .await?;
-    Ok(rows.into_iter().map(room::counted).collect())
+    Ok(rows.into_iter().map(inbox_limiter::counted).collect())
 }
 
 /// Replaces outcomes that a repeat has changed.
@@ -206,7 +209,7 @@ async fn change(
 }
 
 /// Stores what accounts have queued, in milliseconds of their day. Returns the time until which each has paid.
-async fn owe(tx: &mut Transaction, debts: &[(UserId, i64)], now: Timestamp) -> Result<Vec<(UserId, Timestamp)>> {
+async fn add_debts(tx: &mut Transaction, debts: &[(UserId, i64)], now: Timestamp) -> Result<Vec<(UserId, Timestamp)>> {
     if debts.is_empty() {
         return Ok(Vec::new());
     }
@@ -221,8 +224,8 @@ async fn owe(tx: &mut Transaction, debts: &[(UserId, i64)], now: Timestamp) -> R
         ON CONFLICT (user_id) DO UPDATE SET paid_at = excluded.paid_at
             + CASE WHEN paid_at > $3 AND paid_at <= $4 THEN paid_at - $3 ELSE 0 END
         RETURNING user_id, paid_at";
-    let owe = sqlx::query_as(statement).bind(close(list)).bind(users).bind(now).bind(now + LONGEST_DEBT);
-    Ok(owe.fetch_all(&mut **tx).await?)
+    let add_debts = sqlx::query_as(statement).bind(close(list)).bind(users).bind(now).bind(now + MAX_DEBT);
+    Ok(add_debts.fetch_all(&mut **tx).await?)
 }
 
 /// The list for `delete_acknowledged!`.
@@ -243,13 +246,13 @@ fn close(mut list: String) -> String {
     list
 }
 
-fn question(
+fn lookup(
     sends: &[Outgoing],
     acks: &[(DeviceNo, Position)],
     not_before: Timestamp,
 ) -> Query<'static, Sqlite, SqliteArguments> {
     let users = send::accounts(sends);
-    sqlx::query(DELETE_AND_ASK)
+    sqlx::query(DELETE_AND_LOOKUP)
         .bind(acknowledged(acks))
         .bind(json_list(sends.iter().map(|mail| mail.sender.no.0)))
         .bind(sends.iter().flat_map(|mail| *mail.key.as_bytes()).collect::<Vec<u8>>())
@@ -258,15 +261,15 @@ fn question(
         .bind(users.iter().flat_map(|user| *user.as_bytes()).collect::<Vec<u8>>())
 }
 
-fn outcomes_of(rows: &[SqliteRow]) -> Result<Known> {
-    let mut known = Known::with_capacity(rows.len());
+fn outcomes_of(rows: &[SqliteRow]) -> Result<PreviousSends> {
+    let mut previous_sends = PreviousSends::with_capacity(rows.len());
     for row in rows {
-        known.insert(
+        previous_sends.insert(
             (row.try_get(0)?, row.try_get(1)?),
             send::decoded(row.try_get(2)?, row.try_get(3)?, row.try_get(4)?)?,
         );
     }
-    Ok(known)
+    Ok(previous_sends)
 }
 
 fn devices_of(rows: &[SqliteRow]) -> Result<Devices> {
@@ -283,7 +286,7 @@ fn devices_of(rows: &[SqliteRow]) -> Result<Devices> {
 fn insertion(
     text: &'static str,
     (messages, first, received_at): (&[NewMessage<'_>], i64, Timestamp),
-    (receipts, sent_at, review_at): (&[Receipt<'_>], Timestamp, Timestamp),
+    (records, sent_at, review_at): (&[IdempotencyRecord<'_>], Timestamp, Timestamp),
 ) -> Query<'static, Sqlite, SqliteArguments> {
     let mut list = String::with_capacity(messages.len() * 24 + 2);
     let mut blob = Vec::with_capacity(messages.iter().map(|message| message.queued.sealed.0.len() + 48).sum());
@@ -297,10 +300,10 @@ fn insertion(
     }
     let messages = sqlx::query(text).bind(close(list)).bind(blob).bind(first).bind(received_at);
 
-    let mut list = String::with_capacity(receipts.len() * 40 + 2);
-    let mut blob = Vec::with_capacity(receipts.iter().map(|receipt| receipt.outcome.len() + 32).sum());
+    let mut list = String::with_capacity(records.len() * 40 + 2);
+    let mut blob = Vec::with_capacity(records.iter().map(|record| record.outcome.len() + 32).sum());
     list.push('[');
-    for Receipt { mail, outcome, first, last } in receipts {
+    for IdempotencyRecord { mail, outcome, first, last } in records {
         let (offset, length) = (blob.len() + 1, outcome.len());
         let _ = write!(list, "[{},{offset},{length},{},{}],", mail.sender.no.0, first.0, last.0);
         blob.extend_from_slice(mail.key.as_bytes());

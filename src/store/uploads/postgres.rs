@@ -5,7 +5,7 @@ use std::time::Duration;
 use crate::model::ids::AttachmentId;
 use crate::store::attachments::{PENDING, STORED};
 use crate::store::database::{Tx, on, run};
-use crate::store::uploads::{DAY, LONGEST_DEBT, Reservation, Reserved, Used, began, cost, counted, wait, whole};
+use crate::store::uploads::{DAY, MAX_DEBT, Reservation, Reserved, Used, began, cost, counted, wait, whole};
 use crate::store::{Result, devices};
 
 pub(super) async fn reserve(mut tx: Tx, upload: Reservation) -> Result<Reserved> {
@@ -44,7 +44,7 @@ async fn charge(tx: &mut Tx, upload: &Reservation) -> Result<Option<Duration>> {
              ELSE $2 END + $3
          WHERE upload_debts.paid_at <= $4 OR upload_debts.paid_at > $5";
     let cost_millis = i64::try_from(cost.as_millis()).expect("at most a day");
-    let (latest, absurd) = (upload.now + DAY - cost, upload.now + LONGEST_DEBT);
+    let (latest, absurd) = (upload.now + DAY - cost, upload.now + MAX_DEBT);
     let charged = run!(
         tx,
         sqlx::query(statement).bind(upload.user).bind(upload.now).bind(cost_millis).bind(latest).bind(absurd)

@@ -138,9 +138,9 @@ static EFFECTS: &[Effect] = &[
     },
 
     both("max-inbox-size", &["api/inbox.rs:a_repeat_after_acks_queues_only_the_rest"]),
-    both("inbox-max-bytes", &["store/room.rs:bytes_fill_an_inbox_as_messages_do"]),
-    both("inbox-sender-share-percent", &["store/room.rs:a_sender_has_its_share_only_above_half_and_own_devices_have_all"]),
-    both("sender-bytes-per-day", &["store/room.rs:an_account_queues_so_many_bytes_in_a_day_also_after_a_restart"]),
+    both("inbox-max-bytes", &["store/inbox_limits.rs:bytes_fill_an_inbox_as_messages_do"]),
+    both("inbox-sender-share-percent", &["store/inbox_limits.rs:a_sender_has_its_share_only_above_half_and_own_devices_have_all"]),
+    both("sender-bytes-per-day", &["store/inbox_limits.rs:an_account_queues_so_many_bytes_in_a_day_also_after_a_restart"]),
     both("messaging-cleanup-interval-secs", &["options.rs:the_sweeps_come_again_after_the_pauses_that_the_options_say"]),
     both("batch-limit", &["gateway/delivery.rs:the_number_of_messages_in_a_frame_can_be_configured"]),
     both("messaging-send-batch-limit", &["options.rs:a_send_has_as_many_recipients_and_submissions_as_the_option_says"]),

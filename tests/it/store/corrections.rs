@@ -33,9 +33,9 @@ fn send(from: &Person, to: &[&Person]) -> Outgoing {
     }
 }
 
-async fn settle(store: &Store, mail: &Outgoing, now: impl Into<Moment>) -> Sent {
-    let settled = store.settle(std::slice::from_ref(mail), &[], now).await.unwrap();
-    settled.sent.into_iter().next().flatten().expect("a send that needs not wait")
+async fn commit_group(store: &Store, mail: &Outgoing, now: impl Into<Moment>) -> Sent {
+    let result = store.commit_group(std::slice::from_ref(mail), &[], now).await.unwrap();
+    result.sent.into_iter().next().flatten().expect("a send that needs not wait")
 }
 
 async fn waiting(store: &TestStore, person: &Person) -> Vec<Position> {
@@ -45,7 +45,7 @@ async fn waiting(store: &TestStore, person: &Person) -> Vec<Position> {
 
 async fn acknowledge(store: &TestStore, person: &Person) {
     let acks: Vec<_> = waiting(store, person).await.into_iter().map(|position| (person.no, position)).collect();
-    store.settle(&[], &acks, NOW).await.unwrap();
+    store.commit_group(&[], &acks, NOW).await.unwrap();
 }
 
 /// Sweeps, in steps of so many, until there is nothing more to do.
@@ -62,7 +62,7 @@ async fn who_sent_something_while_the_clock_was_forty_days_ahead_is_forgotten_af
     let (alice, bob, carol) = (store.account().await, store.account().await, store.account().await);
     let (kept, acked, probe) = (send(&alice, &[&bob]), send(&alice, &[&carol]), send(&alice, &[]));
     for mail in [&kept, &acked] {
-        settle(&store, mail, ahead(DAY * 40)).await;
+        commit_group(&store, mail, ahead(DAY * 40)).await;
     }
     acknowledge(&store, &carol).await;
     let database = store.database().await;
@@ -71,7 +71,7 @@ async fn who_sent_something_while_the_clock_was_forty_days_ahead_is_forgotten_af
     store.expire_sends(NOW, 100).await.unwrap();
     sweep(&store, NOW, 100).await;
     for mail in [&kept, &acked] {
-        assert_eq!(settle(&store, mail, NOW + HOUR * 23).await.replay, Some(Replay::SameBody));
+        assert_eq!(commit_group(&store, mail, NOW + HOUR * 23).await.replay, Some(Replay::SameBody));
     }
     assert_eq!(sends().await, 2);
     sweep(&store, NOW + HOUR * 25, 100).await;
@@ -79,7 +79,7 @@ async fn who_sent_something_while_the_clock_was_forty_days_ahead_is_forgotten_af
     acknowledge(&store, &bob).await;
     sweep(&store, NOW + HOUR * 50, 100).await;
     assert_eq!(sends().await, 0);
-    settle(&store, &probe, NOW + HOUR * 50).await;
+    commit_group(&store, &probe, NOW + HOUR * 50).await;
 }
 
 #[tokio::test]
@@ -87,11 +87,11 @@ async fn a_key_stays_while_its_message_waits_though_the_clock_was_ten_days_ahead
     let store = TestStore::open().await;
     let (alice, bob) = (store.account().await, store.account().await);
     let mail = send(&alice, &[&bob]);
-    settle(&store, &mail, ahead(DAY * 10)).await;
+    commit_group(&store, &mail, ahead(DAY * 10)).await;
     for day in [0, 2, 9, 12, 14] {
         let now = NOW + DAY * day + HOUR;
         sweep(&store, now, 100).await;
-        assert_eq!(settle(&store, &mail, now).await.replay, Some(Replay::SameBody), "day {day}");
+        assert_eq!(commit_group(&store, &mail, now).await.replay, Some(Replay::SameBody), "day {day}");
         assert_eq!(waiting(&store, &bob).await.len(), 1, "day {day}");
     }
 }
@@ -104,7 +104,7 @@ async fn all_messages_of_a_send_are_corrected_together_with_it() {
     let people = [store.account().await, store.account().await, store.account().await];
     let to: Vec<&Person> = people.iter().collect();
     for minute in 0..5 {
-        settle(&store, &send(&alice, &to), ahead(DAY * 10 + Duration::from_mins(minute))).await;
+        commit_group(&store, &send(&alice, &to), ahead(DAY * 10 + Duration::from_mins(minute))).await;
     }
     sweep(&store, NOW, 4).await;
     let database = store.database().await;
@@ -121,15 +121,15 @@ async fn a_repeat_that_queued_the_rest_while_the_clock_was_wrong_is_remembered_w
     let store = TestStore::open_with(|limits| limits.max_inbox_size = 1).await;
     let (alice, bob) = (store.account().await, store.account().await);
     let (first, mail) = (send(&alice, &[&bob]), send(&alice, &[&bob]));
-    settle(&store, &first, NOW).await;
-    assert_eq!(settle(&store, &mail, NOW).await.outcome.refused.len(), 1);
+    commit_group(&store, &first, NOW).await;
+    assert_eq!(commit_group(&store, &mail, NOW).await.outcome.refused.len(), 1);
     acknowledge(&store, &bob).await;
-    let is_queued = async || settle(&store, &mail, ahead(DAY * 40)).await.outcome.refused.is_empty();
+    let is_queued = async || commit_group(&store, &mail, ahead(DAY * 40)).await.outcome.refused.is_empty();
     eventually("room", is_queued).await;
     for day in [0, 2, 29] {
         let now = NOW + DAY * day + HOUR;
         sweep(&store, now, 100).await;
-        assert_eq!(settle(&store, &mail, now).await.replay, Some(Replay::SameBody), "day {day}");
+        assert_eq!(commit_group(&store, &mail, now).await.replay, Some(Replay::SameBody), "day {day}");
     }
     sweep(&store, NOW + DAY * 31, 100).await;
     assert_eq!(store.database().await.number("SELECT count(*) FROM sends").await, 0);
@@ -139,7 +139,7 @@ async fn a_repeat_that_queued_the_rest_while_the_clock_was_wrong_is_remembered_w
 async fn debts_that_a_wrong_clock_has_stored_are_deleted() {
     let store = TestStore::open_with(|limits| limits.sender_bytes_per_day = 6400).await;
     let (alice, bob) = (store.account().await, store.account().await);
-    settle(&store, &send(&alice, &[&bob]), ahead(DAY * 40)).await;
+    commit_group(&store, &send(&alice, &[&bob]), ahead(DAY * 40)).await;
     let allowance = Allowance { quota_bytes: 0, bytes_per_day: 1 << 20 };
     let (user, id, now) = (alice.user, AttachmentId::random(), NOW + DAY * 40);
     let upload = Reservation { user, id, size: 5000, now, born: now, allowance };
@@ -182,13 +182,13 @@ async fn a_key_that_another_node_has_just_used_is_not_used_again_while_the_clock
     let second = async {
         let is_written = async || activity("wait_event = 'PgSleep'").await;
         eventually("the first one to be written", is_written).await;
-        settle(&beside, &other, ahead(DAY * 40)).await
+        commit_group(&beside, &other, ahead(DAY * 40)).await
     };
     let open = async {
         eventually("the second one to wait for it", async || activity("wait_event_type = 'Lock'").await).await;
         database.execute("INSERT INTO opened VALUES (1)").await;
     };
-    let (first, second, ()) = tokio::join!(settle(&store, &first, NOW), second, open);
+    let (first, second, ()) = tokio::join!(commit_group(&store, &first, NOW), second, open);
     assert_eq!((first.replay, second.replay), (None, Some(Replay::OtherBody)));
     assert_eq!((waiting(&store, &bob).await.len(), waiting(&store, &carol).await.len()), (1, 0));
 }

@@ -37,7 +37,7 @@ async fn send_bytes(store: &Store, from: &Member, to: &Member, others: &[&Member
         digest: [0; 16],
         recipients: vec![Recipient { user: to.user, submissions, busy_for: None }],
     };
-    let sent = store.settle(&[mail], &[], NOW).await.unwrap();
+    let sent = store.commit_group(&[mail], &[], NOW).await.unwrap();
     assert_eq!(sent.sent[0].as_ref().unwrap().outcome, Default::default(), "everything was queued");
 }
 

@@ -92,15 +92,15 @@ impl TestStore {
     }
 
     /// Settles a group of which nothing is left for later.
-    pub async fn settle(
+    pub async fn commit_group(
         &self,
         sends: &[Outgoing],
         acks: &[(DeviceNo, Position)],
         now: Timestamp,
     ) -> obscura_server::store::Result<Vec<Sent>> {
-        let settled = self.store.settle(sends, acks, now).await?;
-        assert!(settled.held.is_empty(), "acks that need not wait");
-        Ok(settled.sent.into_iter().map(|sent| sent.expect("a send that needs not wait")).collect())
+        let result = self.store.commit_group(sends, acks, now).await?;
+        assert!(result.locked_devices.is_empty(), "acks that need not wait");
+        Ok(result.sent.into_iter().map(|sent| sent.expect("a send that needs not wait")).collect())
     }
 
     /// Opens the same database beside this one.

@@ -12,7 +12,7 @@ async fn everything_that_is_kept_is_counted() {
     assert_eq!(store.inventory().await.unwrap(), Inventory::default());
     let (alice, bob) = (store.account().await, store.account().await);
     let mail = [to(&alice, &bob, "1234"), to(&alice, &bob, "12345678")];
-    store.settle(&mail, &[], NOW).await.unwrap();
+    store.commit_group(&mail, &[], NOW).await.unwrap();
     store.set_push_target(bob.no, i64::MAX, &fcm("token")).await.unwrap();
     for size in [100, 30] {
         let allowance = Allowance { quota_bytes: 0, bytes_per_day: 0 };

@@ -1,4 +1,4 @@
-//! The inboxes in the store: `settle`, `unsent`, `positions`, `expire_messages`, `expire_sends`.
+//! The inboxes in the store: `commit_group`, `unsent`, `positions`, `expire_messages`, `expire_sends`.
 
 use std::cell::Cell;
 use std::time::Duration;
@@ -62,7 +62,7 @@ async fn a_group_of_sends_is_stored_in_order_and_each_is_answered_by_itself() {
         mail(&alice, vec![(bob.user, vec![bob.device, unknown]), (carol.user, vec![carol.device])], "two"),
         to(&carol, &bob, "three"),
     ];
-    let sent = store.settle(&group, &[], NOW).await.unwrap();
+    let sent = store.commit_group(&group, &[], NOW).await.unwrap();
     assert_eq!(sent.iter().map(|sent| sent.replay).collect::<Vec<_>>(), [None; 4]);
     assert_eq!(sent[0].outcome, Outcome::default());
     assert_eq!(sent[0].woken, [bob.address()]);
@@ -87,10 +87,10 @@ async fn a_repeat_within_one_group_or_in_a_later_one_queues_nothing() {
     let other_body = Outgoing { digest: [2; 16], ..first.clone() };
     let other_sender = Outgoing { sender: sender(&store.account().await), ..first.clone() };
     let group = [first.clone(), first.clone(), other_body.clone(), other_sender];
-    let sent = store.settle(&group, &[], NOW).await.unwrap();
+    let sent = store.commit_group(&group, &[], NOW).await.unwrap();
     let replays: Vec<_> = sent.iter().map(|sent| sent.replay).collect();
     assert_eq!(replays, [None, Some(Replay::SameBody), Some(Replay::OtherBody), None]);
-    let sent = store.settle(&[other_body, first], &[], NOW + DAY / 2).await.unwrap();
+    let sent = store.commit_group(&[other_body, first], &[], NOW + DAY / 2).await.unwrap();
     assert_eq!(sent[0].replay, Some(Replay::OtherBody));
     assert_eq!(sent[1].replay, Some(Replay::SameBody));
     // Whoever stored the first may have died before it could wake anybody.
@@ -102,10 +102,13 @@ async fn a_repeat_within_one_group_or_in_a_later_one_queues_nothing() {
 async fn acks_delete_messages_of_their_own_device_only() {
     let store = TestStore::open().await;
     let (alice, bob, carol) = (store.account().await, store.account().await, store.account().await);
-    store.settle(&[to(&alice, &bob, "b1"), to(&alice, &bob, "b2"), to(&alice, &carol, "c")], &[], NOW).await.unwrap();
+    store
+        .commit_group(&[to(&alice, &bob, "b1"), to(&alice, &bob, "b2"), to(&alice, &carol, "c")], &[], NOW)
+        .await
+        .unwrap();
     let (bobs, carols) = (inbox(&store, &bob, NOW).await, inbox(&store, &carol, NOW).await);
     let foreign = [(bob.no, carols[0].position), (carol.no, bobs[0].position), (DeviceNo(999), bobs[1].position)];
-    store.settle(&[], &foreign, NOW).await.unwrap();
+    store.commit_group(&[], &foreign, NOW).await.unwrap();
     assert_eq!(inbox(&store, &bob, NOW).await.len() + inbox(&store, &carol, NOW).await.len(), 3);
 
     let acks = [
@@ -114,7 +117,7 @@ async fn acks_delete_messages_of_their_own_device_only() {
         (carol.no, carols[0].position),
         (bob.no, Position(77)),
     ];
-    let sent = store.settle(&[to(&alice, &bob, "b3")], &acks, NOW).await.unwrap();
+    let sent = store.commit_group(&[to(&alice, &bob, "b3")], &acks, NOW).await.unwrap();
     assert_eq!(sent.len(), 1);
     assert_eq!(bodies(&inbox(&store, &bob, NOW).await), ["b2", "b3"]);
     assert_eq!(bodies(&inbox(&store, &carol, NOW).await), [""; 0]);
@@ -124,12 +127,12 @@ async fn acks_delete_messages_of_their_own_device_only() {
 async fn a_position_is_never_used_again_even_after_a_restart_with_an_empty_inbox() {
     let store = TestStore::open().await;
     let (alice, bob) = (store.account().await, store.account().await);
-    store.settle(&[to(&alice, &bob, "one"), to(&alice, &bob, "two")], &[], NOW).await.unwrap();
+    store.commit_group(&[to(&alice, &bob, "one"), to(&alice, &bob, "two")], &[], NOW).await.unwrap();
     let before = inbox(&store, &bob, NOW).await;
     let acks: Vec<_> = before.iter().map(|envelope| (bob.no, envelope.position)).collect();
-    store.settle(&[], &acks, NOW).await.unwrap();
+    store.commit_group(&[], &acks, NOW).await.unwrap();
     let again = store.reopened().await;
-    again.settle(&[to(&alice, &bob, "three")], &[], NOW).await.unwrap();
+    again.commit_group(&[to(&alice, &bob, "three")], &[], NOW).await.unwrap();
     assert!(inbox(&again, &bob, NOW).await[0].position > before[1].position);
 }
 
@@ -139,7 +142,7 @@ async fn messages_received_within_one_moment_or_a_step_back_keep_their_order() {
     let (alice, bob) = (store.account().await, store.account().await);
     for (number, back) in [0, 0, 3, 1, 0].into_iter().enumerate() {
         let now = NOW - Duration::from_millis(back);
-        store.settle(&[to(&alice, &bob, &number.to_string())], &[], now).await.unwrap();
+        store.commit_group(&[to(&alice, &bob, &number.to_string())], &[], now).await.unwrap();
     }
     let envelopes = inbox(&store, &bob, NOW).await;
     assert_eq!(bodies(&envelopes), ["0", "1", "2", "3", "4"]);
@@ -153,11 +156,11 @@ async fn receipt_times_do_not_stay_in_the_future_when_a_clock_that_was_ahead_is_
     let (alice, bob) = (store.account().await, store.account().await);
     let ahead = Moment { earliest: NOW, latest: NOW + Duration::from_hours(2) };
     for (text, moment) in [("before", NOW.into()), ("ahead", ahead), ("after", (NOW + Duration::from_secs(1)).into())] {
-        (*store).settle(&[to(&alice, &bob, text)], &[], moment).await.unwrap();
+        (*store).commit_group(&[to(&alice, &bob, text)], &[], moment).await.unwrap();
     }
     let store = store.reopened().await;
     let later = NOW + Duration::from_secs(2);
-    store.settle(&[to(&alice, &bob, "later")], &[], later).await.unwrap();
+    store.commit_group(&[to(&alice, &bob, "later")], &[], later).await.unwrap();
     let envelopes = inbox(&store, &bob, NOW).await;
     assert_eq!(bodies(&envelopes), ["before", "ahead", "after", "later"], "the order stays");
     let times: Vec<_> = envelopes.iter().map(|envelope| envelope.received_at).collect();
@@ -170,7 +173,7 @@ async fn a_page_is_bounded_in_messages_and_in_bytes_and_goes_on_where_the_last_o
     let store = TestStore::open().await;
     let (alice, bob) = (store.account().await, store.account().await);
     let message = |size: usize| to(&alice, &bob, &"x".repeat(size));
-    store.settle(&[400, 400, 400, 5000, 1, 2].map(message), &[], NOW).await.unwrap();
+    store.commit_group(&[400, 400, 400, 5000, 1, 2].map(message), &[], NOW).await.unwrap();
     let page = async |after: Position, limit, bytes| store.unsent(bob.no, after, NOW, limit, bytes).await.unwrap();
 
     let first = page(START, 2, 1 << 30).await;
@@ -198,7 +201,10 @@ async fn a_page_is_bounded_in_messages_and_in_bytes_and_goes_on_where_the_last_o
 async fn ids_are_found_in_the_inbox_of_their_own_device_only() {
     let store = TestStore::open().await;
     let (alice, bob, carol) = (store.account().await, store.account().await, store.account().await);
-    store.settle(&[to(&alice, &bob, "b1"), to(&alice, &carol, "c"), to(&alice, &bob, "b2")], &[], NOW).await.unwrap();
+    store
+        .commit_group(&[to(&alice, &bob, "b1"), to(&alice, &carol, "c"), to(&alice, &bob, "b2")], &[], NOW)
+        .await
+        .unwrap();
     let (bobs, carols) = (inbox(&store, &bob, NOW).await, inbox(&store, &carol, NOW).await);
     let ids = [bobs[1].id, MessageId::random(), carols[0].id, bobs[1].id];
     assert_eq!(store.positions(bob.no, &ids).await.unwrap(), [bobs[1].position]);
@@ -211,7 +217,7 @@ async fn ids_are_found_in_the_inbox_of_their_own_device_only() {
 async fn a_message_is_gone_the_moment_it_has_the_age_of_retention() {
     let store = TestStore::open().await;
     let (alice, bob) = (store.account().await, store.account().await);
-    store.settle(&[to(&alice, &bob, "x")], &[], NOW).await.unwrap();
+    store.commit_group(&[to(&alice, &bob, "x")], &[], NOW).await.unwrap();
     assert_eq!(inbox(&store, &bob, NOW + RETENTION - Duration::from_millis(1)).await.len(), 1);
     assert_eq!(inbox(&store, &bob, NOW + RETENTION).await.len(), 0);
 }
@@ -222,7 +228,7 @@ async fn expired_messages_are_swept_in_steps_and_no_others() {
     let (alice, bob) = (store.account().await, store.account().await);
     for minute in 0..10 {
         let now = NOW + Duration::from_mins(minute);
-        store.settle(&[to(&alice, &bob, &minute.to_string())], &[], now).await.unwrap();
+        store.commit_group(&[to(&alice, &bob, &minute.to_string())], &[], now).await.unwrap();
     }
     let then = NOW + RETENTION + Duration::from_mins(6);
     let mut steps = Vec::new();
@@ -244,9 +250,9 @@ async fn expired_messages_are_swept_in_steps_and_no_others() {
 async fn a_clock_that_was_wrong_for_a_while_costs_no_mail() {
     let store = TestStore::open().await;
     let (alice, bob) = (store.account().await, store.account().await);
-    store.settle(&[to(&alice, &bob, "before")], &[], NOW).await.unwrap();
-    store.settle(&[to(&alice, &bob, "in 1970")], &[], Timestamp::from_seconds(60)).await.unwrap();
-    store.settle(&[to(&alice, &bob, "after")], &[], NOW).await.unwrap();
+    store.commit_group(&[to(&alice, &bob, "before")], &[], NOW).await.unwrap();
+    store.commit_group(&[to(&alice, &bob, "in 1970")], &[], Timestamp::from_seconds(60)).await.unwrap();
+    store.commit_group(&[to(&alice, &bob, "after")], &[], NOW).await.unwrap();
     assert_eq!(store.expire_messages(NOW, NOW, 100).await.unwrap().deleted, 1);
     assert_eq!(bodies(&inbox(&store, &bob, NOW).await), ["before", "after"]);
 }
@@ -257,9 +263,9 @@ async fn outcomes_are_forgotten_after_a_day_unless_their_messages_still_wait() {
     let (alice, bob) = (store.account().await, store.account().await);
     let (waiting, delivered) = (to(&alice, &bob, "waiting"), to(&alice, &bob, "delivered"));
     let probe = mail(&alice, vec![(bob.user, vec![])], "");
-    store.settle(&[waiting.clone(), delivered.clone(), probe.clone()], &[], NOW).await.unwrap();
+    store.commit_group(&[waiting.clone(), delivered.clone(), probe.clone()], &[], NOW).await.unwrap();
     let acked = inbox(&store, &bob, NOW).await[1].position;
-    store.settle(&[], &[(bob.no, acked)], NOW).await.unwrap();
+    store.commit_group(&[], &[(bob.no, acked)], NOW).await.unwrap();
     let database = store.database().await;
     let kept = async || database.number("SELECT count(*) FROM sends").await;
 
@@ -269,12 +275,12 @@ async fn outcomes_are_forgotten_after_a_day_unless_their_messages_still_wait() {
     assert_eq!(store.expire_sends(later, 100).await.unwrap(), 3, "looked at");
     assert_eq!(kept().await, 1);
     assert_eq!(store.expire_sends(later, 100).await.unwrap(), 0, "what is kept is not looked at again at once");
-    let sent = store.settle(&[waiting, delivered, probe], &[], later).await.unwrap();
+    let sent = store.commit_group(&[waiting, delivered, probe], &[], later).await.unwrap();
     let replays: Vec<_> = sent.iter().map(|sent| sent.replay).collect();
     assert_eq!(replays, [Some(Replay::SameBody), None, None]);
 
     let position = inbox(&store, &bob, later).await[0].position;
-    store.settle(&[], &[(bob.no, position)], later).await.unwrap();
+    store.commit_group(&[], &[(bob.no, position)], later).await.unwrap();
     store.expire_sends(later + DAY, 100).await.unwrap();
     assert_eq!(kept().await, 1, "only the one that was sent anew still waits");
 }
@@ -285,7 +291,7 @@ async fn outcomes_are_swept_in_steps() {
     let (alice, bob) = (store.account().await, store.account().await);
     for second in 0..10 {
         let probe = mail(&alice, vec![(bob.user, vec![])], "");
-        store.settle(&[probe], &[], NOW + Duration::from_secs(second)).await.unwrap();
+        store.commit_group(&[probe], &[], NOW + Duration::from_secs(second)).await.unwrap();
     }
     let mut total = 0;
     for _ in 0..5 {
@@ -300,7 +306,7 @@ async fn outcomes_are_swept_in_steps() {
 async fn a_removed_devices_mail_goes_with_it_and_what_it_sent_stays() {
     let store = TestStore::open().await;
     let (alice, bob) = (store.account().await, store.account().await);
-    store.settle(&[to(&alice, &bob, "to bob"), to(&bob, &alice, "to alice")], &[], NOW).await.unwrap();
+    store.commit_group(&[to(&alice, &bob, "to bob"), to(&bob, &alice, "to alice")], &[], NOW).await.unwrap();
     let account = &bob.account;
     store.reset(bob.user, &account.identity, &super::fixture::new_device(), &super::fixture::grant(NOW)).await.unwrap();
     assert_eq!(inbox(&store, &bob, NOW).await, []);
@@ -315,7 +321,7 @@ async fn a_key_has_an_outcome_for_the_device_that_used_it_and_for_no_other() {
     let (alice, bob) = (store.account().await, store.account().await);
     let sent = to(&alice, &bob, "once");
     assert!(!store.has_outcome(alice.no, sent.key).await.unwrap());
-    store.settle(std::slice::from_ref(&sent), &[], NOW).await.unwrap();
+    store.commit_group(std::slice::from_ref(&sent), &[], NOW).await.unwrap();
     assert!(store.has_outcome(alice.no, sent.key).await.unwrap());
     assert!(!store.has_outcome(bob.no, sent.key).await.unwrap());
 }
@@ -328,9 +334,9 @@ async fn postgres_reads_what_it_needs_after(former: usize) {
     let database = store.database().await;
     let letters = |count| (0..count).map(|_| to(&alice, &bob, "hello")).collect::<Vec<Outgoing>>();
     let ack = |envelope: &Envelope| (bob.no, envelope.position);
-    store.settle(&letters(former), &[], NOW).await.unwrap();
+    store.commit_group(&letters(former), &[], NOW).await.unwrap();
     let acks: Vec<_> = inbox(&store, &bob, NOW).await.iter().map(ack).collect();
-    store.settle(&[], &acks, NOW).await.unwrap();
+    store.commit_group(&[], &acks, NOW).await.unwrap();
     // A connection tells what it did when it ends.
     let connected = "SELECT count(*) FROM pg_stat_activity
                      WHERE datname = current_database() AND application_name = 'obscura-server'";
@@ -341,15 +347,15 @@ async fn postgres_reads_what_it_needs_after(former: usize) {
 
     let store = store.reopened().await;
     for _ in 0..30 {
-        store.settle(&letters(10), &[], NOW).await.unwrap();
+        store.commit_group(&letters(10), &[], NOW).await.unwrap();
     }
     let mut after = START;
     for _ in 0..30 {
         let page = store.unsent(bob.no, after, NOW, 10, 1 << 30).await.unwrap();
         let acks: Vec<_> = page.envelopes.iter().map(ack).collect();
         after = acks.last().unwrap().1;
-        store.settle(&[to(&bob, &alice, "thanks")], &acks[..5], NOW).await.unwrap();
-        store.settle(&[], &acks[5..], NOW).await.unwrap();
+        store.commit_group(&[to(&bob, &alice, "thanks")], &acks[..5], NOW).await.unwrap();
+        store.commit_group(&[], &acks[5..], NOW).await.unwrap();
     }
     store.close().await;
     ended().await;
@@ -381,7 +387,7 @@ async fn a_message_that_is_acknowledged_while_its_time_is_corrected_is_deleted()
     let (alice, bob) = (store.account().await, store.account().await);
     let database = store.database().await;
     for sends in [vec![], vec![to(&bob, &alice, "thanks")]] {
-        store.settle(&[to(&alice, &bob, "one"), to(&alice, &bob, "two")], &[], NOW).await.unwrap();
+        store.commit_group(&[to(&alice, &bob, "one"), to(&alice, &bob, "two")], &[], NOW).await.unwrap();
         let acks: Vec<_> = inbox(&store, &bob, NOW).await.iter().map(|envelope| (bob.no, envelope.position)).collect();
         let correction = format!("UPDATE messages SET received_at = received_at - 1 WHERE device_no = {}", bob.no.0);
         let held = database.hold(&correction).await;
@@ -394,14 +400,14 @@ async fn a_message_that_is_acknowledged_while_its_time_is_corrected_is_deleted()
             held.release().await;
         };
         // It waits for a moment only, which may be over on a busy machine; then it is tried again, as sessions do.
-        let settle = async {
-            let settled = Store::settle(&store, &sends, &acks, NOW).await;
+        let commit_group = async {
+            let result = Store::commit_group(&store, &sends, &acks, NOW).await;
             is_settled.set(true);
-            settled
+            result
         };
-        let (settled, ()) = tokio::join!(settle, release);
-        if !settled.unwrap().held.is_empty() {
-            store.settle(&[], &acks, NOW).await.unwrap();
+        let (result, ()) = tokio::join!(commit_group, release);
+        if !result.unwrap().locked_devices.is_empty() {
+            store.commit_group(&[], &acks, NOW).await.unwrap();
         }
         assert!(inbox(&store, &bob, NOW).await.is_empty());
     }
@@ -411,7 +417,7 @@ async fn a_message_that_is_acknowledged_while_its_time_is_corrected_is_deleted()
 async fn an_acked_message_that_another_session_holds_is_named_and_the_sends_beside_it_are_stored() {
     let store = TestStore::open_in_postgres().await;
     let (alice, bob, carol) = (store.account().await, store.account().await, store.account().await);
-    store.settle(&[to(&alice, &bob, "one"), to(&alice, &carol, "one")], &[], NOW).await.unwrap();
+    store.commit_group(&[to(&alice, &bob, "one"), to(&alice, &carol, "one")], &[], NOW).await.unwrap();
     let inbox =
         async |person: &Person| store.unsent(person.no, Position::default(), NOW, 10, 1 << 20).await.unwrap().envelopes;
     let acks = [(bob.no, inbox(&bob).await[0].position), (carol.no, inbox(&carol).await[0].position)];
@@ -419,12 +425,12 @@ async fn an_acked_message_that_another_session_holds_is_named_and_the_sends_besi
     let held = database.hold(&format!("SELECT 1 FROM messages WHERE device_no = {} FOR UPDATE", bob.no.0)).await;
     // Beside a send, and alone.
     for sends in [vec![to(&alice, &carol, "two")], Vec::new()] {
-        let settled = Store::settle(&store, &sends, &acks, NOW).await.unwrap();
-        assert_eq!(settled.held, [bob.no]);
-        assert!(settled.sent.iter().all(Option::is_some));
+        let result = Store::commit_group(&store, &sends, &acks, NOW).await.unwrap();
+        assert_eq!(result.locked_devices, [bob.no]);
+        assert!(result.sent.iter().all(Option::is_some));
         assert_eq!(inbox(&carol).await.len(), 1, "her ack is written, and her mail is there");
     }
     held.release().await;
-    store.settle(&[], &acks, NOW).await.unwrap();
+    store.commit_group(&[], &acks, NOW).await.unwrap();
     assert!(inbox(&bob).await.is_empty());
 }

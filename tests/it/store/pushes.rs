@@ -74,12 +74,12 @@ async fn mail_waits_until_it_was_pushed_for_and_later_mail_waits_anew() {
     let store = TestStore::open().await;
     let (alice, bob) = (store.account().await, phone(&store).await);
     assert_eq!(sleeper(&store, &bob, NOW).await.waiting_since, None);
-    store.settle(&[to(&alice, &bob, "one")], &[], NOW).await.unwrap();
-    store.settle(&[to(&alice, &bob, "two")], &[], NOW + GRACE).await.unwrap();
+    store.commit_group(&[to(&alice, &bob, "one")], &[], NOW).await.unwrap();
+    store.commit_group(&[to(&alice, &bob, "two")], &[], NOW + GRACE).await.unwrap();
     assert_eq!(sleeper(&store, &bob, NOW).await.waiting_since, Some(NOW));
     pushed(&store, &bob, NOW + GRACE).await;
     assert_eq!(sleeper(&store, &bob, NOW + GRACE).await.waiting_since, None);
-    store.settle(&[to(&alice, &bob, "three")], &[], NOW + 2 * GRACE).await.unwrap();
+    store.commit_group(&[to(&alice, &bob, "three")], &[], NOW + 2 * GRACE).await.unwrap();
     assert_eq!(sleeper(&store, &bob, NOW + 2 * GRACE).await.waiting_since, Some(NOW + 2 * GRACE));
 }
 
@@ -87,9 +87,9 @@ async fn mail_waits_until_it_was_pushed_for_and_later_mail_waits_anew() {
 async fn acknowledged_mail_does_not_wait() {
     let store = TestStore::open().await;
     let (alice, bob) = (store.account().await, phone(&store).await);
-    store.settle(&[to(&alice, &bob, "one")], &[], NOW).await.unwrap();
+    store.commit_group(&[to(&alice, &bob, "one")], &[], NOW).await.unwrap();
     let newest = sleeper(&store, &bob, NOW).await.newest;
-    store.settle(&[], &[(bob.no, newest)], NOW).await.unwrap();
+    store.commit_group(&[], &[(bob.no, newest)], NOW).await.unwrap();
     let bob = sleeper(&store, &bob, NOW).await;
     assert_eq!((bob.waiting_since, bob.newest), (None, Position(0)));
 }
@@ -98,7 +98,7 @@ async fn acknowledged_mail_does_not_wait() {
 async fn a_push_is_forgotten_after_a_day_and_with_another_token() {
     let store = TestStore::open().await;
     let (alice, bob) = (store.account().await, phone(&store).await);
-    store.settle(&[to(&alice, &bob, "one")], &[], NOW).await.unwrap();
+    store.commit_group(&[to(&alice, &bob, "one")], &[], NOW).await.unwrap();
     pushed(&store, &bob, NOW).await;
     store.set_push_target(bob.no, i64::MAX, &fcm("token")).await.unwrap();
     assert_eq!(sleeper(&store, &bob, NOW).await.waiting_since, None, "the same token again");
@@ -112,7 +112,7 @@ async fn a_push_is_forgotten_after_a_day_and_with_another_token() {
 async fn a_push_with_the_old_token_does_not_count_for_the_new_one() {
     let store = TestStore::open().await;
     let (alice, bob) = (store.account().await, phone(&store).await);
-    store.settle(&[to(&alice, &bob, "one")], &[], NOW).await.unwrap();
+    store.commit_group(&[to(&alice, &bob, "one")], &[], NOW).await.unwrap();
     let newest = sleeper(&store, &bob, NOW).await.newest;
     // The push is under way when the token is replaced.
     store.set_push_target(bob.no, i64::MAX, &fcm("another")).await.unwrap();
@@ -124,7 +124,7 @@ async fn a_push_with_the_old_token_does_not_count_for_the_new_one() {
 async fn a_push_is_forgotten_when_somebody_came_and_left_mail_behind() {
     let store = TestStore::open().await;
     let (alice, bob, carol) = (store.account().await, phone(&store).await, phone(&store).await);
-    store.settle(&[to(&alice, &bob, "one")], &[], NOW).await.unwrap();
+    store.commit_group(&[to(&alice, &bob, "one")], &[], NOW).await.unwrap();
     pushed(&store, &bob, NOW).await;
     assert_eq!(store.forget_pushes(&[alice.no, bob.no, carol.no]).await.unwrap(), [bob.no]);
     assert_eq!(sleeper(&store, &bob, NOW).await.waiting_since, Some(NOW));
@@ -146,9 +146,9 @@ async fn the_walk_finds_whoever_has_old_mail_and_was_not_pushed_to() {
     let (alice, bob, carol) = (store.account().await, phone(&store).await, phone(&store).await);
     let (dave, erin) = (store.account().await, phone(&store).await);
     let sends = [to(&alice, &bob, "x"), to(&alice, &carol, "x"), to(&alice, &dave, "no token")];
-    store.settle(&sends, &[], NOW).await.unwrap();
+    store.commit_group(&sends, &[], NOW).await.unwrap();
     let later = NOW + GRACE;
-    store.settle(&[to(&alice, &erin, "young")], &[], later).await.unwrap();
+    store.commit_group(&[to(&alice, &erin, "young")], &[], later).await.unwrap();
     pushed(&store, &carol, later).await;
     assert_eq!(overslept(&store, later).await, [bob.no]);
     assert_eq!(overslept(&store, later + GRACE).await, [bob.no, erin.no]);

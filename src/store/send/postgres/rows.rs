@@ -8,7 +8,7 @@ use crate::model::ids::{DeviceId, DeviceNo, IdempotencyKey, UserId};
 use crate::model::mail::Outgoing;
 use crate::store::Result;
 use crate::store::database::PostgresTx;
-use crate::store::room::{self, AccountRow, Counted, LONGEST_DEBT, Stamp};
+use crate::store::inbox_limiter::{self, AccountBound, AccountRow, Counted, MAX_DEBT};
 use crate::store::send::{self, Changed, Locking};
 
 /// No message was ever larger. Where a node of the former version has changed only the number of messages, each of them counts
@@ -43,7 +43,7 @@ const LOCK: &str = concat!(
 );
 
 /// The same without the accounts that another transaction holds. Accounts that don't exist are returned with 0.
-const LOCK_WHAT_IS_FREE: &str = concat!(
+const LOCK_AVAILABLE: &str = concat!(
     "WITH locked AS MATERIALIZED (
         SELECT l.user_id, asked.more, asked.bytes
         FROM unnest($1, $2, $3) AS asked (user_id, more, bytes) JOIN account_locks l USING (user_id)
@@ -64,7 +64,7 @@ impl PostgresTx {
     /// locked now.
     pub(super) async fn lock_accounts(&mut self, sends: &[Outgoing], locking: Locking) -> Result<Locked> {
         // How many of these messages, and bytes, one device of an account gets at most.
-        let mut per_device: HashMap<(UserId, DeviceId), Stamp> = HashMap::new();
+        let mut per_device: HashMap<(UserId, DeviceId), AccountBound> = HashMap::new();
         for recipient in sends.iter().flat_map(|mail| &mail.recipients) {
             for (device, sealed) in &recipient.submissions {
                 let (count, bytes) = per_device.entry((recipient.user, *device)).or_default();
@@ -72,7 +72,7 @@ impl PostgresTx {
             }
         }
         let users = send::accounts(sends);
-        let mut more: HashMap<UserId, Stamp> = HashMap::with_capacity(users.len());
+        let mut more: HashMap<UserId, AccountBound> = HashMap::with_capacity(users.len());
         for ((user, _), (count, bytes)) in per_device {
             let (most, most_bytes) = more.entry(user).or_default();
             (*most, *most_bytes) = (count.max(*most), bytes.max(*most_bytes));
@@ -81,11 +81,11 @@ impl PostgresTx {
         let (counts, bytes): (Vec<i32>, Vec<i64>) = users.iter().map(of).unzip();
         let statement = match locking {
             Locking::Wait => LOCK,
-            Locking::PassOver => LOCK_WHAT_IS_FREE,
+            Locking::SkipLocked => LOCK_AVAILABLE,
         };
         let locked: Vec<(UserId, i32, i64)> =
             self.all(sqlx::query_as(statement).bind(&users).bind(counts).bind(bytes)).await?;
-        let before = |user: &UserId, (at_most, bytes): Stamp| (at_most - of(user).0, bytes - of(user).1);
+        let before = |user: &UserId, (at_most, bytes): AccountBound| (at_most - of(user).0, bytes - of(user).1);
         Ok(locked
             .into_iter()
             .map(|(user, at_most, bytes)| {
@@ -103,12 +103,12 @@ impl PostgresTx {
                 SELECT * FROM messages waiting WHERE waiting.device_no = d.no OFFSET 0) m
             WHERE d.user_id = ANY($1) GROUP BY 1, 2";
         let rows: Vec<(DeviceNo, UserId, i64, i64)> = self.all(sqlx::query_as(statement).bind(users)).await?;
-        Ok(rows.into_iter().map(room::counted).collect())
+        Ok(rows.into_iter().map(inbox_limiter::counted).collect())
     }
 
-    pub(super) async fn set_at_most(&mut self, rows: &[(UserId, Stamp)]) -> Result<()> {
+    pub(super) async fn set_upper_bounds(&mut self, rows: &[(UserId, AccountBound)]) -> Result<()> {
         let users: Vec<UserId> = rows.iter().map(|(user, _)| *user).collect();
-        let (sizes, bytes): (Vec<i32>, Vec<i64>) = rows.iter().map(|(_, stamp)| *stamp).unzip();
+        let (sizes, bytes): (Vec<i32>, Vec<i64>) = rows.iter().map(|(_, account_bound)| *account_bound).unzip();
         let statement = "
             UPDATE account_locks l SET at_most = counted.at_most, bytes_of = counted.at_most, bytes_at_most = counted.bytes
             FROM unnest($1, $2, $3) AS counted (user_id, at_most, bytes) WHERE l.user_id = counted.user_id";
@@ -140,7 +140,11 @@ impl PostgresTx {
 
     /// Stores what accounts have queued, in milliseconds of their day. Returns the time until which each has paid. In the
     /// order of the accounts, so that no two groups wait for each other in a circle.
-    pub(super) async fn owe(&mut self, debts: &[(UserId, i64)], now: Timestamp) -> Result<Vec<(UserId, Timestamp)>> {
+    pub(super) async fn add_debts(
+        &mut self,
+        debts: &[(UserId, i64)],
+        now: Timestamp,
+    ) -> Result<Vec<(UserId, Timestamp)>> {
         let (users, costs): (Vec<UserId>, Vec<i64>) = debts.iter().copied().unzip();
         let statement = "
             INSERT INTO send_debts (user_id, paid_at)
@@ -148,6 +152,6 @@ impl PostgresTx {
             ON CONFLICT (user_id) DO UPDATE SET paid_at = excluded.paid_at
                 + CASE WHEN send_debts.paid_at > $3 AND send_debts.paid_at <= $4 THEN send_debts.paid_at - $3 ELSE 0 END
             RETURNING user_id, paid_at";
-        self.all(sqlx::query_as(statement).bind(users).bind(costs).bind(now).bind(now + LONGEST_DEBT)).await
+        self.all(sqlx::query_as(statement).bind(users).bind(costs).bind(now).bind(now + MAX_DEBT)).await
     }
 }

@@ -9,7 +9,7 @@ use std::time::Duration;
 use crate::clock::Timestamp;
 use crate::model::ids::UserId;
 use crate::model::mail::Shortage;
-use crate::store::room::{Candidate, LONGEST_DEBT, Rooms, Verdict};
+use crate::store::inbox_limiter::{Admission, Candidate, InboxLimiter, MAX_DEBT};
 
 /// Sending accounts whose bytes of the day are remembered.
 const REMEMBERED_DAYS: usize = 100_000;
@@ -19,7 +19,7 @@ const DAY: Duration = Duration::from_hours(24);
 
 /// The bytes that one account has queued lately.
 #[derive(Clone, Copy, Debug, Default)]
-struct Day {
+struct DailyUsage {
     /// The time at which the stored bytes are paid for, at the allowed bytes a day.
     paid_at: Timestamp,
     /// Bytes of committed groups that this node has not written down yet.
@@ -30,7 +30,7 @@ struct Day {
 
 /// The days of all accounts that are remembered.
 #[derive(Default)]
-pub(super) struct Days(HashMap<UserId, Day>);
+pub(super) struct DailyUsages(HashMap<UserId, DailyUsage>);
 
 /// What a group charges one account.
 #[derive(Clone, Copy, Default)]
@@ -42,13 +42,13 @@ pub(super) struct Charge {
     paid_at: Option<Timestamp>,
 }
 
-/// The charges of a group. They are taken back when this is dropped before [`Charges::settle`].
+/// The charges of a group. They are taken back when this is dropped before [`Charges::commit`].
 pub(in crate::store) struct Charges {
-    rooms: Rooms,
+    inbox_limiter: InboxLimiter,
     of_accounts: HashMap<UserId, Charge>,
 }
 
-impl Days {
+impl DailyUsages {
     /// Charges the sender's day with a message.
     pub(super) fn charge(
         &mut self,
@@ -56,7 +56,7 @@ impl Days {
         one: &Candidate,
         bytes_per_day: u64,
         now: Timestamp,
-    ) -> Verdict {
+    ) -> Admission {
         if bytes_per_day == 0 {
             return Ok(());
         }
@@ -68,7 +68,7 @@ impl Days {
         }
         let day = self.0.entry(one.sender).or_default();
         // A time that a wrong clock has stored must not block the account.
-        let is_believed = day.paid_at > now && day.paid_at <= now + LONGEST_DEBT;
+        let is_believed = day.paid_at > now && day.paid_at <= now + MAX_DEBT;
         let (paid_at, latest) = (if is_believed { day.paid_at } else { now }, now + DAY);
         let unpaid = day.unwritten.saturating_add(day.under_way);
         let paid_at = paid_at + cost(unpaid.saturating_add(one.bytes), bytes_per_day);
@@ -88,16 +88,16 @@ impl Days {
 }
 
 impl Charges {
-    pub(super) fn new(rooms: &Rooms, of_accounts: HashMap<UserId, Charge>) -> Self {
-        Self { rooms: rooms.clone(), of_accounts }
+    pub(super) fn new(inbox_limiter: &InboxLimiter, of_accounts: HashMap<UserId, Charge>) -> Self {
+        Self { inbox_limiter: inbox_limiter.clone(), of_accounts }
     }
 
     /// The charged accounts that have queued enough to be written down, each with the part of a day that it takes, in
     /// milliseconds.
     pub(in crate::store) fn debts(&mut self) -> Vec<(UserId, i64)> {
-        let bytes_per_day = self.rooms.bytes_per_day;
+        let bytes_per_day = self.inbox_limiter.bytes_per_day;
         let enough = (bytes_per_day / WRITTEN_PARTS).max(1);
-        let mut state = self.rooms.state();
+        let mut state = self.inbox_limiter.state();
         let mut debts = Vec::new();
         for (sender, charge) in &mut self.of_accounts {
             let day = state.days.0.entry(*sender).or_default();
@@ -123,7 +123,7 @@ impl Charges {
     }
 
     /// Makes the charges count for good. To be called after the commit.
-    pub(in crate::store) fn settle(mut self) {
+    pub(in crate::store) fn commit(mut self) {
         self.end(true);
     }
 
@@ -131,7 +131,7 @@ impl Charges {
         if self.of_accounts.is_empty() {
             return;
         }
-        let mut state = self.rooms.state();
+        let mut state = self.inbox_limiter.state();
         for (sender, charge) in self.of_accounts.drain() {
             let day = state.days.0.entry(sender).or_default();
             day.under_way = day.under_way.saturating_sub(charge.bytes.saturating_add(charge.former));

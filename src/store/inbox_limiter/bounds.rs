@@ -6,12 +6,12 @@ use crate::store::Limits;
 
 /// Messages and their bytes.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub(in crate::store) struct Load {
+pub(in crate::store) struct InboxLoad {
     pub(in crate::store) messages: u64,
     pub(in crate::store) bytes: u64,
 }
 
-impl Load {
+impl InboxLoad {
     pub(super) fn plus(self, other: Self) -> Self {
         Self { messages: self.messages.saturating_add(other.messages), bytes: self.bytes.saturating_add(other.bytes) }
     }
@@ -24,33 +24,40 @@ impl Load {
 /// The limits of an inbox.
 #[derive(Clone, Copy, Debug)]
 pub(in crate::store) struct Bounds {
-    most: Load,
-    share: Load,
+    max: InboxLoad,
+    share: InboxLoad,
 }
 
 impl Bounds {
     pub(in crate::store) fn of(limits: &Limits) -> Self {
         let bytes = if limits.inbox_max_bytes == 0 { u64::MAX } else { limits.inbox_max_bytes };
-        let most = Load { messages: u64::from(limits.max_inbox_size), bytes };
+        let max = InboxLoad { messages: u64::from(limits.max_inbox_size), bytes };
         let part =
             |whole: u64| whole / 100 * limits.sender_share_percent + whole % 100 * limits.sender_share_percent / 100;
-        Self { most, share: Load { messages: part(most.messages), bytes: part(most.bytes) } }
+        Self { max, share: InboxLoad { messages: part(max.messages), bytes: part(max.bytes) } }
     }
 
     /// Messages that an inbox may hold.
     pub(super) fn most_messages(&self) -> u64 {
-        self.most.messages
+        self.max.messages
     }
 
     /// True if an inbox with this load is more than half full. Only then do the shares of senders count.
-    pub(in crate::store) fn is_over_half(&self, load: Load) -> bool {
-        load.messages > self.most.messages / 2 || load.bytes > self.most.bytes / 2
+    pub(in crate::store) fn is_over_half(&self, load: InboxLoad) -> bool {
+        load.messages > self.max.messages / 2 || load.bytes > self.max.bytes / 2
     }
 
-    pub(super) fn admits(&self, load: Load, of_sender: Load, is_own: bool, bytes: u64) -> Result<(), Shortage> {
-        let exceeds =
-            |load: Load, most: Load| load.messages >= most.messages || load.bytes.saturating_add(bytes) > most.bytes;
-        if exceeds(load, self.most) {
+    pub(super) fn admits(
+        &self,
+        load: InboxLoad,
+        of_sender: InboxLoad,
+        is_own: bool,
+        bytes: u64,
+    ) -> Result<(), Shortage> {
+        let exceeds = |load: InboxLoad, max: InboxLoad| {
+            load.messages >= max.messages || load.bytes.saturating_add(bytes) > max.bytes
+        };
+        if exceeds(load, self.max) {
             return Err(Shortage::Inbox);
         }
         // A sender of whom nothing waits may queue one message, also one that is larger than its share.

@@ -5,11 +5,11 @@ use crate::model::ids::DeviceNo;
 use crate::store::Result;
 use crate::store::database::PostgresTx;
 use crate::store::send::Locking;
-use crate::store::send::postgres::InOrder;
+use crate::store::send::postgres::SortedAcks;
 
 /// Deletes those of the messages ($1 devices, $2 positions) that are not held. `OFFSET 0` and the comparison of whole rows
 /// keep each look-up on the primary key, as in the statement that waits.
-const DELETE_WHAT_IS_FREE: &str = "
+const DELETE_UNLOCKED: &str = "
     WITH free AS MATERIALIZED (
         SELECT found.place FROM unnest($1, $2) AS gone (device_no, position) CROSS JOIN LATERAL (
             SELECT m.ctid AS place FROM messages m
@@ -19,7 +19,7 @@ const DELETE_WHAT_IS_FREE: &str = "
     DELETE FROM messages WHERE ctid = ANY (ARRAY (SELECT place FROM free))";
 
 /// The devices of those that are still there.
-const STILL_THERE: &str = "
+const REMAINING_DEVICES: &str = "
     SELECT DISTINCT found.device_no FROM unnest($1, $2) AS gone (device_no, position) CROSS JOIN LATERAL (
         SELECT m.device_no FROM messages m
         WHERE (m.device_no, m.position) >= (gone.device_no, gone.position)
@@ -27,20 +27,20 @@ const STILL_THERE: &str = "
 
 impl PostgresTx {
     /// Deletes acknowledged messages. Returns how many, and the devices of which some are held.
-    pub(super) async fn delete_acked(&mut self, acks: &InOrder, locking: Locking) -> Result<(u64, Vec<DeviceNo>)> {
+    pub(super) async fn delete_acked(&mut self, acks: &SortedAcks, locking: Locking) -> Result<(u64, Vec<DeviceNo>)> {
         let deleted = if locking == Locking::Wait { self.delete_once(acks).await? } else { 0 };
-        self.delete_rest(acks, deleted, locking).await
+        self.delete_remaining(acks, deleted, locking).await
     }
 
     /// Deletes those that a first statement has left; it has deleted `deleted` of them.
-    pub(super) async fn delete_rest(
+    pub(super) async fn delete_remaining(
         &mut self,
-        acks: &InOrder,
+        acks: &SortedAcks,
         deleted: u64,
         locking: Locking,
     ) -> Result<(u64, Vec<DeviceNo>)> {
         match locking {
-            Locking::PassOver => self.delete_what_is_free(acks).await,
+            Locking::SkipLocked => self.delete_unlocked(acks).await,
             Locking::Wait if deleted < acks.1.len() as u64 => Ok((deleted + self.delete_once(acks).await?, Vec::new())),
             Locking::Wait => Ok((deleted, Vec::new())),
         }
@@ -48,15 +48,16 @@ impl PostgresTx {
 
     /// Deletes acknowledged messages without waiting for any. Returns how many, and the devices of which some are still
     /// there: they are held, or were moved at this moment, as the correction of a clock does.
-    async fn delete_what_is_free(&mut self, (devices, positions): &InOrder) -> Result<(u64, Vec<DeviceNo>)> {
+    async fn delete_unlocked(&mut self, (devices, positions): &SortedAcks) -> Result<(u64, Vec<DeviceNo>)> {
         if positions.is_empty() {
             return Ok((0, Vec::new()));
         }
-        let deleted = self.run(sqlx::query(DELETE_WHAT_IS_FREE).bind(devices).bind(positions)).await?;
+        let deleted = self.run(sqlx::query(DELETE_UNLOCKED).bind(devices).bind(positions)).await?;
         if deleted == positions.len() as u64 {
             return Ok((deleted, Vec::new()));
         }
-        let held: Vec<(DeviceNo,)> = self.all(sqlx::query_as(STILL_THERE).bind(devices).bind(positions)).await?;
-        Ok((deleted, held.into_iter().map(|(device,)| device).collect()))
+        let locked_devices: Vec<(DeviceNo,)> =
+            self.all(sqlx::query_as(REMAINING_DEVICES).bind(devices).bind(positions)).await?;
+        Ok((deleted, locked_devices.into_iter().map(|(device,)| device).collect()))
     }
 }

@@ -6,13 +6,13 @@ use std::time::Duration;
 use tokio::time::Instant;
 
 use crate::model::ids::UserId;
-use crate::store::room::bounds::{Bounds, Candidate, Load};
-use crate::store::room::{INBOX_WAIT, Stamp};
+use crate::store::inbox_limiter::bounds::{Bounds, Candidate, InboxLoad};
+use crate::store::inbox_limiter::{AccountBound, INBOX_RETRY_AFTER};
 
 /// The pause after a first count that found no room. It doubles with each further one, up to `LONGEST_PAUSE`.
 pub(super) const FIRST_PAUSE: Duration = Duration::from_secs(1);
 /// A refused sender is told to come again after this time.
-pub(super) const LONGEST_PAUSE: Duration = INBOX_WAIT;
+pub(super) const LONGEST_PAUSE: Duration = INBOX_RETRY_AFTER;
 /// Once this part of the messages has left an inbox, it is counted again without a pause. The count then costs no more for
 /// each message that has left than a few times what its ack did.
 const PART: u64 = 16;
@@ -20,18 +20,18 @@ const PART: u64 = 16;
 /// What is known of one inbox. The numbers may be too high, as acks are not subtracted, but not too low.
 #[derive(Debug, Default)]
 pub(super) struct Inbox {
-    pub(super) total: Load,
+    pub(super) total: InboxLoad,
     /// `None` when the inbox was not more than half full.
     pub(super) count: Option<Box<Count>>,
     /// The account's row when the inbox was counted. If the row differs now, another node has queued mail.
-    pub(super) stamp: Stamp,
+    pub(super) account_bound: AccountBound,
 }
 
 /// The last count of an inbox.
 #[derive(Debug)]
 pub(super) struct Count {
     /// By sending account, with what was admitted since.
-    senders: HashMap<UserId, Load>,
+    senders: HashMap<UserId, InboxLoad>,
     at: Instant,
     /// The inbox is not counted again within this time because of refused messages alone.
     pause: Duration,
@@ -50,7 +50,7 @@ pub(super) enum Doubt {
 
 impl Count {
     /// True if there may be room where there was none.
-    fn is_stale(&self, total: Load, (sees_all, now): (bool, Instant)) -> bool {
+    fn is_stale(&self, total: InboxLoad, (sees_all, now): (bool, Instant)) -> bool {
         let is_due = now.saturating_duration_since(self.at) >= self.pause;
         let has_much_left = self.left > 0 && self.left.saturating_mul(PART) >= total.messages;
         has_much_left || (is_due && (self.left > 0 || !sees_all))
@@ -59,8 +59,13 @@ impl Count {
 
 impl Inbox {
     /// An inbox that was counted just now.
-    pub(super) fn counted(senders: HashMap<UserId, Load>, former: Option<Self>, stamp: Stamp, now: Instant) -> Self {
-        let total = senders.values().fold(Load::default(), |sum, load| sum.plus(*load));
+    pub(super) fn counted(
+        senders: HashMap<UserId, InboxLoad>,
+        former: Option<Self>,
+        account_bound: AccountBound,
+        now: Instant,
+    ) -> Self {
+        let total = senders.values().fold(InboxLoad::default(), |sum, load| sum.plus(*load));
         let pause = match former {
             Some(Self { total: before, count: Some(former), .. }) => {
                 let left = before.messages.saturating_sub(total.messages);
@@ -69,11 +74,11 @@ impl Inbox {
             }
             _ => FIRST_PAUSE,
         };
-        Self { total, count: Some(Box::new(Count { senders, at: now, pause, left: 0 })), stamp }
+        Self { total, count: Some(Box::new(Count { senders, at: now, pause, left: 0 })), account_bound }
     }
 
     /// What waits from one account, if the inbox was counted.
-    pub(super) fn of(&self, sender: UserId) -> Load {
+    pub(super) fn of(&self, sender: UserId) -> InboxLoad {
         self.count.as_ref().and_then(|count| count.senders.get(&sender)).copied().unwrap_or_default()
     }
 
@@ -84,11 +89,11 @@ impl Inbox {
 
     /// Adds an admitted message. Returns how many senders more are remembered.
     pub(super) fn add(&mut self, one: &Candidate) -> usize {
-        self.total = self.total.plus(Load::one(one.bytes));
+        self.total = self.total.plus(InboxLoad::one(one.bytes));
         let Some(count) = &mut self.count else { return 0 };
         let before = count.senders.len();
         let of_sender = count.senders.entry(one.sender).or_default();
-        *of_sender = of_sender.plus(Load::one(one.bytes));
+        *of_sender = of_sender.plus(InboxLoad::one(one.bytes));
         count.senders.len() - before
     }
 
@@ -114,29 +119,29 @@ impl Inbox {
     pub(super) fn doubt(
         &self,
         bounds: &Bounds,
-        coming: &[Candidate],
-        stamp: Stamp,
+        incoming: &[Candidate],
+        account_bound: AccountBound,
         when: (bool, Instant),
     ) -> Option<Doubt> {
-        let comes = coming.iter().fold(Load::default(), |sum, one| sum.plus(Load::one(one.bytes)));
-        if self.stamp == stamp && !bounds.is_over_half(self.total.plus(comes)) {
+        let comes = incoming.iter().fold(InboxLoad::default(), |sum, one| sum.plus(InboxLoad::one(one.bytes)));
+        if self.account_bound == account_bound && !bounds.is_over_half(self.total.plus(comes)) {
             return None;
         }
         let Some(count) = &self.count else { return Some(Doubt::Unknown) };
-        let (mut total, mut added) = (self.total, HashMap::<UserId, Load>::new());
+        let (mut total, mut added) = (self.total, HashMap::<UserId, InboxLoad>::new());
         let (mut admitted, mut refused) = (false, false);
-        for one in coming {
+        for one in incoming {
             let of_sender = self.of(one.sender).plus(added.get(&one.sender).copied().unwrap_or_default());
             if bounds.admits(total, of_sender, one.is_own(), one.bytes).is_ok() {
                 admitted = true;
-                total = total.plus(Load::one(one.bytes));
+                total = total.plus(InboxLoad::one(one.bytes));
                 let of_sender = added.entry(one.sender).or_default();
-                *of_sender = of_sender.plus(Load::one(one.bytes));
+                *of_sender = of_sender.plus(InboxLoad::one(one.bytes));
             } else {
                 refused = true;
             }
         }
-        if admitted && self.stamp != stamp {
+        if admitted && self.account_bound != account_bound {
             return Some(Doubt::Unknown);
         }
         (refused && count.is_stale(self.total, when)).then_some(Doubt::Stale { counted_at: count.at })

@@ -12,8 +12,8 @@ async fn fill(store: &TestStore, sender: &Person, people: &[Person], messages: u
         let mut rest = some.to_vec();
         // Whatever has to be counted for that.
         while !rest.is_empty() {
-            let settled = (**store).settle(&rest, &[], NOW).await.unwrap();
-            let is_left = settled.sent.iter().map(Option::is_none);
+            let result = (**store).commit_group(&rest, &[], NOW).await.unwrap();
+            let is_left = result.sent.iter().map(Option::is_none);
             rest = rest.into_iter().zip(is_left).filter(|(_, is_left)| *is_left).map(|(mail, _)| mail).collect();
         }
     }
@@ -28,8 +28,8 @@ async fn accounts(store: &TestStore, count: usize) -> Vec<Person> {
 }
 
 async fn settle_at(store: &Store, mail: &Outgoing) -> Sent {
-    let settled = store.settle(std::slice::from_ref(mail), &[], NOW).await.unwrap();
-    settled.sent.into_iter().next().flatten().expect("a send that needs not wait")
+    let result = store.commit_group(std::slice::from_ref(mail), &[], NOW).await.unwrap();
+    result.sent.into_iter().next().flatten().expect("a send that needs not wait")
 }
 
 #[tokio::test]
@@ -39,17 +39,17 @@ async fn a_repeat_is_accepted_as_soon_as_a_part_of_the_inbox_has_been_acknowledg
     fill(&store, &alice, std::slice::from_ref(&bob), 32).await;
     let more: Vec<Outgoing> = (0..4).map(|_| send(&alice, &[(&bob, 1)])).collect();
     for mail in more.iter().chain(&more) {
-        assert_eq!(refused(&settle(&store, mail).await), [(bob.device, Shortage::Inbox)]);
+        assert_eq!(refused(&commit_group(&store, mail).await), [(bob.device, Shortage::Inbox)]);
     }
     let acks: Vec<_> = waiting(&store, &bob).await[..2].iter().map(|position| (bob.no, *position)).collect();
-    store.settle(&[], &acks, NOW).await.unwrap();
+    store.commit_group(&[], &acks, NOW).await.unwrap();
     let before = store.counted();
     for mail in &more[..2] {
-        assert!(refused(&settle(&store, mail).await).is_empty());
+        assert!(refused(&commit_group(&store, mail).await).is_empty());
     }
     assert_eq!(store.counted() - before, 30, "once, for both of them");
     for mail in &more[2..] {
-        assert_eq!(refused(&settle(&store, mail).await), [(bob.device, Shortage::Inbox)]);
+        assert_eq!(refused(&commit_group(&store, mail).await), [(bob.device, Shortage::Inbox)]);
     }
 }
 
@@ -66,18 +66,18 @@ async fn one_send_to_many_full_inboxes_is_judged_in_parts_and_holds_no_other_up(
         Database::Postgres(_) => 32_000 + 32 * 1_000,
     };
     let to: Vec<(&Person, usize)> = people.iter().map(|person| (person, 1)).collect();
-    settle(&store, &send(&bob, &[(&carol, 1)])).await;
+    commit_group(&store, &send(&bob, &[(&carol, 1)])).await;
     let (large, mut groups, mut total) = (send(&bob, &to), 0, 0);
     let sent = loop {
         groups += 1;
         let before = store.counted();
         let group = [large.clone(), send(&bob, &[(&carol, 1)])];
-        let mut settled = (*store).settle(&group, &[], NOW).await.unwrap().sent;
+        let mut result = (*store).commit_group(&group, &[], NOW).await.unwrap().sent;
         let counted = store.counted() - before;
         assert!(counted <= most, "{counted}");
         total += counted;
-        assert!(settled.pop().unwrap().is_some_and(|sent| sent.outcome.refused.is_empty()), "it needs no count");
-        if let Some(sent) = settled.pop().unwrap() {
+        assert!(result.pop().unwrap().is_some_and(|sent| sent.outcome.refused.is_empty()), "it needs no count");
+        if let Some(sent) = result.pop().unwrap() {
             break sent;
         }
     };
@@ -109,12 +109,12 @@ async fn a_group_that_fails_has_no_other_inboxes_counted_again() {
     };
     database.execute(deny).await;
     let before = store.counted();
-    assert!(store.settle(&[send(&alice, &[(&carol, 49)])], &[], NOW).await.is_err());
-    assert!(refused(&settle(&store, &send(&carol, &[(&bob, 1)])).await).is_empty());
+    assert!(store.commit_group(&[send(&alice, &[(&carol, 49)])], &[], NOW).await.is_err());
+    assert!(refused(&commit_group(&store, &send(&carol, &[(&bob, 1)])).await).is_empty());
     assert_eq!(store.counted() - before, 0);
     // The inbox of the group itself is counted again.
-    assert!(store.settle(&[send(&carol, &[(&bob, 49)])], &[], NOW).await.is_err());
-    assert!(refused(&settle(&store, &send(&carol, &[(&bob, 1)])).await).is_empty());
+    assert!(store.commit_group(&[send(&carol, &[(&bob, 49)])], &[], NOW).await.is_err());
+    assert!(refused(&commit_group(&store, &send(&carol, &[(&bob, 1)])).await).is_empty());
     assert_eq!(store.counted() - before, 6);
 }
 
@@ -127,7 +127,7 @@ async fn refusals_at_one_node_make_no_other_one_count() {
     fill(&store, &alice, std::slice::from_ref(&bob), 9).await;
     assert!(refused(&settle_at(&beside, &send(&carol, &[(&bob, 1)])).await).is_empty());
     for _ in 0..5 {
-        let sent = settle(&store, &send(&alice, &[(&bob, 1)])).await;
+        let sent = commit_group(&store, &send(&alice, &[(&bob, 1)])).await;
         assert_eq!(refused(&sent), [(bob.device, Shortage::Share)]);
     }
     let before = store.counted();
@@ -147,11 +147,11 @@ async fn an_inbox_takes_no_more_than_its_limit_though_another_node_fills_it_betw
     let (alice, bob) = (store.account().await, store.account().await);
     fill(&store, &alice, std::slice::from_ref(&bob), 6).await;
     let too_large = || send(&alice, &[(&bob, 9_999)]);
-    assert_eq!(refused(&settle(&store, &too_large()).await), [(bob.device, Shortage::Inbox)]);
+    assert_eq!(refused(&commit_group(&store, &too_large()).await), [(bob.device, Shortage::Inbox)]);
     for _ in 0..2 {
         assert!(refused(&settle_at(&beside, &send(&alice, &[(&bob, 1)])).await).is_empty());
-        assert_eq!(refused(&settle(&store, &too_large()).await), [(bob.device, Shortage::Inbox)]);
+        assert_eq!(refused(&commit_group(&store, &too_large()).await), [(bob.device, Shortage::Inbox)]);
     }
-    assert_eq!(refused(&settle(&store, &send(&alice, &[(&bob, 1)])).await), [(bob.device, Shortage::Inbox)]);
+    assert_eq!(refused(&commit_group(&store, &send(&alice, &[(&bob, 1)])).await), [(bob.device, Shortage::Inbox)]);
     assert_eq!(waiting(&store, &bob).await.len(), 8);
 }

@@ -6,53 +6,53 @@ use std::time::Duration;
 
 use crate::model::ids::{Address, DeviceNo, IdempotencyKey};
 use crate::model::mail::{Outcome, Outgoing, Refused, Replay, Sent, Shortage};
-use crate::store::notices::{Counts, TakenBack};
+use crate::store::inbox_limiter::{Admission, Candidate};
+use crate::store::notices::{Counts, RetractedRefusals};
 use crate::store::outcome::{self, Queued};
-use crate::store::room::{Candidate, Verdict};
-use crate::store::send::{Former, Found};
+use crate::store::send::{GroupContext, PreviousSend};
 
 /// The `Retry-After` of an outcome that a repeat can't change.
 const SHORTEST_WAIT: Duration = Duration::from_secs(60);
 
 /// What a send is, compared with former sends and with the devices that there are.
-pub(super) enum Case<'a> {
+pub(super) enum SendCase<'a> {
     /// It is left for a later group.
-    Later,
+    Deferred,
     /// A repeat that queues nothing. It wakes the receivers once more: the node that stored the first send may have died
     /// before it could.
     Repeat { outcome: Outcome, replay: Replay, woken: Vec<Address> },
     /// The same as another send of the group.
-    Twin { of: usize, replay: Replay },
+    Duplicate { of: usize, replay: Replay },
     /// No repeat. These messages are queued if there is room.
     New { outcome: Outcome, queued: Vec<Queued<'a>> },
     /// A repeat of a send of which messages had been refused. These are queued if there is room.
-    Rest { outcome: Outcome, queued: Vec<Queued<'a>>, former: &'a Former },
+    RetryRefused { outcome: Outcome, queued: Vec<Queued<'a>>, previous: &'a PreviousSend },
 }
 
-impl<'a> Case<'a> {
+impl<'a> SendCase<'a> {
     fn queued(&self) -> &[Queued<'a>] {
         match self {
-            Self::New { queued, .. } | Self::Rest { queued, .. } => queued,
-            Self::Later | Self::Repeat { .. } | Self::Twin { .. } => &[],
+            Self::New { queued, .. } | Self::RetryRefused { queued, .. } => queued,
+            Self::Deferred | Self::Repeat { .. } | Self::Duplicate { .. } => &[],
         }
     }
 }
 
 /// The decision about a group, before anything is written.
 #[derive(Default)]
-pub(super) struct Judgement<'a> {
+pub(super) struct Evaluation<'a> {
     /// An answer for each send that was judged.
     pub(super) sent: Vec<Option<Sent>>,
     /// The messages to queue, each with its send.
     pub(super) rows: Vec<(&'a Outgoing, Queued<'a>)>,
     /// The sends that are no repeats.
-    pub(super) judged: Vec<Judged<'a>>,
+    pub(super) new_sends: Vec<NewSend<'a>>,
     /// Outcomes that change with a repeat.
     pub(super) changed: Vec<Changed<'a>>,
     /// How many messages were refused for each device for the first time.
     pub(super) refused: Counts,
-    /// How many messages for each device are queued now that had been refused. See [`TakenBack`].
-    pub(super) taken_back: TakenBack,
+    /// How many messages for each device are queued now that had been refused. See [`RetractedRefusals`].
+    pub(super) retracted: RetractedRefusals,
 }
 
 /// A repeat that changes an outcome.
@@ -62,7 +62,7 @@ pub(super) struct Changed<'a> {
 }
 
 /// A send that is no repeat.
-pub(super) struct Judged<'a> {
+pub(super) struct NewSend<'a> {
     pub(super) mail: &'a Outgoing,
     pub(super) outcome: Outcome,
     /// Those of the group's messages that are its own.
@@ -70,34 +70,34 @@ pub(super) struct Judged<'a> {
 }
 
 /// Compares each send with former sends and with the devices that there are, except those that are left for later.
-pub(super) fn cases<'a>(
+pub(super) fn classify<'a>(
     sends: &'a [Outgoing],
-    found: &'a Found,
-    is_later: impl Fn(&Outgoing) -> bool,
-) -> Vec<Case<'a>> {
+    found: &'a GroupContext,
+    is_deferred: impl Fn(&Outgoing) -> bool,
+) -> Vec<SendCase<'a>> {
     let mut first: HashMap<(DeviceNo, IdempotencyKey), usize> = HashMap::new();
     let case = |(n, mail): (usize, &'a Outgoing)| {
-        if is_later(mail) {
-            return Case::Later;
+        if is_deferred(mail) {
+            return SendCase::Deferred;
         }
         let id = (mail.sender.no, mail.key);
         let of = *first.entry(id).or_insert(n);
-        let former = found.known.get(&id);
-        let digest = former.map_or(sends[of].digest, |former| former.digest);
+        let previous = found.previous_sends.get(&id);
+        let digest = previous.map_or(sends[of].digest, |previous| previous.digest);
         let replay = if digest == mail.digest { Replay::SameBody } else { Replay::OtherBody };
-        match former {
-            _ if of != n => Case::Twin { of, replay },
-            Some(former) if replay == Replay::SameBody && !former.outcome.refused.is_empty() => {
-                let (outcome, queued) = outcome::rest(mail, &former.outcome, &found.devices);
-                Case::Rest { outcome, queued, former }
+        match previous {
+            _ if of != n => SendCase::Duplicate { of, replay },
+            Some(previous) if replay == Replay::SameBody && !previous.outcome.refused.is_empty() => {
+                let (outcome, queued) = outcome::retry_refused(mail, &previous.outcome, &found.devices);
+                SendCase::RetryRefused { outcome, queued, previous }
             }
-            Some(former) => {
-                let (_, queued) = outcome::evaluate(mail, &found.devices);
-                Case::Repeat { outcome: former.outcome.clone(), replay, woken: addresses(&queued) }
+            Some(previous) => {
+                let (_, queued) = outcome::match_devices(mail, &found.devices);
+                SendCase::Repeat { outcome: previous.outcome.clone(), replay, woken: addresses(&queued) }
             }
             None => {
-                let (outcome, queued) = outcome::evaluate(mail, &found.devices);
-                Case::New { outcome, queued }
+                let (outcome, queued) = outcome::match_devices(mail, &found.devices);
+                SendCase::New { outcome, queued }
             }
         }
     };
@@ -109,8 +109,8 @@ fn addresses(queued: &[Queued<'_>]) -> Vec<Address> {
 }
 
 /// The messages that need room, in order. Messages to an account that gets too many sends at the moment are left out.
-pub(super) fn candidates(sends: &[Outgoing], cases: &[Case<'_>]) -> Vec<Candidate> {
-    let of_send = |(mail, case): (&Outgoing, &Case<'_>)| {
+pub(super) fn candidates(sends: &[Outgoing], cases: &[SendCase<'_>]) -> Vec<Candidate> {
+    let of_send = |(mail, case): (&Outgoing, &SendCase<'_>)| {
         let sender = mail.sender.user;
         let asking = case.queued().iter().filter(|row| row.busy_for.is_none());
         asking
@@ -123,44 +123,46 @@ pub(super) fn candidates(sends: &[Outgoing], cases: &[Case<'_>]) -> Vec<Candidat
 /// The sends with a message for one of these devices.
 pub(super) fn waiting_for(
     sends: &[Outgoing],
-    cases: &[Case<'_>],
+    cases: &[SendCase<'_>],
     devices: &HashSet<DeviceNo>,
 ) -> Vec<(DeviceNo, IdempotencyKey)> {
-    let waits = |case: &Case<'_>| case.queued().iter().any(|row| devices.contains(&row.device));
+    let waits = |case: &SendCase<'_>| case.queued().iter().any(|row| devices.contains(&row.device));
     let waiting = sends.iter().zip(cases).filter(|(_, case)| waits(case));
     waiting.map(|(mail, _)| (mail.sender.no, mail.key)).collect()
 }
 
-/// Decides what is queued. `verdicts` are those on the candidates, in their order.
-pub(super) fn judge<'a>(
+/// Decides what is queued. `admissions` are those on the candidates, in their order.
+pub(super) fn evaluate<'a>(
     sends: &'a [Outgoing],
-    cases: Vec<Case<'a>>,
-    verdicts: impl IntoIterator<Item = Verdict>,
-) -> Judgement<'a> {
-    let mut verdicts = verdicts.into_iter();
-    let mut judgement = Judgement { sent: Vec::with_capacity(sends.len()), ..Judgement::default() };
+    cases: Vec<SendCase<'a>>,
+    admissions: impl IntoIterator<Item = Admission>,
+) -> Evaluation<'a> {
+    let mut admissions = admissions.into_iter();
+    let mut evaluation = Evaluation { sent: Vec::with_capacity(sends.len()), ..Evaluation::default() };
     for (mail, case) in sends.iter().zip(cases) {
         let sent = match case {
-            Case::Later => None,
-            Case::Repeat { outcome, replay, woken } => {
+            SendCase::Deferred => None,
+            SendCase::Repeat { outcome, replay, woken } => {
                 let retry_after = (!outcome.refused.is_empty()).then_some(SHORTEST_WAIT);
                 Some(Sent { outcome, woken, replay: Some(replay), retry_after })
             }
-            Case::Twin { of, replay } => judgement.sent[of].clone().map(|first| Sent { replay: Some(replay), ..first }),
-            Case::New { outcome, queued } => Some(judgement.add(mail, outcome, queued, None, &mut verdicts)),
-            Case::Rest { outcome, queued, former } => {
-                Some(judgement.add(mail, outcome, queued, Some(former), &mut verdicts))
+            SendCase::Duplicate { of, replay } => {
+                evaluation.sent[of].clone().map(|first| Sent { replay: Some(replay), ..first })
+            }
+            SendCase::New { outcome, queued } => Some(evaluation.add(mail, outcome, queued, None, &mut admissions)),
+            SendCase::RetryRefused { outcome, queued, previous } => {
+                Some(evaluation.add(mail, outcome, queued, Some(previous), &mut admissions))
             }
         };
-        judgement.sent.push(sent);
+        evaluation.sent.push(sent);
     }
-    judgement
+    evaluation
 }
 
-impl<'a> Judgement<'a> {
+impl<'a> Evaluation<'a> {
     /// True when there is nothing to write but messages and new outcomes.
     pub(super) fn is_plain(&self) -> bool {
-        self.changed.is_empty() && self.refused.is_empty() && self.taken_back.is_empty()
+        self.changed.is_empty() && self.refused.is_empty() && self.retracted.is_empty()
     }
 
     /// Queues the messages for which there is room, and records the rest as refused.
@@ -169,44 +171,44 @@ impl<'a> Judgement<'a> {
         mail: &'a Outgoing,
         mut outcome: Outcome,
         queued: Vec<Queued<'a>>,
-        former: Option<&Former>,
-        verdicts: &mut impl Iterator<Item = Verdict>,
+        previous: Option<&PreviousSend>,
+        admissions: &mut impl Iterator<Item = Admission>,
     ) -> Sent {
         let first = self.rows.len();
         let (mut woken, mut retry_after) = (Vec::with_capacity(queued.len()), None::<Duration>);
         for row in queued {
-            let verdict = match row.busy_for {
+            let admission = match row.busy_for {
                 Some(wait) => Err((Shortage::Target, wait)),
-                None => verdicts.next().expect("each candidate was judged"),
+                None => admissions.next().expect("each candidate was judged"),
             };
-            match verdict {
+            match admission {
                 Ok(()) => {
                     woken.push(Address { user: row.user, device: row.device });
-                    if let Some(former) = former {
-                        let (count, first) = self.taken_back.entry(row.device).or_insert((0, former.first));
-                        (*count, *first) = (*count + 1, former.first.min(*first));
+                    if let Some(previous) = previous {
+                        let (count, first) = self.retracted.entry(row.device).or_insert((0, previous.first));
+                        (*count, *first) = (*count + 1, previous.first.min(*first));
                     }
                     self.rows.push((mail, row));
                 }
                 Err((shortage, wait)) => {
                     retry_after = Some(retry_after.unwrap_or(wait).min(wait));
-                    if former.is_none() {
+                    if previous.is_none() {
                         *self.refused.entry(row.device).or_default() += 1;
                     }
                     outcome.refused.push(Refused { user: row.user, device: row.id, shortage });
                 }
             }
         }
-        match former {
-            None => self.judged.push(Judged { mail, outcome: outcome.clone(), rows: first..self.rows.len() }),
+        match previous {
+            None => self.new_sends.push(NewSend { mail, outcome: outcome.clone(), rows: first..self.rows.len() }),
             // Also when nothing was queued: the client acts on a mismatch that it is told, so it must stand.
-            Some(former) => {
+            Some(previous) => {
                 let changed = outcome::encode(&outcome);
-                if changed != outcome::encode(&former.outcome) {
+                if changed != outcome::encode(&previous.outcome) {
                     self.changed.push(Changed { mail, outcome: changed });
                 }
             }
         }
-        Sent { outcome, woken, replay: former.map(|_| Replay::SameBody), retry_after }
+        Sent { outcome, woken, replay: previous.map(|_| Replay::SameBody), retry_after }
     }
 }

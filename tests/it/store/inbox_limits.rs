@@ -29,8 +29,8 @@ fn send(from: &Person, to: &[(&Person, usize)]) -> Outgoing {
     }
 }
 
-async fn settle(store: &TestStore, mail: &Outgoing) -> Sent {
-    store.settle(std::slice::from_ref(mail), &[], NOW).await.unwrap().remove(0)
+async fn commit_group(store: &TestStore, mail: &Outgoing) -> Sent {
+    store.commit_group(std::slice::from_ref(mail), &[], NOW).await.unwrap().remove(0)
 }
 
 fn refused(sent: &Sent) -> Vec<(DeviceId, Shortage)> {
@@ -44,7 +44,7 @@ async fn waiting(store: &TestStore, person: &Person) -> Vec<Position> {
 
 async fn acknowledge(store: &TestStore, person: &Person) {
     let acks: Vec<_> = waiting(store, person).await.into_iter().map(|position| (person.no, position)).collect();
-    store.settle(&[], &acks, NOW).await.unwrap();
+    store.commit_group(&[], &acks, NOW).await.unwrap();
 }
 
 fn counts(notice: Option<Notice>) -> Option<(i64, i64)> {
@@ -56,16 +56,16 @@ async fn a_full_inbox_takes_nothing_new_and_keeps_what_it_has() {
     let store = TestStore::open_with(|limits| (limits.max_inbox_size, limits.sender_share_percent) = (5, 100)).await;
     let (alice, bob, carol) = (store.account().await, store.account().await, store.account().await);
     for _ in 0..5 {
-        assert!(refused(&settle(&store, &send(&alice, &[(&bob, 1)])).await).is_empty());
+        assert!(refused(&commit_group(&store, &send(&alice, &[(&bob, 1)])).await).is_empty());
     }
     let before = waiting(&store, &bob).await;
-    let sent = settle(&store, &send(&carol, &[(&bob, 1), (&alice, 1)])).await;
+    let sent = commit_group(&store, &send(&carol, &[(&bob, 1), (&alice, 1)])).await;
     assert_eq!(refused(&sent), [(bob.device, Shortage::Inbox)]);
     assert!(sent.retry_after.is_some() && sent.replay.is_none());
     assert_eq!(waiting(&store, &bob).await, before);
     assert_eq!(waiting(&store, &alice).await.len(), 1, "another recipient of the same send is not held up");
     let store = store.reopened().await;
-    assert_eq!(refused(&settle(&store, &send(&carol, &[(&bob, 1)])).await), [(bob.device, Shortage::Inbox)]);
+    assert_eq!(refused(&commit_group(&store, &send(&carol, &[(&bob, 1)])).await), [(bob.device, Shortage::Inbox)]);
 }
 
 #[tokio::test]
@@ -73,9 +73,9 @@ async fn bytes_fill_an_inbox_as_messages_do() {
     let store =
         TestStore::open_with(|limits| (limits.inbox_max_bytes, limits.sender_share_percent) = (1000, 100)).await;
     let (alice, bob) = (store.account().await, store.account().await);
-    assert!(refused(&settle(&store, &send(&alice, &[(&bob, 900)])).await).is_empty());
-    assert_eq!(refused(&settle(&store, &send(&alice, &[(&bob, 101)])).await), [(bob.device, Shortage::Inbox)]);
-    assert!(refused(&settle(&store, &send(&alice, &[(&bob, 100)])).await).is_empty());
+    assert!(refused(&commit_group(&store, &send(&alice, &[(&bob, 900)])).await).is_empty());
+    assert_eq!(refused(&commit_group(&store, &send(&alice, &[(&bob, 101)])).await), [(bob.device, Shortage::Inbox)]);
+    assert!(refused(&commit_group(&store, &send(&alice, &[(&bob, 100)])).await).is_empty());
     assert_eq!(waiting(&store, &bob).await.len(), 2);
 }
 
@@ -84,20 +84,23 @@ async fn a_sender_has_its_share_only_above_half_and_own_devices_have_all() {
     let store = TestStore::open_with(|limits| limits.max_inbox_size = 8).await;
     let (alice, bob, carol) = (store.account().await, store.account().await, store.account().await);
     for _ in 0..5 {
-        assert!(refused(&settle(&store, &send(&alice, &[(&bob, 1)])).await).is_empty(), "up to more than half");
+        assert!(refused(&commit_group(&store, &send(&alice, &[(&bob, 1)])).await).is_empty(), "up to more than half");
     }
-    assert_eq!(refused(&settle(&store, &send(&alice, &[(&bob, 1)])).await), [(bob.device, Shortage::Share)]);
+    assert_eq!(refused(&commit_group(&store, &send(&alice, &[(&bob, 1)])).await), [(bob.device, Shortage::Share)]);
     for _ in 0..2 {
-        assert!(refused(&settle(&store, &send(&carol, &[(&bob, 1)])).await).is_empty(), "another one has a share");
+        assert!(
+            refused(&commit_group(&store, &send(&carol, &[(&bob, 1)])).await).is_empty(),
+            "another one has a share"
+        );
     }
-    assert_eq!(refused(&settle(&store, &send(&carol, &[(&bob, 1)])).await), [(bob.device, Shortage::Share)]);
+    assert_eq!(refused(&commit_group(&store, &send(&carol, &[(&bob, 1)])).await), [(bob.device, Shortage::Share)]);
     // Bob's other device.
     let own = || {
         let mail = send(&bob, &[(&bob, 1)]);
         Outgoing { sender: Sender { device: DeviceId::random(), ..mail.sender }, ..mail }
     };
-    assert!(refused(&settle(&store, &own()).await).is_empty());
-    assert_eq!(refused(&settle(&store, &own()).await), [(bob.device, Shortage::Inbox)]);
+    assert!(refused(&commit_group(&store, &own()).await).is_empty());
+    assert_eq!(refused(&commit_group(&store, &own()).await), [(bob.device, Shortage::Inbox)]);
 }
 
 #[tokio::test]
@@ -109,9 +112,9 @@ async fn what_an_account_queues_for_its_own_devices_counts_in_its_day() {
         Outgoing { sender: Sender { device: DeviceId::random(), ..mail.sender }, ..mail }
     };
     for _ in 0..64 {
-        assert!(refused(&settle(&store, &own()).await).is_empty());
+        assert!(refused(&commit_group(&store, &own()).await).is_empty());
     }
-    assert_eq!(refused(&settle(&store, &own()).await), [(bob.device, Shortage::Day)]);
+    assert_eq!(refused(&commit_group(&store, &own()).await), [(bob.device, Shortage::Day)]);
 }
 
 #[tokio::test]
@@ -119,16 +122,16 @@ async fn an_account_queues_so_many_bytes_in_a_day_also_after_a_restart() {
     let store = TestStore::open_with(|limits| limits.sender_bytes_per_day = 6400).await;
     let (alice, bob) = (store.account().await, store.account().await);
     for _ in 0..64 {
-        assert!(refused(&settle(&store, &send(&alice, &[(&bob, 100)])).await).is_empty());
+        assert!(refused(&commit_group(&store, &send(&alice, &[(&bob, 100)])).await).is_empty());
     }
-    let sent = settle(&store, &send(&alice, &[(&bob, 100)])).await;
+    let sent = commit_group(&store, &send(&alice, &[(&bob, 100)])).await;
     assert_eq!(refused(&sent), [(bob.device, Shortage::Day)]);
     assert!(sent.retry_after.unwrap() > Duration::from_mins(10), "a 64th of a day is more than that");
-    assert!(refused(&settle(&store, &send(&bob, &[(&alice, 100)])).await).is_empty(), "it is the sender's day");
+    assert!(refused(&commit_group(&store, &send(&bob, &[(&alice, 100)])).await).is_empty(), "it is the sender's day");
     let store = store.reopened().await;
     // A new process learns of the day when it has a 64th of it to write down.
-    assert!(refused(&settle(&store, &send(&alice, &[(&bob, 100)])).await).is_empty());
-    assert_eq!(refused(&settle(&store, &send(&alice, &[(&bob, 100)])).await), [(bob.device, Shortage::Day)]);
+    assert!(refused(&commit_group(&store, &send(&alice, &[(&bob, 100)])).await).is_empty());
+    assert_eq!(refused(&commit_group(&store, &send(&alice, &[(&bob, 100)])).await), [(bob.device, Shortage::Day)]);
     assert_eq!(store.expire_send_debts(NOW, 100).await.unwrap(), 0);
     assert!(store.expire_send_debts(NOW + HOUR * 72, 100).await.unwrap() > 0);
 }
@@ -138,28 +141,28 @@ async fn a_repeat_queues_only_what_was_refused_also_after_a_restart() {
     let store = TestStore::open_with(|limits| (limits.max_inbox_size, limits.sender_share_percent) = (2, 100)).await;
     let (alice, bob, carol) = (store.account().await, store.account().await, store.account().await);
     for _ in 0..2 {
-        settle(&store, &send(&alice, &[(&bob, 1)])).await;
+        commit_group(&store, &send(&alice, &[(&bob, 1)])).await;
     }
     let both = send(&alice, &[(&bob, 1), (&carol, 1)]);
-    assert_eq!(refused(&settle(&store, &both).await), [(bob.device, Shortage::Inbox)]);
+    assert_eq!(refused(&commit_group(&store, &both).await), [(bob.device, Shortage::Inbox)]);
     let store = store.reopened().await;
-    let repeated = settle(&store, &both).await;
+    let repeated = commit_group(&store, &both).await;
     assert_eq!((refused(&repeated), repeated.replay), (vec![(bob.device, Shortage::Inbox)], Some(Replay::SameBody)));
     acknowledge(&store, &bob).await;
     acknowledge(&store, &carol).await;
     let store = store.reopened().await;
     let other = Outgoing { digest: [2; 16], ..both.clone() };
-    let mismatched = settle(&store, &other).await;
+    let mismatched = commit_group(&store, &other).await;
     assert_eq!(mismatched.replay, Some(Replay::OtherBody), "another body queues no rest");
     assert_eq!((refused(&mismatched).len(), waiting(&store, &bob).await.len()), (1, 0));
     for _ in 0..2 {
-        assert!(refused(&settle(&store, &both).await).is_empty());
+        assert!(refused(&commit_group(&store, &both).await).is_empty());
         assert_eq!(waiting(&store, &bob).await.len(), 1);
         assert_eq!(waiting(&store, &carol).await.len(), 0, "what was accepted is not queued again");
     }
     // Also when the outcome is past its age while the message waits.
     store.expire_sends(NOW + HOUR * 25, 100).await.unwrap();
-    store.settle(std::slice::from_ref(&both), &[], NOW + HOUR * 25).await.unwrap();
+    store.commit_group(std::slice::from_ref(&both), &[], NOW + HOUR * 25).await.unwrap();
     assert_eq!(waiting(&store, &bob).await.len(), 1);
 }
 
@@ -167,15 +170,15 @@ async fn a_repeat_queues_only_what_was_refused_also_after_a_restart() {
 async fn a_mismatch_and_a_refusal_meet_in_one_send() {
     let store = TestStore::open_with(|limits| limits.max_inbox_size = 1).await;
     let (alice, bob, carol) = (store.account().await, store.account().await, store.account().await);
-    settle(&store, &send(&alice, &[(&bob, 1)])).await;
+    commit_group(&store, &send(&alice, &[(&bob, 1)])).await;
     let mut mail = send(&alice, &[(&bob, 1), (&carol, 1)]);
     mail.recipients[1].submissions.clear();
-    let sent = settle(&store, &mail).await;
+    let sent = commit_group(&store, &mail).await;
     assert_eq!(sent.outcome.mismatches, [(carol.user, vec![carol.device])]);
     assert_eq!(refused(&sent), [(bob.device, Shortage::Inbox)]);
     acknowledge(&store, &bob).await;
     let store = store.reopened().await;
-    let sent = settle(&store, &mail).await;
+    let sent = commit_group(&store, &mail).await;
     assert_eq!(sent.outcome.mismatches, [(carol.user, vec![carol.device])]);
     assert_eq!((refused(&sent).len(), waiting(&store, &bob).await.len()), (0, 1));
 }
@@ -186,11 +189,11 @@ async fn only_the_recipient_that_gets_too_much_is_left_out() {
     let (alice, bob, carol) = (store.account().await, store.account().await, store.account().await);
     let mut mail = send(&alice, &[(&bob, 1), (&carol, 1)]);
     mail.recipients[0].busy_for = Some(Duration::from_secs(3));
-    let sent = settle(&store, &mail).await;
+    let sent = commit_group(&store, &mail).await;
     assert_eq!(refused(&sent), [(bob.device, Shortage::Target)]);
     assert_eq!((sent.retry_after, waiting(&store, &carol).await.len()), (Some(Duration::from_secs(3)), 1));
     mail.recipients[0].busy_for = None;
-    assert!(refused(&settle(&store, &mail).await).is_empty());
+    assert!(refused(&commit_group(&store, &mail).await).is_empty());
     assert_eq!((waiting(&store, &bob).await.len(), waiting(&store, &carol).await.len()), (1, 1));
 }
 
@@ -199,10 +202,10 @@ async fn an_inbox_that_is_over_a_new_limit_keeps_everything() {
     let store = TestStore::open().await;
     let (alice, bob) = (store.account().await, store.account().await);
     for _ in 0..10 {
-        settle(&store, &send(&alice, &[(&bob, 1)])).await;
+        commit_group(&store, &send(&alice, &[(&bob, 1)])).await;
     }
     let store = store.reopened_with(|limits| limits.max_inbox_size = 3).await;
-    assert_eq!(refused(&settle(&store, &send(&alice, &[(&bob, 1)])).await), [(bob.device, Shortage::Inbox)]);
+    assert_eq!(refused(&commit_group(&store, &send(&alice, &[(&bob, 1)])).await), [(bob.device, Shortage::Inbox)]);
     assert_eq!(waiting(&store, &bob).await.len(), 10);
 }
 
@@ -211,17 +214,17 @@ async fn a_notice_counts_each_refused_send_once_and_what_expired_until_it_is_ack
     let store = TestStore::open_with(|limits| (limits.max_inbox_size, limits.sender_share_percent) = (2, 100)).await;
     let (alice, bob) = (store.account().await, store.account().await);
     for _ in 0..2 {
-        settle(&store, &send(&alice, &[(&bob, 1)])).await;
+        commit_group(&store, &send(&alice, &[(&bob, 1)])).await;
     }
     assert_eq!(store.notice(bob.no).await.unwrap(), None);
     let (one, other) = (send(&alice, &[(&bob, 1)]), send(&alice, &[(&bob, 1)]));
     for mail in [&one, &one, &other, &one] {
-        settle(&store, mail).await;
+        commit_group(&store, mail).await;
     }
     assert_eq!(counts(store.notice(bob.no).await.unwrap()), Some((0, 2)));
     acknowledge(&store, &bob).await;
     let store = store.reopened().await;
-    settle(&store, &one).await;
+    commit_group(&store, &one).await;
     let told = store.notice(bob.no).await.unwrap();
     assert_eq!(counts(told), Some((0, 1)), "a repeat that was queued takes its refusal back");
     let told = told.unwrap();
@@ -230,12 +233,12 @@ async fn a_notice_counts_each_refused_send_once_and_what_expired_until_it_is_ack
     let later = NOW + HOUR * 24 * 31;
     assert_eq!(store.expire_messages(later, later, 100).await.unwrap().deleted, 1);
     assert_eq!(counts(store.notice(bob.no).await.unwrap()), Some((1, 1)));
-    store.notice_told(bob.no, told, later).await.unwrap();
+    store.acknowledge_notice(bob.no, told, later).await.unwrap();
     assert_eq!(counts(store.notice(bob.no).await.unwrap()), Some((1, 0)), "what came after is still to be told");
-    store.notice_told(bob.no, told, later).await.unwrap();
+    store.acknowledge_notice(bob.no, told, later).await.unwrap();
     assert_eq!(counts(store.notice(bob.no).await.unwrap()), Some((1, 0)), "an ack that comes again changes nothing");
     let rest = store.notice(bob.no).await.unwrap().unwrap();
-    store.notice_told(bob.no, rest, later).await.unwrap();
+    store.acknowledge_notice(bob.no, rest, later).await.unwrap();
     assert_eq!(store.notice(bob.no).await.unwrap(), None);
     assert_eq!(store.database().await.number("SELECT count(*) FROM inbox_notices").await, 0);
 }
@@ -244,18 +247,18 @@ async fn a_notice_counts_each_refused_send_once_and_what_expired_until_it_is_ack
 async fn full_inbox() -> (TestStore, [Person; 3]) {
     let store = TestStore::open_with(|limits| (limits.max_inbox_size, limits.sender_share_percent) = (1, 100)).await;
     let [alice, bob, carol] = [store.account().await, store.account().await, store.account().await];
-    settle(&store, &send(&alice, &[(&bob, 1)])).await;
+    commit_group(&store, &send(&alice, &[(&bob, 1)])).await;
     (store, [alice, bob, carol])
 }
 
 async fn acknowledge_notice(store: &TestStore, person: &Person) {
     let told = store.notice(person.no).await.unwrap().expect("a notice");
-    store.notice_told(person.no, told, NOW).await.unwrap();
+    store.acknowledge_notice(person.no, told, NOW).await.unwrap();
 }
 
 /// Repeats a send until there is room for all of it.
 async fn queue_the_rest(store: &TestStore, mail: &Outgoing) {
-    eventually("room", async || refused(&settle(store, mail).await).is_empty()).await;
+    eventually("room", async || refused(&commit_group(store, mail).await).is_empty()).await;
 }
 
 /// All of it within one hour.
@@ -264,12 +267,12 @@ async fn a_repeat_does_not_take_the_refusal_of_another_sender_off_a_notice() {
     for is_reopened in [false, true] {
         let (mut store, [alice, bob, carol]) = full_inbox().await;
         let (first, second) = (send(&alice, &[(&bob, 1)]), send(&carol, &[(&bob, 1)]));
-        settle(&store, &first).await;
+        commit_group(&store, &first).await;
         acknowledge_notice(&store, &bob).await;
         if is_reopened {
             store = store.reopened().await;
         }
-        settle(&store, &second).await;
+        commit_group(&store, &second).await;
         acknowledge(&store, &bob).await;
         queue_the_rest(&store, &first).await;
         assert_eq!(counts(store.notice(bob.no).await.unwrap()), Some((0, 1)), "the other message was refused");
@@ -282,13 +285,13 @@ async fn a_repeat_does_not_take_the_refusal_of_another_sender_off_a_notice() {
 #[tokio::test]
 async fn a_send_that_was_repeated_in_parts_takes_only_its_own_refusals_off_notices() {
     let (store, [alice, bob, carol]) = full_inbox().await;
-    settle(&store, &send(&alice, &[(&carol, 1)])).await;
+    commit_group(&store, &send(&alice, &[(&carol, 1)])).await;
     let (both, other) = (send(&alice, &[(&bob, 1), (&carol, 1)]), send(&carol, &[(&bob, 1)]));
-    settle(&store, &both).await;
+    commit_group(&store, &both).await;
     acknowledge_notice(&store, &bob).await;
-    settle(&store, &other).await;
+    commit_group(&store, &other).await;
     acknowledge(&store, &carol).await;
-    let is_for_bob = async || refused(&settle(&store, &both).await) == [(bob.device, Shortage::Inbox)];
+    let is_for_bob = async || refused(&commit_group(&store, &both).await) == [(bob.device, Shortage::Inbox)];
     eventually("room for carol", is_for_bob).await;
     assert_eq!(store.notice(carol.no).await.unwrap(), None);
     acknowledge(&store, &bob).await;
@@ -302,7 +305,7 @@ async fn a_notice_that_was_overtaken_by_repeats_takes_nothing_else_along_when_it
     let (alice, bob) = (store.account().await, store.account().await);
     let mails: Vec<Outgoing> = (0..6).map(|_| send(&alice, &[(&bob, 1)])).collect();
     for mail in &mails[..5] {
-        settle(&store, mail).await;
+        commit_group(&store, mail).await;
     }
     let told = store.notice(bob.no).await.unwrap().unwrap();
     assert_eq!(counts(Some(told)), Some((0, 3)));
@@ -310,11 +313,11 @@ async fn a_notice_that_was_overtaken_by_repeats_takes_nothing_else_along_when_it
     for mail in &mails[2..4] {
         queue_the_rest(&store, mail).await;
     }
-    assert_eq!(refused(&settle(&store, &mails[5]).await).len(), 1);
-    store.notice_told(bob.no, told, NOW).await.unwrap();
+    assert_eq!(refused(&commit_group(&store, &mails[5]).await).len(), 1);
+    store.acknowledge_notice(bob.no, told, NOW).await.unwrap();
     let left = store.notice(bob.no).await.unwrap().expect("one that was refused after the notice is still to be told");
     assert!(left.refused >= 1);
-    store.notice_told(bob.no, left, NOW).await.unwrap();
+    store.acknowledge_notice(bob.no, left, NOW).await.unwrap();
     assert_eq!(store.notice(bob.no).await.unwrap(), None);
 }
 
@@ -323,12 +326,12 @@ async fn two_stores_on_one_database_queue_the_rest_once() {
     let store = TestStore::open_in_postgres_with(|limits| limits.max_inbox_size = 1).await;
     let beside = store.open_again().await.unwrap();
     let (alice, bob) = (store.account().await, store.account().await);
-    settle(&store, &send(&alice, &[(&bob, 1)])).await;
+    commit_group(&store, &send(&alice, &[(&bob, 1)])).await;
     let mail = send(&alice, &[(&bob, 1)]);
-    assert_eq!(refused(&settle(&store, &mail).await).len(), 1);
+    assert_eq!(refused(&commit_group(&store, &mail).await).len(), 1);
     acknowledge(&store, &bob).await;
     let both = [mail.clone()];
-    let (one, other) = tokio::join!(beside.settle(&both, &[], NOW), beside.settle(&both, &[], NOW));
+    let (one, other) = tokio::join!(beside.commit_group(&both, &[], NOW), beside.commit_group(&both, &[], NOW));
     for sent in [one.unwrap(), other.unwrap()] {
         assert!(sent.sent[0].as_ref().is_some_and(|sent| sent.outcome.refused.is_empty()));
     }
@@ -354,10 +357,10 @@ async fn a_day_is_charged_with_what_was_queued_and_not_with_groups_that_failed()
     database.execute(deny).await;
     for number in 0..128 {
         let fails = [send(&alice, &[(&bob, 49)])];
-        assert!(store.settle(&fails, &[], NOW).await.is_err());
-        assert!(refused(&settle(&store, &send(&alice, &[(&bob, 50)])).await).is_empty(), "{number}");
+        assert!(store.commit_group(&fails, &[], NOW).await.is_err());
+        assert!(refused(&commit_group(&store, &send(&alice, &[(&bob, 50)])).await).is_empty(), "{number}");
     }
-    assert_eq!(refused(&settle(&store, &send(&alice, &[(&bob, 50)])).await), [(bob.device, Shortage::Day)]);
+    assert_eq!(refused(&commit_group(&store, &send(&alice, &[(&bob, 50)])).await), [(bob.device, Shortage::Day)]);
 }
 
 /// A group has counted an inbox and is about to be committed when another one of the same node fails.
@@ -367,7 +370,7 @@ async fn a_full_inbox_is_not_written_down_as_empty_when_another_group_fails() {
     let store = TestStore::open_in_postgres_with(full).await;
     let (alice, bob, carol) = (store.account().await, store.account().await, store.account().await);
     for _ in 0..3 {
-        settle(&store, &send(&alice, &[(&bob, 1)])).await;
+        commit_group(&store, &send(&alice, &[(&bob, 1)])).await;
     }
     let store = store.reopened().await;
     let database = store.database().await;
@@ -386,25 +389,28 @@ async fn a_full_inbox_is_not_written_down_as_empty_when_another_group_fails() {
                      WHERE datname = current_database() AND wait_event = 'PgSleep'";
         eventually("the first group to be written", async || database.number(waits).await > 0).await;
         let held = database.hold_account(Uuid::from_bytes(*carol.user.as_bytes())).await;
-        (*store).settle(&to_carol, &[], NOW).await.unwrap();
+        (*store).commit_group(&to_carol, &[], NOW).await.unwrap();
         database.execute("INSERT INTO opened VALUES (1)").await;
         held.release().await;
     };
-    let (filled, ()) = tokio::join!(settle(&store, &to_bob), fails);
+    let (filled, ()) = tokio::join!(commit_group(&store, &to_bob), fails);
     assert!(refused(&filled).is_empty());
     assert!(waiting(&store, &carol).await.is_empty(), "her account was held");
     assert_eq!(database.number("SELECT max(at_most) FROM account_locks").await, 4);
-    assert_eq!(refused(&settle(&store, &send(&carol, &[(&bob, 1)])).await), [(bob.device, Shortage::Inbox)]);
+    assert_eq!(refused(&commit_group(&store, &send(&carol, &[(&bob, 1)])).await), [(bob.device, Shortage::Inbox)]);
 }
 
 #[tokio::test]
 async fn bytes_that_a_former_version_did_not_count_are_counted_when_it_matters() {
     let store = TestStore::open_in_postgres_with(|limits| limits.inbox_max_bytes = 4 << 20).await;
     let (alice, bob, carol) = (store.account().await, store.account().await, store.account().await);
-    settle(&store, &send(&alice, &[(&bob, 3 << 20)])).await;
+    commit_group(&store, &send(&alice, &[(&bob, 3 << 20)])).await;
     // A node of a former version counts messages alone.
     let database = store.database().await;
     database.execute("UPDATE account_locks SET bytes_at_most = 0, bytes_of = 0").await;
-    assert_eq!(refused(&settle(&store, &send(&carol, &[(&bob, 2 << 20)])).await), [(bob.device, Shortage::Inbox)]);
-    assert!(refused(&settle(&store, &send(&carol, &[(&bob, 1 << 20)])).await).is_empty());
+    assert_eq!(
+        refused(&commit_group(&store, &send(&carol, &[(&bob, 2 << 20)])).await),
+        [(bob.device, Shortage::Inbox)]
+    );
+    assert!(refused(&commit_group(&store, &send(&carol, &[(&bob, 1 << 20)])).await).is_empty());
 }
