@@ -195,10 +195,10 @@ impl Owners {
 /// Compares the clock with the time that the database remembers. The first start on a database has only the clock of the
 /// database server to compare with, if that has one.
 async fn resume(clock: &Clock, store: &Store) -> store::Result<()> {
-    let mut seen = store.seen_time().await?;
+    let mut seen = store.stored_time().await?;
     if seen.is_none() {
-        store.remember_time(store.server_time().await?.unwrap_or(clock.now())).await?;
-        seen = store.seen_time().await?;
+        store.store_time(store.server_time().await?.unwrap_or(clock.now())).await?;
+        seen = store.stored_time().await?;
     }
     if let Some(seen) = seen {
         clock.resume(seen.at, seen.server);

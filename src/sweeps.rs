@@ -207,7 +207,7 @@ async fn used_refresh_tokens(app: App) -> Result<Round, StoreError> {
 
 async fn past_seconds(app: App, after: Arc<AtomicI64>) -> Result<Round, StoreError> {
     let from = DeviceNo(after.load(Ordering::Relaxed));
-    let last = app.store.forget_past_seconds(from, app.clock.earliest(), STEP).await?;
+    let last = app.store.clear_expired_revocations(from, app.clock.earliest(), STEP).await?;
     after.store(last.map_or(0, |device| device.0), Ordering::Relaxed);
     Ok(last.map_or(Round::Done, |_| Round::More))
 }

@@ -230,7 +230,7 @@ impl Upload {
             warn!(%error, "an upload that came to nothing could not be removed; a sweep will try again");
         } else if may_still_happen {
             warn!("the storage did not say what came of an upload; a sweep will remove what may be left");
-        } else if let Err(error) = app.store.forget_attachments(&[self.id]).await {
+        } else if let Err(error) = app.store.delete_attachments(&[self.id]).await {
             warn!(%error, "an upload that came to nothing could not be forgotten; a sweep will try again");
         }
     }

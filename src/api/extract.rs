@@ -74,10 +74,10 @@ impl FromRequestParts<App> for Unmetered {
         let by_the_wall = || app.clock.doubt().and_then(|_| app.tokens.verify_access_token(token, app.clock.latest()));
         let claims = verified.or_else(by_the_wall).ok_or(ApiError::Unauthorized)?;
         let device_auth = app.store.device_auth(claims.device).await?.ok_or(ApiError::Unauthorized)?;
-        if device_auth.user != claims.user || claims.is_void(device_auth.tokens_void_to) {
+        if device_auth.user != claims.user || claims.is_revoked(device_auth.tokens_revoked_until) {
             return Err(ApiError::Unauthorized);
         }
-        app.store.note_use(claims.user);
+        app.store.record_use(claims.user);
         if let Some(admitted) = parts.extensions.get_mut::<Admitted>() {
             admitted.payer = Payer::Account(claims.user);
         }
@@ -87,7 +87,7 @@ impl FromRequestParts<App> for Unmetered {
             no: device_auth.no,
             is_primary: device_auth.is_primary,
             // A token that doesn't outlive the void second is good until that grows.
-            token_expires_at: claims.expires_at.max(device_auth.tokens_void_to.saturating_add(1)),
+            token_expires_at: claims.expires_at.max(device_auth.tokens_revoked_until.saturating_add(1)),
         }))
     }
 }

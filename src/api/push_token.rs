@@ -80,7 +80,7 @@ pub async fn put(
 
 /// Forgets how the device is woken.
 pub async fn delete(State(app): State<App>, caller: Caller) -> Result<StatusCode, ApiError> {
-    app.store.forget_push_target(caller.no).await?;
+    app.store.delete_push_target(caller.no).await?;
     Ok(StatusCode::NO_CONTENT)
 }
 

@@ -75,7 +75,9 @@ pub async fn log_in(
     let Some(device) = begun else {
         return Err(ApiError::Conflict("Device does not belong to this account".into()));
     };
-    Ok(axum::Json(session.answer(&app.tokens, &app.tokens.claims(user, device.device, now, device.tokens_void_to))))
+    Ok(axum::Json(
+        session.answer(&app.tokens, &app.tokens.claims(user, device.device, now, device.tokens_revoked_until)),
+    ))
 }
 
 /// Exchanges a refresh token for new tokens.
@@ -87,8 +89,8 @@ pub async fn refresh(
     let used = RefreshToken::parse(&request.refresh_token).ok_or(ApiError::Unauthorized)?;
     let (now, latest) = (app.clock.now(), app.clock.latest());
     let next = NewSession::with(app.tokens.successor(&used, key), &app.tokens, latest);
-    let void_to = app.tokens.latest_access_expiry(latest);
-    let wish = Refresh { secret_hash: used.secret_hash(), key, next: next.grant, void_to };
+    let revoked_until = app.tokens.latest_access_expiry(latest);
+    let wish = Refresh { secret_hash: used.secret_hash(), key, next: next.grant, revoked_until };
     let (next, device, exchanged_at) = match app.tasks.finish(exchange(app.clone(), wish, now)).await? {
         Refreshed::Rotated(device) => (next, device, latest),
         Refreshed::Repeated { holder, used_at, secret_hash } => {
@@ -99,17 +101,17 @@ pub async fn refresh(
         }
         Refreshed::Refused | Refreshed::Stolen(_) => return Err(ApiError::Unauthorized),
     };
-    let claims = app.tokens.claims(device.user, device.device, exchanged_at, device.tokens_void_to);
+    let claims = app.tokens.claims(device.user, device.device, exchanged_at, device.tokens_revoked_until);
     Ok(axum::Json(next.answer(&app.tokens, &claims)))
 }
 
 /// Ends the session of the calling device.
 pub async fn log_out(State(app): State<App>, caller: Caller) -> Result<StatusCode, ApiError> {
-    let void_to = app.tokens.latest_access_expiry(app.clock.latest());
+    let revoked_until = app.tokens.latest_access_expiry(app.clock.latest());
     app.tasks
         .clone()
         .finish(async move {
-            let ended = app.store.log_out(caller.no, void_to).await;
+            let ended = app.store.log_out(caller.no, revoked_until).await;
             // Also when it failed: it may have happened all the same.
             app.bus.wake(&[caller.address()], Signal::AuthChanged);
             ended?;

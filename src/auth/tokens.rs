@@ -23,7 +23,7 @@ pub const WRONG_BY_SECS: i64 = 48 * 60 * 60;
 
 /// When the tokens of a device are void for so many seconds longer than a new one lives, that comes from a wrong clock. Sooner
 /// voids are outlived by new tokens. An hour less than what makes a token itself look wrong.
-const VOIDED_BY_WRONG_CLOCK_SECS: i64 = 47 * 60 * 60;
+const REVOKED_BY_WRONG_CLOCK_SECS: i64 = 47 * 60 * 60;
 
 /// Makes and checks tokens. Cloning is cheap.
 #[derive(Clone)]
@@ -62,9 +62,9 @@ pub struct Claims {
 }
 
 impl Claims {
-    /// True if the session in which the token was made has ended, for a device whose tokens are void up to `void_to`.
-    pub fn is_void(&self, void_to: i64) -> bool {
-        self.expires_at <= void_to && self.epoch != Some(void_to)
+    /// True if the session in which the token was made has ended, for a device whose tokens are void up to `revoked_until`.
+    pub fn is_revoked(&self, revoked_until: i64) -> bool {
+        self.expires_at <= revoked_until && self.epoch != Some(revoked_until)
     }
 }
 
@@ -193,13 +193,13 @@ impl Tokens {
             .expect("an HMAC key signs any claims")
     }
 
-    /// What an access token says that is made at `now` for a device whose tokens up to the Unix second `void_to` are void.
-    pub fn claims(&self, user: UserId, device: DeviceId, now: Timestamp, void_to: i64) -> Claims {
+    /// What an access token says that is made at `now` for a device whose tokens up to the Unix second `revoked_until` are void.
+    pub fn claims(&self, user: UserId, device: DeviceId, now: Timestamp, revoked_until: i64) -> Claims {
         let expires_at = self.latest_access_expiry(now);
-        if void_to > expires_at.saturating_add(VOIDED_BY_WRONG_CLOCK_SECS) {
-            return Claims { user, device, expires_at, epoch: Some(void_to) };
+        if revoked_until > expires_at.saturating_add(REVOKED_BY_WRONG_CLOCK_SECS) {
+            return Claims { user, device, expires_at, epoch: Some(revoked_until) };
         }
-        Claims { user, device, expires_at: expires_at.max(void_to.saturating_add(1)), epoch: None }
+        Claims { user, device, expires_at: expires_at.max(revoked_until.saturating_add(1)), epoch: None }
     }
 
     /// Access tokens that exist at `now` expire in this Unix second or before, unless the device has been logged out.

@@ -19,7 +19,7 @@ pub(super) async fn run(config: Config) -> anyhow::Result<String> {
         None => None,
     };
     let store = Store::open(&config.database, store::Limits::of(&config), &Metrics::unread()).await?;
-    let dropped = store.forget_one_time_prekeys().await?;
+    let dropped = store.delete_one_time_prekeys().await?;
     store.close().await;
     Ok(format!("Dropped {dropped} one-time prekeys. The server can be started; devices will be asked for new ones."))
 }

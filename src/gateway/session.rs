@@ -59,7 +59,7 @@ pub async fn run(
 struct Session {
     app: App,
     device: DeviceNo,
-    /// The device's `tokens_void_to` at the handshake. It changes when the device is logged out.
+    /// The device's `tokens_revoked_until` at the handshake. It changes when the device is logged out.
     epoch: i64,
     pipe: Pipe,
     inflight: Inflight,
@@ -96,7 +96,7 @@ impl Session {
         let memory = FrameMemory::new(app.limits.frames.clone(), payer);
         Self {
             device: holder.no,
-            epoch: holder.tokens_void_to,
+            epoch: holder.tokens_revoked_until,
             pipe,
             inflight,
             acks: Acks::default(),

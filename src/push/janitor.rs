@@ -66,7 +66,7 @@ impl Round {
             if self.under_way.is_empty() {
                 return;
             }
-            match self.store.forget_dead_tokens(&self.under_way).await {
+            match self.store.delete_dead_tokens(&self.under_way).await {
                 Ok(count) => {
                     self.metrics.dead_tokens.add((), count);
                     info!(count, "dead push tokens removed");

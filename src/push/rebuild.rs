@@ -40,7 +40,7 @@ pub(super) fn start(
             if !is_ours {
                 return Result::Ok(Round::Done);
             }
-            let found = store.overslept(DeviceNo(from), latest - grace, now, STEP).await?;
+            let found = store.overdue_for_push(DeviceNo(from), latest - grace, now, STEP).await?;
             if !found.devices.is_empty() {
                 debug!(count = found.devices.len(), "devices that should have been pushed to");
             }

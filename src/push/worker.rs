@@ -23,7 +23,7 @@ use crate::push::providers::Pushed;
 use crate::push::queue::{Fate, Job, Leased, Queue, QueueError, Reason};
 use crate::push::refusals::Refusals;
 use crate::push::waiting::Waiting;
-use crate::store::{Sleeper, Store, StoreError};
+use crate::store::{PushCandidate, Store, StoreError};
 use crate::tasks::Tasks;
 use crate::telemetry::Telemetry;
 use crate::telemetry::metrics::{Metrics, PushStatus};
@@ -50,7 +50,7 @@ enum Trouble {
 /// A push that was tried.
 struct Tried {
     leased: Leased,
-    sleeper: Sleeper,
+    candidate: PushCandidate,
     pushed: Pushed,
 }
 
@@ -187,7 +187,7 @@ impl Worker {
             if ended.is_empty() {
                 return Ok(());
             }
-            match self.store.forget_pushes(&ended).await {
+            match self.store.reset_pushes(&ended).await {
                 Ok(left) => {
                     let jobs = left.into_iter().map(|device| Job { device, reason: Reason::Mail });
                     self.outbox.add(jobs, Instant::now() + self.config.notifications.push_delay);
@@ -209,13 +209,13 @@ impl Worker {
         let now = self.clock.now();
         let (mut settled, mut sent) = (Vec::new(), Vec::new());
         let (mut unheard, mut missing, mut known) = (0, Vec::new(), Vec::new());
-        for Tried { leased, sleeper, pushed } in all {
-            let lane = self.lanes.of(&sleeper.target).clone();
+        for Tried { leased, candidate, pushed } in all {
+            let lane = self.lanes.of(&candidate.target).clone();
             if let Some(status) = pushed.refused_with() {
                 self.metrics.push_refusals.one((lane.name, PushStatus::of(status)));
-                self.refusals.tell(&sleeper.target, status);
+                self.refusals.tell(&candidate.target, status);
             }
-            let pushed = judged(pushed, &sleeper, now, &mut missing, &mut known);
+            let pushed = judged(pushed, &candidate, now, &mut missing, &mut known);
             match &pushed {
                 Pushed::Unavailable { cause, retry_after } => {
                     lane.has_failed(*cause, *retry_after, self.config.notifications.visibility_timeout);
@@ -228,16 +228,16 @@ impl Worker {
             self.metrics.pushes.one((lane.name, pushed.outcome(lane.is_real(), fate == Fate::Done)));
             let fate = match fate {
                 Fate::Done if pushed == Pushed::TokenGone => {
-                    match self.janitor.take(sleeper.device, sleeper.target.token()) {
+                    match self.janitor.take(candidate.device, candidate.target.token()) {
                         true => Fate::Done,
                         false => Fate::Later(self.config.notifications.visibility_timeout),
                     }
                 }
                 Fate::Done => {
                     unheard += u32::from(!lane.is_real());
-                    sent.push((sleeper.device, sleeper.target.token().to_owned(), sleeper.newest));
+                    sent.push((candidate.device, candidate.target.token().to_owned(), candidate.newest));
                     if leased.job.reason == Reason::Keys {
-                        self.store.remember_keys_push(sleeper.device, now).await?;
+                        self.store.record_prekeys_push(candidate.device, now).await?;
                     }
                     Fate::Done
                 }
@@ -249,7 +249,7 @@ impl Worker {
             info!(count = unheard, "devices were to be woken, and there is no provider for them");
         }
         if !sent.is_empty() {
-            self.store.remember_pushes(&sent, now).await?;
+            self.store.record_pushes(&sent, now).await?;
         }
         self.store.mark_push_targets(&missing, Some(now)).await?;
         self.store.mark_push_targets(&known, None).await?;
@@ -261,26 +261,29 @@ impl Worker {
     async fn end(&mut self, settled: Vec<(Leased, Fate)>) -> Result<(), Trouble> {
         self.queue.settle(&settled).await?;
         let done = settled.iter().filter(|(leased, fate)| *fate == Fate::Done && leased.job.reason == Reason::Mail);
-        let sleepers = self.sleepers(done.map(|(leased, _)| leased.job)).await?;
+        let push_candidates = self.push_candidates(done.map(|(leased, _)| leased.job)).await?;
         let now = self.clock.latest();
-        for sleeper in sleepers.into_values() {
-            if let Some(since) = sleeper.waiting_since {
-                let job = Job { device: sleeper.device, reason: Reason::Mail };
+        for candidate in push_candidates.into_values() {
+            if let Some(since) = candidate.waiting_since {
+                let job = Job { device: candidate.device, reason: Reason::Mail };
                 self.outbox.add([job], Instant::now() + self.wait(since, now));
             }
         }
         Ok(())
     }
 
-    async fn sleepers(&self, jobs: impl Iterator<Item = Job>) -> Result<HashMap<DeviceNo, Sleeper>, StoreError> {
+    async fn push_candidates(
+        &self,
+        jobs: impl Iterator<Item = Job>,
+    ) -> Result<HashMap<DeviceNo, PushCandidate>, StoreError> {
         let mut devices: Vec<_> = jobs.map(|job| job.device).collect();
         devices.sort_unstable();
         devices.dedup();
         if devices.is_empty() {
             return Ok(HashMap::new());
         }
-        let sleepers = self.store.sleepers(&devices, self.clock.now()).await?;
-        Ok(sleepers.into_iter().map(|sleeper| (sleeper.device, sleeper)).collect())
+        let push_candidates = self.store.push_candidates(&devices, self.clock.now()).await?;
+        Ok(push_candidates.into_iter().map(|candidate| (candidate.device, candidate)).collect())
     }
 
     /// Says once that something is away, and once that it is back.
@@ -305,13 +308,13 @@ impl Worker {
 /// time, or known again, are added to the lists.
 fn judged(
     pushed: Pushed,
-    sleeper: &Sleeper,
+    candidate: &PushCandidate,
     now: Timestamp,
     missing: &mut Vec<(DeviceNo, String)>,
     known: &mut Vec<(DeviceNo, String)>,
 ) -> Pushed {
-    let target = || (sleeper.device, sleeper.target.token().to_owned());
-    match (&pushed, sleeper.missing_since) {
+    let target = || (candidate.device, candidate.target.token().to_owned());
+    match (&pushed, candidate.missing_since) {
         (Pushed::Missing, Some(since)) if since + MISSING_FOR <= now => return Pushed::TokenGone,
         (Pushed::Missing, None) => missing.push(target()),
         (Pushed::Accepted, Some(_)) => known.push(target()),

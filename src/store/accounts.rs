@@ -114,7 +114,7 @@ impl Store {
         if former.is_some_and(|former| former == identity.as_bytes()) {
             spent_prekeys::record_signed(&mut tx, user, None).await?;
         }
-        let mail = devices::forget(&mut tx, &gone).await?;
+        let mail = devices::delete_devices(&mut tx, &gone).await?;
         run!(&mut tx, sqlx::query("DELETE FROM link_sessions WHERE user_id = $1").bind(user))?;
         let replace = "UPDATE users SET identity_key = $2 WHERE id = $1";
         run!(&mut tx, sqlx::query(replace).bind(user).bind(&identity.as_bytes()[..]))?;

@@ -135,7 +135,7 @@ impl Store {
     }
 
     /// Forgets attachments whose bytes are gone, whatever state they were in.
-    pub async fn forget_attachments(&self, ids: &[AttachmentId]) -> Result<()> {
+    pub async fn delete_attachments(&self, ids: &[AttachmentId]) -> Result<()> {
         if ids.is_empty() {
             return Ok(());
         }

@@ -192,8 +192,8 @@ mod tests {
         DeviceId::from_bytes(&[7; 16]).unwrap()
     }
 
-    fn device_auth(tokens_void_to: i64) -> DeviceAuth {
-        DeviceAuth { no: NO, user: UserId::from_bytes(&[1; 16]).unwrap(), is_primary: true, tokens_void_to }
+    fn device_auth(tokens_revoked_until: i64) -> DeviceAuth {
+        DeviceAuth { no: NO, user: UserId::from_bytes(&[1; 16]).unwrap(), is_primary: true, tokens_revoked_until }
     }
 
     /// What the standings say while the database says `read`; `None` when they don't ask it.
@@ -203,8 +203,8 @@ mod tests {
             is_asked = true;
             Ok(vec![Some(device_auth(read))])
         });
-        let tokens_void_to = found.await.unwrap().unwrap().tokens_void_to;
-        (tokens_void_to, is_asked)
+        let tokens_revoked_until = found.await.unwrap().unwrap().tokens_revoked_until;
+        (tokens_revoked_until, is_asked)
     }
 
     fn change(device_auth_cache: &DeviceAuthCache) -> AuthChanges {

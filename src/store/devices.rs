@@ -46,7 +46,8 @@ pub struct DeviceAuth {
     /// Whether it is the account's primary device.
     pub is_primary: bool,
     /// Access tokens that expire at or before this Unix second are void.
-    pub tokens_void_to: i64,
+    #[sqlx(rename = "tokens_void_to")]
+    pub tokens_revoked_until: i64,
 }
 
 #[derive(FromRow)]
@@ -97,7 +98,7 @@ impl Store {
         Ok(devices.iter().map(|device| found.get(device).copied()).collect())
     }
 
-    /// The device's `tokens_void_to`, which changes whenever its session is ended, and becomes zero a day
+    /// The device's `tokens_revoked_until`, which changes whenever its session is ended, and becomes zero a day
     /// behind the second that it names; `None` when the device is gone.
     pub async fn epoch(&self, no: DeviceNo) -> Result<Option<i64>> {
         let statement = "SELECT tokens_void_to FROM devices WHERE no = $1";
@@ -143,7 +144,7 @@ impl Store {
             Some((no, false)) => {
                 lock(&mut tx, no).await?;
                 spent_prekeys::record_signed(&mut tx, user, Some(no)).await?;
-                mail = forget(&mut tx, &[no]).await?;
+                mail = delete_devices(&mut tx, &[no]).await?;
                 Removed::Device(no)
             }
         };
@@ -156,7 +157,7 @@ impl Store {
     /// nobody can read them.
     pub async fn clear_inboxes(&self, gone: &[DeviceNo]) -> Result<bool> {
         let mut tx = self.begin().await?;
-        let deleted = forget_mail(&mut tx, gone).await?;
+        let deleted = delete_messages(&mut tx, gone).await?;
         tx.commit().await?;
         self.metrics.left.add(Left::Removed, deleted);
         Ok(deleted > 0)
@@ -216,43 +217,43 @@ pub(super) async fn insert(tx: &mut Tx, user: UserId, device: &NewDevice, is_pri
 
 /// Forgets devices and everything that was kept for them, but for the rest of very large inboxes. Messages that they
 /// sent stay. The account is locked. Answers how many messages were deleted.
-pub(super) async fn forget(tx: &mut Tx, nos: &[DeviceNo]) -> Result<u64> {
+pub(super) async fn delete_devices(tx: &mut Tx, nos: &[DeviceNo]) -> Result<u64> {
     tx.register_auth_change(nos);
     match tx {
         Tx::Sqlite(tx) => {
-            for statement in FORGET {
+            for statement in DELETE {
                 sqlx::query(statement).bind(json_list(nos.iter().map(|no| no.0))).execute(&mut **tx).await?;
             }
         }
         Tx::Postgres(tx) => {
             // The devices go first: whoever is about to keep something for one of them holds its row, and finds it gone
             // afterwards.
-            for statement in FORGET_IN_POSTGRES {
+            for statement in DELETE_IN_POSTGRES {
                 tx.run(sqlx::query(statement).bind(nos)).await?;
             }
         }
     }
-    forget_mail(tx, nos).await
+    delete_messages(tx, nos).await
 }
 
 /// Deletes the oldest messages of devices that are gone, as many as one transaction should. Answers how many.
-async fn forget_mail(tx: &mut Tx, gone: &[DeviceNo]) -> Result<u64> {
+async fn delete_messages(tx: &mut Tx, gone: &[DeviceNo]) -> Result<u64> {
     match tx {
         Tx::Sqlite(tx) => {
             let list = json_list(gone.iter().map(|no| no.0));
-            let done = sqlx::query(FORGET_MAIL).bind(list).bind(MAIL_AT_ONCE).execute(&mut **tx).await?;
+            let done = sqlx::query(DELETE_MESSAGES).bind(list).bind(MESSAGES_AT_ONCE).execute(&mut **tx).await?;
             Ok(done.rows_affected())
         }
-        Tx::Postgres(tx) => tx.run(sqlx::query(FORGET_MAIL_IN_POSTGRES).bind(gone).bind(MAIL_AT_ONCE)).await,
+        Tx::Postgres(tx) => tx.run(sqlx::query(DELETE_MESSAGES_IN_POSTGRES).bind(gone).bind(MESSAGES_AT_ONCE)).await,
     }
 }
 
 /// Bytes of messages that are deleted at once. A full inbox of the largest messages has 2 GB; deleting it takes many
 /// seconds, during which nobody else could write.
-const MAIL_AT_ONCE: i64 = 16 << 20;
+const MESSAGES_AT_ONCE: i64 = 16 << 20;
 
 /// $1 is a JSON array of device numbers.
-const FORGET: [&str; 9] = [
+const DELETE: [&str; 9] = [
     "DELETE FROM sends WHERE sender_no IN (SELECT value FROM json_each($1))",
     "DELETE FROM inbox_notices WHERE device_no IN (SELECT value FROM json_each($1))",
     "DELETE FROM push_tokens WHERE device_no IN (SELECT value FROM json_each($1))",
@@ -266,7 +267,7 @@ const FORGET: [&str; 9] = [
 
 /// Messages are counted until $2 bytes lie before them, so there is at least one. The length of a body is read without
 /// the body.
-const FORGET_MAIL: &str = "\
+const DELETE_MESSAGES: &str = "\
     DELETE FROM messages WHERE position IN ( \
         SELECT position FROM ( \
             SELECT position, sum(size) OVER (ORDER BY position) - size AS size_before FROM ( \
@@ -275,7 +276,7 @@ const FORGET_MAIL: &str = "\
         WHERE size_before < $2)";
 
 /// $1 is an array of device numbers.
-const FORGET_IN_POSTGRES: [&str; 9] = [
+const DELETE_IN_POSTGRES: [&str; 9] = [
     "DELETE FROM devices WHERE no = ANY($1)",
     "DELETE FROM sends WHERE sender_no = ANY($1)",
     "DELETE FROM inbox_notices WHERE device_no = ANY($1)",
@@ -287,8 +288,8 @@ const FORGET_IN_POSTGRES: [&str; 9] = [
     "DELETE FROM device_keys WHERE device_no = ANY($1)",
 ];
 
-/// See [`FORGET_MAIL`].
-const FORGET_MAIL_IN_POSTGRES: &str = "\
+/// See [`DELETE_MESSAGES`].
+const DELETE_MESSAGES_IN_POSTGRES: &str = "\
     DELETE FROM messages m USING ( \
         SELECT device_no, position, sum(size) OVER (ORDER BY device_no, position) - size AS size_before FROM ( \
             SELECT device_no, position, octet_length(body) AS size FROM messages \

@@ -15,7 +15,7 @@ use crate::store::spent_prekeys::{self, Fingerprint, fingerprint};
 use crate::store::{Result, json_list};
 
 /// What an account has of the keys of one upload.
-pub(super) struct Known {
+pub(super) struct StoredPrekeys {
     user: UserId,
     used: HashSet<Fingerprint>,
     /// The stored one-time keys that are also in the upload, by their public key.
@@ -31,32 +31,32 @@ struct Stored {
 }
 
 /// What becomes of the one-time keys that the device of an upload has.
-pub(super) enum Own {
+pub(super) enum OwnPrekeys {
     /// They stay. These are their kinds and ids.
-    Stay(DeviceNo, HashSet<(i32, i32)>),
+    Kept(DeviceNo, HashSet<(i32, i32)>),
     /// They are deleted before the new ones are stored, or there are none.
-    Go(DeviceNo),
+    Replaced(DeviceNo),
 }
 
 /// What an upload changes of the stored one-time keys.
 #[derive(Default)]
-pub(super) struct Change<'a> {
+pub(super) struct PrekeyChange<'a> {
     /// To be added. A key whose id is stored already may be among them, and is not stored.
     pub(super) added: Vec<OneTimeRow<'a>>,
     /// To be deleted before that: the numbers of rows with keys that are added under another id.
     pub(super) moved: Vec<i64>,
 }
 
-impl Own {
+impl OwnPrekeys {
     /// The one-time keys of this device stay.
-    pub(super) async fn staying(tx: &mut Tx, no: DeviceNo) -> Result<Self> {
+    pub(super) async fn kept(tx: &mut Tx, no: DeviceNo) -> Result<Self> {
         let statement = "SELECT kind, key_id FROM one_time_prekeys WHERE device_no = $1";
         let ids: Vec<(i32, i32)> = on!(tx, |db| sqlx::query_as(statement).bind(no).fetch_all(db))?;
-        Ok(Self::Stay(no, ids.into_iter().collect()))
+        Ok(Self::Kept(no, ids.into_iter().collect()))
     }
 }
 
-impl Known {
+impl StoredPrekeys {
     /// Looks for the keys of the upload among those that the account's devices have, and those that the account has used. The
     /// account's keys are locked ([`crate::store::prekeys::lock`]).
     pub(super) async fn read(tx: &mut Tx, user: UserId, keys: &PreKeys, rows: &[OneTimeRow<'_>]) -> Result<Self> {
@@ -73,7 +73,7 @@ impl Known {
         }
         // Behind the stored ones: a device that has joined a moment ago is not locked. A key of it that is handed out in
         // between is recorded then, and was stored before.
-        let used = spent_prekeys::among(tx, user, &fingerprints).await?;
+        let used = spent_prekeys::find(tx, user, &fingerprints).await?;
         Ok(Self { user, used, stored })
     }
 
@@ -83,19 +83,24 @@ impl Known {
     }
 
     /// True if this key is a one-time key of the account that stays.
-    pub(super) fn is_one_time(&self, public_key: &[u8], own: &Own) -> bool {
-        self.staying(public_key, own).next().is_some()
+    pub(super) fn is_one_time(&self, public_key: &[u8], own: &OwnPrekeys) -> bool {
+        self.kept(public_key, own).next().is_some()
     }
 
-    fn staying<'a>(&'a self, public_key: &[u8], own: &'a Own) -> impl Iterator<Item = &'a Stored> {
+    fn kept<'a>(&'a self, public_key: &[u8], own: &'a OwnPrekeys) -> impl Iterator<Item = &'a Stored> {
         let stored = self.stored.get(public_key).map_or(&[][..], Vec::as_slice);
-        stored.iter().filter(move |stored| !matches!(own, Own::Go(no) if *no == stored.device_no))
+        stored.iter().filter(move |stored| !matches!(own, OwnPrekeys::Replaced(no) if *no == stored.device_no))
     }
 
     /// What is to be stored of the one-time keys of the upload. Left out are keys that were used, keys that come twice, those
     /// of another device, and those among `lasting`, which are handed out all the time.
-    pub(super) fn change<'a>(&self, rows: Vec<OneTimeRow<'a>>, lasting: &[&'a [u8]], own: &Own) -> Change<'a> {
-        let mut change = Change::default();
+    pub(super) fn change<'a>(
+        &self,
+        rows: Vec<OneTimeRow<'a>>,
+        lasting: &[&'a [u8]],
+        own: &OwnPrekeys,
+    ) -> PrekeyChange<'a> {
+        let mut change = PrekeyChange::default();
         let mut seen: HashSet<&[u8]> = lasting.iter().copied().collect();
         for row in rows {
             if !self.is_used(row.public_key) && seen.insert(row.public_key) {
@@ -105,9 +110,9 @@ impl Known {
         change
     }
 
-    fn change_one<'a>(&self, row: OneTimeRow<'a>, own: &Own, change: &mut Change<'a>) {
-        let copies: Vec<&Stored> = self.staying(row.public_key, own).collect();
-        if let Own::Stay(no, ids) = own {
+    fn change_one<'a>(&self, row: OneTimeRow<'a>, own: &OwnPrekeys, change: &mut PrekeyChange<'a>) {
+        let copies: Vec<&Stored> = self.kept(row.public_key, own).collect();
+        if let OwnPrekeys::Kept(no, ids) = own {
             if copies.iter().any(|copy| copy.device_no != *no) {
                 return;
             }

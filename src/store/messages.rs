@@ -231,8 +231,8 @@ impl Store {
         let last: Option<Timestamp> =
             on!(&mut tx, |db| sqlx::query_scalar(statement).bind(now).bind(i64::from(limit)).fetch_one(db))?;
         if let Some(last) = last {
-            let forget = tx.sql(FORGET_SENDS, FORGET_SENDS_IN_POSTGRES);
-            seen += run!(&mut tx, sqlx::query(forget).bind(last))?;
+            let delete = tx.sql(DELETE_SENDS, DELETE_SENDS_IN_POSTGRES);
+            seen += run!(&mut tx, sqlx::query(delete).bind(last))?;
             let later = now + self.limits.idempotency_lifetime;
             let keep = "UPDATE sends SET review_at = $2 WHERE review_at <= $1";
             seen += run!(&mut tx, sqlx::query(keep).bind(last).bind(later))?;
@@ -365,11 +365,11 @@ const EXPIRE_IN_POSTGRES: &str = "\
     WHERE m.device_no = gone.device_no AND m.position = gone.position AND (gone.total <= $3 OR gone.total = gone.size) \
     RETURNING m.device_no";
 
-const FORGET_SENDS: &str = "\
+const DELETE_SENDS: &str = "\
     DELETE FROM sends WHERE review_at <= $1 AND NOT EXISTS \
         (SELECT 1 FROM messages m WHERE m.position BETWEEN sends.first_position AND sends.last_position)";
 
-const FORGET_SENDS_IN_POSTGRES: &str = "\
+const DELETE_SENDS_IN_POSTGRES: &str = "\
     DELETE FROM sends WHERE review_at <= $1 AND NOT EXISTS \
         (SELECT 1 FROM messages m WHERE m.received_at = sends.sent_at \
          AND m.position BETWEEN sends.first_position AND sends.last_position)";

@@ -70,13 +70,13 @@ pub use links::{Approval, Approved, LinkBody, Linked, NewLink};
 pub use messages::{Expired, Page};
 pub use notices::Notice;
 pub use prekeys::{Bundle, HandedOut, PrekeyCounts};
-pub use pushes::{Overslept, Sleeper};
+pub use pushes::{OverduePage, PushCandidate};
 pub use refill::Refilled;
 pub use send::GroupResult;
 pub use sessions::{NewTicket, REPEAT_WINDOW, Refresh, Refreshed, SessionGrant, SessionHolder};
-pub use time::Seen;
+pub use time::StoredTime;
 pub use uploads::{Allowance, Reservation, Reserved};
-pub use usage::Disuse;
+pub use usage::IdleCutoffs;
 
 /// The result of every method of the store.
 pub type Result<T> = std::result::Result<T, StoreError>;
@@ -166,7 +166,7 @@ impl Store {
         };
         let device_auth_cache = DeviceAuthCache::new(matches!(database, Database::Sqlite(_)));
         let inbox_reads = Arc::new(QueryBatcher::new(CONCURRENT_INBOX_READS, QUERIES_PER_BATCH));
-        let (tickets, uploads) = (Arc::new(Tickets::new()), uploads::none());
+        let (tickets, uploads) = (Arc::new(Tickets::new()), uploads::new_batcher());
         let metrics = metrics.clone();
         let inbox_limiter = InboxLimiter::new(&limits, matches!(database, Database::Sqlite(_)));
         let (last_contention, usage) = (Arc::default(), Arc::new(Usage::new()));

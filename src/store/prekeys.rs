@@ -19,7 +19,7 @@ use crate::model::keys::{
     SignedPreKey,
 };
 use crate::store::database::{Tx, on, reading, run};
-use crate::store::known_prekeys::{Known, Own};
+use crate::store::known_prekeys::{OwnPrekeys, StoredPrekeys};
 use crate::store::shares::Rows;
 use crate::store::spent_prekeys::{self, fingerprint};
 use crate::store::{Result, Store, StoreError};
@@ -306,8 +306,8 @@ pub(super) async fn insert(tx: &mut Tx, user: UserId, no: DeviceNo, keys: &PreKe
         VALUES ($1, $2, $3, $4, $5, $6, $7)";
     store_signed(tx, statement, no, keys).await?;
     let rows = one_time_rows(keys);
-    let known = Known::read(tx, user, keys, &rows).await?;
-    let change = known.change(rows, &lasting_keys(keys), &Own::Go(no));
+    let known = StoredPrekeys::read(tx, user, keys, &rows).await?;
+    let change = known.change(rows, &lasting_keys(keys), &OwnPrekeys::Replaced(no));
     add_one_time(tx, no, &change.added).await
 }
 

@@ -39,7 +39,7 @@ impl Store {
     }
 
     /// Forgets how to wake a device.
-    pub async fn forget_push_target(&self, no: DeviceNo) -> Result<()> {
+    pub async fn delete_push_target(&self, no: DeviceNo) -> Result<()> {
         let mut tx = self.begin_on(Rows::OfDevice(no)).await?;
         run!(&mut tx, sqlx::query("DELETE FROM push_tokens WHERE device_no = $1").bind(no))?;
         tx.commit().await
@@ -47,7 +47,7 @@ impl Store {
 
     /// Forgets tokens that their provider has called dead. One that was replaced meanwhile is left alone. Answers how
     /// many are gone.
-    pub async fn forget_dead_tokens(&self, dead: &[(DeviceNo, String)]) -> Result<u64> {
+    pub async fn delete_dead_tokens(&self, dead: &[(DeviceNo, String)]) -> Result<u64> {
         let mut tx = self.begin().await?;
         let mut gone = 0;
         for (device, token) in dead {

@@ -11,7 +11,7 @@ use sqlx::FromRow;
 use crate::model::ids::{DeviceNo, UserId};
 use crate::model::keys::PreKeys;
 use crate::store::database::{Tx, on, run};
-use crate::store::known_prekeys::{self, Known, Own};
+use crate::store::known_prekeys::{self, OwnPrekeys, StoredPrekeys};
 use crate::store::prekeys::{self, OneTimeRow};
 use crate::store::shares::Rows;
 use crate::store::spent_prekeys::{self, fingerprint};
@@ -90,10 +90,10 @@ impl Store {
         let stored: Option<Stored> = on!(tx, |db| sqlx::query_as(READ_STORED).bind(no).fetch_optional(db))?;
         let Some(stored) = stored else { return Ok(Refilled::DeviceGone) };
         let rows = prekeys::one_time_rows(keys);
-        let known = Known::read(tx, user, keys, &rows).await?;
+        let known = StoredPrekeys::read(tx, user, keys, &rows).await?;
         let own = match mode {
-            Mode::Adding => Own::staying(tx, no).await?,
-            Mode::Replacing => Own::Go(no),
+            Mode::Adding => OwnPrekeys::kept(tx, no).await?,
+            Mode::Replacing => OwnPrekeys::Replaced(no),
         };
         let mut lasting = prekeys::lasting_keys(keys);
         lasting.extend(stored.lasting_keys());
@@ -147,7 +147,7 @@ impl Stored {
     }
 
     /// Why an upload with another signed prekey than the stored one is refused.
-    fn refusal(&self, keys: &PreKeys, mode: Mode, known: &Known, own: &Own) -> Option<Refilled> {
+    fn refusal(&self, keys: &PreKeys, mode: Mode, known: &StoredPrekeys, own: &OwnPrekeys) -> Option<Refilled> {
         let is_one_time = |public_key: &[u8]| known.is_used(public_key) || known.is_one_time(public_key, own);
         if is_one_time(keys.signed.public_key.as_bytes()) {
             return Some(Refilled::SignedKeyKnown);

@@ -88,7 +88,8 @@ pub struct SessionHolder {
     /// The device's number.
     pub no: DeviceNo,
     /// Access tokens that expire at or before this Unix second are void. It changes when the device's session is ended.
-    pub tokens_void_to: i64,
+    #[sqlx(rename = "tokens_void_to")]
+    pub tokens_revoked_until: i64,
 }
 
 /// A wish to exchange a refresh token for the next one of its family.
@@ -101,7 +102,7 @@ pub struct Refresh {
     /// The next token.
     pub next: SessionGrant,
     /// Should the presented token turn out to be stolen: access tokens that expire at or before this second are void.
-    pub void_to: i64,
+    pub revoked_until: i64,
 }
 
 /// What became of it.
@@ -146,11 +147,11 @@ impl Store {
         let holder: Option<SessionHolder> =
             on!(&mut tx, |db| sqlx::query_as(statement).bind(device).bind(user).fetch_optional(db))?;
         let Some(holder) = holder else { return Ok(None) };
-        let void_to = end_tokens(&mut tx, holder.no, grant.access_expires_at).await?;
+        let revoked_until = revoke_tokens(&mut tx, holder.no, grant.access_expires_at).await?;
         open(&mut tx, holder.no, grant).await?;
         usage::mark(&mut tx, user, self.usage.day()).await?;
         tx.commit().await?;
-        Ok(Some(SessionHolder { tokens_void_to: void_to.unwrap_or(holder.tokens_void_to), ..holder }))
+        Ok(Some(SessionHolder { tokens_revoked_until: revoked_until.unwrap_or(holder.tokens_revoked_until), ..holder }))
     }
 
     /// Exchanges a refresh token.
@@ -167,10 +168,10 @@ impl Store {
             _ => Refreshed::Refused,
         };
         match refreshed {
-            Refreshed::Rotated(holder) if !self.usage.is_noted(holder.user) => {
+            Refreshed::Rotated(holder) if !self.usage.is_recorded(holder.user) => {
                 usage::mark(&mut tx, holder.user, self.usage.day()).await?;
                 tx.commit().await?;
-                self.usage.set_noted(holder.user);
+                self.usage.set_recorded(holder.user);
             }
             _ => tx.commit().await?,
         }
@@ -194,10 +195,10 @@ impl Store {
     }
 
     /// Ends the device's session: its refresh token, its tickets and its push token are forgotten, and its access tokens
-    /// that expire at or before the Unix second `void_to` are void. The device, its keys and its queued messages stay.
-    pub async fn log_out(&self, no: DeviceNo, void_to: i64) -> Result<()> {
+    /// that expire at or before the Unix second `revoked_until` are void. The device, its keys and its queued messages stay.
+    pub async fn log_out(&self, no: DeviceNo, revoked_until: i64) -> Result<()> {
         let mut tx = self.begin_on(Rows::OfDevice(no)).await?;
-        end(&mut tx, no, void_to).await?;
+        end(&mut tx, no, revoked_until).await?;
         tx.commit().await
     }
 
@@ -335,15 +336,15 @@ async fn session_of(tx: &mut Tx, family: &[u8; 16]) -> Result<Option<Session>> {
 }
 
 /// Ends the device's session, if it has one, and voids its access tokens and tickets in any case. Its push token goes too.
-async fn end(tx: &mut Tx, no: DeviceNo, void_to: i64) -> Result<()> {
-    end_tokens(tx, no, void_to).await?;
+async fn end(tx: &mut Tx, no: DeviceNo, revoked_until: i64) -> Result<()> {
+    revoke_tokens(tx, no, revoked_until).await?;
     run!(tx, sqlx::query("DELETE FROM push_tokens WHERE device_no = $1").bind(no))?;
     Ok(())
 }
 
 /// Ends the device's session, if it has one, and voids its access tokens and tickets in any case. Answers up to which
 /// second access tokens are void now; `None` when the device is gone.
-async fn end_tokens(tx: &mut Tx, no: DeviceNo, void_to: i64) -> Result<Option<i64>> {
+async fn revoke_tokens(tx: &mut Tx, no: DeviceNo, revoked_until: i64) -> Result<Option<i64>> {
     tx.register_auth_change(&[no]);
     // First, so that whatever is about to be kept for this session waits, and then finds it ended. The number always
     // grows: gateway sockets notice by it that the session they began in has ended. It may be the second of a clock that was
@@ -354,7 +355,7 @@ async fn end_tokens(tx: &mut Tx, no: DeviceNo, void_to: i64) -> Result<Option<i6
         "UPDATE devices SET tokens_void_to = GREATEST(tokens_void_to + 1, tokens_issued_to, $2) WHERE no = $1 \
          RETURNING tokens_void_to",
     );
-    let void_to = on!(tx, |db| sqlx::query_scalar(statement).bind(no).bind(void_to).fetch_optional(db))?;
+    let revoked_until = on!(tx, |db| sqlx::query_scalar(statement).bind(no).bind(revoked_until).fetch_optional(db))?;
     for statement in [
         "DELETE FROM sessions WHERE device_no = $1",
         "DELETE FROM refresh_uses WHERE device_no = $1",
@@ -362,5 +363,5 @@ async fn end_tokens(tx: &mut Tx, no: DeviceNo, void_to: i64) -> Result<Option<i6
     ] {
         run!(tx, sqlx::query(statement).bind(no))?;
     }
-    Ok(void_to)
+    Ok(revoked_until)
 }

@@ -64,7 +64,7 @@ pub(super) async fn record(tx: &mut Tx, used: &[(UserId, Fingerprint)]) -> Resul
 }
 
 /// Those of these fingerprints whose keys the account has used.
-pub(super) async fn among(tx: &mut Tx, user: UserId, asked: &[Fingerprint]) -> Result<HashSet<Fingerprint>> {
+pub(super) async fn find(tx: &mut Tx, user: UserId, asked: &[Fingerprint]) -> Result<HashSet<Fingerprint>> {
     let found: Vec<(Vec<u8>,)> = match tx {
         Tx::Sqlite(tx) => {
             let statement = "\

@@ -16,7 +16,7 @@ const SERVER_TIME: &str = "CAST(EXTRACT(EPOCH FROM clock_timestamp()) * 1000 AS 
 
 /// What the database knows about the time.
 #[derive(Clone, Debug, PartialEq, Eq, FromRow)]
-pub struct Seen {
+pub struct StoredTime {
     /// The newest time that any node has remembered, in whole minutes.
     #[sqlx(rename = "seen_at")]
     pub at: Timestamp,
@@ -30,7 +30,7 @@ pub struct Seen {
 
 impl Store {
     /// What the database knows about the time; `None` if it has never been told, or if it has none of our tables.
-    pub async fn seen_time(&self) -> Result<Option<Seen>> {
+    pub async fn stored_time(&self) -> Result<Option<StoredTime>> {
         let server = if self.is_exclusive() { "NULL" } else { SERVER_TIME };
         let statement = format!("SELECT seen_at, database_id, confirmations, {server} AS server FROM server_time");
         match reading!(self, |db| sqlx::query_as(sqlx::AssertSqlSafe(statement.as_str())).fetch_optional(db)) {
@@ -49,7 +49,7 @@ impl Store {
     }
 
     /// Remembers that it is `now`, unless a later time is remembered. The first call gives the database its id.
-    pub async fn remember_time(&self, now: Timestamp) -> Result<()> {
+    pub async fn store_time(&self, now: Timestamp) -> Result<()> {
         let statement = "INSERT INTO server_time (id, seen_at, database_id, confirmations) VALUES (1, $1, $2, 0) \
                          ON CONFLICT (id) DO UPDATE SET seen_at = excluded.seen_at \
                          WHERE server_time.seen_at < excluded.seen_at";

@@ -66,7 +66,7 @@ const MAX_DEBT: Duration = Duration::from_hours(25);
 const BLOCK_BYTES: u64 = 4096;
 
 /// Uploads that begin or end at the same time.
-pub(super) type Uploads = QueryBatcher<Step, Taken>;
+pub(super) type Uploads = QueryBatcher<Step, StepResult>;
 
 /// What an upload asks of the database.
 #[derive(Clone, Copy)]
@@ -76,19 +76,19 @@ pub(super) enum Step {
 }
 
 /// The result of a step.
-pub(super) enum Taken {
+pub(super) enum StepResult {
     Begun(Reserved),
     Completed(bool),
 }
 
 /// None are under way yet.
-pub(super) fn none() -> Arc<Uploads> {
+pub(super) fn new_batcher() -> Arc<Uploads> {
     Arc::new(QueryBatcher::new(1, UPLOADS))
 }
 
 /// What counts against an account.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-struct Used {
+struct AccountUsage {
     /// Bytes that the attachments stored or being uploaded count. Zero when there is no quota.
     bytes: i64,
     /// When, at the allowed bytes a day, all that was uploaded lately will have been allowed.
@@ -104,8 +104,8 @@ impl Store {
                 postgres::reserve(self.begin_on(Rows::OfAccount(upload.user)).await?, upload).await
             }
             Database::Sqlite(sqlite) => match self.step(sqlite, Step::Begin(upload)).await? {
-                Taken::Begun(reserved) => Ok(reserved),
-                Taken::Completed(_) => unreachable!("who begins is told what came of that"),
+                StepResult::Begun(reserved) => Ok(reserved),
+                StepResult::Completed(_) => unreachable!("who begins is told what came of that"),
             },
         }
     }
@@ -116,8 +116,8 @@ impl Store {
         match &self.database {
             Database::Postgres(_) => postgres::complete(self.begin().await?, id).await,
             Database::Sqlite(sqlite) => match self.step(sqlite, Step::Complete(id)).await? {
-                Taken::Completed(stored) => Ok(stored),
-                Taken::Begun(_) => unreachable!("who completes is told what came of that"),
+                StepResult::Completed(stored) => Ok(stored),
+                StepResult::Begun(_) => unreachable!("who completes is told what came of that"),
             },
         }
     }
@@ -137,12 +137,12 @@ impl Store {
         Ok(forgotten)
     }
 
-    async fn step(&self, sqlite: &SqliteStore, step: Step) -> Result<Taken> {
+    async fn step(&self, sqlite: &SqliteStore, step: Step) -> Result<StepResult> {
         self.uploads.run(step, async |steps| sqlite::take(sqlite, steps).await).await
     }
 }
 
-impl Used {
+impl AccountUsage {
     /// Admits an upload and counts it, or says why not.
     fn admit(&mut self, upload: &Reservation) -> Reserved {
         if self.has_no_room(upload) {

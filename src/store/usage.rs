@@ -25,13 +25,13 @@ const BATCH: usize = 500;
 pub(super) struct Usage {
     /// The number of the current service day, as far as this node knows; zero before it knows.
     number: AtomicI64,
-    noted: Box<[AtomicU64]>,
+    recorded: Box<[AtomicU64]>,
     pending: Mutex<HashSet<UserId>>,
 }
 
 /// From which service day on an account counts as used. `None` means that it does not expire.
 #[derive(Clone, Copy, Debug)]
-pub struct Disuse {
+pub struct IdleCutoffs {
     /// For accounts that have been used after their sign-up.
     pub used_before: Option<i64>,
     /// For accounts that have not.
@@ -40,8 +40,8 @@ pub struct Disuse {
 
 impl Usage {
     pub(super) fn new() -> Self {
-        let noted = (0..CELLS).map(|_| AtomicU64::new(0)).collect();
-        Self { number: AtomicI64::new(0), noted, pending: Mutex::default() }
+        let recorded = (0..CELLS).map(|_| AtomicU64::new(0)).collect();
+        Self { number: AtomicI64::new(0), recorded, pending: Mutex::default() }
     }
 
     /// The number of the current service day, from 1 on; `None` until [`Store::service_day`] has been asked.
@@ -50,13 +50,13 @@ impl Usage {
     }
 
     /// True when the account's use of today is written, or waits to be.
-    pub(super) fn is_noted(&self, user: UserId) -> bool {
+    pub(super) fn is_recorded(&self, user: UserId) -> bool {
         let (cell, tag) = self.cell(user);
         cell.load(Ordering::Relaxed) == tag
     }
 
     /// Remembers that the account's use of today is written, or waits to be.
-    pub(super) fn set_noted(&self, user: UserId) {
+    pub(super) fn set_recorded(&self, user: UserId) {
         let (cell, tag) = self.cell(user);
         cell.store(tag, Ordering::Relaxed);
     }
@@ -68,7 +68,7 @@ impl Usage {
             u64::from_be_bytes(bytes)
         });
         let day = self.number.load(Ordering::Relaxed).unsigned_abs().wrapping_mul(0x9e37_79b9_7f4a_7c15);
-        (&self.noted[tail as usize % CELLS], head ^ day)
+        (&self.recorded[tail as usize % CELLS], head ^ day)
     }
 
     fn pending(&self) -> MutexGuard<'_, HashSet<UserId>> {
@@ -78,14 +78,14 @@ impl Usage {
 
 impl Store {
     /// Notes a use of the account, to be written later. It costs one look at memory if the account was noted today.
-    pub fn note_use(&self, user: UserId) {
-        if self.usage.is_noted(user) {
+    pub fn record_use(&self, user: UserId) {
+        if self.usage.is_recorded(user) {
             return;
         }
         let mut pending = self.usage.pending();
         if pending.len() < MAX_PENDING {
             pending.insert(user);
-            self.usage.set_noted(user);
+            self.usage.set_recorded(user);
         }
     }
 
@@ -104,12 +104,12 @@ impl Store {
     }
 
     /// Writes the uses that were noted. What could not be written is noted again.
-    pub async fn write_uses(&self) -> Result<()> {
-        let mut noted: Vec<UserId> = std::mem::take(&mut *self.usage.pending()).into_iter().collect();
-        noted.sort_unstable();
-        for (n, batch) in noted.chunks(BATCH).enumerate() {
+    pub async fn flush_uses(&self) -> Result<()> {
+        let mut recorded: Vec<UserId> = std::mem::take(&mut *self.usage.pending()).into_iter().collect();
+        recorded.sort_unstable();
+        for (n, batch) in recorded.chunks(BATCH).enumerate() {
             if let Err(error) = self.mark_used(batch).await {
-                self.usage.pending().extend(&noted[n * BATCH..]);
+                self.usage.pending().extend(&recorded[n * BATCH..]);
                 return Err(error);
             }
         }
@@ -117,7 +117,7 @@ impl Store {
     }
 
     /// Counts an open socket as a use of its account: notes the accounts of these devices.
-    pub async fn note_devices(&self, open: &[DeviceNo]) -> Result<()> {
+    pub async fn record_device_uses(&self, open: &[DeviceNo]) -> Result<()> {
         for batch in open.chunks(BATCH) {
             let users: Vec<UserId> = match &self.database {
                 Database::Sqlite(sqlite) => {
@@ -132,7 +132,7 @@ impl Store {
                     rows.into_iter().map(|(user,)| user).collect()
                 }
             };
-            users.into_iter().for_each(|user| self.note_use(user));
+            users.into_iter().for_each(|user| self.record_use(user));
         }
         Ok(())
     }
@@ -155,7 +155,7 @@ impl Store {
     }
 
     /// Up to `limit` accounts that are not used any more.
-    pub async fn disused_accounts(&self, disuse: Disuse, limit: u32) -> Result<Vec<UserId>> {
+    pub async fn idle_accounts(&self, disuse: IdleCutoffs, limit: u32) -> Result<Vec<UserId>> {
         let mut found = Vec::new();
         for (is_unused, before) in [(false, disuse.used_before), (true, disuse.signed_up_before)] {
             let Some(before) = before else { continue };
@@ -174,7 +174,7 @@ impl Store {
     /// Removes an account that is still not used, with its devices, keys, waiting mail and link sessions; its name is free
     /// again. What it sent to others, attachments included, stays until its own age. Returns the devices that are gone, or
     /// `None` when the account is gone or was used meanwhile.
-    pub async fn remove_disused(&self, user: UserId, disuse: Disuse) -> Result<Option<Vec<Address>>> {
+    pub async fn remove_idle_account(&self, user: UserId, disuse: IdleCutoffs) -> Result<Option<Vec<Address>>> {
         let mut tx = self.begin().await?;
         devices::lock_account(&mut tx, user).await?;
         // In the order in which a log-in takes them: the devices, then the account. So either the log-in is seen here, or
@@ -194,11 +194,11 @@ impl Store {
             let before = if is_unused { disuse.signed_up_before } else { disuse.used_before };
             used_on.zip(before).is_some_and(|(used_on, before)| used_on < before)
         });
-        if !is_disused || self.usage.is_noted(user) {
+        if !is_disused || self.usage.is_recorded(user) {
             return Ok(None);
         }
-        let mail = devices::forget(&mut tx, &gone).await?;
-        forget_account(&mut tx, user).await?;
+        let mail = devices::delete_devices(&mut tx, &gone).await?;
+        delete_account(&mut tx, user).await?;
         tx.commit().await?;
         self.metrics.left.add(Left::Removed, mail);
         self.metrics.accounts_expired.one(());
@@ -239,7 +239,7 @@ pub(super) async fn mark(tx: &mut Tx, user: UserId, day: Option<i64>) -> Result<
 }
 
 /// Deletes what belongs to the account and not to a device of it.
-async fn forget_account(tx: &mut Tx, user: UserId) -> Result<()> {
+async fn delete_account(tx: &mut Tx, user: UserId) -> Result<()> {
     // In an account that was used for years more are left, which [`Store::forget_leftovers`] deletes.
     spent_prekeys::forget(tx, user).await?;
     for statement in [
@@ -263,10 +263,10 @@ mod tests {
     #[test]
     fn an_account_is_noted_once_a_day() {
         let (usage, user, other) = (Usage::new(), UserId::random(), UserId::random());
-        assert!(!usage.is_noted(user));
-        usage.set_noted(user);
-        assert!(usage.is_noted(user) && !usage.is_noted(other));
+        assert!(!usage.is_recorded(user));
+        usage.set_recorded(user);
+        assert!(usage.is_recorded(user) && !usage.is_recorded(other));
         usage.number.store(8, Ordering::Relaxed);
-        assert!(!usage.is_noted(user), "it is another day");
+        assert!(!usage.is_recorded(user), "it is another day");
     }
 }

@@ -9,7 +9,7 @@ use tracing::{info, warn};
 use crate::app::App;
 use crate::bus::Signal;
 use crate::model::ids::{Address, DeviceNo};
-use crate::store::{Disuse, StoreError};
+use crate::store::{IdleCutoffs, StoreError};
 use crate::sweeps::{STEP, every, shared};
 use crate::tasks::Round;
 use crate::telemetry::metrics::Job;
@@ -44,10 +44,10 @@ async fn account_use(app: App, last_hour: Arc<AtomicI64>) -> Result<Round, Store
     let hour = app.clock.now().seconds() / 3600;
     if last_hour.load(Ordering::Relaxed) != hour {
         service_day(&app).await?;
-        app.store.note_devices(&app.bus.devices()).await?;
+        app.store.record_device_uses(&app.bus.devices()).await?;
         last_hour.store(hour, Ordering::Relaxed);
     }
-    app.store.write_uses().await?;
+    app.store.flush_uses().await?;
     Ok(Round::Done)
 }
 
@@ -61,12 +61,14 @@ async fn unused_accounts(app: App) -> Result<Round, StoreError> {
         let days = i64::try_from(days.as_secs()).unwrap_or(i64::MAX) / SECONDS_OF_A_DAY;
         (days > 0).then(|| today.saturating_sub(days))
     };
-    let disuse =
-        Disuse { used_before: before(app.config.accounts.idle), signed_up_before: before(app.config.accounts.unused) };
-    let found = app.store.disused_accounts(disuse, ACCOUNTS).await?;
+    let disuse = IdleCutoffs {
+        used_before: before(app.config.accounts.idle),
+        signed_up_before: before(app.config.accounts.unused),
+    };
+    let found = app.store.idle_accounts(disuse, ACCOUNTS).await?;
     let mut count = 0;
     for user in &found {
-        if let Some(removed) = app.store.remove_disused(*user, disuse).await? {
+        if let Some(removed) = app.store.remove_idle_account(*user, disuse).await? {
             count += 1;
             dismiss(&app, &removed).await?;
         }

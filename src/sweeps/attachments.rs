@@ -115,7 +115,7 @@ async fn conclude(
 ) -> Result<Round, SweepError> {
     let failed = deleted.failed.as_ref().map_or(0, |(count, _)| *count as u64);
     app.metrics.blob_failures.add(BlobOperation::Delete, failed);
-    app.store.forget_attachments(&deleted.gone).await?;
+    app.store.delete_attachments(&deleted.gone).await?;
     if !deleted.gone.is_empty() {
         info!(count = deleted.gone.len(), "{what}");
     }

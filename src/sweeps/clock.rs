@@ -9,7 +9,7 @@ use tracing::{debug, error, info, warn};
 
 use crate::app::App;
 use crate::clock::Timestamp;
-use crate::store::{Seen, StoreError};
+use crate::store::{StoreError, StoredTime};
 use crate::tasks::Round;
 
 /// Pause between two comparisons.
@@ -33,7 +33,7 @@ pub(super) struct Watch(Mutex<State>);
 #[derive(Default)]
 struct State {
     /// What the database said last.
-    seen: Option<Seen>,
+    seen: Option<StoredTime>,
     remembered: Option<Instant>,
     doubted_since: Option<Instant>,
     reminded: Option<Instant>,
@@ -51,14 +51,14 @@ enum Verdict {
 /// Remembers which database answers now, for the first comparison. Call it before the server takes requests: if the database
 /// were replaced between the first request and the first comparison, what was stored could be lost unnoticed.
 pub(super) async fn begin(app: &App) -> Watch {
-    let seen = app.store.seen_time().await;
+    let seen = app.store.stored_time().await;
     let seen = seen.inspect_err(|error| debug!(%error, "the database can't be asked for the time")).ok().flatten();
     Watch(Mutex::new(State { seen, ..State::default() }))
 }
 
 /// Compares once.
 pub(super) async fn compare(app: &App, watch: &Watch) -> Result<Round, StoreError> {
-    let Some(seen) = app.store.seen_time().await? else { return lose(app) };
+    let Some(seen) = app.store.stored_time().await? else { return lose(app) };
     let is_other = watch.state().seen.as_ref().is_some_and(|last| last.database_id != seen.database_id);
     if is_other {
         return lose(app);
@@ -71,7 +71,7 @@ pub(super) async fn compare(app: &App, watch: &Watch) -> Result<Round, StoreErro
     if is_accepted {
         app.store.set_time(app.clock.now()).await?;
     } else if watch.state().remembered.is_none_or(|last| last.elapsed() >= REMEMBERING) {
-        app.store.remember_time(app.clock.now()).await?;
+        app.store.store_time(app.clock.now()).await?;
         watch.state().remembered = Some(Instant::now());
     }
     Ok(Round::Done)
@@ -97,9 +97,10 @@ impl Watch {
     }
 
     /// Logs that the remembered time went back without being set: then the database was replaced by an older state.
-    fn notice_steps_back(&self, seen: &Seen) {
+    fn notice_steps_back(&self, seen: &StoredTime) {
         let mut state = self.state();
-        let went_back = |last: &Seen| seen.at + CONFIRMED_WITHIN < last.at && seen.confirmations <= last.confirmations;
+        let went_back =
+            |last: &StoredTime| seen.at + CONFIRMED_WITHIN < last.at && seen.confirmations <= last.confirmations;
         if state.seen.as_ref().is_some_and(went_back) {
             error!(
                 "the database is in an older state than before, as after a restore or a failover that lost something; stop \
@@ -110,7 +111,7 @@ impl Watch {
     }
 
     /// Returns true if the wall clock was accepted against the remembered time.
-    fn judge(&self, app: &App, seen: &Seen) -> bool {
+    fn judge(&self, app: &App, seen: &StoredTime) -> bool {
         let (mut state, wall) = (self.state(), app.clock.wall());
         let Some(ahead) = app.clock.doubt() else {
             if state.doubted_since.take().is_some() {
@@ -151,7 +152,7 @@ impl Watch {
 }
 
 impl State {
-    fn compare_with_server(&mut self, seen: &Seen, wall: Timestamp) {
+    fn compare_with_server(&mut self, seen: &StoredTime, wall: Timestamp) {
         let differs = seen.server.is_some_and(|server| !is_near(server, wall, SERVER_DIFFERS));
         if differs && !self.is_server_told {
             warn!("the clocks of this machine and of the database server differ by more than five minutes; set both");
@@ -160,7 +161,7 @@ impl State {
     }
 }
 
-fn verdict(wall: Timestamp, seen: &Seen, doubted_for: Duration) -> Verdict {
+fn verdict(wall: Timestamp, seen: &StoredTime, doubted_for: Duration) -> Verdict {
     if is_near(seen.at, wall, CONFIRMED_WITHIN) {
         Verdict::Confirmed
     } else if doubted_for >= LONGEST_DOUBT && seen.server.is_none_or(|server| is_near(server, wall, SERVER_OBJECTS)) {
@@ -182,8 +183,8 @@ mod tests {
     const MINUTE: Duration = Duration::from_mins(1);
     const DAY: Duration = Duration::from_hours(24);
 
-    fn seen(at: Timestamp, server: Option<Timestamp>) -> Seen {
-        Seen { at, database_id: Vec::new(), confirmations: 0, server }
+    fn seen(at: Timestamp, server: Option<Timestamp>) -> StoredTime {
+        StoredTime { at, database_id: Vec::new(), confirmations: 0, server }
     }
 
     #[test]

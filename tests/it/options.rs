@@ -194,8 +194,8 @@ async fn a_socket_outlives_the_second_of_the_log_in_that_it_began_with() {
     let mut socket = carol.connect().await;
     socket.until_pong().await;
     let database = server.database().await;
-    let void_to = format!("SELECT tokens_void_to FROM devices WHERE id = {}", database.literal(carol.id));
-    assert_ne!(database.number(&void_to).await, 0);
+    let revoked_until = format!("SELECT tokens_void_to FROM devices WHERE id = {}", database.literal(carol.id));
+    assert_ne!(database.number(&revoked_until).await, 0);
     database.execute("UPDATE devices SET tokens_void_to = 0, tokens_issued_to = 0").await;
     // A regular look finds the message, and has looked at the device before.
     move_mail(&database, &bob, &carol).await;

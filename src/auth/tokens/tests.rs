@@ -140,9 +140,9 @@ fn access_tokens_with_missing_or_odd_claims_are_refused() {
 
 #[test]
 fn access_tokens_outlast_those_that_were_made_void() {
-    let made = |void_to| {
-        let claims = tokens().claims(UserId::random(), DeviceId::random(), NOW, void_to);
-        assert!(!claims.is_void(void_to) && claims.is_void(void_to.max(claims.expires_at) + 1));
+    let made = |revoked_until| {
+        let claims = tokens().claims(UserId::random(), DeviceId::random(), NOW, revoked_until);
+        assert!(!claims.is_revoked(revoked_until) && claims.is_revoked(revoked_until.max(claims.expires_at) + 1));
         (claims.expires_at, claims.epoch)
     };
     let latest = tokens().latest_access_expiry(NOW);

@@ -11,7 +11,7 @@ use crate::push::lane::{Blocked, Slot};
 use crate::push::queue::{Fate, Job, Leased, Reason};
 use crate::push::waiting::{Admitted, Waits};
 use crate::push::worker::{LAST_WORDS, Tried, Trouble, Worker};
-use crate::store::{Sleeper, StoreError};
+use crate::store::{PushCandidate, StoreError};
 use crate::tasks::{Tasks, jittered};
 
 /// The longest time that one push may take in all.
@@ -28,22 +28,22 @@ impl Worker {
         if leased.is_empty() {
             return Ok(());
         }
-        let sleepers = self.sleepers(leased.iter().map(|leased| leased.job)).await?;
+        let push_candidates = self.push_candidates(leased.iter().map(|leased| leased.job)).await?;
         let (mut settled, mut woken) = (Vec::new(), HashSet::new());
         for leased in leased {
-            if let Some(fate) = self.early_fate(leased.job, &sleepers, &mut woken).await? {
+            if let Some(fate) = self.early_fate(leased.job, &push_candidates, &mut woken).await? {
                 settled.push((leased, fate));
                 continue;
             }
-            let sleeper = sleepers[&leased.job.device].clone();
-            let lane = self.lanes.of(&sleeper.target).clone();
-            let fate = match lane.enter(&sleeper.target) {
+            let candidate = push_candidates[&leased.job.device].clone();
+            let lane = self.lanes.of(&candidate.target).clone();
+            let fate = match lane.enter(&candidate.target) {
                 Ok(slot) => {
-                    self.start(leased, since, sleeper, slot, tasks);
+                    self.start(leased, since, candidate, slot, tasks);
                     continue;
                 }
                 Err(Blocked::Paused(pause)) => (leased, paused(pause)),
-                Err(Blocked::Full) => match self.waiting.add(Waits { leased, since, target: sleeper.target }) {
+                Err(Blocked::Full) => match self.waiting.add(Waits { leased, since, target: candidate.target }) {
                     Ok(()) => continue,
                     Err(leased) => (leased, self.put_off()),
                 },
@@ -58,16 +58,16 @@ impl Worker {
         let Admitted { started, late, paused: alone } = self.waiting.admit(&self.lanes);
         let mut settled: Vec<_> = late.into_iter().map(|leased| (leased, self.put_off())).collect();
         settled.extend(alone.into_iter().map(|(leased, pause)| (leased, paused(pause))));
-        let sleepers = self.sleepers(started.iter().map(|(waits, _)| waits.leased.job)).await?;
+        let push_candidates = self.push_candidates(started.iter().map(|(waits, _)| waits.leased.job)).await?;
         let mut woken = HashSet::new();
         for (Waits { leased, since, target }, slot) in started {
-            match self.early_fate(leased.job, &sleepers, &mut woken).await? {
+            match self.early_fate(leased.job, &push_candidates, &mut woken).await? {
                 Some(fate) => settled.push((leased, fate)),
                 // Another target needs another slot.
-                None if sleepers[&leased.job.device].target != target => {
+                None if push_candidates[&leased.job.device].target != target => {
                     settled.push((leased, Fate::Later(Duration::ZERO)));
                 }
-                None => self.start(leased, since, sleepers[&leased.job.device].clone(), slot, tasks),
+                None => self.start(leased, since, push_candidates[&leased.job.device].clone(), slot, tasks),
             }
         }
         if settled.is_empty() { Ok(()) } else { self.end(settled).await }
@@ -77,13 +77,13 @@ impl Worker {
     async fn early_fate(
         &self,
         job: Job,
-        sleepers: &HashMap<DeviceNo, Sleeper>,
+        push_candidates: &HashMap<DeviceNo, PushCandidate>,
         woken: &mut HashSet<DeviceNo>,
     ) -> Result<Option<Fate>, StoreError> {
-        let Some(sleeper) = sleepers.get(&job.device) else { return Ok(Some(Fate::Done)) };
+        let Some(candidate) = push_candidates.get(&job.device) else { return Ok(Some(Fate::Done)) };
         let wait = match job.reason {
-            Reason::Mail => sleeper.waiting_since.map(|since| self.wait(since, self.clock.latest())),
-            Reason::Keys => self.has_few_keys(sleeper).await?.then_some(Duration::ZERO),
+            Reason::Mail => candidate.waiting_since.map(|since| self.wait(since, self.clock.latest())),
+            Reason::Keys => self.has_few_keys(candidate).await?.then_some(Duration::ZERO),
         };
         Ok(match wait {
             None => Some(Fate::Done),
@@ -103,16 +103,16 @@ impl Worker {
         (since + grace).since_epoch().saturating_sub(now.since_epoch()).min(grace)
     }
 
-    async fn has_few_keys(&self, sleeper: &Sleeper) -> Result<bool, StoreError> {
-        if !sleeper.may_hear_of_keys {
+    async fn has_few_keys(&self, candidate: &PushCandidate) -> Result<bool, StoreError> {
+        if !candidate.may_push_prekeys_low {
             return Ok(false);
         }
-        let counts = self.store.prekey_counts(sleeper.device).await?;
+        let counts = self.store.prekey_counts(candidate.device).await?;
         Ok(counts.is_some_and(|counts| counts.is_below(self.config.prekeys.refill_threshold)))
     }
 
-    fn start(&self, leased: Leased, since: Instant, sleeper: Sleeper, slot: Slot, tasks: &Tasks) {
-        let lane = self.lanes.of(&sleeper.target).clone();
+    fn start(&self, leased: Leased, since: Instant, candidate: PushCandidate, slot: Slot, tasks: &Tasks) {
+        let lane = self.lanes.of(&candidate.target).clone();
         // Over before the lease is, so that no other node begins with the same push.
         let lease = self.config.notifications.visibility_timeout.mul_f64(0.8);
         let patience = PATIENCE.min(lease.saturating_sub(since.elapsed()));
@@ -126,7 +126,7 @@ impl Worker {
             };
             let start = Instant::now();
             let pushed = tokio::select! {
-                pushed = span.run(lane.provider.push(&sleeper.target, patience)) => pushed,
+                pushed = span.run(lane.provider.push(&candidate.target, patience)) => pushed,
                 () = last_words => return,
             };
             metrics.push_time.time(lane.name, start.elapsed());
@@ -134,7 +134,7 @@ impl Worker {
             span.set("obscura.push.outcome", pushed.name());
             drop(span);
             // Fails only when the worker has ended.
-            let _ = tried.send(Tried { leased, sleeper, pushed }).await;
+            let _ = tried.send(Tried { leased, candidate, pushed }).await;
             drop(slot);
         });
     }

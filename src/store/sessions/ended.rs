@@ -11,10 +11,15 @@ use crate::store::{Result, Store};
 const KEPT: Duration = Duration::from_hours(24);
 
 impl Store {
-    /// Sets `tokens_void_to` and `tokens_issued_to` to zero where they lie more than a day before `now`: they only tell when
+    /// Sets `tokens_revoked_until` and `tokens_issued_to` to zero where they lie more than a day before `now`: they only tell when
     /// the device logged in or out. Looks at up to `limit` devices with numbers above `after`, and returns the last of them,
     /// or `None` when there are no more.
-    pub async fn forget_past_seconds(&self, after: DeviceNo, now: Timestamp, limit: u32) -> Result<Option<DeviceNo>> {
+    pub async fn clear_expired_revocations(
+        &self,
+        after: DeviceNo,
+        now: Timestamp,
+        limit: u32,
+    ) -> Result<Option<DeviceNo>> {
         let mut tx = self.begin().await?;
         let statement = "SELECT no FROM devices WHERE no > $1 ORDER BY no LIMIT 1 OFFSET $2";
         let full: Option<DeviceNo> =

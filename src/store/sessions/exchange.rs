@@ -28,7 +28,7 @@ pub(super) async fn exchange(tx: &mut Tx, session: &Session, wish: &Refresh, now
             return Ok(Refreshed::Refused);
         }
     }
-    end(tx, holder.no, wish.void_to).await?;
+    end(tx, holder.no, wish.revoked_until).await?;
     Ok(Refreshed::Stolen(Address { user: holder.user, device: holder.no }))
 }
 

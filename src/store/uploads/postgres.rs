@@ -5,7 +5,7 @@ use std::time::Duration;
 use crate::model::ids::AttachmentId;
 use crate::store::attachments::{PENDING, STORED};
 use crate::store::database::{Tx, on, run};
-use crate::store::uploads::{DAY, MAX_DEBT, Reservation, Reserved, Used, began, cost, counted, wait, whole};
+use crate::store::uploads::{AccountUsage, DAY, MAX_DEBT, Reservation, Reserved, began, cost, counted, wait, whole};
 use crate::store::{Result, devices};
 
 pub(super) async fn reserve(mut tx: Tx, upload: Reservation) -> Result<Reserved> {
@@ -21,7 +21,7 @@ async fn admit(tx: &mut Tx, upload: &Reservation) -> Result<Reserved> {
         let statement =
             "SELECT CAST(COALESCE(SUM(GREATEST(size, $2)), 0) AS BIGINT) FROM attachments WHERE user_id = $1";
         let bytes = on!(tx, |db| sqlx::query_scalar(statement).bind(upload.user).bind(counted(0)).fetch_one(db))?;
-        if (Used { bytes, paid_at: None }).has_no_room(upload) {
+        if (AccountUsage { bytes, paid_at: None }).has_no_room(upload) {
             return Ok(Reserved::QuotaExceeded);
         }
     }

@@ -9,7 +9,7 @@ use sqlx::{FromRow, Row, Sqlite};
 
 use crate::model::ids::{AttachmentId, UserId};
 use crate::store::sqlite::SqliteStore;
-use crate::store::uploads::{Reservation, Reserved, Step, Taken, Used, began, counted, whole};
+use crate::store::uploads::{AccountUsage, Reservation, Reserved, Step, StepResult, began, counted, whole};
 use crate::store::{Result, json_list};
 
 macro_rules! complete {
@@ -45,7 +45,7 @@ const BEGIN: &str = "
     COMMIT";
 
 /// Takes all these steps in one transaction.
-pub(super) async fn take(sqlite: &SqliteStore, steps: &[Step]) -> Result<Vec<Taken>> {
+pub(super) async fn take(sqlite: &SqliteStore, steps: &[Step]) -> Result<Vec<StepResult>> {
     let mut complete = Vec::with_capacity(steps.len());
     let mut begin = Vec::with_capacity(steps.len());
     for step in steps {
@@ -69,8 +69,8 @@ pub(super) async fn take(sqlite: &SqliteStore, steps: &[Step]) -> Result<Vec<Tak
         .bind(has_quota)
         .bind(counted(0));
     let [_begun, completed, used] = tx.run(question).await?;
-    let used = used.rows.iter().map(|row| Ok(Used::from_row(row)?)).collect::<Result<Vec<_>>>()?;
-    let mut used: HashMap<UserId, Used> = users.into_iter().zip(used).collect();
+    let used = used.rows.iter().map(|row| Ok(AccountUsage::from_row(row)?)).collect::<Result<Vec<_>>>()?;
+    let mut used: HashMap<UserId, AccountUsage> = users.into_iter().zip(used).collect();
     let (mut admitted, mut reserved) = (Vec::with_capacity(begin.len()), Vec::with_capacity(begin.len()));
     for upload in begin {
         let came = used.entry(upload.user).or_default().admit(upload);
@@ -89,7 +89,10 @@ fn completion(text: &'static str, ids: &[AttachmentId]) -> Query<'static, Sqlite
 
 /// Writes these uploads, and what their accounts owe by them. When all were refused it writes nothing, and so waits for no
 /// disk.
-fn beginning(uploads: &[&Reservation], used: &HashMap<UserId, Used>) -> Query<'static, Sqlite, SqliteArguments> {
+fn beginning(
+    uploads: &[&Reservation],
+    used: &HashMap<UserId, AccountUsage>,
+) -> Query<'static, Sqlite, SqliteArguments> {
     let (mut ids, mut rows, mut debts) = (Vec::new(), Vec::new(), HashMap::new());
     for Reservation { user, id, size, born, .. } in uploads {
         let offset = ids.len() + 1;
@@ -105,17 +108,17 @@ fn beginning(uploads: &[&Reservation], used: &HashMap<UserId, Used>) -> Query<'s
 }
 
 /// What came of each step, in their order.
-fn answers(steps: &[Step], completed: &[SqliteRow], reserved: Vec<Reserved>) -> Result<Vec<Taken>> {
+fn answers(steps: &[Step], completed: &[SqliteRow], reserved: Vec<Reserved>) -> Result<Vec<StepResult>> {
     let completed = completed.iter().map(|row| Ok(row.try_get(0)?)).collect::<Result<Vec<AttachmentId>>>()?;
     let mut reserved = reserved.into_iter();
     let answers = steps.iter().filter_map(|step| match step {
-        Step::Begin(_) => reserved.next().map(Taken::Begun),
-        Step::Complete(id) => Some(Taken::Completed(completed.contains(id))),
+        Step::Begin(_) => reserved.next().map(StepResult::Begun),
+        Step::Complete(id) => Some(StepResult::Completed(completed.contains(id))),
     });
     Ok(answers.collect())
 }
 
-impl<'r> FromRow<'r, SqliteRow> for Used {
+impl<'r> FromRow<'r, SqliteRow> for AccountUsage {
     fn from_row(row: &'r SqliteRow) -> sqlx::Result<Self> {
         Ok(Self { bytes: row.try_get(0)?, paid_at: row.try_get(1)? })
     }

@@ -241,8 +241,8 @@ async fn a_session_checks_the_auth_of_its_device_first() {
     for device in [&removed, &logged_out] {
         let id = DeviceId::from_bytes(device.id.as_bytes()).unwrap();
         let device_auth = app.store.device_auth(id).await.unwrap().unwrap();
-        let DeviceAuth { no, user, tokens_void_to, .. } = device_auth;
-        let holder = SessionHolder { user, device: id, no, tokens_void_to };
+        let DeviceAuth { no, user, tokens_revoked_until, .. } = device_auth;
+        let holder = SessionHolder { user, device: id, no, tokens_revoked_until };
         if device.id == removed.id {
             alice.remove(device).await;
         } else {

@@ -17,13 +17,13 @@ async fn registering_makes_an_account_with_a_primary_device_that_is_logged_in() 
     let credentials = store.credentials("alice").await.unwrap().unwrap();
     assert_eq!((credentials.user, credentials.password_hash), (account.user, account.password_hash.clone()));
     let device_auth = store.device_auth(account.device.id).await.unwrap().unwrap();
-    assert_eq!((device_auth.no, device_auth.user, device_auth.tokens_void_to), (no, account.user, 0));
+    assert_eq!((device_auth.no, device_auth.user, device_auth.tokens_revoked_until), (no, account.user, 0));
     assert!(device_auth.is_primary);
     assert_eq!(store.devices(account.user).await.unwrap().len(), 1);
     let bundles = store.bundles(account.user, None, 0).await.unwrap().unwrap().bundles;
     assert_eq!(bundles[0].identity, account.identity);
 
-    let wish = Refresh { secret_hash: account.session.secret_hash, key: None, next: account.session, void_to: 0 };
+    let wish = Refresh { secret_hash: account.session.secret_hash, key: None, next: account.session, revoked_until: 0 };
     assert!(matches!(store.refresh(&wish, NOW).await.unwrap(), Refreshed::Rotated(holder) if holder.no == no));
 }
 
@@ -83,10 +83,14 @@ async fn a_reset_forgets_all_devices_and_link_sessions_and_makes_a_new_primary_d
     let device_auth = store.device_auth(device.id).await.unwrap().unwrap();
     assert!(device_auth.is_primary);
     assert_eq!((device_auth.no, device_auth.user), (reset.no, alice.user));
-    let old =
-        Refresh { secret_hash: alice.account.session.secret_hash, key: None, next: alice.account.session, void_to: 0 };
+    let old = Refresh {
+        secret_hash: alice.account.session.secret_hash,
+        key: None,
+        next: alice.account.session,
+        revoked_until: 0,
+    };
     assert_eq!(store.refresh(&old, NOW).await.unwrap(), Refreshed::Refused);
-    let new = Refresh { secret_hash: session.secret_hash, key: None, next: session, void_to: 0 };
+    let new = Refresh { secret_hash: session.secret_hash, key: None, next: session, revoked_until: 0 };
     assert!(matches!(store.refresh(&new, NOW).await.unwrap(), Refreshed::Rotated(holder) if holder.no == reset.no));
     let bundles = store.bundles(alice.user, None, 0).await.unwrap().unwrap().bundles;
     assert_eq!(bundles.iter().map(|bundle| bundle.identity).collect::<Vec<_>>(), [identity]);

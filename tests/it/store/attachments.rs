@@ -108,7 +108,7 @@ async fn the_quota_counts_what_is_stored_and_what_is_under_way() {
     );
     assert_eq!(reserve(&store, user, 40 * BLOCK, 100 * BLOCK).await.1, Reserved::Yes);
     assert_eq!(reserve(&store, user, BLOCK, 100 * BLOCK).await.1, Reserved::QuotaExceeded);
-    store.forget_attachments(&[first]).await.unwrap();
+    store.delete_attachments(&[first]).await.unwrap();
     assert_eq!(reserve(&store, user, 60 * BLOCK, 100 * BLOCK).await.1, Reserved::Yes);
     assert_eq!(reserve(&store, user, u64::MAX, 100 * BLOCK).await.1, Reserved::QuotaExceeded);
     assert_eq!(reserve(&store, user, 1 << 40, NO_QUOTA).await.1, Reserved::Yes);
@@ -174,7 +174,7 @@ async fn an_upload_that_came_to_nothing_counts_against_the_day() {
             .unwrap(),
         Reserved::Yes
     );
-    store.forget_attachments(&[id]).await.unwrap();
+    store.delete_attachments(&[id]).await.unwrap();
     assert_eq!(upload(&store, user, 500, NOW).await, Reserved::TooMuchToday(DAY / 2));
 }
 
@@ -269,7 +269,7 @@ async fn the_expired_ones_are_listed_from_the_oldest_on_in_steps() {
     assert_eq!(steps.iter().map(Vec::len).collect::<Vec<_>>(), [2, 2, 1]);
     assert_eq!(steps.concat(), expected);
 
-    store.forget_attachments(&ids(&expected[..3])).await.unwrap();
+    store.delete_attachments(&ids(&expected[..3])).await.unwrap();
     assert_eq!(store.expired_attachments(NOW, None, 10).await.unwrap(), expected[3..]);
 }
 
@@ -286,7 +286,7 @@ async fn a_reservation_that_was_given_up_can_not_become_an_attachment() {
 
     assert_eq!(store.stale_reservations(NOW, None, 10).await.unwrap(), stale, "until it is forgotten");
     assert_eq!(store.stale_reservations(NOW, stale.last().copied(), 10).await.unwrap(), []);
-    store.forget_attachments(&[old]).await.unwrap();
+    store.delete_attachments(&[old]).await.unwrap();
     assert_eq!(store.stale_reservations(NOW, None, 10).await.unwrap(), []);
 }
 
@@ -299,7 +299,7 @@ async fn an_upload_has_as_long_as_its_bytes_take_before_it_is_given_up() {
     let large = pending_of(&store, began, 8_000_000).await;
     let overdue = async |at: Timestamp| ids(&store.overdue_reservations(at, 8000, None, 10).await.unwrap());
     assert_eq!(overdue(NOW).await, [small]);
-    store.forget_attachments(&[small]).await.unwrap();
+    store.delete_attachments(&[small]).await.unwrap();
     assert_eq!(overdue(began + Duration::from_secs(1000)).await, []);
     assert_eq!(overdue(began + Duration::from_secs(1001)).await, [large]);
 }
@@ -321,7 +321,7 @@ async fn stale_reservations_come_oldest_first_and_no_more_than_asked_for() {
 async fn forgetting_nothing_and_unknown_ones_is_fine() {
     let store = TestStore::open().await;
     let kept = stored(&store, NOW).await;
-    store.forget_attachments(&[]).await.unwrap();
-    store.forget_attachments(&[AttachmentId::random()]).await.unwrap();
+    store.delete_attachments(&[]).await.unwrap();
+    store.delete_attachments(&[AttachmentId::random()]).await.unwrap();
     assert!(store.attachment(kept, NOW).await.unwrap().is_some());
 }

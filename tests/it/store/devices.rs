@@ -9,7 +9,7 @@ use super::fixture::{NOW, TestStore, fcm, grant, ticket};
 use super::support::{Member, NONE, account, count, linked, linked_with, new_device, number, public_key};
 
 /// A log-out voids tokens up to here: later than any that the fixture issues.
-const VOID_TO: i64 = NOW.seconds() + 2000;
+const REVOKED_UNTIL: i64 = NOW.seconds() + 2000;
 
 /// The tables that hold something for a device, with the column that says for which.
 const TABLES_OF_A_DEVICE: [(&str, &str); 9] = [
@@ -52,7 +52,7 @@ async fn furnish(store: &Store, device: &Member, sender: &Member, others: &[&Mem
     let after = NewTicket { token_expires_at: i64::MAX, ..ticket(device.no) };
     assert!(store.issue_ticket(after).await.unwrap());
     let next = obscura_server::store::SessionGrant { family: session.family, ..grant(NOW) };
-    let wish = Refresh { secret_hash: session.secret_hash, key: None, next, void_to: 0 };
+    let wish = Refresh { secret_hash: session.secret_hash, key: None, next, revoked_until: 0 };
     assert!(matches!(store.refresh(&wish, NOW).await.unwrap(), Refreshed::Rotated(_)));
 }
 
@@ -70,16 +70,16 @@ async fn device_auth_is_what_a_token_is_checked_against() {
     let store = TestStore::open().await;
     let alice = account(&store).await;
     let second = linked(&store, &alice).await;
-    let expected = DeviceAuth { no: alice.no, user: alice.user, is_primary: true, tokens_void_to: 0 };
+    let expected = DeviceAuth { no: alice.no, user: alice.user, is_primary: true, tokens_revoked_until: 0 };
     assert_eq!(store.device_auth(alice.device).await.unwrap(), Some(expected));
     let expected = DeviceAuth { no: second.no, is_primary: false, ..expected };
     assert_eq!(store.device_auth(second.device).await.unwrap(), Some(expected));
     assert_eq!(store.device_auth(DeviceId::random()).await.unwrap(), None);
 
-    store.log_out(second.no, VOID_TO).await.unwrap();
+    store.log_out(second.no, REVOKED_UNTIL).await.unwrap();
     assert_eq!(
         store.device_auth(second.device).await.unwrap(),
-        Some(DeviceAuth { tokens_void_to: VOID_TO, ..expected })
+        Some(DeviceAuth { tokens_revoked_until: REVOKED_UNTIL, ..expected })
     );
 }
 
@@ -89,8 +89,8 @@ async fn the_epoch_changes_when_the_session_ends_and_is_none_once_the_device_is_
     let alice = account(&store).await;
     let second = linked(&store, &alice).await;
     assert_eq!(store.epoch(second.no).await.unwrap(), Some(0));
-    store.log_out(second.no, VOID_TO).await.unwrap();
-    assert_eq!(store.epoch(second.no).await.unwrap(), Some(VOID_TO));
+    store.log_out(second.no, REVOKED_UNTIL).await.unwrap();
+    assert_eq!(store.epoch(second.no).await.unwrap(), Some(REVOKED_UNTIL));
     store.remove_device(alice.user, second.device).await.unwrap();
     assert_eq!(store.epoch(second.no).await.unwrap(), None);
 }
@@ -223,12 +223,14 @@ async fn a_device_that_is_gone_or_logged_out_gets_no_push_token() {
     let store = TestStore::open().await;
     let alice = account(&store).await;
     let second = linked(&store, &alice).await;
-    store.log_out(alice.no, VOID_TO).await.unwrap();
-    assert!(!store.set_push_target(alice.no, VOID_TO, &fcm("with a token from before the log-out")).await.unwrap());
+    store.log_out(alice.no, REVOKED_UNTIL).await.unwrap();
+    assert!(
+        !store.set_push_target(alice.no, REVOKED_UNTIL, &fcm("with a token from before the log-out")).await.unwrap()
+    );
     store.remove_device(alice.user, second.device).await.unwrap();
     assert!(!store.set_push_target(second.no, i64::MAX, &fcm("late")).await.unwrap());
     assert_eq!(count(&store, "push_tokens").await, 0);
-    assert!(store.set_push_target(alice.no, VOID_TO + 1, &fcm("logged in again")).await.unwrap());
+    assert!(store.set_push_target(alice.no, REVOKED_UNTIL + 1, &fcm("logged in again")).await.unwrap());
 }
 
 #[tokio::test]

@@ -1,7 +1,7 @@
 //! What is still kept for devices and accounts that are gone.
 
 use obscura_server::model::ids::UserId;
-use obscura_server::store::{Disuse, Leftovers};
+use obscura_server::store::{IdleCutoffs, Leftovers};
 
 use super::fixture::{NOW, Person, TestStore, grant};
 use super::support::{count, number};
@@ -84,8 +84,8 @@ async fn an_account_with_very_many_spent_prekeys_goes_step_by_step() {
     assert!(store.log_in(stays.user, stays.device, &grant(NOW)).await.unwrap().is_some());
     add_used(&store, gone.user, 25_000).await;
     add_used(&store, stays.user, 12_000).await;
-    let disuse = Disuse { used_before: Some(1), signed_up_before: Some(2) };
-    assert!(store.remove_disused(gone.user, disuse).await.unwrap().is_some());
+    let disuse = IdleCutoffs { used_before: Some(1), signed_up_before: Some(2) };
+    assert!(store.remove_idle_account(gone.user, disuse).await.unwrap().is_some());
     let mut left = vec![count(&store, "spent_prekeys").await];
     let mut from = Leftovers::START;
     while let Some(next) = store.forget_leftovers(from, 500).await.unwrap() {

@@ -70,7 +70,7 @@ async fn a_second_approval_changes_nothing() {
 }
 
 #[tokio::test]
-async fn nobody_approves_for_another_account() {
+async fn an_account_cannot_approve_for_another() {
     let store = TestStore::open().await;
     let (alice, bob) = (account(&store).await, account(&store).await);
     let hash = opened(&store, &alice, NOW).await;
@@ -162,7 +162,7 @@ async fn an_approved_link_session_makes_one_device_and_is_used_up() {
     assert_eq!(user, alice.user);
     let device_auth = store.device_auth(link.device.id).await.unwrap().unwrap();
     assert_eq!((device_auth.no, device_auth.user, device_auth.is_primary), (no, alice.user, false));
-    assert_eq!(device_auth.tokens_void_to, 0);
+    assert_eq!(device_auth.tokens_revoked_until, 0);
     let devices = store.devices(alice.user).await.unwrap();
     assert_eq!(devices[1].name.as_deref(), Some("Laptop"));
     assert_eq!(store.prekey_counts(no).await.unwrap().unwrap().ec, 2);

@@ -383,11 +383,11 @@ async fn after_a_restore_all_one_time_prekeys_can_be_dropped_and_the_others_stay
     let bob = account(&store).await;
     store.refill(bob.no, &bob.keys(2, 1..=3)).await.unwrap();
 
-    assert_eq!(store.forget_one_time_prekeys().await.unwrap(), 9);
+    assert_eq!(store.delete_one_time_prekeys().await.unwrap(), 9);
     let bundle = only_bundle(&store, alice.user).await;
     assert_eq!((bundle.signed, bundle.one_time, bundle.pq), (keys.signed, None, keys.pq_last_resort));
     assert_eq!(one_time_ids(&hand_out(&store, bob.user).await), [None]);
-    assert_eq!(store.forget_one_time_prekeys().await.unwrap(), 0);
+    assert_eq!(store.delete_one_time_prekeys().await.unwrap(), 0);
 }
 
 /// The backup doesn't know what was handed out after it was made.
@@ -395,7 +395,7 @@ async fn after_a_restore_all_one_time_prekeys_can_be_dropped_and_the_others_stay
 async fn a_key_that_was_dropped_after_a_restore_is_not_stored_again() {
     let store = TestStore::open_with(|limits| limits.max_prekeys = 3000).await;
     let (alice, keys) = pq_account(&store, 1..=2600, &[1, 2]).await;
-    assert_eq!(store.forget_one_time_prekeys().await.unwrap(), 2602);
+    assert_eq!(store.delete_one_time_prekeys().await.unwrap(), 2602);
     let again = PreKeys { one_time: keys.one_time, pq_one_time: keys.pq_one_time, ..alice.keys(2, NONE) };
     assert_eq!(store.refill(alice.no, &again).await.unwrap(), Refilled::Stored);
     assert_eq!(counts(&store, &alice).await, PrekeyCounts { ec: 0, pq: 0, uses_pq: true });

@@ -12,12 +12,12 @@ use super::fixture::{NOW, Person, TestStore, fcm, grant, new_device, public_key}
 const SECOND: Duration = Duration::from_secs(1);
 const MILLISECOND: Duration = Duration::from_millis(1);
 /// The second up to which these tests make access tokens void.
-const VOID_TO: i64 = NOW.seconds() + 900;
+const REVOKED_UNTIL: i64 = NOW.seconds() + 900;
 
 /// The wish to exchange the token of `session` for the one of the answer.
 fn wish(session: &SessionGrant, key: Option<IdempotencyKey>) -> Refresh {
     let next = SessionGrant { secret_hash: rand::random(), ..*session };
-    Refresh { secret_hash: session.secret_hash, key, next, void_to: VOID_TO }
+    Refresh { secret_hash: session.secret_hash, key, next, revoked_until: REVOKED_UNTIL }
 }
 
 impl Person {
@@ -42,7 +42,9 @@ impl TestStore {
     async fn ticket(&self, no: DeviceNo, expires_at: Timestamp) -> [u8; 32] {
         let hash = rand::random();
         assert!(
-            self.issue_ticket(NewTicket { hash, device: no, token_expires_at: VOID_TO + 1, expires_at }).await.unwrap()
+            self.issue_ticket(NewTicket { hash, device: no, token_expires_at: REVOKED_UNTIL + 1, expires_at })
+                .await
+                .unwrap()
         );
         hash
     }
@@ -69,13 +71,16 @@ async fn a_log_in_voids_the_tokens_and_tickets_of_before_and_keeps_the_push_toke
     for _ in 0..3 {
         let holder = store.log_in(alice.user, alice.device, &grant(NOW)).await.unwrap().unwrap();
         let device_auth = store.device_auth(alice.device).await.unwrap().unwrap();
-        assert_eq!(holder.tokens_void_to, device_auth.tokens_void_to);
-        assert!(device_auth.tokens_void_to >= alice.session().access_expires_at && device_auth.tokens_void_to > epoch);
-        epoch = device_auth.tokens_void_to;
+        assert_eq!(holder.tokens_revoked_until, device_auth.tokens_revoked_until);
+        assert!(
+            device_auth.tokens_revoked_until >= alice.session().access_expires_at
+                && device_auth.tokens_revoked_until > epoch
+        );
+        epoch = device_auth.tokens_revoked_until;
     }
     assert_eq!(store.redeem_ticket(&tickets[0], NOW).await.unwrap(), None);
     assert!(store.redeem_ticket(&tickets[1], NOW).await.unwrap().is_some(), "others go on");
-    assert_eq!(store.device_auth(bob.device).await.unwrap().unwrap().tokens_void_to, 0);
+    assert_eq!(store.device_auth(bob.device).await.unwrap().unwrap().tokens_revoked_until, 0);
     assert_eq!(store.database().await.number("SELECT count(*) FROM push_tokens").await, 1);
 }
 
@@ -85,7 +90,7 @@ async fn a_refused_log_in_changes_nothing() {
     let (alice, bob) = (store.account().await, store.account().await);
     let ticket = store.ticket(alice.no, NOW + SECOND).await;
     assert_eq!(store.log_in(bob.user, alice.device, &grant(NOW)).await.unwrap(), None);
-    assert_eq!(store.device_auth(alice.device).await.unwrap().unwrap().tokens_void_to, 0);
+    assert_eq!(store.device_auth(alice.device).await.unwrap().unwrap().tokens_revoked_until, 0);
     assert!(store.redeem_ticket(&ticket, NOW).await.unwrap().is_some());
 }
 
@@ -147,7 +152,7 @@ async fn a_used_token_is_refused_for_ten_seconds_and_then_counts_as_stolen() {
     let later = NOW + Duration::from_secs(10);
     assert_eq!(store.try_refresh(alice.session(), None, later).await, Refreshed::Stolen(alice.address()));
     assert_eq!(store.try_refresh(&next, None, later).await, Refreshed::Refused, "the session has ended");
-    assert_eq!(store.epoch(alice.no).await.unwrap(), Some(VOID_TO));
+    assert_eq!(store.epoch(alice.no).await.unwrap(), Some(REVOKED_UNTIL));
     assert!(store.device_auth(alice.device).await.unwrap().is_some(), "the device stays");
     store.rotated(bob.session(), later).await;
 }
@@ -220,12 +225,12 @@ async fn a_log_out_ends_the_session_and_leaves_the_device() {
         assert!(store.set_push_target(person.no, i64::MAX, &fcm("token")).await.unwrap());
     }
     let (ticket, bobs_ticket) = (store.ticket(alice.no, NOW + SECOND).await, store.ticket(bob.no, NOW + SECOND).await);
-    store.log_out(alice.no, VOID_TO).await.unwrap();
+    store.log_out(alice.no, REVOKED_UNTIL).await.unwrap();
 
     assert_eq!(store.try_refresh(alice.session(), None, NOW).await, Refreshed::Refused);
     assert_eq!(store.redeem_ticket(&ticket, NOW).await.unwrap(), None);
     let device_auth = store.device_auth(alice.device).await.unwrap().unwrap();
-    assert_eq!(device_auth.tokens_void_to, VOID_TO);
+    assert_eq!(device_auth.tokens_revoked_until, REVOKED_UNTIL);
     let counts = store.prekey_counts(alice.no).await.unwrap().unwrap();
     assert_eq!(counts.ec, 2, "the keys stay");
     let database = store.database().await;
@@ -235,7 +240,7 @@ async fn a_log_out_ends_the_session_and_leaves_the_device() {
     store.rotated(bob.session(), NOW).await;
     let again = grant(NOW);
     let holder = store.log_in(alice.user, alice.device, &again).await.unwrap().unwrap();
-    assert_eq!(holder.tokens_void_to, VOID_TO + 1, "who issues the next access token has to know");
+    assert_eq!(holder.tokens_revoked_until, REVOKED_UNTIL + 1, "who issues the next access token has to know");
     store.rotated(&again, NOW).await;
 }
 
@@ -243,10 +248,13 @@ async fn a_log_out_ends_the_session_and_leaves_the_device() {
 async fn every_log_out_begins_a_new_epoch() {
     let store = TestStore::open().await;
     let alice = store.account().await;
-    for (void_to, expected) in
-        [(VOID_TO, VOID_TO), (VOID_TO, VOID_TO + 1), (VOID_TO - 900, VOID_TO + 2), (VOID_TO + 9, VOID_TO + 9)]
-    {
-        store.log_out(alice.no, void_to).await.unwrap();
+    for (revoked_until, expected) in [
+        (REVOKED_UNTIL, REVOKED_UNTIL),
+        (REVOKED_UNTIL, REVOKED_UNTIL + 1),
+        (REVOKED_UNTIL - 900, REVOKED_UNTIL + 2),
+        (REVOKED_UNTIL + 9, REVOKED_UNTIL + 9),
+    ] {
+        store.log_out(alice.no, revoked_until).await.unwrap();
         assert_eq!(store.epoch(alice.no).await.unwrap(), Some(expected));
     }
 }
@@ -274,7 +282,10 @@ async fn a_ticket_is_good_once_and_until_it_expires() {
     let end = NOW + 30 * SECOND;
     let (first, second) = (store.ticket(alice.no, end).await, store.ticket(alice.no, end).await);
     let holder = store.redeem_ticket(&first, end - MILLISECOND).await.unwrap().unwrap();
-    assert_eq!((holder.user, holder.device, holder.no, holder.tokens_void_to), (alice.user, alice.device, alice.no, 0));
+    assert_eq!(
+        (holder.user, holder.device, holder.no, holder.tokens_revoked_until),
+        (alice.user, alice.device, alice.no, 0)
+    );
     assert_eq!(store.redeem_ticket(&first, NOW).await.unwrap(), None, "used");
     assert_eq!(store.redeem_ticket(&second, end).await.unwrap(), None, "expired");
     assert_eq!(store.redeem_ticket(&second, NOW).await.unwrap(), None, "used up by the vain attempt");
@@ -299,11 +310,11 @@ async fn no_ticket_is_issued_for_a_void_token_or_a_device_that_is_gone() {
         store.issue_ticket(NewTicket { hash: rand::random(), device, token_expires_at, expires_at }).await.unwrap()
     };
     assert!(issue(1).await);
-    store.log_out(alice.no, VOID_TO).await.unwrap();
-    assert!(!issue(VOID_TO).await, "its call came in just before the log-out");
-    assert!(issue(VOID_TO + 1).await);
+    store.log_out(alice.no, REVOKED_UNTIL).await.unwrap();
+    assert!(!issue(REVOKED_UNTIL).await, "its call came in just before the log-out");
+    assert!(issue(REVOKED_UNTIL + 1).await);
     store.reset(alice.user, &public_key(9), &new_device(), &grant(NOW)).await.unwrap();
-    assert!(!issue(VOID_TO + 1).await);
+    assert!(!issue(REVOKED_UNTIL + 1).await);
 }
 
 #[tokio::test]
@@ -335,13 +346,17 @@ async fn the_sweeps_forget_what_has_expired_a_batch_at_a_time() {
 async fn the_end_of_a_session_voids_every_token_ever_issued_though_the_clock_or_the_lifetime_have_changed() {
     let store = TestStore::open().await;
     let alice = store.account().await;
-    let issued_long_ago = SessionGrant { access_expires_at: VOID_TO + 86_400, ..grant(NOW) };
+    let issued_long_ago = SessionGrant { access_expires_at: REVOKED_UNTIL + 86_400, ..grant(NOW) };
     store.log_in(alice.user, alice.device, &issued_long_ago).await.unwrap();
     store.log_in(alice.user, alice.device, &grant(NOW)).await.unwrap();
     let epoch = store.epoch(alice.no).await.unwrap();
-    assert_eq!(epoch, Some(VOID_TO + 86_401), "a log-in ends the session before it");
-    store.log_out(alice.no, VOID_TO).await.unwrap();
-    assert_eq!(store.epoch(alice.no).await.unwrap(), Some(VOID_TO + 86_402), "past the token that the log-in gave");
+    assert_eq!(epoch, Some(REVOKED_UNTIL + 86_401), "a log-in ends the session before it");
+    store.log_out(alice.no, REVOKED_UNTIL).await.unwrap();
+    assert_eq!(
+        store.epoch(alice.no).await.unwrap(),
+        Some(REVOKED_UNTIL + 86_402),
+        "past the token that the log-in gave"
+    );
 }
 
 #[tokio::test]
@@ -365,16 +380,16 @@ async fn when_the_last_tokens_of_a_device_expired_is_forgotten_a_day_later() {
     let store = TestStore::open().await;
     let people = [store.account().await, store.account().await, store.account().await];
     let gone = &people[0];
-    store.log_out(gone.no, VOID_TO).await.unwrap();
+    store.log_out(gone.no, REVOKED_UNTIL).await.unwrap();
     let database = store.database().await;
     let kept = "SELECT count(*) FROM devices WHERE tokens_void_to <> 0 OR tokens_issued_to <> 0";
-    let end = gone.session().access_expires_at.max(VOID_TO);
+    let end = gone.session().access_expires_at.max(REVOKED_UNTIL);
     let at = Timestamp::from_seconds(end) + DAY;
     // Two devices at a time, the last one by itself.
     let walk = async |now| {
-        let next = store.forget_past_seconds(DeviceNo(0), now, 2).await.unwrap();
+        let next = store.clear_expired_revocations(DeviceNo(0), now, 2).await.unwrap();
         assert_eq!(next, Some(people[1].no));
-        assert_eq!(store.forget_past_seconds(people[1].no, now, 2).await.unwrap(), None);
+        assert_eq!(store.clear_expired_revocations(people[1].no, now, 2).await.unwrap(), None);
     };
     walk(at - SECOND * 3600).await;
     assert_eq!(database.number(kept).await, 3, "less than a day");

@@ -3,23 +3,23 @@
 use std::time::Duration;
 
 use obscura_server::model::ids::UserId;
-use obscura_server::store::{Disuse, Registered};
+use obscura_server::store::{IdleCutoffs, Registered};
 
 use super::fixture::{NOW, Person, TestStore, grant, new_account, ticket};
 
-const NEVER: Disuse = Disuse { used_before: None, signed_up_before: None };
+const NEVER: IdleCutoffs = IdleCutoffs { used_before: None, signed_up_before: None };
 
 /// Those that were used before this service day, and never used ones that signed up before that one.
-fn before(used: i64, signed_up: i64) -> Disuse {
-    Disuse { used_before: Some(used), signed_up_before: Some(signed_up) }
+fn before(used: i64, signed_up: i64) -> IdleCutoffs {
+    IdleCutoffs { used_before: Some(used), signed_up_before: Some(signed_up) }
 }
 
 async fn log_in(store: &TestStore, person: &Person) {
     assert!(store.log_in(person.user, person.device, &grant(NOW)).await.unwrap().is_some());
 }
 
-async fn disused(store: &TestStore, disuse: Disuse) -> Vec<UserId> {
-    let mut found = store.disused_accounts(disuse, 10).await.unwrap();
+async fn disused(store: &TestStore, disuse: IdleCutoffs) -> Vec<UserId> {
+    let mut found = store.idle_accounts(disuse, 10).await.unwrap();
     found.sort_unstable();
     found
 }
@@ -53,7 +53,7 @@ async fn an_account_that_was_never_used_and_one_that_was_have_limits_of_their_ow
     assert_eq!(disused(&store, before(2, 1)).await, [used.user]);
     assert_eq!(disused(&store, before(1, 2)).await, [unused.user]);
     assert_eq!(disused(&store, before(2, 2)).await, sorted([&used, &unused]));
-    assert_eq!(store.disused_accounts(before(2, 2), 1).await.unwrap().len(), 1);
+    assert_eq!(store.idle_accounts(before(2, 2), 1).await.unwrap().len(), 1);
 }
 
 #[tokio::test]
@@ -73,12 +73,12 @@ async fn log_ins_refreshes_resets_requests_and_open_sockets_are_uses() {
         secret_hash: refreshes.account.session.secret_hash,
         key: None,
         next: obscura_server::store::SessionGrant { secret_hash: [9; 32], ..refreshes.account.session },
-        void_to: 0,
+        revoked_until: 0,
     };
     store.refresh(&wish, NOW).await.unwrap();
-    store.note_use(asks.user);
-    store.note_devices(&[listens.no]).await.unwrap();
-    store.write_uses().await.unwrap();
+    store.record_use(asks.user);
+    store.record_device_uses(&[listens.no]).await.unwrap();
+    store.flush_uses().await.unwrap();
     // Never used before, and now neither.
     assert_eq!(disused(&store, before(2, 3)).await, [idle.user]);
     assert_eq!(disused(&store, before(3, 0)).await, sorted([&logs_in, &refreshes, &asks, &listens]));
@@ -113,13 +113,13 @@ async fn an_account_that_goes_takes_everything_of_its_own_along_and_its_name_is_
     }
     let database = store.database().await;
     let tables = ["users", "devices", "device_keys", "sessions", "link_sessions", "gateway_tickets"];
-    let removed = store.remove_disused(gone.user, before(1, 2)).await.unwrap();
+    let removed = store.remove_idle_account(gone.user, before(1, 2)).await.unwrap();
     assert_eq!(removed, Some(vec![gone.address()]));
     for table in tables {
         assert_eq!(database.number(&format!("SELECT count(*) FROM {table}")).await, 1, "{table}");
     }
     assert_eq!(store.device_auth(gone.device).await.unwrap(), None);
-    assert_eq!(store.remove_disused(gone.user, before(1, 2)).await.unwrap(), None, "only once");
+    assert_eq!(store.remove_idle_account(gone.user, before(1, 2)).await.unwrap(), None, "only once");
     let again = new_account(&gone.account.username);
     assert!(matches!(store.register(&again).await.unwrap(), Registered::Account(_)));
 }
@@ -132,9 +132,9 @@ async fn an_account_that_is_used_at_the_last_moment_stays() {
     store.service_day(50).await.unwrap();
     assert_eq!(disused(&store, before(2, 2)).await, sorted([&logs_in, &asks]));
     log_in(&store, &logs_in).await;
-    store.note_use(asks.user);
+    store.record_use(asks.user);
     for person in [&logs_in, &asks] {
-        assert_eq!(store.remove_disused(person.user, before(2, 2)).await.unwrap(), None);
+        assert_eq!(store.remove_idle_account(person.user, before(2, 2)).await.unwrap(), None);
         assert!(store.device_auth(person.device).await.unwrap().is_some());
     }
 }
