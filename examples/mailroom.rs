@@ -21,10 +21,10 @@ use bytes::Bytes;
 use clap::{Arg, Command, value_parser};
 use obscura_server::clock::Clock;
 use obscura_server::config::Config;
-use obscura_server::mailroom::Mailroom;
+use obscura_server::delivery::MessageWriter;
 use obscura_server::model::ids::{DeviceId, IdempotencyKey, UserId};
 use obscura_server::model::keys::{KeyId, PreKeys, PublicKey, RegistrationId, Signature, SignedPreKey};
-use obscura_server::model::mail::{Outcome, Outgoing, Recipient, Sealed, Sender};
+use obscura_server::model::message::{Outcome, Recipient, Sealed, SendRequest, Sender};
 use obscura_server::server::Server;
 use obscura_server::store::{NewAccount, NewDevice, Registered, SessionGrant, Store};
 use obscura_server::telemetry::Telemetry;
@@ -48,7 +48,7 @@ struct Options {
 
 /// What one round found, in messages a second.
 struct Round {
-    mailroom: f64,
+    message_writer: f64,
     bare: Bare,
     group: usize,
 }
@@ -65,13 +65,13 @@ async fn main() -> Result<()> {
     let (mut to_messages, mut to_sends) = (Vec::new(), Vec::new());
     println!("messages a second    in a group    mailroom    bare, messages alone    bare, messages and outcomes");
     for n in 1..=options.rounds {
-        let Round { mailroom, bare, group } = match &options.postgres {
+        let Round { message_writer, bare, group } = match &options.postgres {
             None => in_sqlite(&options).await?,
             Some(url) => in_postgres(&options, url).await?,
         };
-        println!("round {n:<11}{group:>14}{mailroom:>12.0}{:>24.0}{:>30.0}", bare.messages, bare.sends);
-        to_messages.push(mailroom / bare.messages);
-        to_sends.push(mailroom / bare.sends);
+        println!("round {n:<11}{group:>14}{message_writer:>12.0}{:>24.0}{:>30.0}", bare.messages, bare.sends);
+        to_messages.push(message_writer / bare.messages);
+        to_sends.push(message_writer / bare.sends);
     }
     let median = |mut ratios: Vec<f64>| {
         ratios.sort_by(f64::total_cmp);
@@ -112,7 +112,7 @@ fn options() -> Options {
 
 async fn in_sqlite(options: &Options) -> Result<Round> {
     let folder = tempfile::tempdir()?;
-    let mailroom = through_the_mailroom(options, folder.path(), None).await?;
+    let message_writer = through_the_message_writer(options, folder.path(), None).await?;
     let file = folder.path().join("obscura.db");
     let mut database = SqliteConnectOptions::new()
         .filename(file)
@@ -140,7 +140,7 @@ async fn in_sqlite(options: &Options) -> Result<Round> {
         *rate = done as f64 / began.elapsed().as_secs_f64();
     }
     database.close().await?;
-    Ok(Round { mailroom, bare: Bare { messages: rates[0], sends: rates[1] }, group })
+    Ok(Round { message_writer, bare: Bare { messages: rates[0], sends: rates[1] }, group })
 }
 
 /// The server's own statements: a list of devices and offsets, and one blob of ids and bodies.
@@ -185,7 +185,7 @@ async fn in_postgres(options: &Options, url: &str) -> Result<Round> {
 
 async fn in_this_postgres(options: &Options, url: &str) -> Result<Round> {
     let folder = tempfile::tempdir()?;
-    let mailroom = through_the_mailroom(options, folder.path(), Some(url)).await?;
+    let message_writer = through_the_message_writer(options, folder.path(), Some(url)).await?;
     let mut database = url.parse::<PgConnectOptions>()?.options([("synchronous_commit", "on")]).connect().await?;
     let count = "SELECT COUNT(*), COUNT(DISTINCT received_at) FROM messages";
     let (messages, groups): (i64, i64) = sqlx::query_as(count).fetch_one(&mut database).await?;
@@ -216,7 +216,7 @@ async fn in_this_postgres(options: &Options, url: &str) -> Result<Round> {
         *rate = done as f64 / began.elapsed().as_secs_f64();
     }
     database.close().await?;
-    Ok(Round { mailroom, bare: Bare { messages: rates[0], sends: rates[1] }, group })
+    Ok(Round { message_writer, bare: Bare { messages: rates[0], sends: rates[1] }, group })
 }
 
 fn group(messages: i64, groups: i64) -> usize {
@@ -224,7 +224,7 @@ fn group(messages: i64, groups: i64) -> usize {
 }
 
 /// Messages a second that were durable when the mailroom answered.
-async fn through_the_mailroom(options: &Options, folder: &Path, postgres: Option<&str>) -> Result<f64> {
+async fn through_the_message_writer(options: &Options, folder: &Path, postgres: Option<&str>) -> Result<f64> {
     let folder = folder.to_str().context("a path that is text")?;
     let mut arguments = vec!["obscura-server", "--data-dir", folder, "--server-host=127.0.0.1", "--server-port=0"];
     arguments.extend(["--mgmt-port=0", "--pubsub-url=local:", "--max-inbox-size=1000000"]);
@@ -245,10 +245,10 @@ async fn through_the_mailroom(options: &Options, folder: &Path, postgres: Option
     let mut work = JoinSet::new();
     for n in 0..options.tasks {
         let sender = register(&app.store, &format!("sender_{n}")).await?;
-        let (mailroom, recipients, size) = (app.mailroom.clone(), recipients.clone(), options.size);
-        work.spawn(
-            async move { keep_sending(&mailroom, sender, &recipients[n % RECIPIENTS..], size, from, until).await },
-        );
+        let (message_writer, recipients, size) = (app.message_writer.clone(), recipients.clone(), options.size);
+        work.spawn(async move {
+            keep_sending(&message_writer, sender, &recipients[n % RECIPIENTS..], size, from, until).await
+        });
     }
     let sent: usize = work.join_all().await.into_iter().sum::<Result<usize>>()?;
     server.stop().await;
@@ -257,7 +257,7 @@ async fn through_the_mailroom(options: &Options, folder: &Path, postgres: Option
 
 /// Answers how many sends ended between `from` and `until`.
 async fn keep_sending(
-    mailroom: &Mailroom,
+    message_writer: &MessageWriter,
     sender: Sender,
     recipients: &[Sender],
     size: usize,
@@ -267,13 +267,17 @@ async fn keep_sending(
     let body = Sealed(Bytes::from(vec![0xa5; size]));
     let mut count = 0;
     for to in recipients.iter().cycle() {
-        let mail = Outgoing {
+        let mail = SendRequest {
             sender,
             key: IdempotencyKey::random(),
             digest: [0; 16],
-            recipients: vec![Recipient { user: to.user, submissions: vec![(to.device, body.clone())], busy_for: None }],
+            recipients: vec![Recipient {
+                user: to.user,
+                submissions: vec![(to.device, body.clone())],
+                throttled_for: None,
+            }],
         };
-        let sent = mailroom.send(mail).await?;
+        let sent = message_writer.send(mail).await?;
         ensure!(sent.outcome == Outcome::default(), "a send was accepted in part only");
         let now = Instant::now();
         if now >= until {

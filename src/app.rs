@@ -9,10 +9,10 @@ use crate::blobs::Blobs;
 use crate::bus::Bus;
 use crate::clock::Clock;
 use crate::config::Config;
+use crate::delivery::MessageWriter;
 use crate::disk::Disk;
 use crate::files::Files;
 use crate::limits::{AccountLimits, Limits};
-use crate::mailroom::Mailroom;
 use crate::push::Push;
 use crate::store::Store;
 use crate::tasks::Tasks;
@@ -42,7 +42,7 @@ impl Deref for App {
 /// The parts of a server, as fields of [`App`].
 pub struct Parts {
     /// Takes sends and acks.
-    pub mailroom: Mailroom,
+    pub message_writer: MessageWriter,
     /// What must survive a restart.
     pub store: Store,
     /// What an embedded server has open, compared with what is at its paths.

@@ -14,10 +14,10 @@ pub mod wire;
 pub mod auth;
 pub mod blobs;
 pub mod bus;
+pub mod delivery;
 pub mod disk;
 pub mod files;
 pub mod limits;
-pub mod mailroom;
 pub mod push;
 pub mod store;
 

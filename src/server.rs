@@ -19,11 +19,11 @@ use crate::blobs::Blobs;
 use crate::bus::Bus;
 use crate::clock::{Clock, EARLIEST};
 use crate::config::Config;
+use crate::delivery::{MessageWriter, Notifier};
 use crate::disk::{Disk, reserve};
 use crate::files::{self, Files, Lock};
 use crate::limits::{AccountLimits, Limits};
 use crate::listener::{self, Patience};
-use crate::mailroom::{Mailroom, Waking};
 use crate::push::Push;
 use crate::store::{self, Store};
 use crate::sweeps;
@@ -227,10 +227,10 @@ async fn open(
     let _ = tokio::time::timeout(config.health.pubsub_timeout, bus.connected()).await;
     let push = Push::start(push, &config, &store, &clock, &telemetry, &owners.keepers);
     Ok(App::of(Parts {
-        mailroom: Mailroom::open(
+        message_writer: MessageWriter::open(
             config.messaging.grouping,
             store.clone(),
-            Waking { bus: bus.clone(), push: push.clone() },
+            Notifier { bus: bus.clone(), push: push.clone() },
             clock.clone(),
             &telemetry,
             &owners.keepers,

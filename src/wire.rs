@@ -8,7 +8,7 @@ use prost::encoding::{self, DecodeContext, WireType};
 
 use crate::clock::Timestamp;
 use crate::model::ids::{DeviceId, IdempotencyKey, MessageId, UserId};
-use crate::model::mail::{Envelope, Outcome, Outgoing, Recipient, Sealed, Sender, Shortage};
+use crate::model::message::{Envelope, Outcome, Recipient, RefusalReason, Sealed, SendRequest, Sender};
 
 mod v1 {
     include!(concat!(env!("OUT_DIR"), "/obscura.v1.rs"));
@@ -36,13 +36,13 @@ pub enum BadSend {
 
 /// Reads and checks the body of a send: everything that can be told without looking at the database, in
 /// the order of the contract. `limit` bounds the recipients and, separately, all their submissions.
-pub fn outgoing(
+pub fn send_request(
     body: Bytes,
     sender: Sender,
     key: IdempotencyKey,
     digest: [u8; 16],
     limit: usize,
-) -> Result<Outgoing, BadSend> {
+) -> Result<SendRequest, BadSend> {
     // Counted before anything is decoded: two bytes on the wire can make a recipient, which takes far more in memory.
     let recipients = fields(&body, 1).take(limit + 1);
     let submissions = recipients.clone().flat_map(|recipient| fields(recipient, 2)).take(limit + 1);
@@ -72,9 +72,9 @@ pub fn outgoing(
             }
             submissions.push((device, Sealed(submission.message)));
         }
-        recipients.push(Recipient { user, submissions, busy_for: None });
+        recipients.push(Recipient { user, submissions, throttled_for: None });
     }
-    Ok(Outgoing { sender, key, digest, recipients })
+    Ok(SendRequest { sender, key, digest, recipients })
 }
 
 /// The fields of a message that have this number and a length, as they stand on the wire. Ends where the message stops
@@ -115,11 +115,11 @@ pub fn send_response(outcome: &Outcome) -> SendMessageResponse {
             .iter()
             .map(|refused| send_message_response::RefusedDevice {
                 device_id: id(&refused.device),
-                reason: match refused.shortage {
-                    Shortage::Inbox => send_message_response::Reason::InboxFull,
-                    Shortage::Share => send_message_response::Reason::SenderShare,
-                    Shortage::Day => send_message_response::Reason::SenderDay,
-                    Shortage::Target => send_message_response::Reason::TooManySends,
+                reason: match refused.reason {
+                    RefusalReason::Inbox => send_message_response::Reason::InboxFull,
+                    RefusalReason::Share => send_message_response::Reason::SenderShare,
+                    RefusalReason::Day => send_message_response::Reason::SenderDay,
+                    RefusalReason::Target => send_message_response::Reason::TooManySends,
                 }
                 .into(),
             })
@@ -188,9 +188,9 @@ mod tests {
     use super::*;
     use crate::model::ids::DeviceNo;
 
-    fn read(body: Vec<u8>) -> Result<Outgoing, BadSend> {
+    fn read(body: Vec<u8>) -> Result<SendRequest, BadSend> {
         let sender = Sender { user: UserId::random(), device: DeviceId::random(), no: DeviceNo(1) };
-        outgoing(body.into(), sender, IdempotencyKey::random(), [0; 16], 3)
+        send_request(body.into(), sender, IdempotencyKey::random(), [0; 16], 3)
     }
 
     fn request(submissions: &[usize]) -> Vec<u8> {

@@ -11,9 +11,9 @@ use tracing::{debug, error};
 
 use crate::auth::passwords::Busy;
 use crate::blobs::BlobError;
+use crate::delivery::WriteError;
 use crate::disk::NoGrowth;
 use crate::limits::{NoRoom, Wait};
-use crate::mailroom::MailroomError;
 use crate::store::StoreError;
 use crate::telemetry::metrics::Refusal;
 use crate::telemetry::throttle::Throttle;
@@ -233,11 +233,11 @@ impl From<NoRoom> for ApiError {
     }
 }
 
-impl From<MailroomError> for ApiError {
-    fn from(error: MailroomError) -> Self {
+impl From<WriteError> for ApiError {
+    fn from(error: WriteError) -> Self {
         match error {
-            MailroomError::Full => Self::DiskFull,
-            MailroomError::Unavailable => Self::unavailable(Refusal::Mailroom),
+            WriteError::Full => Self::DiskFull,
+            WriteError::Unavailable => Self::unavailable(Refusal::MessageWriter),
         }
     }
 }

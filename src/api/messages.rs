@@ -9,7 +9,7 @@ use crate::api::error::ApiError;
 use crate::api::extract::{Caller, Protobuf, RawBody, required_key};
 use crate::app::App;
 use crate::limits::Wait;
-use crate::model::mail::{Outgoing, Replay, Sender, Sent};
+use crate::model::message::{Replay, SendRequest, SendResult, Sender};
 use crate::telemetry::metrics::Refusal;
 use crate::wire::{self, BadSend};
 
@@ -30,30 +30,30 @@ pub async fn send(
     let digest = Sha256::digest(&body);
     let digest = *digest.first_chunk().expect("SHA-256 has 32 bytes");
     let sender = Sender { user: caller.user, device: caller.device, no: caller.no };
-    let mut mail = wire::outgoing(body, sender, key, digest, app.config.messaging.send_batch_limit)?;
-    hold_back(&app, &mut mail)?;
+    let mut request = wire::send_request(body, sender, key, digest, app.config.messaging.send_batch_limit)?;
+    apply_rate_limits(&app, &mut request)?;
     if let Err(full) = app.disk.check_growth()
         && !app.store.has_outcome(caller.no, key).await?
     {
         return Err(full.into());
     }
-    let sent = app.mailroom.send(mail).await?;
+    let sent = app.message_writer.send(request).await?;
     Ok(answer(&sent, is_lenient(&headers)))
 }
 
 /// Marks the recipients that get too many sends at the moment. Returns an error when all of them do.
-fn hold_back(app: &App, mail: &mut Outgoing) -> Result<(), ApiError> {
+fn apply_rate_limits(app: &App, request: &mut SendRequest) -> Result<(), ApiError> {
     let mut shortest: Option<Wait> = None;
-    let mut held = 0;
-    for recipient in &mut mail.recipients {
-        if let Err(wait) = app.limits.send(mail.sender.user, recipient.user) {
-            recipient.busy_for = Some(wait.0);
+    let mut limited = 0;
+    for recipient in &mut request.recipients {
+        if let Err(wait) = app.limits.send(request.sender.user, recipient.user) {
+            recipient.throttled_for = Some(wait.0);
             shortest = Some(shortest.map_or(wait, |other| other.min(wait)));
-            held += 1;
+            limited += 1;
         }
     }
     match shortest {
-        Some(wait) if held == mail.recipients.len() => Err(wait.into()),
+        Some(wait) if limited == request.recipients.len() => Err(wait.into()),
         _ => Ok(()),
     }
 }
@@ -68,7 +68,7 @@ fn is_lenient(headers: &HeaderMap) -> bool {
     })
 }
 
-fn answer(sent: &Sent, is_lenient: bool) -> Response {
+fn answer(sent: &SendResult, is_lenient: bool) -> Response {
     let mut response = match sent.retry_after {
         Some(wait) if !is_lenient => ApiError::from(Wait(wait, Refusal::InboxRoom)).into_response(),
         _ => Protobuf(wire::send_response(&sent.outcome)).into_response(),

@@ -142,11 +142,11 @@ mod tests {
     fn signals_before_the_look_are_merged_into_one_answer() {
         let bus = LocalBus::new(8);
         let wakeups = bus.subscribe(DEVICE);
-        bus.wake(DEVICE, Signal::Mail.into());
-        bus.wake(DEVICE, Signal::Mail.into());
+        bus.wake(DEVICE, Signal::NewMessages.into());
+        bus.wake(DEVICE, Signal::NewMessages.into());
         bus.wake(DEVICE, Signal::KeysLow.into());
         let signals = wakeups.next().now_or_never().unwrap();
-        assert!(signals.has(Signal::Mail) && signals.has(Signal::KeysLow) && !signals.has(Signal::AuthChanged));
+        assert!(signals.has(Signal::NewMessages) && signals.has(Signal::KeysLow) && !signals.has(Signal::AuthChanged));
         assert!(wakeups.next().now_or_never().is_none());
     }
 
@@ -154,7 +154,7 @@ mod tests {
     fn a_signal_reaches_every_session_of_the_device_and_no_other() {
         let bus = LocalBus::new(8);
         let (first, second, other) = (bus.subscribe(DEVICE), bus.subscribe(DEVICE), bus.subscribe(DeviceNo(8)));
-        bus.wake(DEVICE, Signal::Mail.into());
+        bus.wake(DEVICE, Signal::NewMessages.into());
         assert!(first.next().now_or_never().is_some());
         assert!(second.next().now_or_never().is_some());
         assert!(other.next().now_or_never().is_none());
@@ -165,7 +165,7 @@ mod tests {
         let bus = LocalBus::new(8);
         let (first, second) = (bus.subscribe(DEVICE), bus.subscribe(DEVICE));
         drop(first);
-        bus.wake(DEVICE, Signal::Mail.into());
+        bus.wake(DEVICE, Signal::NewMessages.into());
         assert!(second.next().now_or_never().is_some());
         drop(second);
         assert_eq!(bus.listening(), 0);
@@ -177,7 +177,7 @@ mod tests {
         let sockets = [bus.subscribe(DEVICE), bus.subscribe(DEVICE), bus.subscribe(DEVICE)];
         assert!(sockets[0].next().now_or_never().is_some_and(|signals| signals.has(Signal::Superseded)));
         assert!(sockets[1].next().now_or_never().is_none());
-        bus.wake(DEVICE, Signal::Mail.into());
+        bus.wake(DEVICE, Signal::NewMessages.into());
         assert!(sockets[0].next().now_or_never().is_none());
         assert!(sockets[2].next().now_or_never().is_some());
     }
@@ -198,7 +198,7 @@ mod tests {
         let wakeups = bus.subscribe(DEVICE);
         let mut waiting = Box::pin(wakeups.next());
         assert!(futures_util::poll!(&mut waiting).is_pending());
-        bus.wake(DEVICE, Signal::Mail.into());
-        assert!(waiting.await.has(Signal::Mail));
+        bus.wake(DEVICE, Signal::NewMessages.into());
+        assert!(waiting.await.has(Signal::NewMessages));
     }
 }

@@ -120,7 +120,7 @@ mod tests {
     #[test]
     fn a_message_says_who_sent_it_and_what_each_device_should_look_at() {
         let node = Node::random();
-        let entries = vec![(DeviceNo(7), Signal::Mail.into()), (DeviceNo(i64::MAX), Signals::EVERYTHING)];
+        let entries = vec![(DeviceNo(7), Signal::NewMessages.into()), (DeviceNo(i64::MAX), Signals::EVERYTHING)];
         let bytes = Message::devices(node, &entries);
         assert_eq!(bytes.len(), 1 + 16 + 2 * 9);
         assert_eq!(Message::read(&bytes), Some((node, Message::Devices(entries))));
@@ -152,7 +152,7 @@ mod tests {
 
     #[test]
     fn what_is_cut_or_of_another_format_is_not_understood() {
-        let bytes = Message::devices(Node::random(), &[(DeviceNo(7), Signal::Mail.into())]);
+        let bytes = Message::devices(Node::random(), &[(DeviceNo(7), Signal::NewMessages.into())]);
         assert!(
             (0..bytes.len()).filter(|length| *length != 17).all(|length| Message::read(&bytes[..length]).is_none())
         );

@@ -27,7 +27,7 @@ pub use seeds::seeds;
 #[repr(u8)]
 pub enum Signal {
     /// There may be new mail.
-    Mail = 1,
+    NewMessages = 1,
     /// There may be few one-time prekeys left.
     KeysLow = 2,
     /// The device may have been removed or logged out.
@@ -42,7 +42,7 @@ pub struct Signals(u8);
 
 impl Signals {
     /// For a session that may have missed anything. That it is one too many it can't have missed.
-    const EVERYTHING: Self = Self(Signal::Mail as u8 | Signal::KeysLow as u8 | Signal::AuthChanged as u8);
+    const EVERYTHING: Self = Self(Signal::NewMessages as u8 | Signal::KeysLow as u8 | Signal::AuthChanged as u8);
 
     /// Whether `signal` is among them.
     pub fn has(self, signal: Signal) -> bool {
@@ -50,7 +50,7 @@ impl Signals {
     }
 
     /// For a session that looks by itself while no signals come from other nodes.
-    const REGULAR: Self = Self(Signal::Mail as u8 | Signal::AuthChanged as u8);
+    const REGULAR: Self = Self(Signal::NewMessages as u8 | Signal::AuthChanged as u8);
 
     fn and(self, others: Self) -> Self {
         Self(self.0 | others.0)

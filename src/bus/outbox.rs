@@ -157,11 +157,11 @@ mod tests {
         let outbox = Outbox::default();
         let one = address(1);
         let other = Address { device: DeviceNo(2), ..one };
-        outbox.add(&[one, other, one], Signal::Mail.into());
+        outbox.add(&[one, other, one], Signal::NewMessages.into());
         outbox.add(&[one], Signal::KeysLow.into());
         let letters = outbox.take(10);
-        let both = Signals::from(Signal::Mail).and(Signal::KeysLow.into());
-        assert_eq!(letters.accounts[&one.user], [(DeviceNo(1), both), (DeviceNo(2), Signal::Mail.into())]);
+        let both = Signals::from(Signal::NewMessages).and(Signal::KeysLow.into());
+        assert_eq!(letters.accounts[&one.user], [(DeviceNo(1), both), (DeviceNo(2), Signal::NewMessages.into())]);
         assert!(outbox.is_empty());
     }
 
@@ -169,12 +169,12 @@ mod tests {
     fn what_is_not_confirmed_waits_again_with_what_came_meanwhile() {
         let outbox = Outbox::default();
         let (one, other) = (address(1), address(2));
-        outbox.add(&[one], Signal::Mail.into());
+        outbox.add(&[one], Signal::NewMessages.into());
         outbox.take(10);
         outbox.add(&[one, other], Signal::AuthChanged.into());
         outbox.put_back();
         let letters = outbox.take(10);
-        let both = Signals::from(Signal::Mail).and(Signal::AuthChanged.into());
+        let both = Signals::from(Signal::NewMessages).and(Signal::AuthChanged.into());
         assert_eq!(letters.accounts[&one.user], [(DeviceNo(1), both)]);
         assert_eq!(letters.accounts[&other.user], [(DeviceNo(2), Signal::AuthChanged.into())]);
     }
@@ -182,7 +182,7 @@ mod tests {
     #[test]
     fn what_is_confirmed_does_not_come_back() {
         let outbox = Outbox::default();
-        outbox.add(&[address(1)], Signal::Mail.into());
+        outbox.add(&[address(1)], Signal::NewMessages.into());
         outbox.take(10);
         outbox.confirm();
         outbox.put_back();
@@ -192,7 +192,7 @@ mod tests {
     #[test]
     fn it_is_handed_out_in_parts() {
         let outbox = Outbox::default();
-        (0..25).for_each(|device| outbox.add(&[address(device)], Signal::Mail.into()));
+        (0..25).for_each(|device| outbox.add(&[address(device)], Signal::NewMessages.into()));
         let sizes = [(); 4].map(|()| {
             let letters = outbox.take(10);
             outbox.confirm();
@@ -204,19 +204,19 @@ mod tests {
     #[test]
     fn past_its_bound_it_becomes_one_word_to_everybody() {
         let outbox = Outbox::default();
-        (0..BOUND as i64).for_each(|device| outbox.add(&[address(device)], Signal::Mail.into()));
+        (0..BOUND as i64).for_each(|device| outbox.add(&[address(device)], Signal::NewMessages.into()));
         assert!(!outbox.take(1).everybody);
         outbox.put_back();
         let one = address(-1);
-        outbox.add(&[one], Signal::Mail.into());
+        outbox.add(&[one], Signal::NewMessages.into());
         let letters = outbox.take(10);
         assert!(letters.everybody && letters.accounts.is_empty());
         // And it is not forgotten before it is confirmed.
-        outbox.add(&[one], Signal::Mail.into());
+        outbox.add(&[one], Signal::NewMessages.into());
         outbox.put_back();
         assert!(outbox.take(10).everybody);
         outbox.confirm();
-        outbox.add(&[one], Signal::Mail.into());
+        outbox.add(&[one], Signal::NewMessages.into());
         assert_eq!(outbox.take(10).messages().count(), 1);
     }
 
@@ -226,7 +226,7 @@ mod tests {
         let (one, trail) = (address(1), Trail::from_bytes(&[7; Trail::BYTES]).unwrap());
         (0..2 * TRAILS).for_each(|_| outbox.lay_trail(&[one, one], trail));
         assert!(outbox.is_empty(), "a trace alone is no reason to send");
-        outbox.add(&[one], Signal::Mail.into());
+        outbox.add(&[one], Signal::NewMessages.into());
         assert_eq!(outbox.take(10).trails.len(), TRAILS);
         outbox.put_back();
         let letters = outbox.take(10);
@@ -239,7 +239,7 @@ mod tests {
         assert!(outbox.filled().now_or_never().is_none());
         let mut filled = Box::pin(outbox.filled());
         assert!(futures_util::poll!(&mut filled).is_pending());
-        outbox.add(&[address(1)], Signal::Mail.into());
+        outbox.add(&[address(1)], Signal::NewMessages.into());
         filled.await;
         outbox.filled().await;
     }

@@ -233,7 +233,7 @@ pub struct Messaging {
 #[derive(Clone, Copy, Debug)]
 pub struct Grouping {
     /// Sends and acks in one group, at least 1; what was left for later may come on top.
-    pub most: usize,
+    pub max_requests: usize,
     /// How long a group waits for company. `None`: it is what came while the last one was being stored.
     pub linger: Option<Duration>,
 }

@@ -240,7 +240,7 @@ fn messaging(given: &Given) -> Messaging {
         batch_limit: given.number("batch-limit"),
         send_batch_limit: given.number("messaging-send-batch-limit"),
         idempotency_lifetime: given.duration("messaging-idempotency-ttl-secs"),
-        grouping: Grouping { most: 512, linger: None },
+        grouping: Grouping { max_requests: 512, linger: None },
     }
 }
 

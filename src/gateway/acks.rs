@@ -168,7 +168,7 @@ async fn write(app: App, device: DeviceNo, Batch { acks: batch, told }: Batch) -
             }
         }
     }
-    positions.is_empty() || app.mailroom.acknowledge(device, positions).await.is_ok()
+    positions.is_empty() || app.message_writer.acknowledge(device, positions).await.is_ok()
 }
 
 #[cfg(test)]

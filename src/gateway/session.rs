@@ -68,7 +68,7 @@ struct Session {
     /// The inbox has been sent up to here.
     sent_to: Position,
     memory: FrameMemory,
-    mail_wanted: bool,
+    messages_wanted: bool,
     status_wanted: bool,
     auth_check_wanted: bool,
     notice_wanted: bool,
@@ -103,7 +103,7 @@ impl Session {
             trails: Trails::default(),
             sent_to: Position::default(),
             memory,
-            mail_wanted: true,
+            messages_wanted: true,
             status_wanted: true,
             // The device may have been removed between the redeemed ticket and our subscription.
             auth_check_wanted: true,
@@ -285,7 +285,7 @@ impl Session {
                 Some(_) => return Ok(None),
             }
         };
-        self.mail_wanted = page.more;
+        self.messages_wanted = page.more;
         self.memory.keep(page.envelopes.iter().map(|envelope| envelope.body.0.len()).sum());
         self.trails.read(&page.envelopes);
         let Some(last) = page.envelopes.last() else { return Ok(None) };
@@ -297,14 +297,14 @@ impl Session {
 
     /// True when there may be mail, and no message waits for memory.
     fn may_read_mail(&self) -> bool {
-        self.mail_wanted && !self.memory.is_waiting()
+        self.messages_wanted && !self.memory.is_waiting()
     }
 
     fn signalled(&mut self, signals: Signals, wakeups: &Wakeups) -> Option<End> {
         if self.app.traces.are_kept() {
             self.trails.signalled(&self.app.traces, wakeups.trails());
         }
-        self.mail_wanted |= signals.has(Signal::Mail);
+        self.messages_wanted |= signals.has(Signal::NewMessages);
         self.auth_check_wanted |= signals.has(Signal::AuthChanged);
         if signals.has(Signal::KeysLow) && self.status_due.is_none() {
             self.status_due = Some(Instant::now() + self.app.config.gateway.prekey_debounce);
@@ -367,7 +367,7 @@ impl Session {
         }
         if self.look_due <= now {
             self.look_due = now + jittered(config.look_interval);
-            (self.mail_wanted, self.auth_check_wanted) = (true, true);
+            (self.messages_wanted, self.auth_check_wanted) = (true, true);
         }
         if self.status_due.is_some_and(|due| due <= now) {
             (self.status_due, self.status_wanted) = (None, true);

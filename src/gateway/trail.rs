@@ -3,7 +3,7 @@
 use std::ops::RangeInclusive;
 
 use crate::model::ids::Position;
-use crate::model::mail::Envelope;
+use crate::model::message::Envelope;
 use crate::telemetry::traces::{Span, Traces, Trail};
 
 /// Traces that one socket takes part in at a time.
@@ -76,7 +76,7 @@ impl Trails {
 mod tests {
     use crate::clock::Timestamp;
     use crate::model::ids::{DeviceId, MessageId, UserId};
-    use crate::model::mail::Sealed;
+    use crate::model::message::Sealed;
     use crate::telemetry::traces::tests::{Ended, traces};
 
     use super::*;

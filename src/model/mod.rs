@@ -3,6 +3,6 @@
 pub mod ids;
 pub mod keys;
 pub mod link_proof;
-pub mod mail;
+pub mod message;
 pub mod push;
 pub mod xeddsa;

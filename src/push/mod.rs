@@ -123,7 +123,7 @@ impl Push {
     }
 
     /// Mail was queued for these devices.
-    pub fn mail(&self, addresses: &[Address]) {
+    pub fn new_messages(&self, addresses: &[Address]) {
         self.schedule(addresses, Reason::Mail);
     }
 

@@ -9,7 +9,7 @@ use tokio::time::Instant;
 
 use crate::clock::Timestamp;
 use crate::model::ids::{DeviceNo, UserId};
-use crate::model::mail::Shortage;
+use crate::model::message::RefusalReason;
 use crate::store::Limits;
 use bounds::Bounds;
 pub(super) use bounds::{Candidate, InboxLoad};
@@ -42,7 +42,7 @@ const MARKS: i64 = 64 << 10;
 const COUNTED_AT_ONCE: u64 = 64;
 
 /// `Ok` if there is room; else the reason and the time after which there may be room.
-pub(super) type Admission = Result<(), (Shortage, Duration)>;
+pub(super) type Admission = Result<(), (RefusalReason, Duration)>;
 
 /// An upper bound of the messages and bytes that wait for a device of an account, as the account's row in PostgreSQL has it.
 pub(super) type AccountBound = (i32, i64);
@@ -251,8 +251,8 @@ impl InboxLimiter {
         if inbox.account_bound == row.before {
             inbox.account_bound = row.now;
         }
-        if let Err(shortage) = self.bounds.admits(inbox.total, inbox.of(one.sender), one.is_own(), one.bytes) {
-            return Err((shortage, INBOX_RETRY_AFTER));
+        if let Err(reason) = self.bounds.admits(inbox.total, inbox.of(one.sender), one.is_own(), one.bytes) {
+            return Err((reason, INBOX_RETRY_AFTER));
         }
         state.days.charge(charges, one, self.bytes_per_day, now)?;
         if let Some(inbox) = state.inboxes.get_mut(&one.device) {

@@ -7,7 +7,7 @@ use sqlx::FromRow;
 
 use crate::clock::{Moment, Timestamp};
 use crate::model::ids::{DeviceId, DeviceNo, MessageId, Position, UserId};
-use crate::model::mail::{Envelope, Sealed};
+use crate::model::message::{Envelope, Sealed};
 use crate::store::database::{Database, Tx, on, run};
 use crate::store::inbox_limiter::MAX_DEBT;
 use crate::store::notices::Counts;

@@ -4,7 +4,7 @@ use std::collections::HashMap;
 use std::time::Duration;
 
 use crate::model::ids::{DeviceId, DeviceNo, UserId};
-use crate::model::mail::{Outcome, Outgoing, Recipient, Refused, Sealed, Shortage};
+use crate::model::message::{Outcome, Recipient, RefusalReason, Refused, Sealed, SendRequest};
 
 /// The devices of some accounts at one moment.
 pub(super) type Devices = HashMap<UserId, Vec<(DeviceId, DeviceNo)>>;
@@ -17,34 +17,34 @@ pub(super) struct Queued<'a> {
     pub(super) device: DeviceNo,
     pub(super) sealed: &'a Sealed,
     /// Set when its account gets too many sends at the moment.
-    pub(super) busy_for: Option<Duration>,
+    pub(super) throttled_for: Option<Duration>,
 }
 
 impl<'a> Queued<'a> {
     fn new(recipient: &'a Recipient, (id, device): (DeviceId, DeviceNo), sealed: &'a Sealed) -> Self {
-        Self { user: recipient.user, id, device, sealed, busy_for: recipient.busy_for }
+        Self { user: recipient.user, id, device, sealed, throttled_for: recipient.throttled_for }
     }
 }
 
 /// Holds a send against the devices that there are: for each recipient either all its devices are covered and get
 /// their message, or none do. The sending device is never counted.
-pub(super) fn match_devices<'a>(mail: &'a Outgoing, devices: &Devices) -> (Outcome, Vec<Queued<'a>>) {
+pub(super) fn match_devices<'a>(send: &'a SendRequest, devices: &Devices) -> (Outcome, Vec<Queued<'a>>) {
     let (mut outcome, mut queued) = (Outcome::default(), Vec::new());
-    for recipient in &mail.recipients {
-        match_recipient(mail, recipient, devices, &mut outcome, &mut queued);
+    for recipient in &send.recipients {
+        match_recipient(send, recipient, devices, &mut outcome, &mut queued);
     }
     (outcome, queued)
 }
 
 fn match_recipient<'a>(
-    mail: &Outgoing,
+    send: &SendRequest,
     recipient: &'a Recipient,
     devices: &Devices,
     outcome: &mut Outcome,
     queued: &mut Vec<Queued<'a>>,
 ) {
     let current = devices.get(&recipient.user).map_or(&[][..], Vec::as_slice);
-    let current = || current.iter().filter(|(id, _)| *id != mail.sender.device);
+    let current = || current.iter().filter(|(id, _)| *id != send.sender.device);
     let (mut valid, mut covered) = (Vec::with_capacity(recipient.submissions.len()), 0);
     for (target, sealed) in &recipient.submissions {
         match current().find(|(id, _)| id == target) {
@@ -69,14 +69,18 @@ fn match_recipient<'a>(
 /// the outcome. Any other recipient is compared with its present devices. If the send covers them, the refused messages ask
 /// for room again. If not, nothing more is queued for it under this key, and its part of the outcome becomes a mismatch.
 /// Devices that are gone become invalid, unless their message had been queued.
-pub(super) fn retry_refused<'a>(mail: &'a Outgoing, former: &Outcome, devices: &Devices) -> (Outcome, Vec<Queued<'a>>) {
+pub(super) fn retry_refused<'a>(
+    send: &'a SendRequest,
+    former: &Outcome,
+    devices: &Devices,
+) -> (Outcome, Vec<Queued<'a>>) {
     let (mut outcome, mut queued) = (Outcome::default(), Vec::new());
     let was_refused = |id: &DeviceId| former.refused.iter().any(|refused| refused.device == *id);
     let was_invalid = |id: &DeviceId| former.invalid_devices.contains(id);
-    for recipient in &mail.recipients {
+    for recipient in &send.recipients {
         let (mut now, mut messages) = (Outcome::default(), Vec::new());
         if recipient.submissions.iter().any(|(target, _)| was_refused(target)) {
-            match_recipient(mail, recipient, devices, &mut now, &mut messages);
+            match_recipient(send, recipient, devices, &mut now, &mut messages);
         } else {
             now.invalid_devices.extend(recipient.submissions.iter().map(|(target, _)| *target));
             now.mismatches.extend(former.mismatches.iter().filter(|(user, _)| *user == recipient.user).cloned());
@@ -126,7 +130,8 @@ pub(super) fn decode(bytes: &[u8]) -> Option<Outcome> {
         let (user, devices) = (UserId::from_bytes(rest.split_off(..16)?)?, take_ids(&mut rest)?);
         match &devices[..] {
             [first, refused @ ..] if refused.first() == Some(first) => {
-                let refused = refused.iter().map(|device| Refused { user, device: *device, shortage: Shortage::Inbox });
+                let refused =
+                    refused.iter().map(|device| Refused { user, device: *device, reason: RefusalReason::Inbox });
                 outcome.refused.extend(refused);
             }
             _ => outcome.mismatches.push((user, devices)),
@@ -160,7 +165,7 @@ mod tests {
 
     use super::*;
     use crate::model::ids::IdempotencyKey;
-    use crate::model::mail::Sender;
+    use crate::model::message::Sender;
 
     fn device(n: u8) -> DeviceId {
         DeviceId::from_bytes(&[n; 16]).unwrap()
@@ -171,18 +176,18 @@ mod tests {
     }
 
     fn refused(n: u8, of_device: u8) -> Refused {
-        Refused { user: user(n), device: device(of_device), shortage: Shortage::Inbox }
+        Refused { user: user(n), device: device(of_device), reason: RefusalReason::Inbox }
     }
 
-    fn mail(recipients: &[(u8, &[u8])]) -> Outgoing {
+    fn send(recipients: &[(u8, &[u8])]) -> SendRequest {
         let submissions = |ids: &[u8]| ids.iter().map(|n| (device(*n), Sealed(Bytes::from_static(b"x")))).collect();
-        Outgoing {
+        SendRequest {
             sender: Sender { user: user(1), device: device(10), no: DeviceNo(10) },
             key: IdempotencyKey::random(),
             digest: [0; 16],
             recipients: recipients
                 .iter()
-                .map(|(n, ids)| Recipient { user: user(*n), submissions: submissions(ids), busy_for: None })
+                .map(|(n, ids)| Recipient { user: user(*n), submissions: submissions(ids), throttled_for: None })
                 .collect(),
         }
     }
@@ -192,41 +197,41 @@ mod tests {
         of.iter().map(|(n, ids)| (user(*n), list(ids))).collect()
     }
 
-    fn queued(mail: &Outgoing, devices: &Devices) -> (Outcome, Vec<i64>) {
-        let (outcome, queued) = match_devices(mail, devices);
+    fn queued(send: &SendRequest, devices: &Devices) -> (Outcome, Vec<i64>) {
+        let (outcome, queued) = match_devices(send, devices);
         (outcome, queued.iter().map(|message| message.device.0).collect())
     }
 
     #[test]
     fn a_send_that_covers_every_device_queues_all() {
-        let result = queued(&mail(&[(2, &[21, 20])]), &devices(&[(2, &[20, 21])]));
+        let result = queued(&send(&[(2, &[21, 20])]), &devices(&[(2, &[20, 21])]));
         assert_eq!(result, (Outcome::default(), vec![21, 20]));
     }
 
     #[test]
     fn an_uncovered_device_stops_the_messages_to_its_user_only() {
-        let result = queued(&mail(&[(2, &[20]), (3, &[30])]), &devices(&[(2, &[22, 20, 21]), (3, &[30])]));
+        let result = queued(&send(&[(2, &[20]), (3, &[30])]), &devices(&[(2, &[22, 20, 21]), (3, &[30])]));
         let mismatches = vec![(user(2), vec![device(21), device(22)])];
         assert_eq!(result, (Outcome { mismatches, ..Outcome::default() }, vec![30]));
     }
 
     #[test]
     fn a_stale_target_is_reported_and_the_rest_is_queued() {
-        let result = queued(&mail(&[(2, &[29, 20])]), &devices(&[(2, &[20])]));
+        let result = queued(&send(&[(2, &[29, 20])]), &devices(&[(2, &[20])]));
         assert_eq!(result, (Outcome { invalid_devices: vec![device(29)], ..Outcome::default() }, vec![20]));
     }
 
     #[test]
     fn the_sending_device_is_left_out_of_its_own_account() {
         let own = devices(&[(1, &[10])]);
-        assert_eq!(queued(&mail(&[(1, &[])]), &own), (Outcome::default(), vec![]));
+        assert_eq!(queued(&send(&[(1, &[])]), &own), (Outcome::default(), vec![]));
     }
 
     #[test]
     fn a_probe_reports_the_devices_of_a_user_who_has_some() {
         let found = devices(&[(2, &[20])]);
         let mismatches = vec![(user(2), vec![device(20)])];
-        assert_eq!(queued(&mail(&[(2, &[]), (3, &[])]), &found).0, Outcome { mismatches, ..Outcome::default() });
+        assert_eq!(queued(&send(&[(2, &[]), (3, &[])]), &found).0, Outcome { mismatches, ..Outcome::default() });
     }
 
     #[test]
@@ -253,24 +258,24 @@ mod tests {
         assert!(former.is_empty());
     }
 
-    fn left(mail: &Outgoing, former: &Outcome, devices: &Devices) -> (Outcome, Vec<i64>) {
-        let (outcome, queued) = retry_refused(mail, former, devices);
+    fn left(send: &SendRequest, former: &Outcome, devices: &Devices) -> (Outcome, Vec<i64>) {
+        let (outcome, queued) = retry_refused(send, former, devices);
         (outcome, queued.iter().map(|message| message.device.0).collect())
     }
 
     #[test]
     fn the_rest_is_what_was_refused_and_is_still_there() {
-        let mail = mail(&[(2, &[20, 21, 22]), (3, &[30])]);
+        let send = send(&[(2, &[20, 21, 22]), (3, &[30])]);
         let former = Outcome { refused: vec![refused(2, 20), refused(2, 22)], ..Outcome::default() };
-        let result = left(&mail, &former, &devices(&[(2, &[20, 21]), (3, &[30, 31])]));
+        let result = left(&send, &former, &devices(&[(2, &[20, 21]), (3, &[30, 31])]));
         assert_eq!(result, (Outcome { invalid_devices: vec![device(22)], ..Outcome::default() }, vec![20]));
-        let result = left(&mail, &former, &devices(&[(2, &[20, 22]), (3, &[30])]));
+        let result = left(&send, &former, &devices(&[(2, &[20, 22]), (3, &[30])]));
         assert_eq!(result, (Outcome::default(), vec![20, 22]), "a device that has its message may go");
     }
 
     #[test]
     fn a_device_that_came_after_a_refusal_makes_the_rest_a_mismatch() {
-        let both = mail(&[(2, &[20, 21]), (3, &[30])]);
+        let both = send(&[(2, &[20, 21]), (3, &[30])]);
         let nothing = Outcome { refused: vec![refused(2, 20), refused(2, 21), refused(3, 30)], ..Outcome::default() };
         let part = Outcome { refused: vec![refused(2, 21), refused(3, 30)], ..Outcome::default() };
         let mismatches = vec![(user(2), vec![device(19), device(22)])];
@@ -279,7 +284,7 @@ mod tests {
             assert_eq!(result, (Outcome { mismatches: mismatches.clone(), ..Outcome::default() }, vec![30]));
         }
         // The account was started over.
-        let result = left(&mail(&[(2, &[20])]), &nothing, &devices(&[(2, &[23])]));
+        let result = left(&send(&[(2, &[20])]), &nothing, &devices(&[(2, &[23])]));
         let expected = Outcome {
             invalid_devices: vec![device(20)],
             mismatches: vec![(user(2), vec![device(23)])],
@@ -290,7 +295,7 @@ mod tests {
 
     #[test]
     fn what_was_not_refused_keeps_its_part_of_the_outcome_in_the_order_of_the_request() {
-        let mail = mail(&[(2, &[29, 20]), (3, &[39, 30]), (4, &[49, 40]), (1, &[12])]);
+        let send = send(&[(2, &[29, 20]), (3, &[39, 30]), (4, &[49, 40]), (1, &[12])]);
         let former = Outcome {
             invalid_devices: vec![device(29), device(39), device(49)],
             mismatches: vec![(user(2), vec![device(28)])],
@@ -303,7 +308,7 @@ mod tests {
             mismatches: vec![(user(2), vec![device(28)]), (user(3), vec![device(31)])],
             refused: vec![],
         };
-        assert_eq!(left(&mail, &former, &found), (expected, vec![12]));
+        assert_eq!(left(&send, &former, &found), (expected, vec![12]));
     }
 
     /// Whatever was refused, and whatever has happened to the devices: both lists are empty exactly when all devices that
@@ -313,8 +318,8 @@ mod tests {
         let some = |of: &[u8]| of.iter().copied().filter(|_| rand::random()).collect::<Vec<u8>>();
         for _ in 0..2000 {
             let targets = some(&[20, 21, 22, 23]);
-            let mail = mail(&[(2, &targets)]);
-            let (outcome, queued) = match_devices(&mail, &devices(&[(2, &targets)]));
+            let send = send(&[(2, &targets)]);
+            let (outcome, queued) = match_devices(&send, &devices(&[(2, &targets)]));
             assert_eq!(outcome, Outcome::default());
             let refused_now = some(&targets);
             if refused_now.is_empty() {
@@ -325,7 +330,7 @@ mod tests {
             let former =
                 Outcome { refused: refused_now.iter().map(|no| refused(2, *no)).collect(), ..Outcome::default() };
             let present = some(&[20, 21, 22, 23, 24]);
-            let (outcome, queued) = left(&mail, &former, &devices(&[(2, &present)]));
+            let (outcome, queued) = left(&send, &former, &devices(&[(2, &present)]));
             let has = |no: &u8| got.contains(&i64::from(*no)) || queued.contains(&i64::from(*no));
             assert_eq!(outcome.mismatches.is_empty(), present.iter().all(has));
             assert!(outcome.mismatches.is_empty() || queued.is_empty());

@@ -15,7 +15,7 @@ use tokio::time::Instant;
 
 use crate::clock::{Moment, Timestamp};
 use crate::model::ids::{DeviceNo, IdempotencyKey, MessageId, Position, UserId};
-use crate::model::mail::{Outcome, Outgoing, Replay, Sent, Shortage};
+use crate::model::message::{Outcome, RefusalReason, Replay, SendRequest, SendResult};
 use crate::store::database::{Database, reading};
 use crate::store::inbox_limiter::Charges;
 use crate::store::outcome::{self, Devices, Queued};
@@ -48,7 +48,7 @@ struct PreviousSend {
 #[derive(Debug)]
 pub struct GroupResult {
     /// An answer for each send, in the order given; `None` for one that has to come again with a later group.
-    pub sent: Vec<Option<Sent>>,
+    pub sent: Vec<Option<SendResult>>,
     /// Devices of which at least one acknowledged message could not be deleted, because another session of the database
     /// holds it. Their acks have to come again. Empty on SQLite.
     pub locked_devices: Vec<DeviceNo>,
@@ -56,7 +56,7 @@ pub struct GroupResult {
 
 /// A message that is about to be queued.
 struct NewMessage<'a> {
-    mail: &'a Outgoing,
+    send: &'a SendRequest,
     queued: Queued<'a>,
     id: MessageId,
     position: Position,
@@ -64,7 +64,7 @@ struct NewMessage<'a> {
 
 /// The outcome of a send, about to be written down.
 struct IdempotencyRecord<'a> {
-    mail: &'a Outgoing,
+    send: &'a SendRequest,
     outcome: Vec<u8>,
     /// Its messages; an empty range when none were queued.
     first: Position,
@@ -82,7 +82,7 @@ struct GroupCounts {
 
 impl GroupCounts {
     /// Only once it is certain: after the commit.
-    fn record(self, sent: &[Option<Sent>], metrics: &Metrics) {
+    fn record(self, sent: &[Option<SendResult>], metrics: &Metrics) {
         metrics.accepted.add((), self.accepted);
         metrics.accepted_bytes.add((), self.accepted_bytes);
         metrics.left.add(Left::Acked, self.acked);
@@ -96,11 +96,11 @@ impl GroupCounts {
             });
         }
         for refused in sent.iter().flatten().flat_map(|sent| &sent.outcome.refused) {
-            metrics.refused_messages.one(match refused.shortage {
-                Shortage::Inbox => QueueRefusal::Inbox,
-                Shortage::Share => QueueRefusal::Share,
-                Shortage::Day => QueueRefusal::Day,
-                Shortage::Target => QueueRefusal::Target,
+            metrics.refused_messages.one(match refused.reason {
+                RefusalReason::Inbox => QueueRefusal::Inbox,
+                RefusalReason::Share => QueueRefusal::Share,
+                RefusalReason::Day => QueueRefusal::Day,
+                RefusalReason::Target => QueueRefusal::Target,
             });
         }
     }
@@ -151,7 +151,7 @@ impl Store {
     /// holds its message. On SQLite there are no other transactions.
     pub async fn commit_group(
         &self,
-        sends: &[Outgoing],
+        sends: &[SendRequest],
         acks: &[(DeviceNo, Position)],
         now: impl Into<Moment>,
     ) -> Result<GroupResult> {
@@ -197,7 +197,7 @@ impl Store {
     /// `None` when another group has stored one of the sends at this moment.
     async fn try_commit_group(
         &self,
-        sends: &[Outgoing],
+        sends: &[SendRequest],
         acks: &[(DeviceNo, Position)],
         now: Moment,
         locking: Locking,
@@ -218,20 +218,20 @@ impl Store {
 
 /// Gives the messages their ids and places. The places ascend.
 fn new_messages<'a>(
-    rows: &[(&'a Outgoing, Queued<'a>)],
+    rows: &[(&'a SendRequest, Queued<'a>)],
     ids: &[MessageId],
     position: impl Fn(usize) -> i64,
 ) -> Vec<NewMessage<'a>> {
     let rows = rows.iter().zip(ids).enumerate();
-    rows.map(|(n, ((mail, queued), id))| NewMessage { mail, queued: *queued, id: *id, position: Position(position(n)) })
+    rows.map(|(n, ((send, queued), id))| NewMessage { send, queued: *queued, id: *id, position: Position(position(n)) })
         .collect()
 }
 
 fn records<'a>(new_sends: &[NewSend<'a>], position: impl Fn(usize) -> i64) -> Vec<IdempotencyRecord<'a>> {
-    let record = |NewSend { mail, outcome, rows }: &NewSend<'a>| {
+    let record = |NewSend { send, outcome, rows }: &NewSend<'a>| {
         let first = position(rows.start);
         let last = if rows.is_empty() { first - 1 } else { position(rows.end - 1) };
-        IdempotencyRecord { mail, outcome: outcome::encode(outcome), first: Position(first), last: Position(last) }
+        IdempotencyRecord { send, outcome: outcome::encode(outcome), first: Position(first), last: Position(last) }
     };
     new_sends.iter().map(record).collect()
 }
@@ -263,8 +263,8 @@ fn acked(acks: &[(DeviceNo, Position)]) -> impl Iterator<Item = (DeviceNo, u64)>
 }
 
 /// The accounts written to, each once, in ascending order.
-fn accounts(sends: &[Outgoing]) -> Vec<UserId> {
-    let mut users: Vec<UserId> = sends.iter().flat_map(Outgoing::accounts).collect();
+fn accounts(sends: &[SendRequest]) -> Vec<UserId> {
+    let mut users: Vec<UserId> = sends.iter().flat_map(SendRequest::accounts).collect();
     users.sort_unstable();
     users.dedup();
     users

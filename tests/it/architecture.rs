@@ -24,7 +24,7 @@ const MIDDLE: &[(&str, &[&str])] = &[
     ("files", &[]),
     ("store", &[]),
     ("push", &["store", "bus", "limits"]),
-    ("mailroom", &["store", "bus", "push"]),
+    ("delivery", &["store", "bus", "push"]),
 ];
 
 /// What starts work. Each uses ground and middle; what else it may use is listed.

@@ -1,7 +1,7 @@
 //! How much an inbox holds, and whether one more message fits into it.
 
 use crate::model::ids::{DeviceNo, UserId};
-use crate::model::mail::Shortage;
+use crate::model::message::RefusalReason;
 use crate::store::Limits;
 
 /// Messages and their bytes.
@@ -53,16 +53,16 @@ impl Bounds {
         of_sender: InboxLoad,
         is_own: bool,
         bytes: u64,
-    ) -> Result<(), Shortage> {
+    ) -> Result<(), RefusalReason> {
         let exceeds = |load: InboxLoad, max: InboxLoad| {
             load.messages >= max.messages || load.bytes.saturating_add(bytes) > max.bytes
         };
         if exceeds(load, self.max) {
-            return Err(Shortage::Inbox);
+            return Err(RefusalReason::Inbox);
         }
         // A sender of whom nothing waits may queue one message, also one that is larger than its share.
         let counts = !is_own && of_sender.messages > 0 && self.is_over_half(load);
-        if counts && exceeds(of_sender, self.share) { Err(Shortage::Share) } else { Ok(()) }
+        if counts && exceeds(of_sender, self.share) { Err(RefusalReason::Share) } else { Ok(()) }
     }
 }
 

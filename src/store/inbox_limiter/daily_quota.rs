@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use crate::clock::Timestamp;
 use crate::model::ids::UserId;
-use crate::model::mail::Shortage;
+use crate::model::message::RefusalReason;
 use crate::store::inbox_limiter::{Admission, Candidate, InboxLimiter, MAX_DEBT};
 
 /// Sending accounts whose bytes of the day are remembered.
@@ -73,7 +73,10 @@ impl DailyUsages {
         let unpaid = day.unwritten.saturating_add(day.under_way);
         let paid_at = paid_at + cost(unpaid.saturating_add(one.bytes), bytes_per_day);
         if paid_at > latest && (unpaid > 0 || is_believed) {
-            return Err((Shortage::Day, Duration::from_millis((paid_at.millis() - latest.millis()).unsigned_abs())));
+            return Err((
+                RefusalReason::Day,
+                Duration::from_millis((paid_at.millis() - latest.millis()).unsigned_abs()),
+            ));
         }
         day.under_way = day.under_way.saturating_add(one.bytes);
         charges.entry(one.sender).or_default().bytes += one.bytes;

@@ -43,12 +43,12 @@ const NOW: Timestamp = Timestamp::from_seconds(1_800_000_000);
 const DAY: Duration = Duration::from_hours(24);
 
 /// What a group is that has not been committed.
-fn charged(inbox_limiter: &InboxLimiter, one: Candidate) -> (Result<(), Shortage>, Charges) {
+fn charged(inbox_limiter: &InboxLimiter, one: Candidate) -> (Result<(), RefusalReason>, Charges) {
     let (mut admissions, charges) = inbox_limiter.admit(&[one], NOW, |_| Some(AccountRow::default())).unwrap();
-    (admissions.remove(0).map_err(|(shortage, _)| shortage), charges)
+    (admissions.remove(0).map_err(|(reason, _)| reason), charges)
 }
 
-fn taken(inbox_limiter: &InboxLimiter, one: Candidate) -> Result<(), Shortage> {
+fn taken(inbox_limiter: &InboxLimiter, one: Candidate) -> Result<(), RefusalReason> {
     let (admission, charges) = charged(inbox_limiter, one);
     charges.commit();
     admission
@@ -74,8 +74,8 @@ fn limits_and_shares_hold_whatever_comes() {
                 || sender == owner
                 || !is_over_half;
             let expected = match (fits, has_share) {
-                (false, _) => Err(Shortage::Inbox),
-                (true, false) => Err(Shortage::Share),
+                (false, _) => Err(RefusalReason::Inbox),
+                (true, false) => Err(RefusalReason::Share),
                 (true, true) => Ok(()),
             };
             // Shares are known only for an inbox that was counted when it was about half full.
@@ -101,7 +101,7 @@ async fn a_full_inbox_is_counted_again_only_when_mail_has_left_it() {
     assert_eq!(uncertain(&inbox_limiter, &[one]).unknown, [(user, device)], "nothing is known of it");
     count(&inbox_limiter, device, &full(device));
     for _ in 0..1000 {
-        assert_eq!(taken(&inbox_limiter, one), Err(Shortage::Inbox));
+        assert_eq!(taken(&inbox_limiter, one), Err(RefusalReason::Inbox));
         assert_eq!(uncertain(&inbox_limiter, &[one]), Unsure::default());
         tokio::time::advance(LONGEST_PAUSE).await;
     }
@@ -132,7 +132,7 @@ async fn a_full_inbox_from_which_other_nodes_may_take_mail_is_counted_more_and_m
         count(&inbox_limiter, device, &full(device));
         let counted_at = Instant::now();
         while uncertain(&inbox_limiter, &[one]).stale.is_empty() {
-            assert_eq!(taken(&inbox_limiter, one), Err(Shortage::Inbox));
+            assert_eq!(taken(&inbox_limiter, one), Err(RefusalReason::Inbox));
             tokio::time::advance(FIRST_PAUSE).await;
         }
         pauses.push(counted_at.elapsed().as_secs());
@@ -175,7 +175,7 @@ fn a_half_full_inbox_is_not_counted_for_each_message_that_is_refused_for_other_r
     taken(&inbox_limiter, Candidate { device: DeviceNo(2), ..one }).unwrap();
     count(&inbox_limiter, device, &[(device, UserId::random(), half)]);
     for number in 0..10 {
-        assert_eq!(taken(&inbox_limiter, one), Err(Shortage::Day));
+        assert_eq!(taken(&inbox_limiter, one), Err(RefusalReason::Day));
         let incoming = vec![one; 1 + number % 2];
         assert_eq!(uncertain(&inbox_limiter, &incoming), Unsure::default(), "{number}");
     }
@@ -343,7 +343,7 @@ fn a_day_is_charged_with_what_is_admitted_and_written_down_in_parts() {
     assert_eq!(charges.debts(), [(sender, part)]);
     charges.written(&[(sender, NOW + DAY - Duration::from_millis(1))]);
     charges.commit();
-    assert_eq!(taken(&inbox_limiter, one), Err(Shortage::Day));
+    assert_eq!(taken(&inbox_limiter, one), Err(RefusalReason::Day));
 }
 
 /// Whatever groups of whatever size are under way, and however they end: a day is charged with what was queued, and two

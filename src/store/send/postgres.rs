@@ -11,7 +11,7 @@ use std::collections::HashSet;
 
 use crate::clock::{Moment, Timestamp};
 use crate::model::ids::{DeviceId, DeviceNo, IdempotencyKey, MessageId, Position, UserId};
-use crate::model::mail::Outgoing;
+use crate::model::message::SendRequest;
 use crate::store::database::{PostgresTx, timely};
 use crate::store::inbox_limiter::{AccountBound, AccountRow, Counting, Unsure};
 use crate::store::notices::{self, NoticeKind};
@@ -110,7 +110,7 @@ impl Store {
     pub(super) async fn commit_in_postgres(
         &self,
         postgres: &PostgresStore,
-        sends: &[Outgoing],
+        sends: &[SendRequest],
         acks: &[(DeviceNo, Position)],
         now: Moment,
         locking: Locking,
@@ -141,7 +141,7 @@ impl Store {
     async fn write_group(
         &self,
         tx: &mut PostgresTx,
-        sends: &[Outgoing],
+        sends: &[SendRequest],
         acks: &[(DeviceNo, Position)],
         (Moment { earliest, latest: now }, locking): (Moment, Locking),
         touched: &mut Vec<DeviceNo>,
@@ -163,7 +163,7 @@ impl Store {
         let mut deferred = held_back(sends, &locked, locking);
         let (mut counting, mut counted) = (self.inbox_limiter.counting(), HashSet::new());
         let (cases, admissions, mut charges) = loop {
-            let cases = send::classify(sends, &found, |mail| deferred.contains(&(mail.sender.no, mail.key)));
+            let cases = send::classify(sends, &found, |send| deferred.contains(&(send.sender.no, send.key)));
             let incoming = send::candidates(sends, &cases);
             let uncertain = self.inbox_limiter.uncertain(&incoming, |user| row(user).map(|row| row.before));
             let count = self.count_accounts(tx, &uncertain, &found.devices, &locked, (&mut counting, &mut counted));
@@ -276,19 +276,19 @@ impl Store {
 }
 
 /// The sends that are left for a later group because one of their accounts could not be locked.
-fn held_back(sends: &[Outgoing], locked: &Locked, locking: Locking) -> HashSet<(DeviceNo, IdempotencyKey)> {
+fn held_back(sends: &[SendRequest], locked: &Locked, locking: Locking) -> HashSet<(DeviceNo, IdempotencyKey)> {
     // An account that doesn't exist is in `locked` with zeros, so one that is missing is held by another transaction.
     let is_locked =
-        |mail: &&Outgoing| locking == Locking::SkipLocked && mail.accounts().any(|user| !locked.contains_key(&user));
-    sends.iter().filter(is_locked).map(|mail| (mail.sender.no, mail.key)).collect()
+        |send: &&SendRequest| locking == Locking::SkipLocked && send.accounts().any(|user| !locked.contains_key(&user));
+    sends.iter().filter(is_locked).map(|send| (send.sender.no, send.key)).collect()
 }
 
 impl PostgresTx {
     /// What the sends depend on, and blocks of positions, enough for all of their messages. See `LOOKUP`.
-    async fn lookup(&mut self, sends: &[Outgoing], not_before: Timestamp) -> Result<(GroupContext, Vec<i64>)> {
-        let senders: Vec<DeviceNo> = sends.iter().map(|mail| mail.sender.no).collect();
-        let keys: Vec<IdempotencyKey> = sends.iter().map(|mail| mail.key).collect();
-        let most: usize = sends.iter().flat_map(|mail| &mail.recipients).map(|to| to.submissions.len()).sum();
+    async fn lookup(&mut self, sends: &[SendRequest], not_before: Timestamp) -> Result<(GroupContext, Vec<i64>)> {
+        let senders: Vec<DeviceNo> = sends.iter().map(|send| send.sender.no).collect();
+        let keys: Vec<IdempotencyKey> = sends.iter().map(|send| send.key).collect();
+        let most: usize = sends.iter().flat_map(|send| &send.recipients).map(|to| to.submissions.len()).sum();
         let blocks = i64::try_from(most.div_ceil(BLOCK).max(1)).unwrap_or(i64::MAX);
         let lookup =
             sqlx::query_as(LOOKUP).bind(senders).bind(keys).bind(not_before).bind(send::accounts(sends)).bind(blocks);
@@ -319,17 +319,17 @@ impl PostgresTx {
         (received_at, review_at, not_before): (Timestamp, Timestamp, Timestamp),
     ) -> Result<Written> {
         let column = |of: fn(&IdempotencyRecord<'_>) -> i64| records.iter().map(of).collect::<Vec<i64>>();
-        let keys: Vec<IdempotencyKey> = records.iter().map(|record| record.mail.key).collect();
-        let digests: Vec<&[u8]> = records.iter().map(|record| &record.mail.digest[..]).collect();
+        let keys: Vec<IdempotencyKey> = records.iter().map(|record| record.send.key).collect();
+        let digests: Vec<&[u8]> = records.iter().map(|record| &record.send.digest[..]).collect();
         let outcomes: Vec<&[u8]> = records.iter().map(|record| &record.outcome[..]).collect();
         let positions: Vec<Position> = messages.iter().map(|message| message.position).collect();
         let devices: Vec<DeviceNo> = messages.iter().map(|message| message.queued.device).collect();
         let ids: Vec<MessageId> = messages.iter().map(|message| message.id).collect();
-        let users: Vec<UserId> = messages.iter().map(|message| message.mail.sender.user).collect();
-        let senders: Vec<DeviceId> = messages.iter().map(|message| message.mail.sender.device).collect();
+        let users: Vec<UserId> = messages.iter().map(|message| message.send.sender.user).collect();
+        let senders: Vec<DeviceId> = messages.iter().map(|message| message.send.sender.device).collect();
         let bodies: Vec<&[u8]> = messages.iter().map(|message| &message.queued.sealed.0[..]).collect();
         let write = sqlx::query_as(WRITE)
-            .bind(column(|record| record.mail.sender.no.0))
+            .bind(column(|record| record.send.sender.no.0))
             .bind(keys)
             .bind(digests)
             .bind(outcomes)

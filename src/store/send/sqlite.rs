@@ -13,7 +13,7 @@ use sqlx::{FromRow, Row, Sqlite};
 
 use crate::clock::{Moment, Timestamp};
 use crate::model::ids::{DeviceId, DeviceNo, Position, UserId};
-use crate::model::mail::{Outgoing, Sent};
+use crate::model::message::{SendRequest, SendResult};
 use crate::store::inbox_limiter::{self, AccountBound, AccountRow, Counted, Counting, MAX_DEBT, Unsure};
 use crate::store::notices::{self, NoticeKind};
 use crate::store::outcome::Devices;
@@ -72,10 +72,10 @@ impl Store {
     pub(super) async fn commit_in_sqlite(
         &self,
         sqlite: &SqliteStore,
-        sends: &[Outgoing],
+        sends: &[SendRequest],
         acks: &[(DeviceNo, Position)],
         now: Moment,
-    ) -> Result<(Vec<Option<Sent>>, GroupCounts)> {
+    ) -> Result<(Vec<Option<SendResult>>, GroupCounts)> {
         let mut tx = Span::within("store.begin").attempt(sqlite.without_begin()).await?;
         // From here on no other group counts until this one has ended.
         self.inbox_limiter.left(send::acked(acks));
@@ -98,16 +98,16 @@ impl Store {
     async fn write_in_sqlite(
         &self,
         mut tx: Transaction,
-        sends: &[Outgoing],
+        sends: &[SendRequest],
         found: &GroupContext,
         now: Timestamp,
-    ) -> Result<(Vec<Option<Sent>>, GroupCounts)> {
+    ) -> Result<(Vec<Option<SendResult>>, GroupCounts)> {
         let (lifetime, mut counts) = (self.limits.idempotency_lifetime, GroupCounts::default());
         // There is no other writer, so what is remembered of an inbox holds until it is counted again.
         self.inbox_limiter.evict();
         let (mut later, mut counting) = (HashSet::new(), self.inbox_limiter.counting());
         let (cases, admissions, mut charges) = loop {
-            let cases = send::classify(sends, found, |mail| later.contains(&(mail.sender.no, mail.key)));
+            let cases = send::classify(sends, found, |send| later.contains(&(send.sender.no, send.key)));
             let incoming = send::candidates(sends, &cases);
             let uncertain = self.inbox_limiter.uncertain(&incoming, |_| Some(AccountBound::default()));
             let uncounted = self.count_in_sqlite(&mut tx, &uncertain, &mut counting).await?;
@@ -194,9 +194,9 @@ async fn change(
         return Ok(());
     }
     let (mut list, mut blob) = (String::from("["), Vec::new());
-    for Changed { mail, outcome } in changed {
-        let _ = write!(list, "[{},{},{}],", mail.sender.no.0, blob.len() + 1, outcome.len());
-        blob.extend_from_slice(mail.key.as_bytes());
+    for Changed { send, outcome } in changed {
+        let _ = write!(list, "[{},{},{}],", send.sender.no.0, blob.len() + 1, outcome.len());
+        blob.extend_from_slice(send.key.as_bytes());
         blob.extend_from_slice(outcome);
     }
     let statement = "
@@ -247,15 +247,15 @@ fn close(mut list: String) -> String {
 }
 
 fn lookup(
-    sends: &[Outgoing],
+    sends: &[SendRequest],
     acks: &[(DeviceNo, Position)],
     not_before: Timestamp,
 ) -> Query<'static, Sqlite, SqliteArguments> {
     let users = send::accounts(sends);
     sqlx::query(DELETE_AND_LOOKUP)
         .bind(acknowledged(acks))
-        .bind(json_list(sends.iter().map(|mail| mail.sender.no.0)))
-        .bind(sends.iter().flat_map(|mail| *mail.key.as_bytes()).collect::<Vec<u8>>())
+        .bind(json_list(sends.iter().map(|send| send.sender.no.0)))
+        .bind(sends.iter().flat_map(|send| *send.key.as_bytes()).collect::<Vec<u8>>())
         .bind(not_before)
         .bind(json_list((0..users.len()).map(|n| n * 16 + 1)))
         .bind(users.iter().flat_map(|user| *user.as_bytes()).collect::<Vec<u8>>())
@@ -291,11 +291,11 @@ fn insertion(
     let mut list = String::with_capacity(messages.len() * 24 + 2);
     let mut blob = Vec::with_capacity(messages.iter().map(|message| message.queued.sealed.0.len() + 48).sum());
     list.push('[');
-    for NewMessage { mail, queued, id, .. } in messages {
+    for NewMessage { send, queued, id, .. } in messages {
         let _ = write!(list, "[{},{},{}],", queued.device.0, blob.len() + 1, queued.sealed.0.len());
         blob.extend_from_slice(id.as_bytes());
-        blob.extend_from_slice(mail.sender.user.as_bytes());
-        blob.extend_from_slice(mail.sender.device.as_bytes());
+        blob.extend_from_slice(send.sender.user.as_bytes());
+        blob.extend_from_slice(send.sender.device.as_bytes());
         blob.extend_from_slice(&queued.sealed.0);
     }
     let messages = sqlx::query(text).bind(close(list)).bind(blob).bind(first).bind(received_at);
@@ -303,11 +303,11 @@ fn insertion(
     let mut list = String::with_capacity(records.len() * 40 + 2);
     let mut blob = Vec::with_capacity(records.iter().map(|record| record.outcome.len() + 32).sum());
     list.push('[');
-    for IdempotencyRecord { mail, outcome, first, last } in records {
+    for IdempotencyRecord { send, outcome, first, last } in records {
         let (offset, length) = (blob.len() + 1, outcome.len());
-        let _ = write!(list, "[{},{offset},{length},{},{}],", mail.sender.no.0, first.0, last.0);
-        blob.extend_from_slice(mail.key.as_bytes());
-        blob.extend_from_slice(&mail.digest);
+        let _ = write!(list, "[{},{offset},{length},{},{}],", send.sender.no.0, first.0, last.0);
+        blob.extend_from_slice(send.key.as_bytes());
+        blob.extend_from_slice(&send.digest);
         blob.extend_from_slice(outcome);
     }
     messages.bind(close(list)).bind(blob).bind(sent_at).bind(review_at)

@@ -143,7 +143,7 @@ label! {
         UploadLimit "limit_upload_bytes" "429: an account's bytes of attachments for a day are used up",
         Internal "internal" "500: a defect of ours; the log has its cause",
         Database "database" "503: the database failed or took too long",
-        Mailroom "mailroom" "503: a group could not be stored, or a send was left for too long",
+        MessageWriter "mailroom" "503: a group could not be stored, or a send was left for too long",
         Storage "storage" "503: the storage of attachments failed",
         Passwords "passwords" "503: too many passwords wait to be hashed",
         Signatures "signatures" "503: too many uploads of keys wait to be checked",

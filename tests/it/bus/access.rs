@@ -32,8 +32,8 @@ async fn a_wrong_password_keeps_the_node_to_itself_until_it_is_right() {
     let node = Node::open(&format!("redis://:wrong@{}", valkey.address()));
     let address = somebody();
     let wakeups = node.bus.subscribe(address);
-    node.bus.wake(&[address], Signal::Mail);
-    assert_eq!(within("the signal", wakeups.next()).await, Signal::Mail.into());
+    node.bus.wake(&[address], Signal::NewMessages);
+    assert_eq!(within("the signal", wakeups.next()).await, Signal::NewMessages.into());
     let answer = within("an answer", node.bus.check()).await.unwrap_err().to_string();
     assert_eq!(answer, "there is no connection to Valkey at the moment");
     let operator = redis::Client::open(format!("redis://:right@{}", valkey.address())).unwrap();

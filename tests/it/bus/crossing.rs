@@ -14,7 +14,7 @@ async fn a_signal_reaches_the_sessions_of_the_device_on_another_node() {
     let [one, other] = Node::pair(&valkey).await;
     let address = somebody();
     let wakeups = [other.listen(address).await, other.bus.subscribe(address)];
-    for signal in [Signal::Mail, Signal::KeysLow, Signal::AuthChanged] {
+    for signal in [Signal::NewMessages, Signal::KeysLow, Signal::AuthChanged] {
         one.bus.wake(&[somebody(), address], signal);
         heard(&wakeups[0], signal).await;
         heard(&wakeups[1], signal).await;
@@ -28,8 +28,8 @@ async fn a_signal_reaches_no_other_device_of_the_account() {
     let address = somebody();
     let sibling = Address { device: DeviceNo(i64::MAX), ..address };
     let (wakeups, siblings) = (other.listen(address).await, other.bus.subscribe(sibling));
-    one.bus.wake(&[address], Signal::Mail);
-    heard(&wakeups, Signal::Mail).await;
+    one.bus.wake(&[address], Signal::NewMessages);
+    heard(&wakeups, Signal::NewMessages).await;
     one.bus.wake(&[sibling], Signal::KeysLow);
     assert_eq!(within("a signal", siblings.next()).await, Signal::KeysLow.into());
 }
@@ -40,9 +40,9 @@ async fn a_session_on_the_same_node_hears_its_signal_once() {
     let [one, other] = Node::pair(&valkey).await;
     let address = somebody();
     let (here, there) = (one.listen(address).await, other.listen(address).await);
-    one.bus.wake(&[address], Signal::Mail);
-    assert_eq!(within("the signal here", here.next()).await, Signal::Mail.into());
-    heard(&there, Signal::Mail).await;
+    one.bus.wake(&[address], Signal::NewMessages);
+    assert_eq!(within("the signal here", here.next()).await, Signal::NewMessages.into());
+    heard(&there, Signal::NewMessages).await;
     // Had the first one come back, it would be here before or with this one.
     other.bus.wake(&[address], Signal::KeysLow);
     assert_eq!(within("the next signal", here.next()).await, Signal::KeysLow.into());

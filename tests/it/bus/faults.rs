@@ -23,7 +23,7 @@ async fn a_valkey_that_comes_late_is_found_and_who_subscribed_before_is_heard() 
     let nodes = [Node::open(&valkey.url()), Node::open(&valkey.url())];
     let address = somebody();
     let wakeups = nodes[1].bus.subscribe(address);
-    nodes[0].bus.wake(&[address], Signal::Mail);
+    nodes[0].bus.wake(&[address], Signal::NewMessages);
     nodes[1].bus.wake(&[address], Signal::KeysLow);
     assert_eq!(within("the signal of the same node", wakeups.next()).await, Signal::KeysLow.into());
     valkey.restart().await;
@@ -108,7 +108,7 @@ async fn a_node_ends_in_time_though_valkey_is_frozen() {
     let node = Node::open(&valkey.url());
     node.connected().await;
     valkey.freeze();
-    node.bus.wake(&[somebody()], Signal::Mail);
+    node.bus.wake(&[somebody()], Signal::NewMessages);
     node.tasks.stop();
     within_time(Duration::from_secs(5), "the node to end", node.tasks.ended()).await;
 }
@@ -176,7 +176,7 @@ async fn signals_beyond_what_may_wait_become_a_look_at_everything_on_every_node(
     proxy.cut();
     one.not_ready().await;
     let many: Vec<_> = (0..70_000).map(|_| somebody()).collect();
-    one.bus.wake(&many, Signal::Mail);
+    one.bus.wake(&many, Signal::NewMessages);
     proxy.refuse(false);
     everything(&wakeups).await;
     // The wire is as good as before.

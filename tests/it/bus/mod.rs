@@ -100,7 +100,7 @@ async fn heard(wakeups: &Wakeups, signal: Signal) {
 
 /// Waits until the session is told to look at everything, as it is when signals may have been lost.
 async fn everything(wakeups: &Wakeups) {
-    let all = [Signal::Mail, Signal::KeysLow, Signal::AuthChanged];
+    let all = [Signal::NewMessages, Signal::KeysLow, Signal::AuthChanged];
     let has_all = |signals: Signals| all.iter().all(|signal| signals.has(*signal));
     within("a look at everything", async { while !has_all(wakeups.next().await) {} }).await;
 }
@@ -143,7 +143,7 @@ impl Inbox {
 
     async fn write_on(&self, node: &Node) {
         self.written.fetch_add(1, Ordering::SeqCst);
-        node.bus.wake(&[self.address], Signal::Mail);
+        node.bus.wake(&[self.address], Signal::NewMessages);
     }
 
     async fn all_seen(&self) {

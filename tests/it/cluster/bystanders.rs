@@ -9,7 +9,7 @@ use bytes::Bytes;
 use futures_util::FutureExt;
 use futures_util::future::join_all;
 use obscura_server::model::ids::{DeviceId, DeviceNo, IdempotencyKey, UserId};
-use obscura_server::model::mail::{Outgoing, Recipient, Sealed, Sender};
+use obscura_server::model::message::{Recipient, Sealed, SendRequest, Sender};
 use sqlx::{ConnectOptions as _, Connection};
 use uuid::Uuid;
 
@@ -71,13 +71,13 @@ async fn an_account_that_somebody_holds_stops_nobody_else() {
 
 /// Two clients hang up: the group of the first one waits for a lock, the other one for that group, and the server stops.
 #[tokio::test(flavor = "multi_thread")]
-async fn a_send_that_waits_for_its_turn_when_the_server_stops_is_stored() {
+async fn a_send_that_waits_for_an_account_when_the_server_stops_is_stored() {
     let node = TestServer::start_node_with(|_| {}).await;
     let _other = node.start_beside().await; // keeps the database
     let (alice, bob) = (node.account().await, node.account().await);
     let database = node.database().await;
     let no = database.number(&format!("SELECT no FROM devices WHERE id = '{}'", alice.id)).await;
-    let mailroom = node.server().app().mailroom.clone();
+    let message_writer = node.server().app().message_writer.clone();
     let held = database.hold_account(bob.user).await;
     let send_and_hang_up = || {
         let user = |id: Uuid| UserId::from_bytes(id.as_bytes()).unwrap();
@@ -85,9 +85,9 @@ async fn a_send_that_waits_for_its_turn_when_the_server_stops_is_stored() {
         let sealed = Sealed(Bytes::from_static(b"x"));
         let sender = Sender { user: user(alice.user), device: device(alice.id), no: DeviceNo(no) };
         let recipients =
-            vec![Recipient { user: user(bob.user), submissions: vec![(device(bob.id), sealed)], busy_for: None }];
-        let mail = Outgoing { sender, key: IdempotencyKey::random(), digest: [0; 16], recipients };
-        assert!(mailroom.send(mail).now_or_never().is_none(), "it can't be stored yet");
+            vec![Recipient { user: user(bob.user), submissions: vec![(device(bob.id), sealed)], throttled_for: None }];
+        let mail = SendRequest { sender, key: IdempotencyKey::random(), digest: [0; 16], recipients };
+        assert!(message_writer.send(mail).now_or_never().is_none(), "it can't be stored yet");
     };
     send_and_hang_up();
     let waits = "SELECT count(*) FROM pg_stat_activity WHERE wait_event_type = 'Lock' AND datname = current_database()";

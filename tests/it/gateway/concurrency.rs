@@ -86,7 +86,7 @@ async fn sixteen_senders_and_one_receiver_with_a_transaction_held_open_in_betwee
 async fn sends_to_one_inbox_that_meet_are_stored_together() {
     const SENDS: usize = 64;
     // As always, also in a run that has all others stored in another way.
-    let usual = Grouping { most: 512, linger: None };
+    let usual = Grouping { max_requests: 512, linger: None };
     let server = TestServer::start_with(|config| config.messaging.grouping = usual).await;
     let (alice, bob) = (server.account().await, server.account().await);
     let database = server.database().await;

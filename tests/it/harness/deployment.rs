@@ -175,7 +175,7 @@ pub fn database_url(name: &str) -> String {
 pub fn grouping(usual: Grouping) -> Grouping {
     match std::env::var("OBSCURA_TEST_GROUPS").as_deref() {
         Err(_) => usual,
-        Ok("single") => Grouping { most: 1, linger: None },
+        Ok("single") => Grouping { max_requests: 1, linger: None },
         Ok("large") => Grouping { linger: Some(Duration::from_millis(20)), ..usual },
         Ok(other) => panic!("OBSCURA_TEST_GROUPS is single or large, not {other}"),
     }

@@ -5,7 +5,7 @@ use std::time::Duration;
 use bytes::Bytes;
 use obscura_server::clock::{Moment, Timestamp};
 use obscura_server::model::ids::{AttachmentId, IdempotencyKey, Position};
-use obscura_server::model::mail::{Outgoing, Recipient, Replay, Sealed, Sender, Sent};
+use obscura_server::model::message::{Recipient, Replay, Sealed, SendRequest, SendResult, Sender};
 use obscura_server::store::{Allowance, Reservation, Reserved, Store};
 
 use super::fixture::{NOW, Person, TestStore};
@@ -19,13 +19,13 @@ fn ahead(by: Duration) -> Moment {
     Moment { earliest: NOW, latest: NOW + by }
 }
 
-fn send(from: &Person, to: &[&Person]) -> Outgoing {
+fn send(from: &Person, to: &[&Person]) -> SendRequest {
     let recipient = |person: &&Person| Recipient {
         user: person.user,
         submissions: vec![(person.device, Sealed(Bytes::from(vec![7; 200])))],
-        busy_for: None,
+        throttled_for: None,
     };
-    Outgoing {
+    SendRequest {
         sender: Sender { user: from.user, device: from.device, no: from.no },
         key: IdempotencyKey::random(),
         digest: [1; 16],
@@ -33,7 +33,7 @@ fn send(from: &Person, to: &[&Person]) -> Outgoing {
     }
 }
 
-async fn commit_group(store: &Store, mail: &Outgoing, now: impl Into<Moment>) -> Sent {
+async fn commit_group(store: &Store, mail: &SendRequest, now: impl Into<Moment>) -> SendResult {
     let result = store.commit_group(std::slice::from_ref(mail), &[], now).await.unwrap();
     result.sent.into_iter().next().flatten().expect("a send that needs not wait")
 }
@@ -162,7 +162,7 @@ async fn a_key_that_another_node_has_just_used_is_not_used_again_while_the_clock
     let beside = store.open_again().await.unwrap();
     let (alice, bob, carol) = (store.account().await, store.account().await, store.account().await);
     let first = send(&alice, &[&bob]);
-    let other = Outgoing { digest: [2; 16], key: first.key, ..send(&alice, &[&carol]) };
+    let other = SendRequest { digest: [2; 16], key: first.key, ..send(&alice, &[&carol]) };
     let database = store.database().await;
     let gate = format!(
         "CREATE TABLE opened (x integer);

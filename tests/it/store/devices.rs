@@ -2,7 +2,7 @@
 
 use bytes::Bytes;
 use obscura_server::model::ids::{Address, DeviceId, DeviceNo, IdempotencyKey, UserId};
-use obscura_server::model::mail::{Outgoing, Recipient, Sealed, Sender};
+use obscura_server::model::message::{Recipient, Sealed, SendRequest, Sender};
 use obscura_server::store::{DeviceAuth, NewTicket, Refresh, Refreshed, Removed, Store};
 
 use super::fixture::{NOW, TestStore, fcm, grant, ticket};
@@ -31,11 +31,11 @@ async fn send(store: &Store, from: &Member, to: &Member, others: &[&Member]) {
 async fn send_bytes(store: &Store, from: &Member, to: &Member, others: &[&Member], sealed: Bytes) {
     let submissions = std::iter::once(to).chain(others.iter().copied());
     let submissions = submissions.map(|device| (device.device, Sealed(sealed.clone()))).collect();
-    let mail = Outgoing {
+    let mail = SendRequest {
         sender: Sender { user: from.user, device: from.device, no: from.no },
         key: IdempotencyKey::random(),
         digest: [0; 16],
-        recipients: vec![Recipient { user: to.user, submissions, busy_for: None }],
+        recipients: vec![Recipient { user: to.user, submissions, throttled_for: None }],
     };
     let sent = store.commit_group(&[mail], &[], NOW).await.unwrap();
     assert_eq!(sent.sent[0].as_ref().unwrap().outcome, Default::default(), "everything was queued");

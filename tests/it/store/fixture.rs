@@ -8,7 +8,7 @@ use obscura_server::clock::Timestamp;
 use obscura_server::config::{Config, Database as DatabaseConfig};
 use obscura_server::model::ids::{Address, DeviceId, DeviceNo, Position, UserId};
 use obscura_server::model::keys::{KeyId, OneTimePreKey, PreKeys, PublicKey, RegistrationId, Signature, SignedPreKey};
-use obscura_server::model::mail::{Outgoing, Sent};
+use obscura_server::model::message::{SendRequest, SendResult};
 use obscura_server::model::push::PushTarget;
 use obscura_server::store::{Limits, NewAccount, NewDevice, NewTicket, OpenError, Registered, SessionGrant, Store};
 use obscura_server::telemetry::metrics::Metrics;
@@ -94,10 +94,10 @@ impl TestStore {
     /// Settles a group of which nothing is left for later.
     pub async fn commit_group(
         &self,
-        sends: &[Outgoing],
+        sends: &[SendRequest],
         acks: &[(DeviceNo, Position)],
         now: Timestamp,
-    ) -> obscura_server::store::Result<Vec<Sent>> {
+    ) -> obscura_server::store::Result<Vec<SendResult>> {
         let result = self.store.commit_group(sends, acks, now).await?;
         assert!(result.locked_devices.is_empty(), "acks that need not wait");
         Ok(result.sent.into_iter().map(|sent| sent.expect("a send that needs not wait")).collect())

@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use obscura_server::model::ids::{DeviceId, IdempotencyKey, Position};
-use obscura_server::model::mail::{Outgoing, Recipient, Replay, Sealed, Sender, Sent, Shortage};
+use obscura_server::model::message::{Recipient, RefusalReason, Replay, Sealed, SendRequest, SendResult, Sender};
 use obscura_server::store::{Limits, Notice};
 use uuid::Uuid;
 
@@ -15,13 +15,13 @@ mod counting;
 
 const HOUR: Duration = Duration::from_hours(1);
 
-fn send(from: &Person, to: &[(&Person, usize)]) -> Outgoing {
+fn send(from: &Person, to: &[(&Person, usize)]) -> SendRequest {
     let recipient = |(person, bytes): &(&Person, usize)| Recipient {
         user: person.user,
         submissions: vec![(person.device, Sealed(Bytes::from(vec![7; *bytes])))],
-        busy_for: None,
+        throttled_for: None,
     };
-    Outgoing {
+    SendRequest {
         sender: Sender { user: from.user, device: from.device, no: from.no },
         key: IdempotencyKey::random(),
         digest: [1; 16],
@@ -29,12 +29,12 @@ fn send(from: &Person, to: &[(&Person, usize)]) -> Outgoing {
     }
 }
 
-async fn commit_group(store: &TestStore, mail: &Outgoing) -> Sent {
+async fn commit_group(store: &TestStore, mail: &SendRequest) -> SendResult {
     store.commit_group(std::slice::from_ref(mail), &[], NOW).await.unwrap().remove(0)
 }
 
-fn refused(sent: &Sent) -> Vec<(DeviceId, Shortage)> {
-    sent.outcome.refused.iter().map(|refused| (refused.device, refused.shortage)).collect()
+fn refused(sent: &SendResult) -> Vec<(DeviceId, RefusalReason)> {
+    sent.outcome.refused.iter().map(|refused| (refused.device, refused.reason)).collect()
 }
 
 async fn waiting(store: &TestStore, person: &Person) -> Vec<Position> {
@@ -60,12 +60,12 @@ async fn a_full_inbox_takes_nothing_new_and_keeps_what_it_has() {
     }
     let before = waiting(&store, &bob).await;
     let sent = commit_group(&store, &send(&carol, &[(&bob, 1), (&alice, 1)])).await;
-    assert_eq!(refused(&sent), [(bob.device, Shortage::Inbox)]);
+    assert_eq!(refused(&sent), [(bob.device, RefusalReason::Inbox)]);
     assert!(sent.retry_after.is_some() && sent.replay.is_none());
     assert_eq!(waiting(&store, &bob).await, before);
     assert_eq!(waiting(&store, &alice).await.len(), 1, "another recipient of the same send is not held up");
     let store = store.reopened().await;
-    assert_eq!(refused(&commit_group(&store, &send(&carol, &[(&bob, 1)])).await), [(bob.device, Shortage::Inbox)]);
+    assert_eq!(refused(&commit_group(&store, &send(&carol, &[(&bob, 1)])).await), [(bob.device, RefusalReason::Inbox)]);
 }
 
 #[tokio::test]
@@ -74,7 +74,10 @@ async fn bytes_fill_an_inbox_as_messages_do() {
         TestStore::open_with(|limits| (limits.inbox_max_bytes, limits.sender_share_percent) = (1000, 100)).await;
     let (alice, bob) = (store.account().await, store.account().await);
     assert!(refused(&commit_group(&store, &send(&alice, &[(&bob, 900)])).await).is_empty());
-    assert_eq!(refused(&commit_group(&store, &send(&alice, &[(&bob, 101)])).await), [(bob.device, Shortage::Inbox)]);
+    assert_eq!(
+        refused(&commit_group(&store, &send(&alice, &[(&bob, 101)])).await),
+        [(bob.device, RefusalReason::Inbox)]
+    );
     assert!(refused(&commit_group(&store, &send(&alice, &[(&bob, 100)])).await).is_empty());
     assert_eq!(waiting(&store, &bob).await.len(), 2);
 }
@@ -86,21 +89,21 @@ async fn a_sender_has_its_share_only_above_half_and_own_devices_have_all() {
     for _ in 0..5 {
         assert!(refused(&commit_group(&store, &send(&alice, &[(&bob, 1)])).await).is_empty(), "up to more than half");
     }
-    assert_eq!(refused(&commit_group(&store, &send(&alice, &[(&bob, 1)])).await), [(bob.device, Shortage::Share)]);
+    assert_eq!(refused(&commit_group(&store, &send(&alice, &[(&bob, 1)])).await), [(bob.device, RefusalReason::Share)]);
     for _ in 0..2 {
         assert!(
             refused(&commit_group(&store, &send(&carol, &[(&bob, 1)])).await).is_empty(),
             "another one has a share"
         );
     }
-    assert_eq!(refused(&commit_group(&store, &send(&carol, &[(&bob, 1)])).await), [(bob.device, Shortage::Share)]);
+    assert_eq!(refused(&commit_group(&store, &send(&carol, &[(&bob, 1)])).await), [(bob.device, RefusalReason::Share)]);
     // Bob's other device.
     let own = || {
         let mail = send(&bob, &[(&bob, 1)]);
-        Outgoing { sender: Sender { device: DeviceId::random(), ..mail.sender }, ..mail }
+        SendRequest { sender: Sender { device: DeviceId::random(), ..mail.sender }, ..mail }
     };
     assert!(refused(&commit_group(&store, &own()).await).is_empty());
-    assert_eq!(refused(&commit_group(&store, &own()).await), [(bob.device, Shortage::Inbox)]);
+    assert_eq!(refused(&commit_group(&store, &own()).await), [(bob.device, RefusalReason::Inbox)]);
 }
 
 #[tokio::test]
@@ -109,12 +112,12 @@ async fn what_an_account_queues_for_its_own_devices_counts_in_its_day() {
     let bob = store.account().await;
     let own = || {
         let mail = send(&bob, &[(&bob, 100)]);
-        Outgoing { sender: Sender { device: DeviceId::random(), ..mail.sender }, ..mail }
+        SendRequest { sender: Sender { device: DeviceId::random(), ..mail.sender }, ..mail }
     };
     for _ in 0..64 {
         assert!(refused(&commit_group(&store, &own()).await).is_empty());
     }
-    assert_eq!(refused(&commit_group(&store, &own()).await), [(bob.device, Shortage::Day)]);
+    assert_eq!(refused(&commit_group(&store, &own()).await), [(bob.device, RefusalReason::Day)]);
 }
 
 #[tokio::test]
@@ -125,13 +128,13 @@ async fn an_account_queues_so_many_bytes_in_a_day_also_after_a_restart() {
         assert!(refused(&commit_group(&store, &send(&alice, &[(&bob, 100)])).await).is_empty());
     }
     let sent = commit_group(&store, &send(&alice, &[(&bob, 100)])).await;
-    assert_eq!(refused(&sent), [(bob.device, Shortage::Day)]);
+    assert_eq!(refused(&sent), [(bob.device, RefusalReason::Day)]);
     assert!(sent.retry_after.unwrap() > Duration::from_mins(10), "a 64th of a day is more than that");
     assert!(refused(&commit_group(&store, &send(&bob, &[(&alice, 100)])).await).is_empty(), "it is the sender's day");
     let store = store.reopened().await;
     // A new process learns of the day when it has a 64th of it to write down.
     assert!(refused(&commit_group(&store, &send(&alice, &[(&bob, 100)])).await).is_empty());
-    assert_eq!(refused(&commit_group(&store, &send(&alice, &[(&bob, 100)])).await), [(bob.device, Shortage::Day)]);
+    assert_eq!(refused(&commit_group(&store, &send(&alice, &[(&bob, 100)])).await), [(bob.device, RefusalReason::Day)]);
     assert_eq!(store.expire_send_debts(NOW, 100).await.unwrap(), 0);
     assert!(store.expire_send_debts(NOW + HOUR * 72, 100).await.unwrap() > 0);
 }
@@ -144,14 +147,17 @@ async fn a_repeat_queues_only_what_was_refused_also_after_a_restart() {
         commit_group(&store, &send(&alice, &[(&bob, 1)])).await;
     }
     let both = send(&alice, &[(&bob, 1), (&carol, 1)]);
-    assert_eq!(refused(&commit_group(&store, &both).await), [(bob.device, Shortage::Inbox)]);
+    assert_eq!(refused(&commit_group(&store, &both).await), [(bob.device, RefusalReason::Inbox)]);
     let store = store.reopened().await;
     let repeated = commit_group(&store, &both).await;
-    assert_eq!((refused(&repeated), repeated.replay), (vec![(bob.device, Shortage::Inbox)], Some(Replay::SameBody)));
+    assert_eq!(
+        (refused(&repeated), repeated.replay),
+        (vec![(bob.device, RefusalReason::Inbox)], Some(Replay::SameBody))
+    );
     acknowledge(&store, &bob).await;
     acknowledge(&store, &carol).await;
     let store = store.reopened().await;
-    let other = Outgoing { digest: [2; 16], ..both.clone() };
+    let other = SendRequest { digest: [2; 16], ..both.clone() };
     let mismatched = commit_group(&store, &other).await;
     assert_eq!(mismatched.replay, Some(Replay::OtherBody), "another body queues no rest");
     assert_eq!((refused(&mismatched).len(), waiting(&store, &bob).await.len()), (1, 0));
@@ -175,7 +181,7 @@ async fn a_mismatch_and_a_refusal_meet_in_one_send() {
     mail.recipients[1].submissions.clear();
     let sent = commit_group(&store, &mail).await;
     assert_eq!(sent.outcome.mismatches, [(carol.user, vec![carol.device])]);
-    assert_eq!(refused(&sent), [(bob.device, Shortage::Inbox)]);
+    assert_eq!(refused(&sent), [(bob.device, RefusalReason::Inbox)]);
     acknowledge(&store, &bob).await;
     let store = store.reopened().await;
     let sent = commit_group(&store, &mail).await;
@@ -188,11 +194,11 @@ async fn only_the_recipient_that_gets_too_much_is_left_out() {
     let store = TestStore::open().await;
     let (alice, bob, carol) = (store.account().await, store.account().await, store.account().await);
     let mut mail = send(&alice, &[(&bob, 1), (&carol, 1)]);
-    mail.recipients[0].busy_for = Some(Duration::from_secs(3));
+    mail.recipients[0].throttled_for = Some(Duration::from_secs(3));
     let sent = commit_group(&store, &mail).await;
-    assert_eq!(refused(&sent), [(bob.device, Shortage::Target)]);
+    assert_eq!(refused(&sent), [(bob.device, RefusalReason::Target)]);
     assert_eq!((sent.retry_after, waiting(&store, &carol).await.len()), (Some(Duration::from_secs(3)), 1));
-    mail.recipients[0].busy_for = None;
+    mail.recipients[0].throttled_for = None;
     assert!(refused(&commit_group(&store, &mail).await).is_empty());
     assert_eq!((waiting(&store, &bob).await.len(), waiting(&store, &carol).await.len()), (1, 1));
 }
@@ -205,7 +211,7 @@ async fn an_inbox_that_is_over_a_new_limit_keeps_everything() {
         commit_group(&store, &send(&alice, &[(&bob, 1)])).await;
     }
     let store = store.reopened_with(|limits| limits.max_inbox_size = 3).await;
-    assert_eq!(refused(&commit_group(&store, &send(&alice, &[(&bob, 1)])).await), [(bob.device, Shortage::Inbox)]);
+    assert_eq!(refused(&commit_group(&store, &send(&alice, &[(&bob, 1)])).await), [(bob.device, RefusalReason::Inbox)]);
     assert_eq!(waiting(&store, &bob).await.len(), 10);
 }
 
@@ -257,7 +263,7 @@ async fn acknowledge_notice(store: &TestStore, person: &Person) {
 }
 
 /// Repeats a send until there is room for all of it.
-async fn queue_the_rest(store: &TestStore, mail: &Outgoing) {
+async fn queue_the_rest(store: &TestStore, mail: &SendRequest) {
     eventually("room", async || refused(&commit_group(store, mail).await).is_empty()).await;
 }
 
@@ -291,7 +297,7 @@ async fn a_send_that_was_repeated_in_parts_takes_only_its_own_refusals_off_notic
     acknowledge_notice(&store, &bob).await;
     commit_group(&store, &other).await;
     acknowledge(&store, &carol).await;
-    let is_for_bob = async || refused(&commit_group(&store, &both).await) == [(bob.device, Shortage::Inbox)];
+    let is_for_bob = async || refused(&commit_group(&store, &both).await) == [(bob.device, RefusalReason::Inbox)];
     eventually("room for carol", is_for_bob).await;
     assert_eq!(store.notice(carol.no).await.unwrap(), None);
     acknowledge(&store, &bob).await;
@@ -303,7 +309,7 @@ async fn a_send_that_was_repeated_in_parts_takes_only_its_own_refusals_off_notic
 async fn a_notice_that_was_overtaken_by_repeats_takes_nothing_else_along_when_it_is_acknowledged() {
     let store = TestStore::open_with(|limits| (limits.max_inbox_size, limits.sender_share_percent) = (2, 100)).await;
     let (alice, bob) = (store.account().await, store.account().await);
-    let mails: Vec<Outgoing> = (0..6).map(|_| send(&alice, &[(&bob, 1)])).collect();
+    let mails: Vec<SendRequest> = (0..6).map(|_| send(&alice, &[(&bob, 1)])).collect();
     for mail in &mails[..5] {
         commit_group(&store, mail).await;
     }
@@ -360,7 +366,7 @@ async fn a_day_is_charged_with_what_was_queued_and_not_with_groups_that_failed()
         assert!(store.commit_group(&fails, &[], NOW).await.is_err());
         assert!(refused(&commit_group(&store, &send(&alice, &[(&bob, 50)])).await).is_empty(), "{number}");
     }
-    assert_eq!(refused(&commit_group(&store, &send(&alice, &[(&bob, 50)])).await), [(bob.device, Shortage::Day)]);
+    assert_eq!(refused(&commit_group(&store, &send(&alice, &[(&bob, 50)])).await), [(bob.device, RefusalReason::Day)]);
 }
 
 /// A group has counted an inbox and is about to be committed when another one of the same node fails.
@@ -397,7 +403,7 @@ async fn a_full_inbox_is_not_written_down_as_empty_when_another_group_fails() {
     assert!(refused(&filled).is_empty());
     assert!(waiting(&store, &carol).await.is_empty(), "her account was held");
     assert_eq!(database.number("SELECT max(at_most) FROM account_locks").await, 4);
-    assert_eq!(refused(&commit_group(&store, &send(&carol, &[(&bob, 1)])).await), [(bob.device, Shortage::Inbox)]);
+    assert_eq!(refused(&commit_group(&store, &send(&carol, &[(&bob, 1)])).await), [(bob.device, RefusalReason::Inbox)]);
 }
 
 #[tokio::test]
@@ -410,7 +416,7 @@ async fn bytes_that_a_former_version_did_not_count_are_counted_when_it_matters()
     database.execute("UPDATE account_locks SET bytes_at_most = 0, bytes_of = 0").await;
     assert_eq!(
         refused(&commit_group(&store, &send(&carol, &[(&bob, 2 << 20)])).await),
-        [(bob.device, Shortage::Inbox)]
+        [(bob.device, RefusalReason::Inbox)]
     );
     assert!(refused(&commit_group(&store, &send(&carol, &[(&bob, 1 << 20)])).await).is_empty());
 }

@@ -6,7 +6,7 @@ use std::time::Duration;
 use bytes::Bytes;
 use obscura_server::clock::{Moment, Timestamp};
 use obscura_server::model::ids::{DeviceId, DeviceNo, IdempotencyKey, MessageId, Position, UserId};
-use obscura_server::model::mail::{Envelope, Outcome, Outgoing, Recipient, Replay, Sealed, Sender};
+use obscura_server::model::message::{Envelope, Outcome, Recipient, Replay, Sealed, SendRequest, Sender};
 use obscura_server::store::{Page, Store};
 
 use super::fixture::{NOW, Person, TestStore};
@@ -20,14 +20,14 @@ fn sender(person: &Person) -> Sender {
     Sender { user: person.user, device: person.device, no: person.no }
 }
 
-fn mail(from: &Person, recipients: Vec<(UserId, Vec<DeviceId>)>, message: &str) -> Outgoing {
+fn mail(from: &Person, recipients: Vec<(UserId, Vec<DeviceId>)>, message: &str) -> SendRequest {
     let sealed = |device| (device, Sealed(Bytes::copy_from_slice(message.as_bytes())));
     let recipient = |(user, devices): (UserId, Vec<DeviceId>)| Recipient {
         user,
         submissions: devices.into_iter().map(sealed).collect(),
-        busy_for: None,
+        throttled_for: None,
     };
-    Outgoing {
+    SendRequest {
         sender: sender(from),
         key: IdempotencyKey::random(),
         digest: [1; 16],
@@ -35,7 +35,7 @@ fn mail(from: &Person, recipients: Vec<(UserId, Vec<DeviceId>)>, message: &str) 
     }
 }
 
-pub fn to(from: &Person, to: &Person, message: &str) -> Outgoing {
+pub fn to(from: &Person, to: &Person, message: &str) -> SendRequest {
     mail(from, vec![(to.user, vec![to.device])], message)
 }
 
@@ -65,11 +65,11 @@ async fn a_group_of_sends_is_stored_in_order_and_each_is_answered_by_itself() {
     let sent = store.commit_group(&group, &[], NOW).await.unwrap();
     assert_eq!(sent.iter().map(|sent| sent.replay).collect::<Vec<_>>(), [None; 4]);
     assert_eq!(sent[0].outcome, Outcome::default());
-    assert_eq!(sent[0].woken, [bob.address()]);
+    assert_eq!(sent[0].receivers, [bob.address()]);
     assert_eq!(sent[1].outcome.mismatches, [(bob.user, vec![bob.device])]);
-    assert_eq!(sent[1].woken, []);
+    assert_eq!(sent[1].receivers, []);
     assert_eq!(sent[2].outcome, Outcome { invalid_devices: vec![unknown], ..Outcome::default() });
-    assert_eq!(sent[2].woken, [bob.address(), carol.address()]);
+    assert_eq!(sent[2].receivers, [bob.address(), carol.address()]);
 
     let bobs = inbox(&store, &bob, NOW).await;
     assert_eq!(bodies(&bobs), ["one", "two", "three"]);
@@ -84,8 +84,8 @@ async fn a_repeat_within_one_group_or_in_a_later_one_queues_nothing() {
     let store = TestStore::open().await;
     let (alice, bob) = (store.account().await, store.account().await);
     let first = to(&alice, &bob, "once");
-    let other_body = Outgoing { digest: [2; 16], ..first.clone() };
-    let other_sender = Outgoing { sender: sender(&store.account().await), ..first.clone() };
+    let other_body = SendRequest { digest: [2; 16], ..first.clone() };
+    let other_sender = SendRequest { sender: sender(&store.account().await), ..first.clone() };
     let group = [first.clone(), first.clone(), other_body.clone(), other_sender];
     let sent = store.commit_group(&group, &[], NOW).await.unwrap();
     let replays: Vec<_> = sent.iter().map(|sent| sent.replay).collect();
@@ -94,7 +94,7 @@ async fn a_repeat_within_one_group_or_in_a_later_one_queues_nothing() {
     assert_eq!(sent[0].replay, Some(Replay::OtherBody));
     assert_eq!(sent[1].replay, Some(Replay::SameBody));
     // Whoever stored the first may have died before it could wake anybody.
-    assert!(sent.iter().all(|sent| sent.woken == [bob.address()]));
+    assert!(sent.iter().all(|sent| sent.receivers == [bob.address()]));
     assert_eq!(inbox(&store, &bob, NOW).await.len(), 2);
 }
 
@@ -332,7 +332,7 @@ async fn postgres_reads_what_it_needs_after(former: usize) {
     let store = TestStore::open_in_postgres().await;
     let (alice, bob) = (store.account().await, store.account().await);
     let database = store.database().await;
-    let letters = |count| (0..count).map(|_| to(&alice, &bob, "hello")).collect::<Vec<Outgoing>>();
+    let letters = |count| (0..count).map(|_| to(&alice, &bob, "hello")).collect::<Vec<SendRequest>>();
     let ack = |envelope: &Envelope| (bob.no, envelope.position);
     store.commit_group(&letters(former), &[], NOW).await.unwrap();
     let acks: Vec<_> = inbox(&store, &bob, NOW).await.iter().map(ack).collect();

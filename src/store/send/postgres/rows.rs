@@ -5,7 +5,7 @@ use std::collections::HashMap;
 
 use crate::clock::Timestamp;
 use crate::model::ids::{DeviceId, DeviceNo, IdempotencyKey, UserId};
-use crate::model::mail::Outgoing;
+use crate::model::message::SendRequest;
 use crate::store::Result;
 use crate::store::database::PostgresTx;
 use crate::store::inbox_limiter::{self, AccountBound, AccountRow, Counted, MAX_DEBT};
@@ -62,10 +62,10 @@ pub(super) type Locked = HashMap<UserId, AccountRow>;
 impl PostgresTx {
     /// Locks the accounts that are written to, and adds their mail to the bounds. Returns the row of each account that is
     /// locked now.
-    pub(super) async fn lock_accounts(&mut self, sends: &[Outgoing], locking: Locking) -> Result<Locked> {
+    pub(super) async fn lock_accounts(&mut self, sends: &[SendRequest], locking: Locking) -> Result<Locked> {
         // How many of these messages, and bytes, one device of an account gets at most.
         let mut per_device: HashMap<(UserId, DeviceId), AccountBound> = HashMap::new();
-        for recipient in sends.iter().flat_map(|mail| &mail.recipients) {
+        for recipient in sends.iter().flat_map(|send| &send.recipients) {
             for (device, sealed) in &recipient.submissions {
                 let (count, bytes) = per_device.entry((recipient.user, *device)).or_default();
                 (*count, *bytes) = (*count + 1, *bytes + i64::try_from(sealed.0.len()).unwrap_or(i64::MAX));
@@ -125,8 +125,8 @@ impl PostgresTx {
         if changed.is_empty() {
             return Ok(());
         }
-        let senders: Vec<DeviceNo> = changed.iter().map(|changed| changed.mail.sender.no).collect();
-        let keys: Vec<IdempotencyKey> = changed.iter().map(|changed| changed.mail.key).collect();
+        let senders: Vec<DeviceNo> = changed.iter().map(|changed| changed.send.sender.no).collect();
+        let keys: Vec<IdempotencyKey> = changed.iter().map(|changed| changed.send.key).collect();
         let outcomes: Vec<&[u8]> = changed.iter().map(|changed| &changed.outcome[..]).collect();
         let statement = "
             UPDATE sends s SET outcome = changed.outcome, sent_at = $4, review_at = $5,

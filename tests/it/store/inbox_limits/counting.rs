@@ -7,7 +7,7 @@ use super::*;
 /// So many messages of one sender for each of these accounts.
 async fn fill(store: &TestStore, sender: &Person, people: &[Person], messages: usize) {
     let to: Vec<(&Person, usize)> = people.iter().map(|person| (person, 1)).collect();
-    let mails: Vec<Outgoing> = (0..messages).map(|_| send(sender, &to)).collect();
+    let mails: Vec<SendRequest> = (0..messages).map(|_| send(sender, &to)).collect();
     for some in mails.chunks(64) {
         let mut rest = some.to_vec();
         // Whatever has to be counted for that.
@@ -27,7 +27,7 @@ async fn accounts(store: &TestStore, count: usize) -> Vec<Person> {
     people
 }
 
-async fn settle_at(store: &Store, mail: &Outgoing) -> Sent {
+async fn settle_at(store: &Store, mail: &SendRequest) -> SendResult {
     let result = store.commit_group(std::slice::from_ref(mail), &[], NOW).await.unwrap();
     result.sent.into_iter().next().flatten().expect("a send that needs not wait")
 }
@@ -37,9 +37,9 @@ async fn a_repeat_is_accepted_as_soon_as_a_part_of_the_inbox_has_been_acknowledg
     let store = TestStore::open_with(|limits| (limits.max_inbox_size, limits.sender_share_percent) = (32, 100)).await;
     let (alice, bob) = (store.account().await, store.account().await);
     fill(&store, &alice, std::slice::from_ref(&bob), 32).await;
-    let more: Vec<Outgoing> = (0..4).map(|_| send(&alice, &[(&bob, 1)])).collect();
+    let more: Vec<SendRequest> = (0..4).map(|_| send(&alice, &[(&bob, 1)])).collect();
     for mail in more.iter().chain(&more) {
-        assert_eq!(refused(&commit_group(&store, mail).await), [(bob.device, Shortage::Inbox)]);
+        assert_eq!(refused(&commit_group(&store, mail).await), [(bob.device, RefusalReason::Inbox)]);
     }
     let acks: Vec<_> = waiting(&store, &bob).await[..2].iter().map(|position| (bob.no, *position)).collect();
     store.commit_group(&[], &acks, NOW).await.unwrap();
@@ -49,7 +49,7 @@ async fn a_repeat_is_accepted_as_soon_as_a_part_of_the_inbox_has_been_acknowledg
     }
     assert_eq!(store.counted() - before, 30, "once, for both of them");
     for mail in &more[2..] {
-        assert_eq!(refused(&commit_group(&store, mail).await), [(bob.device, Shortage::Inbox)]);
+        assert_eq!(refused(&commit_group(&store, mail).await), [(bob.device, RefusalReason::Inbox)]);
     }
 }
 
@@ -128,7 +128,7 @@ async fn refusals_at_one_node_make_no_other_one_count() {
     assert!(refused(&settle_at(&beside, &send(&carol, &[(&bob, 1)])).await).is_empty());
     for _ in 0..5 {
         let sent = commit_group(&store, &send(&alice, &[(&bob, 1)])).await;
-        assert_eq!(refused(&sent), [(bob.device, Shortage::Share)]);
+        assert_eq!(refused(&sent), [(bob.device, RefusalReason::Share)]);
     }
     let before = store.counted();
     assert!(refused(&settle_at(&beside, &send(&carol, &[(&bob, 1)])).await).is_empty());
@@ -147,11 +147,11 @@ async fn an_inbox_takes_no_more_than_its_limit_though_another_node_fills_it_betw
     let (alice, bob) = (store.account().await, store.account().await);
     fill(&store, &alice, std::slice::from_ref(&bob), 6).await;
     let too_large = || send(&alice, &[(&bob, 9_999)]);
-    assert_eq!(refused(&commit_group(&store, &too_large()).await), [(bob.device, Shortage::Inbox)]);
+    assert_eq!(refused(&commit_group(&store, &too_large()).await), [(bob.device, RefusalReason::Inbox)]);
     for _ in 0..2 {
         assert!(refused(&settle_at(&beside, &send(&alice, &[(&bob, 1)])).await).is_empty());
-        assert_eq!(refused(&commit_group(&store, &too_large()).await), [(bob.device, Shortage::Inbox)]);
+        assert_eq!(refused(&commit_group(&store, &too_large()).await), [(bob.device, RefusalReason::Inbox)]);
     }
-    assert_eq!(refused(&commit_group(&store, &send(&alice, &[(&bob, 1)])).await), [(bob.device, Shortage::Inbox)]);
+    assert_eq!(refused(&commit_group(&store, &send(&alice, &[(&bob, 1)])).await), [(bob.device, RefusalReason::Inbox)]);
     assert_eq!(waiting(&store, &bob).await.len(), 8);
 }

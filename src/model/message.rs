@@ -34,7 +34,7 @@ pub struct Sender {
 
 /// One send: what one request wants delivered. Its shape has been checked; whether it names every device has not.
 #[derive(Clone, Debug)]
-pub struct Outgoing {
+pub struct SendRequest {
     /// Who sends.
     pub sender: Sender,
     /// A repeat with this key, from this device, gets the first outcome again.
@@ -45,7 +45,7 @@ pub struct Outgoing {
     pub recipients: Vec<Recipient>,
 }
 
-impl Outgoing {
+impl SendRequest {
     /// The accounts written to, each once.
     pub fn accounts(&self) -> impl Iterator<Item = UserId> {
         self.recipients.iter().map(|recipient| recipient.user)
@@ -65,12 +65,12 @@ pub struct Recipient {
     /// A sealed message for each targeted device, in the order of the request.
     pub submissions: Vec<(DeviceId, Sealed)>,
     /// Set when the account gets too many sends at the moment, with the wait. Nothing is queued for it then.
-    pub busy_for: Option<Duration>,
+    pub throttled_for: Option<Duration>,
 }
 
 /// Why there was no room for a message.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub enum Shortage {
+pub enum RefusalReason {
     /// The inbox has as many messages, or as many bytes, as it may hold.
     Inbox,
     /// The inbox is more than half full, and the sending account has its share of it.
@@ -89,7 +89,7 @@ pub struct Refused {
     /// Its device.
     pub device: DeviceId,
     /// What was lacking when that was last looked at.
-    pub shortage: Shortage,
+    pub reason: RefusalReason,
 }
 
 /// The result of a send. All lists are empty exactly when everything was queued.
@@ -106,11 +106,11 @@ pub struct Outcome {
 
 /// What the store answers to a send.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Sent {
+pub struct SendResult {
     /// What became of it, now or when the key was first used.
     pub outcome: Outcome,
     /// The devices that have new mail.
-    pub woken: Vec<Address>,
+    pub receivers: Vec<Address>,
     /// Set when the key had been used before. Only messages that had been refused were queued now.
     pub replay: Option<Replay>,
     /// When a repeat may find room for what was refused.
