@@ -134,7 +134,7 @@ pub struct Notifier {
 
 impl Notifier {
     fn new_messages(&self, addresses: &[Address]) {
-        self.bus.wake(addresses, Signal::NewMessages);
+        self.bus.notify(addresses, Signal::NewMessages);
         self.push.new_messages(addresses);
     }
 }

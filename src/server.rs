@@ -74,7 +74,7 @@ struct Owners {
     /// The mailroom, which outlives the entrances, because all of them call it.
     keepers: Tasks,
     /// The wire to other nodes, which outlives the mailroom, because the readers of the last group are woken over it.
-    wires: Tasks,
+    broker_tasks: Tasks,
     /// The management port, which is there before everything else. Nobody waits for those who ask there.
     probes: Tasks,
 }
@@ -128,7 +128,7 @@ impl Server {
             () = lost => return,
             () = self.owners.entrances.failed() => {}
             () = self.owners.keepers.failed() => {}
-            () = self.owners.wires.failed() => {}
+            () = self.owners.broker_tasks.failed() => {}
             () = self.owners.probes.failed() => {}
         }
         self.app.metrics.tasks_died.one(());
@@ -176,8 +176,8 @@ impl Server {
         }
         owners.keepers.stop();
         owners.keepers.ended().await;
-        owners.wires.stop();
-        owners.wires.ended().await;
+        owners.broker_tasks.stop();
+        owners.broker_tasks.ended().await;
         owners.probes.stop();
         sweeps::look_at_files(&self.app).await;
         self.app.store.close().await;
@@ -188,7 +188,7 @@ impl Server {
 impl Owners {
     /// Ends everything without an order, and waits for nobody.
     fn stop_all(&self) {
-        [&self.entrances, &self.keepers, &self.wires, &self.probes].into_iter().for_each(Tasks::stop);
+        [&self.entrances, &self.keepers, &self.broker_tasks, &self.probes].into_iter().for_each(Tasks::stop);
     }
 }
 
@@ -222,7 +222,7 @@ async fn open(
     let sockets = config.gateway.max_connections_per_device;
     let files = Files::watch(&config).context("the files of the server can't be looked at")?;
     let push = Push::prepare(&config, &store, &clock).await?;
-    let bus = Bus::open(&config.pubsub, &config.notifications, sockets, metrics, &owners.wires)?;
+    let bus = Bus::open(&config.pubsub, &config.notifications, sockets, metrics, &owners.broker_tasks)?;
     // So that a node that says it is ready is ready. One without Valkey serves all the same.
     let _ = tokio::time::timeout(config.health.pubsub_timeout, bus.connected()).await;
     let push = Push::start(push, &config, &store, &clock, &telemetry, &owners.keepers);

@@ -174,14 +174,14 @@ async fn remove(app: App, caller: Caller, target: DeviceId) -> Result<StatusCode
 /// with their next regular look.
 async fn tell_devices(app: App, user: UserId) {
     match app.store.addresses(&[user]).await {
-        Ok(devices) => app.bus.wake(&devices, Signal::AuthChanged),
+        Ok(devices) => app.bus.notify(&devices, Signal::AuthChanged),
         Err(error) => debug!(%error, "the devices of an account could not be told of a change of their list"),
     }
 }
 
 /// Tells the sockets of devices that were just removed, and sees to it that their mail is deleted.
 pub async fn dismiss(app: &App, removed: &[Address]) {
-    app.bus.wake(removed, Signal::AuthChanged);
+    app.bus.notify(removed, Signal::AuthChanged);
     let gone = removed.iter().map(|address| address.device).collect();
     app.tasks.attend(clear_inboxes(app.clone(), gone));
 }

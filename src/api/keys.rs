@@ -167,7 +167,7 @@ async fn hand_out(
         false => app.store.lasting_bundles(user, device, threshold).await?,
     };
     let handed_out = handed_out.ok_or(ApiError::NotFound)?;
-    app.bus.wake(&handed_out.low, Signal::KeysLow);
+    app.bus.notify(&handed_out.low, Signal::KeysLow);
     app.push.keys_low(&handed_out.low);
     Ok(handed_out.bundles.into_iter().map(BundleBody::from).collect())
 }

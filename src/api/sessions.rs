@@ -113,7 +113,7 @@ pub async fn log_out(State(app): State<App>, caller: Caller) -> Result<StatusCod
         .finish(async move {
             let ended = app.store.log_out(caller.no, revoked_until).await;
             // Also when it failed: it may have happened all the same.
-            app.bus.wake(&[caller.address()], Signal::AuthChanged);
+            app.bus.notify(&[caller.address()], Signal::AuthChanged);
             ended?;
             Ok(StatusCode::NO_CONTENT)
         })
@@ -275,7 +275,7 @@ async fn begin(
     let addresses: Vec<_> = device_auth.iter().map(|found| Address { user, device: found.no }).collect();
     let begun = app.store.log_in(user, device, &grant).await;
     // Also when it failed: it may have happened all the same.
-    app.bus.wake(&addresses, Signal::AuthChanged);
+    app.bus.notify(&addresses, Signal::AuthChanged);
     begun
 }
 
@@ -283,7 +283,7 @@ async fn exchange(app: App, wish: Refresh, now: Timestamp) -> Result<Refreshed, 
     let refreshed = app.store.refresh(&wish, now).await?;
     if let Refreshed::Stolen(address) = refreshed {
         warn!("a used refresh token came again, so somebody else has it: the session of its device was ended");
-        app.bus.wake(&[address], Signal::AuthChanged);
+        app.bus.notify(&[address], Signal::AuthChanged);
     }
     Ok(refreshed)
 }

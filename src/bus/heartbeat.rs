@@ -8,7 +8,7 @@ use redis::{RedisError, Value};
 
 /// Why a connection is given up.
 #[derive(Debug, thiserror::Error)]
-pub(super) enum Lost {
+pub(super) enum ConnectionLost {
     /// Valkey said no, or the connection broke.
     #[error(transparent)]
     Valkey(#[from] RedisError),
@@ -20,13 +20,13 @@ pub(super) enum Lost {
     NotPrimary,
     /// A greeting was confirmed and not delivered.
     #[error("what is published there does not come back")]
-    Deaf,
+    NoEcho,
 }
 
-impl Lost {
+impl ConnectionLost {
     /// True when this host answers but another host may be the primary.
     pub(super) fn is_wrong_host(&self) -> bool {
-        matches!(self, Self::NotPrimary | Self::Deaf)
+        matches!(self, Self::NotPrimary | Self::NoEcho)
     }
 }
 
@@ -35,18 +35,18 @@ impl Lost {
 /// The write removes a member that is never there from the sorted set `key`. It changes nothing, needs no memory, and is a
 /// command that the push queue needs anyway. If the user may not do that, or a cluster has the key on another host, the answer
 /// says nothing about the role of the server; then only the role in its answer to HELLO counts.
-pub(super) async fn check_primary(connection: &mut MultiplexedConnection, key: &str) -> Result<(), Lost> {
+pub(super) async fn check_primary(connection: &mut MultiplexedConnection, key: &str) -> Result<(), ConnectionLost> {
     let mut write = redis::cmd("ZREM");
     write.arg(key).arg("");
     let written = write.query_async::<Value>(connection).await;
     match written {
-        Err(error) if is_of_replica(&error) => return Err(Lost::NotPrimary),
+        Err(error) if is_of_replica(&error) => return Err(ConnectionLost::NotPrimary),
         // An error without a code is no answer of the server.
         Err(error) if error.code().is_none() => return Err(error.into()),
         _ => {}
     }
     match redis::cmd("HELLO").query_async::<Value>(connection).await {
-        Ok(facts) if is_replica(&facts) => Err(Lost::NotPrimary),
+        Ok(facts) if is_replica(&facts) => Err(ConnectionLost::NotPrimary),
         Err(error) if error.code().is_none() => Err(error.into()),
         _ => Ok(()),
     }

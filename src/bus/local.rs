@@ -18,17 +18,17 @@ const SHARDS: usize = 16;
 /// Traces that a sleeper hears of between two looks. Further ones end without a delivery.
 const TRAILS: usize = 4;
 
-type Shard = HashMap<DeviceNo, Vec<Arc<Sleeper>>>;
+type Shard = HashMap<DeviceNo, Vec<Arc<Subscriber>>>;
 
 #[derive(Default)]
-struct Sleeper {
+struct Subscriber {
     signals: AtomicU8,
     waker: AtomicWaker,
     trails: Mutex<Vec<Trail>>,
 }
 
-impl Sleeper {
-    fn wake(&self, signals: Signals) {
+impl Subscriber {
+    fn notify(&self, signals: Signals) {
         self.signals.fetch_or(signals.0, Ordering::AcqRel);
         self.waker.wake();
     }
@@ -45,27 +45,27 @@ impl LocalBus {
         Self { shards: Arc::default(), sockets_per_device }
     }
 
-    pub(super) fn subscribe(&self, device: DeviceNo) -> Sleeping {
-        let sleeper = Arc::<Sleeper>::default();
+    pub(super) fn subscribe(&self, device: DeviceNo) -> LocalSubscription {
+        let subscriber = Arc::<Subscriber>::default();
         let mut shard = self.shard(device);
-        let sleepers = shard.entry(device).or_insert_with(|| Vec::with_capacity(1));
-        if sleepers.len() >= self.sockets_per_device {
-            sleepers.remove(0).wake(Signal::Superseded.into());
+        let subscribers = shard.entry(device).or_insert_with(|| Vec::with_capacity(1));
+        if subscribers.len() >= self.sockets_per_device {
+            subscribers.remove(0).notify(Signal::Superseded.into());
         }
-        sleepers.push(sleeper.clone());
+        subscribers.push(subscriber.clone());
         drop(shard);
-        Sleeping { device, sleeper, bus: self.clone() }
+        LocalSubscription { device, subscriber, bus: self.clone() }
     }
 
-    pub(super) fn wake(&self, device: DeviceNo, signals: Signals) {
-        for sleeper in self.shard(device).get(&device).into_iter().flatten() {
-            sleeper.wake(signals);
+    pub(super) fn notify(&self, device: DeviceNo, signals: Signals) {
+        for subscriber in self.shard(device).get(&device).into_iter().flatten() {
+            subscriber.notify(signals);
         }
     }
 
     pub(super) fn lay_trail(&self, device: DeviceNo, trail: Trail) {
-        for sleeper in self.shard(device).get(&device).into_iter().flatten() {
-            let mut trails = lock(&sleeper.trails);
+        for subscriber in self.shard(device).get(&device).into_iter().flatten() {
+            let mut trails = lock(&subscriber.trails);
             if trails.len() < TRAILS {
                 trails.push(trail);
             }
@@ -77,15 +77,15 @@ impl LocalBus {
         self.shards.iter().flat_map(|shard| lock(shard).keys().copied().collect::<Vec<_>>()).collect()
     }
 
-    pub(super) fn listening(&self) -> usize {
+    pub(super) fn device_count(&self) -> usize {
         self.shards.iter().map(|shard| lock(shard).len()).sum()
     }
 
-    fn unsubscribe(&self, device: DeviceNo, sleeper: &Arc<Sleeper>) {
+    fn unsubscribe(&self, device: DeviceNo, subscriber: &Arc<Subscriber>) {
         let mut shard = self.shard(device);
-        let Some(sleepers) = shard.get_mut(&device) else { return };
-        sleepers.retain(|other| !Arc::ptr_eq(other, sleeper));
-        if sleepers.is_empty() {
+        let Some(subscribers) = shard.get_mut(&device) else { return };
+        subscribers.retain(|other| !Arc::ptr_eq(other, subscriber));
+        if subscribers.is_empty() {
             shard.remove(&device);
         }
     }
@@ -101,17 +101,17 @@ fn lock<T>(shared: &Mutex<T>) -> MutexGuard<'_, T> {
 }
 
 /// The signals to one session of a device. Dropping it ends the subscription.
-pub(super) struct Sleeping {
+pub(super) struct LocalSubscription {
     device: DeviceNo,
-    sleeper: Arc<Sleeper>,
+    subscriber: Arc<Subscriber>,
     bus: LocalBus,
 }
 
-impl Sleeping {
+impl LocalSubscription {
     pub(super) async fn next(&self) -> Signals {
         poll_fn(|context| {
-            self.sleeper.waker.register(context.waker());
-            match self.sleeper.signals.swap(0, Ordering::AcqRel) {
+            self.subscriber.waker.register(context.waker());
+            match self.subscriber.signals.swap(0, Ordering::AcqRel) {
                 0 => Poll::Pending,
                 signals => Poll::Ready(Signals(signals)),
             }
@@ -120,13 +120,13 @@ impl Sleeping {
     }
 
     pub(super) fn trails(&self) -> Vec<Trail> {
-        std::mem::take(&mut lock(&self.sleeper.trails))
+        std::mem::take(&mut lock(&self.subscriber.trails))
     }
 }
 
-impl Drop for Sleeping {
+impl Drop for LocalSubscription {
     fn drop(&mut self) {
-        self.bus.unsubscribe(self.device, &self.sleeper);
+        self.bus.unsubscribe(self.device, &self.subscriber);
     }
 }
 
@@ -139,22 +139,26 @@ mod tests {
     const DEVICE: DeviceNo = DeviceNo(7);
 
     #[test]
-    fn signals_before_the_look_are_merged_into_one_answer() {
+    fn signals_between_two_reads_are_merged_into_one() {
         let bus = LocalBus::new(8);
-        let wakeups = bus.subscribe(DEVICE);
-        bus.wake(DEVICE, Signal::NewMessages.into());
-        bus.wake(DEVICE, Signal::NewMessages.into());
-        bus.wake(DEVICE, Signal::KeysLow.into());
-        let signals = wakeups.next().now_or_never().unwrap();
-        assert!(signals.has(Signal::NewMessages) && signals.has(Signal::KeysLow) && !signals.has(Signal::AuthChanged));
-        assert!(wakeups.next().now_or_never().is_none());
+        let subscription = bus.subscribe(DEVICE);
+        bus.notify(DEVICE, Signal::NewMessages.into());
+        bus.notify(DEVICE, Signal::NewMessages.into());
+        bus.notify(DEVICE, Signal::KeysLow.into());
+        let signals = subscription.next().now_or_never().unwrap();
+        assert!(
+            signals.contains(Signal::NewMessages)
+                && signals.contains(Signal::KeysLow)
+                && !signals.contains(Signal::AuthChanged)
+        );
+        assert!(subscription.next().now_or_never().is_none());
     }
 
     #[test]
     fn a_signal_reaches_every_session_of_the_device_and_no_other() {
         let bus = LocalBus::new(8);
         let (first, second, other) = (bus.subscribe(DEVICE), bus.subscribe(DEVICE), bus.subscribe(DeviceNo(8)));
-        bus.wake(DEVICE, Signal::NewMessages.into());
+        bus.notify(DEVICE, Signal::NewMessages.into());
         assert!(first.next().now_or_never().is_some());
         assert!(second.next().now_or_never().is_some());
         assert!(other.next().now_or_never().is_none());
@@ -165,19 +169,19 @@ mod tests {
         let bus = LocalBus::new(8);
         let (first, second) = (bus.subscribe(DEVICE), bus.subscribe(DEVICE));
         drop(first);
-        bus.wake(DEVICE, Signal::NewMessages.into());
+        bus.notify(DEVICE, Signal::NewMessages.into());
         assert!(second.next().now_or_never().is_some());
         drop(second);
-        assert_eq!(bus.listening(), 0);
+        assert_eq!(bus.device_count(), 0);
     }
 
     #[test]
     fn one_socket_too_many_supersedes_the_oldest() {
         let bus = LocalBus::new(2);
         let sockets = [bus.subscribe(DEVICE), bus.subscribe(DEVICE), bus.subscribe(DEVICE)];
-        assert!(sockets[0].next().now_or_never().is_some_and(|signals| signals.has(Signal::Superseded)));
+        assert!(sockets[0].next().now_or_never().is_some_and(|signals| signals.contains(Signal::Superseded)));
         assert!(sockets[1].next().now_or_never().is_none());
-        bus.wake(DEVICE, Signal::NewMessages.into());
+        bus.notify(DEVICE, Signal::NewMessages.into());
         assert!(sockets[0].next().now_or_never().is_none());
         assert!(sockets[2].next().now_or_never().is_some());
     }
@@ -185,20 +189,20 @@ mod tests {
     #[test]
     fn a_session_hears_of_a_few_traces_and_of_each_once() {
         let bus = LocalBus::new(8);
-        let wakeups = bus.subscribe(DEVICE);
+        let subscription = bus.subscribe(DEVICE);
         let trail = |number: u8| Trail::from_bytes(&[number; Trail::BYTES]).unwrap();
         (1..=10).for_each(|number| bus.lay_trail(DEVICE, trail(number)));
-        assert_eq!(wakeups.trails(), [1, 2, 3, 4].map(trail));
-        assert_eq!(wakeups.trails(), []);
+        assert_eq!(subscription.trails(), [1, 2, 3, 4].map(trail));
+        assert_eq!(subscription.trails(), []);
     }
 
     #[tokio::test]
     async fn a_signal_wakes_a_session_that_is_already_waiting() {
         let bus = LocalBus::new(8);
-        let wakeups = bus.subscribe(DEVICE);
-        let mut waiting = Box::pin(wakeups.next());
+        let subscription = bus.subscribe(DEVICE);
+        let mut waiting = Box::pin(subscription.next());
         assert!(futures_util::poll!(&mut waiting).is_pending());
-        bus.wake(DEVICE, Signal::NewMessages.into());
-        assert!(waiting.await.has(Signal::NewMessages));
+        bus.notify(DEVICE, Signal::NewMessages.into());
+        assert!(waiting.await.contains(Signal::NewMessages));
     }
 }

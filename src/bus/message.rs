@@ -13,7 +13,7 @@ use crate::telemetry::traces::Trail;
 /// "These devices".
 const DEVICES: u8 = 1;
 /// "Everybody, look at everything again".
-const EVERYBODY: u8 = 2;
+const RESYNC_ALL: u8 = 2;
 /// "I am here".
 const HELLO: u8 = 3;
 /// "I have said everything".
@@ -39,7 +39,7 @@ pub(super) type Entries = Vec<(DeviceNo, Signals)>;
 #[derive(Debug, PartialEq, Eq)]
 pub(super) enum Message {
     Devices(Entries),
-    Everybody,
+    ResyncAll,
     Hello,
     Goodbye,
     Trail(DeviceNo, Trail),
@@ -52,7 +52,7 @@ impl Message {
         bytes.extend(sender.0);
         for (device, signals) in entries {
             bytes.extend(device.0.to_be_bytes());
-            bytes.push(signals.crossing().0);
+            bytes.push(signals.remote().0);
         }
         bytes
     }
@@ -61,8 +61,8 @@ impl Message {
         [&[TRAIL][..], &sender.0, &device.0.to_be_bytes(), &trail.to_bytes()].concat()
     }
 
-    pub(super) fn everybody(sender: Node) -> Vec<u8> {
-        to_all(EVERYBODY, sender)
+    pub(super) fn resync_all(sender: Node) -> Vec<u8> {
+        to_all(RESYNC_ALL, sender)
     }
 
     pub(super) fn hello(sender: Node) -> Vec<u8> {
@@ -79,7 +79,7 @@ impl Message {
         let (sender, rest) = rest.split_first_chunk::<NODE_BYTES>()?;
         let message = match *format {
             DEVICES => Self::Devices(entries(rest)?),
-            EVERYBODY if rest.is_empty() => Self::Everybody,
+            RESYNC_ALL if rest.is_empty() => Self::ResyncAll,
             HELLO if rest.is_empty() => Self::Hello,
             GOODBYE if rest.is_empty() => Self::Goodbye,
             TRAIL => trail(rest)?,
@@ -100,7 +100,7 @@ fn entries(bytes: &[u8]) -> Option<Entries> {
     }
     let entry = |chunk: &[u8]| {
         let (device, signals) = chunk.split_first_chunk::<8>()?;
-        Some((DeviceNo(i64::from_be_bytes(*device)), Signals(*signals.first()?).crossing()))
+        Some((DeviceNo(i64::from_be_bytes(*device)), Signals(*signals.first()?).remote()))
     };
     chunks.map(entry).collect()
 }
@@ -118,13 +118,13 @@ mod tests {
     use crate::bus::Signal;
 
     #[test]
-    fn a_message_says_who_sent_it_and_what_each_device_should_look_at() {
+    fn a_message_names_its_sender_and_the_signals_of_each_device() {
         let node = Node::random();
-        let entries = vec![(DeviceNo(7), Signal::NewMessages.into()), (DeviceNo(i64::MAX), Signals::EVERYTHING)];
+        let entries = vec![(DeviceNo(7), Signal::NewMessages.into()), (DeviceNo(i64::MAX), Signals::ALL)];
         let bytes = Message::devices(node, &entries);
         assert_eq!(bytes.len(), 1 + 16 + 2 * 9);
         assert_eq!(Message::read(&bytes), Some((node, Message::Devices(entries))));
-        assert_eq!(Message::read(&Message::everybody(node)), Some((node, Message::Everybody)));
+        assert_eq!(Message::read(&Message::resync_all(node)), Some((node, Message::ResyncAll)));
         assert_eq!(Message::read(&Message::hello(node)), Some((node, Message::Hello)));
         assert_eq!(Message::read(&Message::goodbye(node)), Some((node, Message::Goodbye)));
     }
@@ -147,7 +147,7 @@ mod tests {
         let mut bytes = Message::devices(node, &[(DeviceNo(1), Signal::Superseded.into())]);
         *bytes.last_mut().unwrap() = 0xff;
         let Some((_, Message::Devices(entries))) = Message::read(&bytes) else { panic!("a message") };
-        assert_eq!(entries, [(DeviceNo(1), Signals::EVERYTHING)]);
+        assert_eq!(entries, [(DeviceNo(1), Signals::ALL)]);
     }
 
     #[test]
@@ -159,7 +159,7 @@ mod tests {
         let mut later = bytes;
         later[0] = 9;
         assert_eq!(Message::read(&later), None);
-        assert_eq!(Message::read(&[&Message::everybody(Node::random())[..], &[0]].concat()), None);
+        assert_eq!(Message::read(&[&Message::resync_all(Node::random())[..], &[0]].concat()), None);
     }
 
     proptest! {

@@ -2,16 +2,16 @@
 //! repeated, merged or lost; the database is the truth that a woken session then reads.
 
 mod backoff;
-mod ears;
+mod channels;
 mod heartbeat;
-mod listeners;
 mod local;
-mod looks;
 mod message;
-mod outbox;
 mod peers;
-mod seeds;
+mod pending_signals;
+mod remote_signals;
+mod resync;
 mod valkey;
+mod valkey_url;
 
 use crate::config;
 use crate::model::ids::{Address, DeviceNo};
@@ -20,7 +20,7 @@ use crate::telemetry::metrics::{Metrics, SignalWay};
 use crate::telemetry::traces::Trail;
 
 pub use backoff::Backoff;
-pub use seeds::seeds;
+pub use valkey_url::parse_servers;
 
 /// What to look at again.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -42,23 +42,23 @@ pub struct Signals(u8);
 
 impl Signals {
     /// For a session that may have missed anything. That it is one too many it can't have missed.
-    const EVERYTHING: Self = Self(Signal::NewMessages as u8 | Signal::KeysLow as u8 | Signal::AuthChanged as u8);
+    const ALL: Self = Self(Signal::NewMessages as u8 | Signal::KeysLow as u8 | Signal::AuthChanged as u8);
 
     /// Whether `signal` is among them.
-    pub fn has(self, signal: Signal) -> bool {
+    pub fn contains(self, signal: Signal) -> bool {
         self.0 & signal as u8 != 0
     }
 
     /// For a session that looks by itself while no signals come from other nodes.
-    const REGULAR: Self = Self(Signal::NewMessages as u8 | Signal::AuthChanged as u8);
+    const PERIODIC: Self = Self(Signal::NewMessages as u8 | Signal::AuthChanged as u8);
 
-    fn and(self, others: Self) -> Self {
+    fn union(self, others: Self) -> Self {
         Self(self.0 | others.0)
     }
 
     /// Those that make sense on another node. How many sockets a device has is each node's own affair.
-    fn crossing(self) -> Self {
-        Self(self.0 & Self::EVERYTHING.0)
+    fn remote(self) -> Self {
+        Self(self.0 & Self::ALL.0)
     }
 }
 
@@ -80,7 +80,7 @@ pub enum BusError {
     Url(&'static str),
     /// There is no connection at the moment. It is being looked for.
     #[error("there is no connection to Valkey at the moment")]
-    Away,
+    Disconnected,
     /// Valkey said no, or the connection broke.
     #[error(transparent)]
     Valkey(#[from] redis::RedisError),
@@ -91,7 +91,7 @@ pub enum BusError {
 #[derive(Clone)]
 pub struct Bus {
     local: local::LocalBus,
-    wire: Option<valkey::Wire>,
+    broker: Option<valkey::BrokerConnection>,
     metrics: Metrics,
 }
 
@@ -99,7 +99,7 @@ impl Bus {
     /// A bus within this process. A device may have `sockets_per_device` subscriptions at once; the oldest is told
     /// to make way for one more.
     pub fn local(sockets_per_device: usize, metrics: &Metrics) -> Self {
-        Self { local: local::LocalBus::new(sockets_per_device), wire: None, metrics: metrics.clone() }
+        Self { local: local::LocalBus::new(sockets_per_device), broker: None, metrics: metrics.clone() }
     }
 
     /// The bus that the URL asks for. A wire connects in the background, and again whenever it is lost; it ends with
@@ -117,29 +117,29 @@ impl Bus {
             return Ok(bus);
         }
         metrics.bus_connected.set((), 0);
-        let wire = valkey::Wire::open(pubsub, notifications, &bus.local, metrics, tasks)?;
-        Ok(Self { wire: Some(wire), ..bus })
+        let broker = valkey::BrokerConnection::open(pubsub, notifications, &bus.local, metrics, tasks)?;
+        Ok(Self { broker: Some(broker), ..bus })
     }
 
     /// Listens for signals to a device. Whoever reads the database after this call misses nothing. Dropping the answer
     /// ends it.
-    pub fn subscribe(&self, address: Address) -> Wakeups {
+    pub fn subscribe(&self, address: Address) -> SignalSubscription {
         // In this order, so that the session is there when its account's channel is confirmed.
-        let sleeping = self.local.subscribe(address.device);
-        let listening = self.wire.as_ref().map(|wire| wire.listen(address));
-        Wakeups { sleeping, _listening: listening }
+        let local = self.local.subscribe(address.device);
+        let channel = self.broker.as_ref().map(|broker| broker.subscribe(address));
+        SignalSubscription { local, _channel: channel }
     }
 
     /// Tells the sessions of these devices to look again. Best effort: it never fails the caller, and never waits for
     /// Valkey.
-    pub fn wake(&self, addresses: &[Address], signal: Signal) {
+    pub fn notify(&self, addresses: &[Address], signal: Signal) {
         for address in addresses {
-            self.local.wake(address.device, signal.into());
+            self.local.notify(address.device, signal.into());
         }
         self.metrics.signals.add(SignalWay::Local, addresses.len() as u64);
-        if let Some(wire) = &self.wire {
+        if let Some(broker) = &self.broker {
             self.metrics.signals.add(SignalWay::Out, addresses.len() as u64);
-            wire.publish(addresses, signal.into());
+            broker.publish(addresses, signal.into());
         }
     }
 
@@ -150,22 +150,22 @@ impl Bus {
         for address in addresses {
             self.local.lay_trail(address.device, trail);
         }
-        if let Some(wire) = &self.wire {
-            wire.lay_trail(addresses, trail);
+        if let Some(broker) = &self.broker {
+            broker.lay_trail(addresses, trail);
         }
     }
 
     /// Ends when there is a connection to other nodes. It waits for ever when there never is; the caller sets the limit.
     pub async fn connected(&self) {
-        if let Some(wire) = &self.wire {
-            wire.connected().await;
+        if let Some(broker) = &self.broker {
+            broker.connected().await;
         }
     }
 
     /// Whether signals reach other nodes. It waits for Valkey's answer; the caller sets the limit.
     pub async fn check(&self) -> Result<(), BusError> {
-        match &self.wire {
-            Some(wire) => wire.check().await,
+        match &self.broker {
+            Some(broker) => broker.check().await,
             None => Ok(()),
         }
     }
@@ -176,25 +176,25 @@ impl Bus {
     }
 
     /// How many devices have a session here.
-    pub fn listening(&self) -> usize {
-        self.local.listening()
+    pub fn device_count(&self) -> usize {
+        self.local.device_count()
     }
 }
 
 /// The signals to one session of a device. Dropping it ends the subscription.
-pub struct Wakeups {
-    sleeping: local::Sleeping,
-    _listening: Option<listeners::Listening>,
+pub struct SignalSubscription {
+    local: local::LocalSubscription,
+    _channel: Option<channels::ChannelSubscription>,
 }
 
-impl Wakeups {
+impl SignalSubscription {
     /// Waits for a signal, and answers everything signalled since the last call. Dropping the future loses nothing.
     pub async fn next(&self) -> Signals {
-        self.sleeping.next().await
+        self.local.next().await
     }
 
     /// The traces that the last signals belong to.
     pub fn trails(&self) -> Vec<Trail> {
-        self.sleeping.trails()
+        self.local.trails()
     }
 }

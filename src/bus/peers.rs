@@ -14,7 +14,7 @@ const MISSING_AFTER: Duration = Duration::from_secs(10);
 /// A node that is missing for so long does not come back.
 const FORGOTTEN_AFTER: Duration = Duration::from_secs(600);
 /// No deployment has more nodes. Those beyond are not watched.
-const MOST: usize = 1024;
+const MAX_PEERS: usize = 1024;
 
 #[derive(Default)]
 pub(super) struct Peers(HashMap<Node, Peer>);
@@ -27,7 +27,7 @@ struct Peer {
 impl Peers {
     /// A node is there. True when it was missing before.
     pub(super) fn hello(&mut self, node: Node, now: Instant) -> bool {
-        if self.0.len() >= MOST && !self.0.contains_key(&node) {
+        if self.0.len() >= MAX_PEERS && !self.0.contains_key(&node) {
             return false;
         }
         let before = self.0.insert(node, Peer { heard: now, is_missing: false });
@@ -40,14 +40,14 @@ impl Peers {
     }
 
     /// Marks those that have fallen silent as missing. True when there are any since the last call.
-    pub(super) fn notice_lost(&mut self, now: Instant) -> bool {
+    pub(super) fn mark_missing(&mut self, now: Instant) -> bool {
         self.0.retain(|_, peer| now.duration_since(peer.heard) < FORGOTTEN_AFTER);
         let silent = |peer: &&mut Peer| !peer.is_missing && now.duration_since(peer.heard) >= MISSING_AFTER;
         self.0.values_mut().filter(silent).map(|peer| peer.is_missing = true).count() > 0
     }
 
     /// We could not hear anybody up to now, so nobody's silence meant anything.
-    pub(super) fn start_over(&mut self, now: Instant) {
+    pub(super) fn reset(&mut self, now: Instant) {
         self.0.values_mut().filter(|peer| !peer.is_missing).for_each(|peer| peer.heard = now);
     }
 }
@@ -66,7 +66,7 @@ mod tests {
         assert!(!peers.hello(other, start));
         let found = [1, 2, 3, 4, 5].map(|step| {
             peers.hello(other, start + step * STEP);
-            peers.notice_lost(start + step * STEP)
+            peers.mark_missing(start + step * STEP)
         });
         assert_eq!(found, [false, false, true, false, false]);
         assert!(peers.hello(node, start + 6 * STEP));
@@ -78,25 +78,25 @@ mod tests {
         let (mut peers, start, node) = (Peers::default(), Instant::now(), Node::random());
         peers.hello(node, start);
         peers.goodbye(node);
-        assert!(!peers.notice_lost(start + MISSING_AFTER));
+        assert!(!peers.mark_missing(start + MISSING_AFTER));
     }
 
     #[test]
-    fn silence_while_nobody_could_be_heard_means_nothing() {
+    fn silence_while_the_node_was_disconnected_means_nothing() {
         let (mut peers, start, node) = (Peers::default(), Instant::now(), Node::random());
         peers.hello(node, start);
-        peers.start_over(start + 3 * STEP);
-        assert!(!peers.notice_lost(start + 3 * STEP));
-        assert!(peers.notice_lost(start + 6 * STEP));
+        peers.reset(start + 3 * STEP);
+        assert!(!peers.mark_missing(start + 3 * STEP));
+        assert!(peers.mark_missing(start + 6 * STEP));
     }
 
     #[test]
-    fn nobody_is_remembered_for_ever_and_not_more_than_there_can_be() {
+    fn peers_are_forgotten_and_their_number_is_bounded() {
         let (mut peers, start) = (Peers::default(), Instant::now());
-        (0..2 * MOST).for_each(|_| assert!(!peers.hello(Node::random(), start)));
-        assert_eq!(peers.0.len(), MOST);
-        peers.notice_lost(start + MISSING_AFTER);
-        peers.notice_lost(start + FORGOTTEN_AFTER);
+        (0..2 * MAX_PEERS).for_each(|_| assert!(!peers.hello(Node::random(), start)));
+        assert_eq!(peers.0.len(), MAX_PEERS);
+        peers.mark_missing(start + MISSING_AFTER);
+        peers.mark_missing(start + FORGOTTEN_AFTER);
         assert!(peers.0.is_empty());
     }
 }

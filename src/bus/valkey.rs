@@ -17,14 +17,14 @@ use tokio::time::{Instant, MissedTickBehavior};
 use tracing::{debug, info, warn};
 
 use crate::bus::backoff::Backoff;
-use crate::bus::ears::Ears;
-use crate::bus::heartbeat::{self, Lost};
-use crate::bus::listeners::{Listeners, Listening};
+use crate::bus::channels::{ChannelSubscription, ChannelSubscriptions};
+use crate::bus::heartbeat::{self, ConnectionLost};
 use crate::bus::local::LocalBus;
-use crate::bus::looks::Looks;
 use crate::bus::message::{Message, Node};
-use crate::bus::outbox::{Letters, Outbox};
-use crate::bus::seeds::seeds;
+use crate::bus::pending_signals::{PendingSignals, SignalBatch};
+use crate::bus::remote_signals::RemoteSignalHandler;
+use crate::bus::resync::Resync;
+use crate::bus::valkey_url::parse_servers;
 use crate::bus::{BusError, Signals};
 use crate::config;
 use crate::model::ids::{Address, UserId};
@@ -39,19 +39,19 @@ const HEARTBEAT: Duration = Duration::from_secs(2);
 /// Accounts whose channels are subscribed, unsubscribed or written to with one request.
 const BATCH: usize = 512;
 /// At stop, so much time for the signals that still wait.
-const LAST_WORDS: Duration = Duration::from_secs(1);
+const FLUSH_TIMEOUT: Duration = Duration::from_secs(1);
 /// The end of the name of the channel to all nodes. No account is called so.
-const EVERYBODY: &str = "all";
+const ALL_NODES: &str = "all";
 
 /// The wire as the bus uses it. Nothing here waits for Valkey, except the check.
 #[derive(Clone)]
-pub(super) struct Wire {
-    outbox: Arc<Outbox>,
-    listeners: Arc<Listeners>,
+pub(super) struct BrokerConnection {
+    pending: Arc<PendingSignals>,
+    channels: Arc<ChannelSubscriptions>,
     connection: watch::Receiver<Option<MultiplexedConnection>>,
 }
 
-impl Wire {
+impl BrokerConnection {
     pub(super) fn open(
         pubsub: &config::Pubsub,
         notifications: &config::Notifications,
@@ -59,47 +59,47 @@ impl Wire {
         metrics: &Metrics,
         tasks: &Tasks,
     ) -> Result<Self, BusError> {
-        let seeds = seeds(pubsub.url.expose())?;
-        let looks = Looks::new(local.clone(), metrics.clone());
+        let servers = parse_servers(pubsub.url.expose())?;
+        let resync = Resync::new(local.clone(), metrics.clone());
         let (connection, current) = watch::channel(None);
-        let wire = Self { outbox: Arc::default(), listeners: Arc::default(), connection: current };
-        let keeper = Keeper {
+        let broker = Self { pending: Arc::default(), channels: Arc::default(), connection: current };
+        let broker_task = BrokerTask {
             // Each node begins elsewhere, so that a cluster's nodes share the connections.
-            seed: rand::random_range(0..seeds.len()),
-            seeds,
+            server_index: rand::random_range(0..servers.len()),
+            servers,
             prefix: notifications.channel_prefix.clone(),
             queue_key: notifications.push_queue_key.clone(),
-            looks: looks.clone(),
+            resync: resync.clone(),
             gc_interval: notifications.gc_interval,
-            outbox: wire.outbox.clone(),
-            listeners: wire.listeners.clone(),
-            ears: Ears {
+            pending: broker.pending.clone(),
+            channels: broker.channels.clone(),
+            handler: RemoteSignalHandler {
                 node: Node::random(),
                 echo: Arc::default(),
                 local: local.clone(),
-                looks: looks.clone(),
+                resync: resync.clone(),
                 peers: Arc::default(),
                 metrics: metrics.clone(),
             },
             connection,
             metrics: metrics.clone(),
-            is_outage_told: AtomicBool::new(false),
+            is_outage_logged: AtomicBool::new(false),
         };
-        tasks.spawn("bus looks", looks.run(tasks.clone()));
-        tasks.spawn("bus wire", keeper.run(Backoff::new(pubsub), tasks.clone()));
-        Ok(wire)
+        tasks.spawn("bus looks", resync.run(tasks.clone()));
+        tasks.spawn("bus wire", broker_task.run(Backoff::new(pubsub), tasks.clone()));
+        Ok(broker)
     }
 
-    pub(super) fn listen(&self, address: Address) -> Listening {
-        self.listeners.join(address)
+    pub(super) fn subscribe(&self, address: Address) -> ChannelSubscription {
+        self.channels.add(address)
     }
 
     pub(super) fn publish(&self, addresses: &[Address], signals: Signals) {
-        self.outbox.add(addresses, signals);
+        self.pending.add(addresses, signals);
     }
 
     pub(super) fn lay_trail(&self, addresses: &[Address], trail: Trail) {
-        self.outbox.lay_trail(addresses, trail);
+        self.pending.lay_trail(addresses, trail);
     }
 
     pub(super) async fn connected(&self) {
@@ -109,7 +109,7 @@ impl Wire {
 
     pub(super) async fn check(&self) -> Result<(), BusError> {
         let connection = self.connection.borrow().clone();
-        let mut connection = connection.ok_or(BusError::Away)?;
+        let mut connection = connection.ok_or(BusError::Disconnected)?;
         Ok(ping(&mut connection).await?)
     }
 }
@@ -124,24 +124,24 @@ struct Connected {
 }
 
 /// The task that keeps the connection.
-struct Keeper {
-    seeds: Vec<ConnectionInfo>,
+struct BrokerTask {
+    servers: Vec<ConnectionInfo>,
     /// The seed that is tried next.
-    seed: usize,
+    server_index: usize,
     prefix: String,
     /// The key that the heartbeat writes to, without changing anything.
     queue_key: String,
     gc_interval: Duration,
-    outbox: Arc<Outbox>,
-    listeners: Arc<Listeners>,
-    ears: Ears,
-    looks: Looks,
+    pending: Arc<PendingSignals>,
+    channels: Arc<ChannelSubscriptions>,
+    handler: RemoteSignalHandler,
+    resync: Resync,
     connection: watch::Sender<Option<MultiplexedConnection>>,
     metrics: Metrics,
-    is_outage_told: AtomicBool,
+    is_outage_logged: AtomicBool,
 }
 
-impl Keeper {
+impl BrokerTask {
     async fn run(mut self, mut backoff: Backoff, tasks: Tasks) {
         loop {
             let pause = tokio::select! {
@@ -154,7 +154,7 @@ impl Keeper {
                 () = tokio::time::sleep(pause) => {}
             }
         }
-        if tokio::time::timeout(LAST_WORDS, self.say_last_words()).await.is_err() {
+        if tokio::time::timeout(FLUSH_TIMEOUT, self.flush_and_leave()).await.is_err() {
             debug!("some signals to other nodes were not sent before the end");
         }
     }
@@ -164,7 +164,7 @@ impl Keeper {
         let connected = match self.connect().await {
             Ok(connected) => connected,
             Err(lost) => {
-                self.tell_outage(&lost);
+                self.log_outage(&lost);
                 return None;
             }
         };
@@ -172,51 +172,52 @@ impl Keeper {
         self.connection.send_replace(Some(connection.clone()));
         self.metrics.bus_connects.one(());
         let lost = tokio::select! {
-            Err(lost) = self.greet(&connected) => lost,
-            Err(error) = self.follow(connection.clone()) => error.into(),
-            Err(error) = self.send(connection.clone()) => error.into(),
-            () = connected.closed.notified() => Lost::Closed,
+            Err(lost) = self.send_heartbeats(&connected) => lost,
+            Err(error) = self.keep_subscribed(connection.clone()) => error.into(),
+            Err(error) = self.publish_pending(connection.clone()) => error.into(),
+            () = connected.closed.notified() => ConnectionLost::Closed,
         };
         self.connection.send_replace(None);
         self.metrics.bus_connected.set((), 0);
         // Signals of the last seconds may be lost, and no more arrive, so sessions look regularly now.
-        self.looks.set_away(true);
+        self.resync.set_disconnected(true);
         if lost.is_wrong_host() {
-            self.try_next_seed();
+            self.try_next_server();
         }
-        self.tell_outage(&lost);
+        self.log_outage(&lost);
         Some(since.elapsed())
     }
 
     /// Tries each seed once, and stays with a primary that answers.
-    async fn connect(&mut self) -> Result<Connected, Lost> {
-        let mut attempts = self.seeds.len();
+    async fn connect(&mut self) -> Result<Connected, ConnectionLost> {
+        let mut attempts = self.servers.len();
         loop {
-            let connected = self.connect_to(self.seeds[self.seed].clone()).await;
+            let connected = self.connect_to(self.servers[self.server_index].clone()).await;
             attempts -= 1;
             if connected.is_ok() {
                 return connected;
             }
-            self.try_next_seed();
+            self.try_next_server();
             if attempts == 0 {
                 return connected;
             }
         }
     }
 
-    fn try_next_seed(&mut self) {
-        self.seed = (self.seed + 1) % self.seeds.len();
+    fn try_next_server(&mut self) {
+        self.server_index = (self.server_index + 1) % self.servers.len();
     }
 
     /// The name of the host is looked up anew each time.
-    async fn connect_to(&self, seed: ConnectionInfo) -> Result<Connected, Lost> {
+    async fn connect_to(&self, server: ConnectionInfo) -> Result<Connected, ConnectionLost> {
         let (closed, echo) = (Arc::<Notify>::default(), Arc::<Notify>::default());
-        let (ears, tell_closed) = (Ears { echo: echo.clone(), ..self.ears.clone() }, closed.clone());
+        let (handler, notify_closed) =
+            (RemoteSignalHandler { echo: echo.clone(), ..self.handler.clone() }, closed.clone());
         // The library calls this between two reads of the socket. Nothing in it waits, so nothing needs to be queued.
-        let hear = move |push: PushInfo| -> Result<(), Infallible> {
+        let handle = move |push: PushInfo| -> Result<(), Infallible> {
             match (push.kind, push.data.into_iter().nth(1)) {
-                (PushKind::Message, Some(Value::BulkString(message))) => ears.hear(&message),
-                (PushKind::Disconnection, _) => tell_closed.notify_one(),
+                (PushKind::Message, Some(Value::BulkString(message))) => handler.handle(&message),
+                (PushKind::Disconnection, _) => notify_closed.notify_one(),
                 _ => {}
             }
             Ok(())
@@ -224,60 +225,63 @@ impl Keeper {
         let config = AsyncConnectionConfig::new()
             .set_connection_timeout(Some(ANSWER_TIMEOUT))
             .set_response_timeout(Some(ANSWER_TIMEOUT))
-            .set_push_sender(hear);
-        let mut connection = Client::open(seed)?.get_multiplexed_async_connection_with_config(&config).await?;
+            .set_push_sender(handle);
+        let mut connection = Client::open(server)?.get_multiplexed_async_connection_with_config(&config).await?;
         heartbeat::check_primary(&mut connection, &self.queue_key).await?;
         // Before the first greeting, which has to come back.
-        connection.subscribe(self.channel_to_everybody()).await?;
+        connection.subscribe(self.all_nodes_channel()).await?;
         Ok(Connected { connection, closed, echo })
     }
 
     /// Says hello to the other nodes now and then, by which it notices a Valkey that is frozen, was demoted or is cut off,
     /// and a connection of which only our half is left. Notices, too, when another node has fallen silent.
-    async fn greet(&self, Connected { connection, echo, .. }: &Connected) -> Result<Infallible, Lost> {
+    async fn send_heartbeats(
+        &self,
+        Connected { connection, echo, .. }: &Connected,
+    ) -> Result<Infallible, ConnectionLost> {
         let mut connection = connection.clone();
-        self.ears.peers().start_over(Instant::now());
+        self.handler.peers().reset(Instant::now());
         loop {
-            self.say_to_all(&mut connection, Message::hello(self.ears.node)).await?;
-            tokio::time::timeout(ANSWER_TIMEOUT, echo.notified()).await.map_err(|_| Lost::Deaf)?;
+            self.publish_to_all(&mut connection, Message::hello(self.handler.node)).await?;
+            tokio::time::timeout(ANSWER_TIMEOUT, echo.notified()).await.map_err(|_| ConnectionLost::NoEcho)?;
             tokio::time::sleep(HEARTBEAT).await;
-            if self.ears.peers().notice_lost(Instant::now()) {
+            if self.handler.peers().mark_missing(Instant::now()) {
                 info!("another node ended without a goodbye, or is not heard; every session looks at everything");
-                self.ears.looks.everything();
+                self.handler.resync.request_full();
             }
             heartbeat::check_primary(&mut connection, &self.queue_key).await?;
         }
     }
 
-    async fn say_to_all(&self, connection: &mut MultiplexedConnection, message: Vec<u8>) -> RedisResult<()> {
-        redis::cmd("PUBLISH").arg(self.channel_to_everybody()).arg(message).query_async(connection).await
+    async fn publish_to_all(&self, connection: &mut MultiplexedConnection, message: Vec<u8>) -> RedisResult<()> {
+        redis::cmd("PUBLISH").arg(self.all_nodes_channel()).arg(message).query_async(connection).await
     }
 
     /// Subscribes the channels of those who listen, has everybody look at what was missed, and follows who comes and goes.
-    async fn follow(&self, mut connection: MultiplexedConnection) -> RedisResult<Infallible> {
-        for users in self.listeners.start_over().chunks(BATCH) {
-            connection.subscribe(self.channels(users)).await?;
-            self.listeners.confirm(users);
+    async fn keep_subscribed(&self, mut connection: MultiplexedConnection) -> RedisResult<Infallible> {
+        for users in self.channels.reset().chunks(BATCH) {
+            connection.subscribe(self.channel_names(users)).await?;
+            self.channels.confirm(users);
         }
-        self.looks.set_away(false);
-        self.looks.everything();
-        self.is_outage_told.store(false, Ordering::Relaxed);
+        self.resync.set_disconnected(false);
+        self.resync.request_full();
+        self.is_outage_logged.store(false, Ordering::Relaxed);
         self.metrics.bus_connected.set((), 1);
         info!("connected to Valkey: signals go to other nodes and come from them");
         let mut gc = tokio::time::interval_at(Instant::now() + self.gc_interval, self.gc_interval);
         gc.set_missed_tick_behavior(MissedTickBehavior::Delay);
         loop {
             tokio::select! {
-                () = self.listeners.wanted() => {
-                    let users = self.listeners.take_wanted(BATCH);
-                    connection.subscribe(self.channels(&users)).await?;
-                    for device in self.listeners.confirm(&users) {
-                        self.ears.local.wake(device, Signals::EVERYTHING);
+                () = self.channels.wanted() => {
+                    let users = self.channels.take_wanted(BATCH);
+                    connection.subscribe(self.channel_names(&users)).await?;
+                    for device in self.channels.confirm(&users) {
+                        self.handler.local.notify(device, Signals::ALL);
                     }
                 }
                 _ = gc.tick() => {
-                    for users in self.listeners.leave().chunks(BATCH) {
-                        connection.unsubscribe(self.channels(users)).await?;
+                    for users in self.channels.remove_unused().chunks(BATCH) {
+                        connection.unsubscribe(self.channel_names(users)).await?;
                     }
                 }
             }
@@ -285,64 +289,64 @@ impl Keeper {
     }
 
     /// Publishes what waits, as long as Valkey confirms it.
-    async fn send(&self, mut connection: MultiplexedConnection) -> RedisResult<Infallible> {
-        self.outbox.put_back();
+    async fn publish_pending(&self, mut connection: MultiplexedConnection) -> RedisResult<Infallible> {
+        self.pending.requeue();
         loop {
-            self.outbox.filled().await;
-            self.publish(&mut connection, &self.outbox.take(BATCH)).await?;
-            self.outbox.confirm();
+            self.pending.not_empty().await;
+            self.publish(&mut connection, &self.pending.take(BATCH)).await?;
+            self.pending.confirm();
         }
     }
 
-    async fn publish(&self, connection: &mut MultiplexedConnection, letters: &Letters) -> RedisResult<()> {
+    async fn publish(&self, connection: &mut MultiplexedConnection, batch: &SignalBatch) -> RedisResult<()> {
         let mut pipeline = redis::pipe();
-        if letters.everybody {
+        if batch.resync_all {
             warn!("too many signals waited for Valkey; all nodes look at everything instead");
-            pipeline.publish(self.channel_to_everybody(), Message::everybody(self.ears.node)).ignore();
+            pipeline.publish(self.all_nodes_channel(), Message::resync_all(self.handler.node)).ignore();
         }
-        for (address, trail) in &letters.trails {
-            let message = Message::trail(self.ears.node, address.device, *trail);
-            pipeline.publish(self.channel(address.user), message).ignore();
+        for (address, trail) in &batch.trails {
+            let message = Message::trail(self.handler.node, address.device, *trail);
+            pipeline.publish(self.channel_name(address.user), message).ignore();
         }
-        for (user, entries) in letters.messages() {
-            pipeline.publish(self.channel(user), Message::devices(self.ears.node, entries)).ignore();
+        for (user, entries) in batch.messages() {
+            pipeline.publish(self.channel_name(user), Message::devices(self.handler.node, entries)).ignore();
         }
         pipeline.query_async(connection).await
     }
 
     /// Nobody adds any more. What is still here goes out, if the connection stands.
-    async fn say_last_words(&self) {
+    async fn flush_and_leave(&self) {
         let Some(mut connection) = self.connection.borrow().clone() else { return };
-        self.outbox.put_back();
-        while !self.outbox.is_empty() {
-            if self.publish(&mut connection, &self.outbox.take(BATCH)).await.is_err() {
+        self.pending.requeue();
+        while !self.pending.is_empty() {
+            if self.publish(&mut connection, &self.pending.take(BATCH)).await.is_err() {
                 return;
             }
-            self.outbox.confirm();
+            self.pending.confirm();
         }
         // When this is not reached, the others look at everything instead.
-        let _ = self.say_to_all(&mut connection, Message::goodbye(self.ears.node)).await;
+        let _ = self.publish_to_all(&mut connection, Message::goodbye(self.handler.node)).await;
     }
 
     /// Once for each outage.
-    fn tell_outage(&self, error: &dyn std::fmt::Display) {
-        if self.is_outage_told.swap(true, Ordering::Relaxed) {
+    fn log_outage(&self, error: &dyn std::fmt::Display) {
+        if self.is_outage_logged.swap(true, Ordering::Relaxed) {
             debug!(%error, "there is still no connection to Valkey");
         } else {
             warn!(%error, "there is no connection to Valkey; signals to other nodes wait until it is back");
         }
     }
 
-    fn channel(&self, user: UserId) -> String {
+    fn channel_name(&self, user: UserId) -> String {
         format!("{}{user}", self.prefix)
     }
 
-    fn channels(&self, users: &[UserId]) -> Vec<String> {
-        users.iter().map(|user| self.channel(*user)).collect()
+    fn channel_names(&self, users: &[UserId]) -> Vec<String> {
+        users.iter().map(|user| self.channel_name(*user)).collect()
     }
 
-    fn channel_to_everybody(&self) -> String {
-        format!("{}{EVERYBODY}", self.prefix)
+    fn all_nodes_channel(&self) -> String {
+        format!("{}{ALL_NODES}", self.prefix)
     }
 }
 

@@ -10,7 +10,7 @@ use tracing::debug;
 use tungstenite::protocol::Message;
 
 use crate::app::App;
-use crate::bus::{Signal, Signals, Wakeups};
+use crate::bus::{Signal, SignalSubscription, Signals};
 use crate::gateway::acks::Acks;
 use crate::gateway::end::End;
 use crate::gateway::features::{DeviceList, Features};
@@ -40,15 +40,15 @@ pub async fn run(
     progress: Arc<Progress>,
 ) {
     // Subscribed before the first read: what is queued from here on is either read or signalled.
-    let wakeups = app.bus.subscribe(Address { user: holder.user, device: holder.no });
+    let subscription = app.bus.subscribe(Address { user: holder.user, device: holder.no });
     let _open = app.metrics.sockets.hold(());
     app.metrics.sockets_opened.one(());
     let pipe = Pipe::new(connection, progress, app.config.gateway.longest_silence());
     let mut session = Session::new(app, &holder, payer, pipe);
     session.notice_wanted = features.inbox_notice;
     session.device_list = features.device_list.then(|| Box::new(DeviceList::new(holder.user)));
-    let end = session.serve(&wakeups).await;
-    drop(wakeups);
+    let end = session.serve(&subscription).await;
+    drop(subscription);
     let Session { app, device, pipe, acks, memory, .. } = session;
     app.metrics.sockets_closed.one(end.reason(&pipe));
     // Acks that have arrived count, whatever became of the socket.
@@ -122,7 +122,7 @@ impl Session {
         }
     }
 
-    async fn serve(&mut self, wakeups: &Wakeups) -> End {
+    async fn serve(&mut self, subscription: &SignalSubscription) -> End {
         let tasks = self.app.tasks.clone();
         // One for the whole session: each would enter a list that all sessions share.
         let stopping = tasks.stopping();
@@ -145,7 +145,7 @@ impl Session {
             tokio::select! {
                 biased;
                 () = &mut stopping => return End::Stopping,
-                signals = wakeups.next() => if let Some(end) = self.signalled(signals, wakeups) { return end },
+                signals = subscription.next() => if let Some(end) = self.signalled(signals, subscription) { return end },
                 stored = self.acks.stored() => self.acks.settle(stored),
                 () = self.memory.granted() => {}
                 event = self.pipe.next(reading) => match event {
@@ -300,16 +300,16 @@ impl Session {
         self.messages_wanted && !self.memory.is_waiting()
     }
 
-    fn signalled(&mut self, signals: Signals, wakeups: &Wakeups) -> Option<End> {
+    fn signalled(&mut self, signals: Signals, subscription: &SignalSubscription) -> Option<End> {
         if self.app.traces.are_kept() {
-            self.trails.signalled(&self.app.traces, wakeups.trails());
+            self.trails.signalled(&self.app.traces, subscription.trails());
         }
-        self.messages_wanted |= signals.has(Signal::NewMessages);
-        self.auth_check_wanted |= signals.has(Signal::AuthChanged);
-        if signals.has(Signal::KeysLow) && self.status_due.is_none() {
+        self.messages_wanted |= signals.contains(Signal::NewMessages);
+        self.auth_check_wanted |= signals.contains(Signal::AuthChanged);
+        if signals.contains(Signal::KeysLow) && self.status_due.is_none() {
             self.status_due = Some(Instant::now() + self.app.config.gateway.prekey_debounce);
         }
-        signals.has(Signal::Superseded).then_some(End::Dismissed(Closed::Superseded))
+        signals.contains(Signal::Superseded).then_some(End::Dismissed(Closed::Superseded))
     }
 
     /// The client has sent something that costs this many tokens.

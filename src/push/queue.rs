@@ -53,7 +53,7 @@ pub enum Fate {
 pub enum QueueError {
     /// It was tried a moment ago.
     #[error("there is no connection to the push queue at the moment")]
-    Away,
+    Disconnected,
     /// Valkey said no, or is not there.
     #[error(transparent)]
     Valkey(#[from] redis::RedisError),

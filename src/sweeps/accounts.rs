@@ -82,7 +82,7 @@ async fn unused_accounts(app: App) -> Result<Round, StoreError> {
 
 /// Ends sockets that may have been opened in the last moment, and deletes mail that did not fit into the transaction.
 async fn dismiss(app: &App, removed: &[Address]) -> Result<(), StoreError> {
-    app.bus.wake(removed, Signal::AuthChanged);
+    app.bus.notify(removed, Signal::AuthChanged);
     let gone: Vec<DeviceNo> = removed.iter().map(|address| address.device).collect();
     while !app.tasks.is_stopping() && app.store.clear_inboxes(&gone).await? {}
     Ok(())

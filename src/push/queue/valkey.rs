@@ -7,7 +7,7 @@ use redis::aio::MultiplexedConnection;
 use redis::{AsyncConnectionConfig, Client, ConnectionAddr, ConnectionInfo, FromRedisValue, RedisError};
 use tokio::time::{Instant, timeout};
 
-use crate::bus::{Backoff, BusError, seeds};
+use crate::bus::{Backoff, BusError, parse_servers};
 use crate::config;
 use crate::push::queue::{Fate, Job, Leased, QueueError};
 
@@ -47,9 +47,9 @@ const LENGTH: &str = "return redis.call('ZCARD', KEYS[1])";
 
 /// A sorted set in Valkey. Its connection is made when it is needed, and again whenever it is lost.
 pub struct ValkeyQueue {
-    seeds: Vec<ConnectionInfo>,
+    servers: Vec<ConnectionInfo>,
     /// The seed that is tried next.
-    seed: usize,
+    server_index: usize,
     key: String,
     connection: Option<MultiplexedConnection>,
     backoff: Backoff,
@@ -60,11 +60,11 @@ pub struct ValkeyQueue {
 
 impl ValkeyQueue {
     pub(super) fn open(pubsub: &config::Pubsub, notifications: &config::Notifications) -> Result<Self, BusError> {
-        let seeds = seeds(pubsub.url.expose())?;
+        let servers = parse_servers(pubsub.url.expose())?;
         let now = Instant::now();
         Ok(Self {
-            seed: rand::random_range(0..seeds.len()),
-            seeds,
+            server_index: rand::random_range(0..servers.len()),
+            servers,
             key: notifications.push_queue_key.clone(),
             connection: None,
             backoff: Backoff::new(pubsub),
@@ -118,7 +118,7 @@ impl ValkeyQueue {
 
     /// What another server has left under this key would be in the way for ever.
     async fn remove(&mut self, foreign: Vec<Vec<u8>>) -> Result<(), QueueError> {
-        let Some(mut connection) = self.connection.clone() else { return Err(QueueError::Away) };
+        let Some(mut connection) = self.connection.clone() else { return Err(QueueError::Disconnected) };
         let mut remove = redis::cmd("ZREM");
         remove.arg(&self.key).arg(foreign);
         Ok(remove.query_async(&mut connection).await?)
@@ -130,8 +130,8 @@ impl ValkeyQueue {
             Err(QueueError::Valkey(error)) if moved_to(&error).is_some() => {
                 // The node of a cluster that has the key: it is asked from now on.
                 let Some((host, port)) = moved_to(&error) else { return Err(error.into()) };
-                let seed = self.seeds[self.seed].clone();
-                let connected = connect(elsewhere(&seed, host, port)).await;
+                let server = self.servers[self.server_index].clone();
+                let connected = connect(elsewhere(&server, host, port)).await;
                 let answer = match connected {
                     Ok(mut connection) => {
                         self.connection = Some(connection.clone());
@@ -162,40 +162,40 @@ impl ValkeyQueue {
             return Ok(connection.clone());
         }
         if Instant::now() < self.next_attempt {
-            return Err(QueueError::Away);
+            return Err(QueueError::Disconnected);
         }
-        match connect(self.seeds[self.seed].clone()).await {
+        match connect(self.servers[self.server_index].clone()).await {
             Ok(connection) => {
                 self.connected_at = Instant::now();
                 self.connection = Some(connection.clone());
                 Ok(connection)
             }
             Err(error) => {
-                self.try_next_seed();
+                self.try_next_server();
                 self.next_attempt = Instant::now() + self.backoff.pause(None);
                 Err(error)
             }
         }
     }
 
-    fn try_next_seed(&mut self) {
-        self.seed = (self.seed + 1) % self.seeds.len();
+    fn try_next_server(&mut self) {
+        self.server_index = (self.server_index + 1) % self.servers.len();
     }
 
     /// Another host is tried next: this one may answer and refuse every write, as a replica does.
     fn lost(&mut self) {
         if self.connection.take().is_some() {
-            self.try_next_seed();
+            self.try_next_server();
             self.next_attempt = Instant::now() + self.backoff.pause(Some(self.connected_at.elapsed()));
         }
     }
 }
 
-async fn connect(seed: ConnectionInfo) -> Result<MultiplexedConnection, QueueError> {
+async fn connect(server: ConnectionInfo) -> Result<MultiplexedConnection, QueueError> {
     let config = AsyncConnectionConfig::new()
         .set_connection_timeout(Some(ANSWER_TIMEOUT))
         .set_response_timeout(Some(ANSWER_TIMEOUT));
-    let client = Client::open(seed)?;
+    let client = Client::open(server)?;
     let connecting = client.get_multiplexed_async_connection_with_config(&config);
     Ok(timeout(ANSWER_TIMEOUT, connecting).await.map_err(|_| QueueError::Silent)??)
 }
@@ -206,13 +206,13 @@ fn moved_to(error: &RedisError) -> Option<(String, u16)> {
     Some((host.trim_matches(['[', ']']).to_owned(), port.parse().ok()?))
 }
 
-/// Another node of the cluster that `seed` is of, with the same user, password and encryption.
-fn elsewhere(seed: &ConnectionInfo, host: String, port: u16) -> ConnectionInfo {
-    let address = match seed.addr() {
+/// Another node of the cluster that `server` is of, with the same user, password and encryption.
+fn elsewhere(server: &ConnectionInfo, host: String, port: u16) -> ConnectionInfo {
+    let address = match server.addr() {
         ConnectionAddr::TcpTls { insecure, tls_params, .. } => {
             ConnectionAddr::TcpTls { host, port, insecure: *insecure, tls_params: tls_params.clone() }
         }
         _ => ConnectionAddr::Tcp(host, port),
     };
-    seed.clone().set_addr(address)
+    server.clone().set_addr(address)
 }

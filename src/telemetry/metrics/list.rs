@@ -154,7 +154,7 @@ metrics! {
             "Signals to devices, by way.",
         bus_connects: Counter = "obscura.bus.connects" "{connection}"
             "Connections made to Valkey; all but the first are reconnects.",
-        bus_looks: Counter = "obscura.bus.looks" "{look}"
+        bus_resyncs: Counter = "obscura.bus.looks" "{look}"
             "Times every session of this node was told to look at everything.",
     }
     "Attachments" {

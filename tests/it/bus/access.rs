@@ -11,7 +11,7 @@ use tokio_rustls::TlsAcceptor;
 use tokio_rustls::rustls::ServerConfig;
 use tokio_rustls::rustls::pki_types::{PrivateKeyDer, PrivatePkcs8KeyDer};
 
-use super::{Node, heard, somebody};
+use super::{Node, heard, some_address};
 use crate::harness::{Binary, Valkey, eventually, within};
 
 #[tokio::test]
@@ -20,20 +20,20 @@ async fn a_password_and_a_user_are_taken_from_the_url() {
     let valkey = Valkey::start_with(&[&["--requirepass", "pass/word"][..], &user].concat()).await;
     let urls = ["redis://:pass%2Fword@", "valkey://node:s%25cret@"];
     let [one, other] = urls.map(|start| Node::open(&format!("{start}{}/0", valkey.address())));
-    let address = somebody();
-    let wakeups = other.listen(address).await;
-    one.bus.wake(&[address], Signal::AuthChanged);
-    heard(&wakeups, Signal::AuthChanged).await;
+    let address = some_address();
+    let subscription = other.listen(address).await;
+    one.bus.notify(&[address], Signal::AuthChanged);
+    heard(&subscription, Signal::AuthChanged).await;
 }
 
 #[tokio::test]
 async fn a_wrong_password_keeps_the_node_to_itself_until_it_is_right() {
     let valkey = Valkey::start_with(&["--requirepass", "right"]).await;
     let node = Node::open(&format!("redis://:wrong@{}", valkey.address()));
-    let address = somebody();
-    let wakeups = node.bus.subscribe(address);
-    node.bus.wake(&[address], Signal::NewMessages);
-    assert_eq!(within("the signal", wakeups.next()).await, Signal::NewMessages.into());
+    let address = some_address();
+    let subscription = node.bus.subscribe(address);
+    node.bus.notify(&[address], Signal::NewMessages);
+    assert_eq!(within("the signal", subscription.next()).await, Signal::NewMessages.into());
     let answer = within("an answer", node.bus.check()).await.unwrap_err().to_string();
     assert_eq!(answer, "there is no connection to Valkey at the moment");
     let operator = redis::Client::open(format!("redis://:right@{}", valkey.address())).unwrap();

@@ -2,10 +2,10 @@
 
 use std::time::Duration;
 
-use obscura_server::bus::{Signal, Wakeups};
+use obscura_server::bus::{Signal, SignalSubscription};
 use obscura_server::model::ids::Address;
 
-use super::{Inbox, Node, heard, somebody};
+use super::{Inbox, Node, heard, some_address};
 use crate::harness::{Valkey, eventually, free_port, within};
 
 pub async fn cluster() -> Vec<Valkey> {
@@ -42,12 +42,12 @@ pub async fn cluster() -> Vec<Valkey> {
 
 /// Wakes until it is heard: members of a cluster lose what one of them publishes while the machine is too busy for them to
 /// answer each other in time.
-async fn sends(sender: &Node, address: Address, signal: Signal, wakeups: &Wakeups) {
+async fn sends(sender: &Node, address: Address, signal: Signal, subscription: &SignalSubscription) {
     let patience = Duration::from_secs(1);
     within("a signal through the cluster", async {
-        sender.bus.wake(&[address], signal);
-        while tokio::time::timeout(patience, heard(wakeups, signal)).await.is_err() {
-            sender.bus.wake(&[address], signal);
+        sender.bus.notify(&[address], signal);
+        while tokio::time::timeout(patience, heard(subscription, signal)).await.is_err() {
+            sender.bus.notify(&[address], signal);
         }
     })
     .await;
@@ -59,19 +59,19 @@ async fn signals_cross_a_cluster_and_go_on_when_a_member_dies() {
     let hosts: Vec<_> = members.iter().map(|member| member.address().to_string()).collect();
     let nodes = ["redis-cluster", "valkey-cluster", "redis"]
         .map(|scheme| Node::open(&format!("{scheme}://{}", hosts.join(","))));
-    let address = somebody();
+    let address = some_address();
     for node in &nodes {
-        let wakeups = node.listen(address).await;
+        let subscription = node.listen(address).await;
         for sender in nodes.iter().filter(|sender| !std::ptr::eq(*sender, node)) {
             sender.ready().await;
-            sends(sender, address, Signal::AuthChanged, &wakeups).await;
+            sends(sender, address, Signal::AuthChanged, &subscription).await;
         }
     }
     // Wherever those three went, these two are on different members.
     let pinned = [Node::open(&format!("redis://{}", hosts[1])), Node::open(&format!("redis-cluster://{}", hosts[2]))];
-    let wakeups = pinned[1].listen(address).await;
+    let subscription = pinned[1].listen(address).await;
     pinned[0].ready().await;
-    sends(&pinned[0], address, Signal::KeysLow, &wakeups).await;
+    sends(&pinned[0], address, Signal::KeysLow, &subscription).await;
 
     let inbox = Inbox::read_on(&nodes[1]).await;
     // One of the three was there, or all three hear it from the others.

@@ -5,19 +5,19 @@ use std::time::Duration;
 use obscura_server::bus::Signal;
 use obscura_server::model::ids::{Address, DeviceNo};
 
-use super::{Inbox, Node, channels, everything, heard, somebody};
+use super::{Inbox, Node, channels, everything, heard, some_address};
 use crate::harness::{Valkey, eventually, within};
 
 #[tokio::test]
 async fn a_signal_reaches_the_sessions_of_the_device_on_another_node() {
     let valkey = Valkey::start().await;
     let [one, other] = Node::pair(&valkey).await;
-    let address = somebody();
-    let wakeups = [other.listen(address).await, other.bus.subscribe(address)];
+    let address = some_address();
+    let subscription = [other.listen(address).await, other.bus.subscribe(address)];
     for signal in [Signal::NewMessages, Signal::KeysLow, Signal::AuthChanged] {
-        one.bus.wake(&[somebody(), address], signal);
-        heard(&wakeups[0], signal).await;
-        heard(&wakeups[1], signal).await;
+        one.bus.notify(&[some_address(), address], signal);
+        heard(&subscription[0], signal).await;
+        heard(&subscription[1], signal).await;
     }
 }
 
@@ -25,12 +25,12 @@ async fn a_signal_reaches_the_sessions_of_the_device_on_another_node() {
 async fn a_signal_reaches_no_other_device_of_the_account() {
     let valkey = Valkey::start().await;
     let [one, other] = Node::pair(&valkey).await;
-    let address = somebody();
+    let address = some_address();
     let sibling = Address { device: DeviceNo(i64::MAX), ..address };
-    let (wakeups, siblings) = (other.listen(address).await, other.bus.subscribe(sibling));
-    one.bus.wake(&[address], Signal::NewMessages);
-    heard(&wakeups, Signal::NewMessages).await;
-    one.bus.wake(&[sibling], Signal::KeysLow);
+    let (subscription, siblings) = (other.listen(address).await, other.bus.subscribe(sibling));
+    one.bus.notify(&[address], Signal::NewMessages);
+    heard(&subscription, Signal::NewMessages).await;
+    one.bus.notify(&[sibling], Signal::KeysLow);
     assert_eq!(within("a signal", siblings.next()).await, Signal::KeysLow.into());
 }
 
@@ -38,13 +38,13 @@ async fn a_signal_reaches_no_other_device_of_the_account() {
 async fn a_session_on_the_same_node_hears_its_signal_once() {
     let valkey = Valkey::start().await;
     let [one, other] = Node::pair(&valkey).await;
-    let address = somebody();
+    let address = some_address();
     let (here, there) = (one.listen(address).await, other.listen(address).await);
-    one.bus.wake(&[address], Signal::NewMessages);
+    one.bus.notify(&[address], Signal::NewMessages);
     assert_eq!(within("the signal here", here.next()).await, Signal::NewMessages.into());
     heard(&there, Signal::NewMessages).await;
     // Had the first one come back, it would be here before or with this one.
-    other.bus.wake(&[address], Signal::KeysLow);
+    other.bus.notify(&[address], Signal::KeysLow);
     assert_eq!(within("the next signal", here.next()).await, Signal::KeysLow.into());
 }
 
@@ -57,7 +57,7 @@ async fn a_node_subscribes_the_channels_of_its_own_accounts_only_and_leaves_them
             config.notifications.gc_interval = Duration::from_millis(50);
         })
     });
-    let addresses = [somebody(), somebody(), somebody()];
+    let addresses = [some_address(), some_address(), some_address()];
     let mut names: Vec<_> = addresses.iter().map(|address| format!("test:{}", address.user)).collect();
     names.push("test:all".into());
     names.sort();
@@ -81,7 +81,7 @@ async fn a_node_subscribes_the_channels_of_its_own_accounts_only_and_leaves_them
     .await;
     // Who comes back is heard again.
     let again = nodes[0].listen(addresses[0]).await;
-    nodes[1].bus.wake(&[addresses[0]], Signal::AuthChanged);
+    nodes[1].bus.notify(&[addresses[0]], Signal::AuthChanged);
     heard(&again, Signal::AuthChanged).await;
     drop((again, there));
     eventually("both to leave", async || channels(&valkey).await == ["test:all"]).await;
@@ -91,12 +91,12 @@ async fn a_node_subscribes_the_channels_of_its_own_accounts_only_and_leaves_them
 async fn a_crowd_of_accounts_is_subscribed_and_heard() {
     let valkey = Valkey::start().await;
     let [one, other] = Node::pair(&valkey).await;
-    let crowd: Vec<_> = (0..2_000).map(|_| somebody()).collect();
+    let crowd: Vec<_> = (0..2_000).map(|_| some_address()).collect();
     let sessions: Vec<_> = crowd.iter().map(|address| other.bus.subscribe(*address)).collect();
     for session in &sessions {
         everything(session).await;
     }
-    one.bus.wake(&crowd, Signal::KeysLow);
+    one.bus.notify(&crowd, Signal::KeysLow);
     for session in &sessions {
         heard(session, Signal::KeysLow).await;
     }
@@ -108,8 +108,8 @@ async fn what_is_signalled_while_a_session_begins_is_read_or_heard() {
     let [one, other] = Node::pair(&valkey).await;
     let mut inboxes = Vec::new();
     for _ in 0..300 {
-        let (inbox, wakeups) = Inbox::new(&other);
-        inbox.read(wakeups);
+        let (inbox, subscription) = Inbox::new(&other);
+        inbox.read(subscription);
         // The channel is not confirmed yet, and the signal may be published before it is.
         inbox.write_on(&one).await;
         inboxes.push(inbox);
@@ -124,27 +124,27 @@ async fn what_is_signalled_while_a_session_begins_is_read_or_heard() {
 async fn noise_on_a_channel_is_ignored() {
     let valkey = Valkey::start().await;
     let [one, other] = Node::pair(&valkey).await;
-    let address = somebody();
-    let wakeups = other.listen(address).await;
+    let address = some_address();
+    let subscription = other.listen(address).await;
     let mut connection = valkey.connection().await;
     for noise in [&b""[..], b"hello", &[1; 20], &[2; 18], &[9; 26]] {
         let channel = format!("user:{}", address.user);
         let () = redis::cmd("PUBLISH").arg(channel).arg(noise).query_async(&mut connection).await.unwrap();
     }
-    one.bus.wake(&[address], Signal::AuthChanged);
-    assert_eq!(within("the signal", wakeups.next()).await, Signal::AuthChanged.into());
+    one.bus.notify(&[address], Signal::AuthChanged);
+    assert_eq!(within("the signal", subscription.next()).await, Signal::AuthChanged.into());
 }
 
 #[tokio::test]
 async fn what_was_signalled_last_still_goes_out_at_the_end() {
     let valkey = Valkey::start().await;
     let [one, other] = Node::pair(&valkey).await;
-    let crowd: Vec<_> = (0..1_500).map(|_| somebody()).collect();
+    let crowd: Vec<_> = (0..1_500).map(|_| some_address()).collect();
     let sessions: Vec<_> = crowd.iter().map(|address| other.bus.subscribe(*address)).collect();
     for session in &sessions {
         everything(session).await;
     }
-    one.bus.wake(&crowd, Signal::AuthChanged);
+    one.bus.notify(&crowd, Signal::AuthChanged);
     one.tasks.stop();
     within("the node to end", one.tasks.ended()).await;
     for session in &sessions {

@@ -7,7 +7,7 @@ use obscura_server::config::Secret;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
 
-use super::{Inbox, Node, heard, somebody};
+use super::{Inbox, Node, heard, some_address};
 use crate::harness::{Proxy, TestServer, Valkey, eventually, within, within_time};
 
 /// Makes one the replica of the other, or a primary.
@@ -54,10 +54,10 @@ async fn a_node_that_stays_connected_to_a_demoted_primary_moves_to_the_new_one()
     assert!(since.elapsed() < Duration::from_secs(8), "noticed after {:?}", since.elapsed());
     inbox.all_seen().await;
     one.ready().await;
-    let address = somebody();
-    let wakeups = other.listen(address).await;
-    one.bus.wake(&[address], Signal::AuthChanged);
-    heard(&wakeups, Signal::AuthChanged).await;
+    let address = some_address();
+    let subscription = other.listen(address).await;
+    one.bus.notify(&[address], Signal::AuthChanged);
+    heard(&subscription, Signal::AuthChanged).await;
 }
 
 #[tokio::test]

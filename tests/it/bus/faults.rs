@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 use obscura_server::bus::Signal;
 use obscura_server::telemetry::metrics::SignalWay;
 
-use super::{Inbox, Node, everything, heard, somebody};
+use super::{Inbox, Node, everything, heard, some_address};
 use crate::harness::{Binary, Proxy, Valkey, Way, eventually, within, within_time};
 
 /// A node behind a proxy.
@@ -21,16 +21,16 @@ async fn a_valkey_that_comes_late_is_found_and_who_subscribed_before_is_heard() 
     let mut valkey = Valkey::start().await;
     valkey.kill();
     let nodes = [Node::open(&valkey.url()), Node::open(&valkey.url())];
-    let address = somebody();
-    let wakeups = nodes[1].bus.subscribe(address);
-    nodes[0].bus.wake(&[address], Signal::NewMessages);
-    nodes[1].bus.wake(&[address], Signal::KeysLow);
-    assert_eq!(within("the signal of the same node", wakeups.next()).await, Signal::KeysLow.into());
+    let address = some_address();
+    let subscription = nodes[1].bus.subscribe(address);
+    nodes[0].bus.notify(&[address], Signal::NewMessages);
+    nodes[1].bus.notify(&[address], Signal::KeysLow);
+    assert_eq!(within("the signal of the same node", subscription.next()).await, Signal::KeysLow.into());
     valkey.restart().await;
-    everything(&wakeups).await;
+    everything(&subscription).await;
     nodes[0].ready().await;
-    nodes[0].bus.wake(&[address], Signal::AuthChanged);
-    heard(&wakeups, Signal::AuthChanged).await;
+    nodes[0].bus.notify(&[address], Signal::AuthChanged);
+    heard(&subscription, Signal::AuthChanged).await;
 }
 
 #[tokio::test]
@@ -38,8 +38,8 @@ async fn a_valkey_killed_and_started_empty_loses_nothing_and_needs_no_new_subscr
     let mut valkey = Valkey::start().await;
     let [one, other] = Node::pair(&valkey).await;
     let inbox = Inbox::read_on(&other).await;
-    let address = somebody();
-    let wakeups = other.listen(address).await;
+    let address = some_address();
+    let subscription = other.listen(address).await;
     for _ in 0..3 {
         valkey.kill();
         inbox.write_on(&one).await;
@@ -50,8 +50,8 @@ async fn a_valkey_killed_and_started_empty_loses_nothing_and_needs_no_new_subscr
         inbox.all_seen().await;
     }
     one.ready().await;
-    one.bus.wake(&[address], Signal::AuthChanged);
-    heard(&wakeups, Signal::AuthChanged).await;
+    one.bus.notify(&[address], Signal::AuthChanged);
+    heard(&subscription, Signal::AuthChanged).await;
 }
 
 #[tokio::test]
@@ -59,29 +59,29 @@ async fn an_outage_a_reconnection_and_signals_from_elsewhere_are_counted() {
     let mut valkey = Valkey::start().await;
     let [one, other] = Node::pair(&valkey).await;
     let metrics = other.metrics.clone();
-    let wakeups = other.listen(somebody()).await;
-    drop(wakeups);
+    let subscription = other.listen(some_address()).await;
+    drop(subscription);
     assert_eq!((metrics.bus_connected.value(()), metrics.bus_connects.value(())), (Some(1), 1));
     valkey.kill();
     eventually("the outage to be seen", async || metrics.bus_connected.value(()) == Some(0)).await;
     valkey.restart().await;
     eventually("the connection to be back", async || metrics.bus_connected.value(()) == Some(1)).await;
-    assert!(metrics.bus_connects.value(()) >= 2 && metrics.bus_looks.value(()) >= 1);
-    let address = somebody();
-    let wakeups = other.listen(address).await;
+    assert!(metrics.bus_connects.value(()) >= 2 && metrics.bus_resyncs.value(()) >= 1);
+    let address = some_address();
+    let subscription = other.listen(address).await;
     one.ready().await;
-    one.bus.wake(&[address], Signal::AuthChanged);
-    heard(&wakeups, Signal::AuthChanged).await;
+    one.bus.notify(&[address], Signal::AuthChanged);
+    heard(&subscription, Signal::AuthChanged).await;
     assert_eq!(one.metrics.signals.value(SignalWay::Out), 1);
     assert!(metrics.signals.value(SignalWay::In) >= 1);
 }
 
 #[tokio::test]
-async fn a_valkey_frozen_for_five_seconds_loses_nothing_and_keeps_nobody_waiting() {
+async fn a_valkey_frozen_for_five_seconds_loses_nothing_and_blocks_no_caller() {
     let valkey = Valkey::start().await;
     let [one, other] = Node::pair(&valkey).await;
     let inbox = Inbox::read_on(&other).await;
-    let here = one.bus.subscribe(somebody());
+    let here = one.bus.subscribe(some_address());
     inbox.write_on(&one).await;
     valkey.freeze();
     let thaw = Instant::now() + Duration::from_secs(5);
@@ -108,7 +108,7 @@ async fn a_node_ends_in_time_though_valkey_is_frozen() {
     let node = Node::open(&valkey.url());
     node.connected().await;
     valkey.freeze();
-    node.bus.wake(&[somebody()], Signal::NewMessages);
+    node.bus.notify(&[some_address()], Signal::NewMessages);
     node.tasks.stop();
     within_time(Duration::from_secs(5), "the node to end", node.tasks.ended()).await;
 }
@@ -159,31 +159,31 @@ async fn what_is_held_back_for_a_moment_arrives_and_another_valkey_at_the_same_a
     inbox.write_on(&one).await;
     inbox.all_seen().await;
     one.ready().await;
-    let address = somebody();
-    let wakeups = other.listen(address).await;
-    one.bus.wake(&[address], Signal::AuthChanged);
-    heard(&wakeups, Signal::AuthChanged).await;
+    let address = some_address();
+    let subscription = other.listen(address).await;
+    one.bus.notify(&[address], Signal::AuthChanged);
+    heard(&subscription, Signal::AuthChanged).await;
 }
 
 #[tokio::test]
-async fn signals_beyond_what_may_wait_become_a_look_at_everything_on_every_node() {
+async fn too_many_pending_signals_become_a_resync_of_every_node() {
     let valkey = Valkey::start().await;
     let (proxy, one) = behind_a_proxy(&valkey).await;
     let other = Node::open(&valkey.url());
     other.connected().await;
-    let wakeups = other.listen(somebody()).await;
+    let subscription = other.listen(some_address()).await;
     proxy.refuse(true);
     proxy.cut();
     one.not_ready().await;
-    let many: Vec<_> = (0..70_000).map(|_| somebody()).collect();
-    one.bus.wake(&many, Signal::NewMessages);
+    let many: Vec<_> = (0..70_000).map(|_| some_address()).collect();
+    one.bus.notify(&many, Signal::NewMessages);
     proxy.refuse(false);
-    everything(&wakeups).await;
+    everything(&subscription).await;
     // The wire is as good as before.
-    let address = somebody();
-    let wakeups = other.listen(address).await;
-    one.bus.wake(&[address], Signal::AuthChanged);
-    heard(&wakeups, Signal::AuthChanged).await;
+    let address = some_address();
+    let subscription = other.listen(address).await;
+    one.bus.notify(&[address], Signal::AuthChanged);
+    heard(&subscription, Signal::AuthChanged).await;
 }
 
 #[tokio::test]
@@ -203,27 +203,27 @@ async fn a_valkey_that_stays_away_is_asked_ever_more_rarely() {
 }
 
 #[tokio::test]
-async fn a_node_that_dies_with_signals_unsent_makes_the_others_look() {
+async fn a_node_that_dies_with_signals_unsent_makes_the_others_resync() {
     let valkey = Valkey::start().await;
     let node = Node::open(&valkey.url());
-    let wakeups = node.listen(somebody()).await;
+    let subscription = node.listen(some_address()).await;
     let folder = tempfile::tempdir().unwrap();
     let mut dying = Binary::start_embedded(folder.path(), &[&format!("--pubsub-url={}", valkey.url())]).await;
     eventually("the node to say hello", async || dying.output().contains("connected to Valkey")).await;
     dying.kill();
-    everything(&wakeups).await;
+    everything(&subscription).await;
 }
 
 #[tokio::test]
-async fn a_node_that_is_not_heard_for_a_while_makes_the_others_look_and_again_when_it_is_back() {
+async fn a_silent_node_makes_the_others_resync_and_again_when_it_is_back() {
     let valkey = Valkey::start().await;
     let node = Node::open(&valkey.url());
-    let wakeups = node.listen(somebody()).await;
+    let subscription = node.listen(some_address()).await;
     let (proxy, away) = behind_a_proxy(&valkey).await;
     proxy.refuse(true);
     proxy.cut();
-    everything(&wakeups).await;
+    everything(&subscription).await;
     proxy.refuse(false);
-    everything(&wakeups).await;
+    everything(&subscription).await;
     away.ready().await;
 }

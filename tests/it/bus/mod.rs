@@ -11,7 +11,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
-use obscura_server::bus::{Bus, Signal, Signals, Wakeups};
+use obscura_server::bus::{Bus, Signal, SignalSubscription, Signals};
 use obscura_server::config::{Config, Secret};
 use obscura_server::model::ids::{Address, DeviceNo, UserId};
 use obscura_server::tasks::Tasks;
@@ -63,15 +63,15 @@ impl Node {
     /// Waits until everything is quiet: connected, and the look that follows a new connection is over for those who
     /// subscribe from now on.
     async fn connected(&self) {
-        self.listen(somebody()).await;
+        self.listen(some_address()).await;
     }
 
     /// Waits until signals from other nodes can arrive.
-    async fn listen(&self, address: Address) -> Wakeups {
-        let wakeups = self.bus.subscribe(address);
+    async fn listen(&self, address: Address) -> SignalSubscription {
+        let subscription = self.bus.subscribe(address);
         // What a session is told by itself while there is no connection is less.
-        everything(&wakeups).await;
-        wakeups
+        everything(&subscription).await;
+        subscription
     }
 
     async fn is_ready(&self) -> bool {
@@ -88,21 +88,21 @@ impl Node {
     }
 }
 
-fn somebody() -> Address {
+fn some_address() -> Address {
     static NEXT: AtomicU64 = AtomicU64::new(1);
     Address { user: UserId::random(), device: DeviceNo(NEXT.fetch_add(1, Ordering::Relaxed) as i64) }
 }
 
 /// Waits for this signal and no other, which only who sent it can have caused.
-async fn heard(wakeups: &Wakeups, signal: Signal) {
-    within("a signal", async { while wakeups.next().await != Signals::from(signal) {} }).await;
+async fn heard(subscription: &SignalSubscription, signal: Signal) {
+    within("a signal", async { while subscription.next().await != Signals::from(signal) {} }).await;
 }
 
 /// Waits until the session is told to look at everything, as it is when signals may have been lost.
-async fn everything(wakeups: &Wakeups) {
+async fn everything(subscription: &SignalSubscription) {
     let all = [Signal::NewMessages, Signal::KeysLow, Signal::AuthChanged];
-    let has_all = |signals: Signals| all.iter().all(|signal| signals.has(*signal));
-    within("a look at everything", async { while !has_all(wakeups.next().await) {} }).await;
+    let has_all = |signals: Signals| all.iter().all(|signal| signals.contains(*signal));
+    within("a look at everything", async { while !has_all(subscription.next().await) {} }).await;
 }
 
 /// An inbox in small: one number, written by one node and read on the other whenever a signal says so.
@@ -114,28 +114,28 @@ struct Inbox {
 
 impl Inbox {
     /// With a session that has only just begun.
-    fn new(node: &Node) -> (Self, Wakeups) {
-        let inbox = Self { address: somebody(), written: Arc::default(), seen: Arc::default() };
-        let wakeups = node.bus.subscribe(inbox.address);
-        (inbox, wakeups)
+    fn new(node: &Node) -> (Self, SignalSubscription) {
+        let inbox = Self { address: some_address(), written: Arc::default(), seen: Arc::default() };
+        let subscription = node.bus.subscribe(inbox.address);
+        (inbox, subscription)
     }
 
     /// With a session whose channel is there.
     async fn read_on(node: &Node) -> Self {
-        let (inbox, wakeups) = Self::new(node);
-        everything(&wakeups).await;
-        inbox.read(wakeups);
+        let (inbox, subscription) = Self::new(node);
+        everything(&subscription).await;
+        inbox.read(subscription);
         inbox
     }
 
     /// Reads now, and whenever a signal says so.
-    fn read(&self, wakeups: Wakeups) {
+    fn read(&self, subscription: SignalSubscription) {
         let (written, seen) = (self.written.clone(), self.seen.clone());
         let look = move || seen.store(written.load(Ordering::SeqCst), Ordering::SeqCst);
         look();
         tokio::spawn(async move {
             loop {
-                wakeups.next().await;
+                subscription.next().await;
                 look();
             }
         });
@@ -143,7 +143,7 @@ impl Inbox {
 
     async fn write_on(&self, node: &Node) {
         self.written.fetch_add(1, Ordering::SeqCst);
-        node.bus.wake(&[self.address], Signal::NewMessages);
+        node.bus.notify(&[self.address], Signal::NewMessages);
     }
 
     async fn all_seen(&self) {

@@ -99,7 +99,7 @@ async fn while_postgresql_is_frozen_sends_are_refused_in_time_and_afterwards_the
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_valkey_that_is_killed_and_comes_back_empty_refuses_nobody_and_loses_nothing() {
+async fn a_valkey_that_is_killed_and_comes_back_empty_refuses_and_loses_nothing() {
     let mut deployment = Deployment::start().await;
     let traffic = deployment.traffic().await;
     deployment.valkey.kill();
@@ -110,7 +110,7 @@ async fn a_valkey_that_is_killed_and_comes_back_empty_refuses_nobody_and_loses_n
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_valkey_that_is_frozen_for_five_seconds_refuses_nobody_and_loses_nothing() {
+async fn a_valkey_that_is_frozen_for_five_seconds_refuses_and_loses_nothing() {
     let deployment = Deployment::start().await;
     let traffic = deployment.traffic().await;
     deployment.valkey.freeze();
@@ -121,7 +121,7 @@ async fn a_valkey_that_is_frozen_for_five_seconds_refuses_nobody_and_loses_nothi
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_node_whose_wire_is_cut_or_swallowed_refuses_nobody_and_loses_nothing() {
+async fn a_node_whose_broker_connection_is_cut_or_swallowed_refuses_and_loses_nothing() {
     let valkey = Valkey::start().await;
     let proxy = Proxy::start(valkey.address()).await;
     let url = format!("redis://{}", proxy.address());

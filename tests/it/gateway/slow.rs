@@ -23,8 +23,8 @@ async fn a_client_that_takes_no_byte_is_closed_at_the_write_deadline() {
     fill(&alice, &bob, 16).await;
     let mut socket = RawSocket::open(server.address(), &bob.ticket().await).await;
     let app = server.server().app().clone();
-    eventually("the session to begin", async || app.bus.listening() == 1).await;
-    eventually("the session to end", async || app.bus.listening() == 0).await;
+    eventually("the session to begin", async || app.bus.device_count() == 1).await;
+    eventually("the session to end", async || app.bus.device_count() == 0).await;
     // What the kernel had taken can still be read, and then the stream ends in the middle of a frame.
     let mut rest = Vec::new();
     let _ = within("the end of the stream", socket.stream.read_to_end(&mut rest)).await;
@@ -41,8 +41,8 @@ async fn a_client_that_pings_all_the_time_and_never_reads_is_closed_as_well() {
     let mut socket = RawSocket::open(server.address(), &bob.ticket().await).await;
     let app = server.server().app().clone();
     let ended = async {
-        eventually("the session to begin", async || app.bus.listening() == 1).await;
-        eventually("the session to end", async || app.bus.listening() == 0).await;
+        eventually("the session to begin", async || app.bus.device_count() == 1).await;
+        eventually("the session to end", async || app.bus.device_count() == 0).await;
     };
     let pinging = async {
         while socket.send(opcode::PING, &[7; 125]).await.is_ok() {
@@ -116,9 +116,9 @@ async fn a_client_that_does_not_read_can_be_dismissed_and_its_device_removed() {
     fill(&alice, &tablet, 16).await;
     let _stuck = RawSocket::open(server.address(), &tablet.ticket().await).await;
     let app = server.server().app().clone();
-    eventually("the session to begin", async || app.bus.listening() == 1).await;
+    eventually("the session to begin", async || app.bus.device_count() == 1).await;
     alice.remove(&tablet).await;
-    eventually("the session to end", async || app.bus.listening() == 0).await;
+    eventually("the session to end", async || app.bus.device_count() == 0).await;
 }
 
 /// Each of these sockets could have 16 MiB under way. What they hold is bounded by the frame that each is writing.
@@ -177,7 +177,7 @@ async fn sockets_that_ended_leave_nothing_behind() {
             drop(socket);
         }
     }
-    eventually("all sessions to end", async || app.bus.listening() == 0).await;
+    eventually("all sessions to end", async || app.bus.device_count() == 0).await;
 }
 
 /// The size of the next frame, and its bytes read at this pace: a piece, then a pause.

@@ -8,38 +8,38 @@ use tokio::time::Instant;
 use tracing::{debug, info};
 
 use crate::bus::local::LocalBus;
-use crate::bus::looks::Looks;
 use crate::bus::message::{Message, Node};
 use crate::bus::peers::Peers;
+use crate::bus::resync::Resync;
 use crate::telemetry::metrics::{Metrics, SignalWay};
 
 #[derive(Clone)]
-pub(super) struct Ears {
+pub(super) struct RemoteSignalHandler {
     /// The name of this node. Its own messages come back, and are ignored.
     pub(super) node: Node,
     /// Notified when our own greeting comes back, which shows that the connection delivers.
     pub(super) echo: Arc<Notify>,
     pub(super) local: LocalBus,
-    pub(super) looks: Looks,
+    pub(super) resync: Resync,
     pub(super) peers: Arc<Mutex<Peers>>,
     pub(super) metrics: Metrics,
 }
 
-impl Ears {
-    pub(super) fn hear(&self, message: &[u8]) {
+impl RemoteSignalHandler {
+    pub(super) fn handle(&self, message: &[u8]) {
         match Message::read(message) {
             Some((sender, Message::Hello)) if sender == self.node => self.echo.notify_one(),
             Some((sender, _)) if sender == self.node => {}
             Some((_, Message::Devices(entries))) => {
                 self.metrics.signals.add(SignalWay::In, entries.len() as u64);
-                entries.into_iter().for_each(|(device, signals)| self.local.wake(device, signals));
+                entries.into_iter().for_each(|(device, signals)| self.local.notify(device, signals));
             }
             Some((_, Message::Trail(device, trail))) => self.local.lay_trail(device, trail),
-            Some((_, Message::Everybody)) => self.looks.everything(),
+            Some((_, Message::ResyncAll)) => self.resync.request_full(),
             Some((sender, Message::Hello)) => {
                 if self.peers().hello(sender, Instant::now()) {
                     info!("a node that was missing is back; every session looks at everything");
-                    self.looks.everything();
+                    self.resync.request_full();
                 }
             }
             Some((sender, Message::Goodbye)) => self.peers().goodbye(sender),

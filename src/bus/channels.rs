@@ -11,7 +11,7 @@ use tokio::sync::Notify;
 use crate::model::ids::{Address, DeviceNo, UserId};
 
 #[derive(Default)]
-pub(super) struct Listeners {
+pub(super) struct ChannelSubscriptions {
     state: Mutex<State>,
     wanted: Notify,
 }
@@ -30,14 +30,14 @@ struct Channel {
     is_confirmed: bool,
 }
 
-/// A session that listens. Dropping it ends that; its channel is kept until the next [`Listeners::leave`].
-pub(super) struct Listening {
+/// A session that listens. Dropping it ends that; its channel is kept until the next [`ChannelSubscriptions::remove_unused`].
+pub(super) struct ChannelSubscription {
     address: Address,
-    listeners: Arc<Listeners>,
+    channels: Arc<ChannelSubscriptions>,
 }
 
-impl Listeners {
-    pub(super) fn join(self: &Arc<Self>, address: Address) -> Listening {
+impl ChannelSubscriptions {
+    pub(super) fn add(self: &Arc<Self>, address: Address) -> ChannelSubscription {
         let mut state = self.state();
         let channel = state.channels.entry(address.user).or_default();
         channel.devices.push(address.device);
@@ -46,11 +46,11 @@ impl Listeners {
             self.wanted.notify_one();
         }
         drop(state);
-        Listening { address, listeners: self.clone() }
+        ChannelSubscription { address, channels: self.clone() }
     }
 
     /// Every account that listens, for a new connection on which nothing is subscribed.
-    pub(super) fn start_over(&self) -> Vec<UserId> {
+    pub(super) fn reset(&self) -> Vec<UserId> {
         let mut state = self.state();
         state.wanted.clear();
         state.channels.retain(|_, channel| !channel.devices.is_empty());
@@ -96,7 +96,7 @@ impl Listeners {
     }
 
     /// Forgets the accounts without sessions, and answers them.
-    pub(super) fn leave(&self) -> Vec<UserId> {
+    pub(super) fn remove_unused(&self) -> Vec<UserId> {
         let mut state = self.state();
         let left = |(user, channel): (&UserId, &Channel)| channel.devices.is_empty().then_some(*user);
         let left: Vec<_> = state.channels.iter().filter_map(left).collect();
@@ -113,9 +113,9 @@ impl Listeners {
     }
 }
 
-impl Drop for Listening {
+impl Drop for ChannelSubscription {
     fn drop(&mut self) {
-        let mut state = self.listeners.state();
+        let mut state = self.channels.state();
         let Some(channel) = state.channels.get_mut(&self.address.user) else { return };
         if let Some(place) = channel.devices.iter().position(|device| *device == self.address.device) {
             channel.devices.swap_remove(place);
@@ -135,59 +135,59 @@ mod tests {
 
     #[test]
     fn only_the_first_session_of_an_account_asks_for_its_channel_and_is_woken_when_it_is_there() {
-        let listeners = Arc::<Listeners>::default();
+        let channels = Arc::<ChannelSubscriptions>::default();
         let one = address(1);
-        let _first = listeners.join(one);
-        assert!(listeners.wanted().now_or_never().is_some());
-        assert_eq!(listeners.take_wanted(10), [one.user]);
-        assert_eq!(listeners.confirm(&[one.user]), [one.device]);
-        let _second = listeners.join(Address { device: DeviceNo(2), ..one });
-        assert!(listeners.wanted().now_or_never().is_none());
+        let _first = channels.add(one);
+        assert!(channels.wanted().now_or_never().is_some());
+        assert_eq!(channels.take_wanted(10), [one.user]);
+        assert_eq!(channels.confirm(&[one.user]), [one.device]);
+        let _second = channels.add(Address { device: DeviceNo(2), ..one });
+        assert!(channels.wanted().now_or_never().is_none());
     }
 
     #[test]
     fn a_session_that_comes_while_the_channel_is_being_subscribed_is_woken_too() {
-        let listeners = Arc::<Listeners>::default();
+        let channels = Arc::<ChannelSubscriptions>::default();
         let one = address(1);
-        let _first = listeners.join(one);
-        listeners.take_wanted(10);
-        let _second = listeners.join(Address { device: DeviceNo(2), ..one });
-        assert_eq!(listeners.confirm(&[one.user]), [DeviceNo(1), DeviceNo(2)]);
+        let _first = channels.add(one);
+        channels.take_wanted(10);
+        let _second = channels.add(Address { device: DeviceNo(2), ..one });
+        assert_eq!(channels.confirm(&[one.user]), [DeviceNo(1), DeviceNo(2)]);
     }
 
     #[test]
-    fn a_channel_is_kept_until_it_is_looked_for_and_nobody_listens() {
-        let listeners = Arc::<Listeners>::default();
+    fn a_channel_is_kept_until_a_clean_up_finds_it_unused() {
+        let channels = Arc::<ChannelSubscriptions>::default();
         let one = address(1);
-        let (first, second) = (listeners.join(one), listeners.join(one));
-        listeners.confirm(&listeners.take_wanted(10));
+        let (first, second) = (channels.add(one), channels.add(one));
+        channels.confirm(&channels.take_wanted(10));
         drop(first);
-        assert_eq!(listeners.leave(), []);
+        assert_eq!(channels.remove_unused(), []);
         drop(second);
-        let again = listeners.join(one);
-        assert!(listeners.wanted().now_or_never().is_none());
+        let again = channels.add(one);
+        assert!(channels.wanted().now_or_never().is_none());
         drop(again);
-        assert_eq!(listeners.leave(), [one.user]);
-        let _later = listeners.join(one);
-        assert_eq!(listeners.take_wanted(10), [one.user]);
+        assert_eq!(channels.remove_unused(), [one.user]);
+        let _later = channels.add(one);
+        assert_eq!(channels.take_wanted(10), [one.user]);
     }
 
     #[test]
     fn a_new_connection_starts_with_every_account_that_listens_and_nothing_confirmed() {
-        let listeners = Arc::<Listeners>::default();
+        let channels = Arc::<ChannelSubscriptions>::default();
         let (one, other) = (address(1), address(2));
-        let (_first, gone) = (listeners.join(one), listeners.join(other));
-        listeners.confirm(&listeners.take_wanted(10));
+        let (_first, gone) = (channels.add(one), channels.add(other));
+        channels.confirm(&channels.take_wanted(10));
         drop(gone);
-        assert_eq!(listeners.start_over(), [one.user]);
-        let _second = listeners.join(one);
-        assert_eq!(listeners.take_wanted(10), [one.user]);
+        assert_eq!(channels.reset(), [one.user]);
+        let _second = channels.add(one);
+        assert_eq!(channels.take_wanted(10), [one.user]);
     }
 
     #[test]
     fn channels_are_asked_for_in_parts() {
-        let listeners = Arc::<Listeners>::default();
-        let _all: Vec<_> = (0..25).map(|device| listeners.join(address(device))).collect();
-        assert_eq!([(); 4].map(|()| listeners.take_wanted(10).len()), [10, 10, 5, 0]);
+        let channels = Arc::<ChannelSubscriptions>::default();
+        let _all: Vec<_> = (0..25).map(|device| channels.add(address(device))).collect();
+        assert_eq!([(); 4].map(|()| channels.take_wanted(10).len()), [10, 10, 5, 0]);
     }
 }

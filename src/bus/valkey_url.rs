@@ -10,7 +10,7 @@ const OPEN: [&str; 4] = ["redis", "valkey", "redis-cluster", "valkey-cluster"];
 const OVER_TLS: [&str; 4] = ["rediss", "valkeys", "rediss-cluster", "valkeys-cluster"];
 
 /// The hosts of the URL, each with the same user, password and encryption. No error repeats the URL.
-pub fn seeds(url: &str) -> Result<Vec<ConnectionInfo>, BusError> {
+pub fn parse_servers(url: &str) -> Result<Vec<ConnectionInfo>, BusError> {
     let (scheme, rest) = url.split_once("://").ok_or(BusError::Url("it has no scheme"))?;
     let scheme = match scheme {
         open if OPEN.contains(&open) => "redis",
@@ -28,10 +28,10 @@ pub fn seeds(url: &str) -> Result<Vec<ConnectionInfo>, BusError> {
     if user.matches('@').count() > 1 {
         return Err(BusError::Url("it has more than one @; user and password stand once, before the first host"));
     }
-    hosts.split(',').map(|host| seed(&format!("{scheme}://{user}{}{path}", host.trim()))).collect()
+    hosts.split(',').map(|host| parse_server(&format!("{scheme}://{user}{}{path}", host.trim()))).collect()
 }
 
-fn seed(url: &str) -> Result<ConnectionInfo, BusError> {
+fn parse_server(url: &str) -> Result<ConnectionInfo, BusError> {
     // The library's own sentence is left out, because it might repeat the password.
     let info = url.into_connection_info().map_err(|_| BusError::Url("a host, a port or what follows is not right"))?;
     let settings = info.redis_settings().clone().set_protocol(ProtocolVersion::RESP3);
@@ -45,7 +45,7 @@ mod tests {
     use super::*;
 
     fn addresses(url: &str) -> Vec<String> {
-        seeds(url).unwrap().iter().map(|seed| seed.addr().to_string()).collect()
+        parse_servers(url).unwrap().iter().map(|server| server.addr().to_string()).collect()
     }
 
     #[test]
@@ -57,16 +57,17 @@ mod tests {
         {
             assert_eq!(addresses(&format!("{scheme}://:p@a:1,b:2, [::1]:3")), ["a:1", "b:2", "::1:3"]);
         }
-        let is_encrypted = |url: &str| matches!(seeds(url).unwrap()[0].addr(), redis::ConnectionAddr::TcpTls { .. });
+        let is_encrypted =
+            |url: &str| matches!(parse_servers(url).unwrap()[0].addr(), redis::ConnectionAddr::TcpTls { .. });
         assert!(is_encrypted("rediss-cluster://a,b") && is_encrypted("valkeys://a") && !is_encrypted("redis://a"));
     }
 
     #[test]
     fn user_and_password_are_those_of_every_host() {
-        for seed in seeds("redis-cluster://us%40er:p%2Fw,x@a:1,b").unwrap() {
-            assert_eq!(seed.redis_settings().username(), Some("us@er"));
-            assert_eq!(seed.redis_settings().password(), Some("p/w,x"));
-            assert_eq!(seed.redis_settings().protocol(), ProtocolVersion::RESP3);
+        for server in parse_servers("redis-cluster://us%40er:p%2Fw,x@a:1,b").unwrap() {
+            assert_eq!(server.redis_settings().username(), Some("us@er"));
+            assert_eq!(server.redis_settings().password(), Some("p/w,x"));
+            assert_eq!(server.redis_settings().protocol(), ProtocolVersion::RESP3);
         }
     }
 
@@ -83,7 +84,7 @@ mod tests {
             "http://:hunter2@host",
             "hunter2",
         ] {
-            let sentence = seeds(url).unwrap_err().to_string();
+            let sentence = parse_servers(url).unwrap_err().to_string();
             assert!(sentence.starts_with("--pubsub-url: ") && !sentence.contains("hunter2"), "{url}: {sentence}");
         }
     }
