@@ -30,7 +30,7 @@ use crate::store::{self, GroupResult, Store};
 use crate::tasks::Tasks;
 use crate::telemetry::Telemetry;
 use crate::telemetry::metrics::{Content, GroupFailure, Metrics};
-use crate::telemetry::throttle::Throttle;
+use crate::telemetry::throttle::LogThrottle;
 use crate::telemetry::traces::{Span, Traces};
 
 /// Letters that may wait in the channel. Those that are gathered, or wait for their turn, come on top.
@@ -321,9 +321,9 @@ impl Worker {
                 Ok(())
             }
             Err(cause) => {
-                static TOLD: Throttle = Throttle::new();
+                static LOGGED: LogThrottle = LogThrottle::new();
                 let (sends, acks) = (group.sends.len(), group.acks.len());
-                if TOLD.lets_through() {
+                if LOGGED.try_acquire() {
                     error!(%cause, sends, acks, "a group could not be stored");
                 } else {
                     debug!(%cause, sends, acks, "another group could not be stored");
@@ -332,7 +332,7 @@ impl Worker {
                     true => (WriteError::Full, GroupFailure::Full),
                     false => (WriteError::Unavailable, GroupFailure::Unavailable),
                 };
-                self.metrics.group_failures.one(reason);
+                self.metrics.group_failures.increment(reason);
                 if error == WriteError::Unavailable {
                     let users = group.sends.iter().flat_map(SendRequest::accounts);
                     self.uncertain.extend(users.take(MAX_UNCERTAIN_ACCOUNTS.saturating_sub(self.uncertain.len())));
@@ -346,19 +346,19 @@ impl Worker {
 
     /// Lets deliveries be parts of the traces of their sends. Best effort, as all signals are.
     fn send_trace_links(&self, results: &[Option<SendResult>], group: &Group) {
-        if !self.traces.are_kept() {
+        if !self.traces.are_recorded() {
             return;
         }
         for (sent, pending) in results.iter().zip(&group.pending_sends) {
-            if let (Some(sent), Some(trail)) = (sent, pending.span.trail()) {
-                self.notifier.bus.lay_trail(&sent.receivers, trail);
+            if let (Some(sent), Some(trace_link)) = (sent, pending.span.trace_link()) {
+                self.notifier.bus.send_trace_link(&sent.receivers, trace_link);
             }
         }
     }
 
     /// Keeps a send for the next group, unless it has been kept for too long.
     fn defer(&mut self, mut waiting: QueuedSend) {
-        self.metrics.sends_left.one(());
+        self.metrics.sends_left.increment(());
         let deferred_since = *waiting.pending.deferred_since.get_or_insert_with(Instant::now);
         if deferred_since.elapsed() >= MAX_DEFERRAL {
             waiting.pending.fail(WriteError::Unavailable);

@@ -96,12 +96,12 @@ pub async fn serve(
         };
         // Above the caps a connection is closed at once: answering would cost what the cap is there to save.
         let Some(permit) = connections.admit(peer.ip()) else {
-            metrics.connections_turned_away.one(port);
+            metrics.connections_turned_away.increment(port);
             debug!("a connection above the caps was turned away");
             continue;
         };
         let _ = stream.set_nodelay(true);
-        metrics.connections_accepted.one(port);
+        metrics.connections_accepted.increment(port);
         let place = (permit, metrics.connections.hold(port));
         let stream = Bounded::new(stream, Arc::<Progress>::default(), common.clone(), place);
         tasks.attend(converse(stream, peer, router.clone(), patience.head, tasks.clone()));

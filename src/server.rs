@@ -131,7 +131,7 @@ impl Server {
             () = self.owners.broker_tasks.failed() => {}
             () = self.owners.probes.failed() => {}
         }
-        self.app.metrics.tasks_died.one(());
+        self.app.metrics.tasks_died.increment(());
     }
 
     /// Whether what the server has open is still at its paths. Only an embedded server can lose files.

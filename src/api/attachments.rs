@@ -26,7 +26,7 @@ use crate::limits::{NoRoom, Payer, Wait};
 use crate::model::ids::{AttachmentId, UserId};
 use crate::store::{Allowance, Reservation, Reserved, StoreError};
 use crate::telemetry::metrics::{BlobOperation, Direction, Refusal};
-use crate::telemetry::traces::carried;
+use crate::telemetry::traces::with_current_span;
 
 /// How many bytes of an upload may come in before its room is reserved. They are written before anything limits them but
 /// the rate of requests; a larger upload doesn't notice the wait.
@@ -85,7 +85,7 @@ pub async fn upload(
         let _held = (claim, under_way);
         uploaded.await
     };
-    app.tasks.finish(carried(uploaded)).await?;
+    app.tasks.finish(with_current_span(uploaded)).await?;
     Ok((StatusCode::CREATED, axum::Json(attachment)))
 }
 
@@ -109,9 +109,9 @@ pub async fn download(
         Part::Unsatisfiable => return Err(ApiError::RangeNotSatisfiable { size }),
     };
     let failures = app.metrics.blob_failures.clone();
-    let read = app.blobs.read(id, range.clone()).await.inspect_err(|_| failures.one(BlobOperation::Download))?;
+    let read = app.blobs.read(id, range.clone()).await.inspect_err(|_| failures.increment(BlobOperation::Download))?;
     let Some(blob) = read.filter(|blob| blob.size == size) else {
-        failures.one(BlobOperation::Download);
+        failures.increment(BlobOperation::Download);
         error!("an attachment that should be in the storage is not there, or not whole");
         return Err(ApiError::NotFound);
     };
@@ -123,7 +123,7 @@ pub async fn download(
     let sent = app.metrics.blob_bytes.clone();
     let body = Body::from_stream(blob.bytes.inspect(move |bytes| match bytes {
         Ok(bytes) => sent.add(Direction::Out, bytes.len() as u64),
-        Err(_) => failures.one(BlobOperation::Download),
+        Err(_) => failures.increment(BlobOperation::Download),
     }));
     // A storage service may not know ranges; then the client gets the whole, as it may always.
     let Some(Range { start, end }) = range.filter(|range| *range == blob.range) else {
@@ -165,7 +165,7 @@ impl Upload {
         let staging = self.stage(&app, body, &over);
         let staged = if self.may_come_early {
             // A task of its own: others may wait for the same transaction, and the bytes must not hold it up.
-            let reserving = app.tasks.finish(carried(self.reserve(app.clone())));
+            let reserving = app.tasks.finish(with_current_span(self.reserve(app.clone())));
             let reserving = async { reserving.await.inspect_err(|_| over.cancel()) };
             let (reserved, staged) = tokio::join!(reserving, staging);
             // What has come in of a refused one goes by being dropped.
@@ -209,7 +209,7 @@ impl Upload {
         let published = async { Ok(staged?.publish().await.map_err(UploadError::Storage)?) };
         published.await.inspect_err(|failure| {
             if matches!(failure, Failure::Upload(UploadError::Storage(_))) {
-                app.metrics.blob_failures.one(BlobOperation::Upload);
+                app.metrics.blob_failures.increment(BlobOperation::Upload);
             }
         })?;
         match app.store.attachment_stored(self.id).await {
@@ -226,7 +226,7 @@ impl Upload {
     /// still arrive: for these the row stays.
     async fn undo(&self, app: &App, may_still_happen: bool) {
         if let Some((_, error)) = app.blobs.discard(&[self.id]).await.failed {
-            app.metrics.blob_failures.one(BlobOperation::Delete);
+            app.metrics.blob_failures.increment(BlobOperation::Delete);
             warn!(%error, "an upload that came to nothing could not be removed; a sweep will try again");
         } else if may_still_happen {
             warn!("the storage did not say what came of an upload; a sweep will remove what may be left");

@@ -130,8 +130,8 @@ fn parse_forwarded(item: &[u8]) -> Option<IpAddr> {
 
 /// Logs once that a proxy is not trusted: all its clients then count as one.
 fn tell_of_unbelieved(peer: IpAddr) {
-    static TOLD: AtomicBool = AtomicBool::new(false);
-    if is_local(peer) && !TOLD.swap(true, Ordering::Relaxed) {
+    static LOGGED: AtomicBool = AtomicBool::new(false);
+    if is_local(peer) && !LOGGED.swap(true, Ordering::Relaxed) {
         warn!(
             "requests with X-Forwarded-For come from this machine or a private network that is not in \
              --trusted-proxies: if that is a proxy, add its address, or all its clients share one rate limit"

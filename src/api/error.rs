@@ -16,7 +16,7 @@ use crate::disk::NoGrowth;
 use crate::limits::{NoRoom, Wait};
 use crate::store::StoreError;
 use crate::telemetry::metrics::Refusal;
-use crate::telemetry::throttle::Throttle;
+use crate::telemetry::throttle::LogThrottle;
 
 /// What a client is told when something went wrong. The body is always `{"error": "<message>"}`.
 #[derive(Debug)]
@@ -211,8 +211,8 @@ impl From<Wait> for ApiError {
 
 impl From<StoreError> for ApiError {
     fn from(error: StoreError) -> Self {
-        static TOLD: Throttle = Throttle::new();
-        if TOLD.lets_through() {
+        static LOGGED: LogThrottle = LogThrottle::new();
+        if LOGGED.try_acquire() {
             error!(%error, "a request failed in the database");
         } else {
             debug!(%error, "another request failed in the database");
@@ -244,8 +244,8 @@ impl From<WriteError> for ApiError {
 
 impl From<BlobError> for ApiError {
     fn from(error: BlobError) -> Self {
-        static TOLD: Throttle = Throttle::new();
-        if TOLD.lets_through() {
+        static LOGGED: LogThrottle = LogThrottle::new();
+        if LOGGED.try_acquire() {
             error!(%error, "a request failed in the attachment storage");
         } else {
             debug!(%error, "another request failed in the attachment storage");

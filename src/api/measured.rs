@@ -9,7 +9,7 @@ use axum::response::Response;
 
 use crate::api::ROUTES;
 use crate::app::App;
-use crate::telemetry::metrics::{self, Class, Held, Metrics, Refusal};
+use crate::telemetry::metrics::{self, ActiveGuard, Class, Metrics, Refusal};
 
 /// The route of a request that has none.
 const UNMATCHED: &str = "unmatched";
@@ -25,7 +25,7 @@ pub(super) async fn measured(State(app): State<App>, request: Request, next: Nex
     unanswered.is_answered = true;
     app.metrics.requests.time(route, method, class(response.status()), start.elapsed());
     if let Some(refusal) = response.extensions().get::<Refusal>() {
-        app.metrics.refusals.one(*refusal);
+        app.metrics.refusals.increment(*refusal);
     }
     response
 }
@@ -34,13 +34,13 @@ pub(super) async fn measured(State(app): State<App>, request: Request, next: Nex
 struct Unanswered<'a> {
     metrics: &'a Metrics,
     is_answered: bool,
-    _active: Held,
+    _active: ActiveGuard,
 }
 
 impl Drop for Unanswered<'_> {
     fn drop(&mut self) {
         if !self.is_answered {
-            self.metrics.refusals.one(Refusal::Abandoned);
+            self.metrics.refusals.increment(Refusal::Abandoned);
         }
     }
 }

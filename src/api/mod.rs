@@ -150,7 +150,7 @@ pub fn router(app: App) -> Router {
         .layer(from_fn(request::identified))
         .layer(from_fn_with_state(app.clone(), measured::measured));
     // Without a collector there is nothing in the way, not even a look whether there is one.
-    let router = match app.traces.are_kept() {
+    let router = match app.traces.are_recorded() {
         true => router.layer(from_fn_with_state(app.clone(), request::traced)),
         false => router,
     };

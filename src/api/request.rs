@@ -68,7 +68,7 @@ pub(super) async fn traced(State(app): State<App>, request: Request, next: Next)
     span.set("http.response.status_code", i64::from(status.as_u16()));
     if status.is_server_error() {
         span.set("error.type", status.as_str().to_owned());
-        span.has_failed();
+        span.set_failed();
     }
     response
 }
@@ -81,8 +81,8 @@ fn begun(app: &App, request: &Request) -> Span {
         (None, method) => method.unwrap_or("HTTP").into(),
     };
     let peer = request.extensions().get::<ConnectInfo<SocketAddr>>().map(|ConnectInfo(peer)| peer.ip());
-    let span = app.traces.answer(name, parent(app, peer, request.headers()));
-    if span.is_kept() {
+    let span = app.traces.begin_server(name, parent(app, peer, request.headers()));
+    if span.is_recorded() {
         span.set("http.request.method", method.unwrap_or("_OTHER"));
         if let Some(route) = route {
             span.set("http.route", route);

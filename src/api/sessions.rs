@@ -16,7 +16,7 @@ use crate::clock::Timestamp;
 use crate::limits::{Guess, Payer, Wait};
 use crate::model::ids::{Address, DeviceId, UserId};
 use crate::store::{Credentials, Refresh, Refreshed, SessionGrant, SessionHolder, StoreError};
-use crate::telemetry::throttle::Throttle;
+use crate::telemetry::throttle::LogThrottle;
 
 /// Longer passwords can't be set, so they need not be tried.
 pub const MAX_PASSWORD_BYTES: usize = 1024;
@@ -164,7 +164,7 @@ pub async fn authenticate(app: &App, client: Payer, claim: Claim<'_>) -> Result<
             Ok(user)
         }
         None => {
-            app.metrics.passwords_wrong.one(());
+            app.metrics.passwords_wrong.increment(());
             Err(ApiError::Unauthorized)
         }
     }
@@ -220,8 +220,8 @@ async fn holder_of(app: &App, token: &str) -> Result<Option<SessionHolder>, Stor
 
 /// Logs at most once a minute that passwords are guessed, without any name.
 fn tell_of_guessing() {
-    static TOLD: Throttle = Throttle::every(Duration::from_mins(1));
-    if TOLD.lets_through() {
+    static LOGGED: LogThrottle = LogThrottle::every(Duration::from_mins(1));
+    if LOGGED.try_acquire() {
         warn!(
             "passwords are being guessed: there were so many wrong ones for an account that further tries at it have to \
              wait (obscura_passwords_wrong_total counts them)"

@@ -11,7 +11,7 @@ use subtle::ConstantTimeEq;
 use tracing::error;
 
 use crate::limits::{Amount, Held as Place, Payer, Quota, Rate, Scope, Terms};
-use crate::telemetry::metrics::{Held, Metrics, Refusal};
+use crate::telemetry::metrics::{ActiveGuard, Metrics, Refusal};
 
 /// What one hash costs: 19 MiB, two passes, one lane (OWASP's first choice for Argon2id).
 const MEMORY_KIB: u32 = 19 * 1024;
@@ -121,16 +121,16 @@ impl Passwords {
         let metrics = &self.queue.metrics;
         let held = metrics.password_hashes.hold(());
         let Ok(processor) = places.take(client, 1, PATIENCE).await else {
-            metrics.passwords_refused.one(());
+            metrics.passwords_refused.increment(());
             return Err(Busy);
         };
         let queue = self.queue.clone();
         let done = tokio::task::spawn_blocking(move || {
-            let _counted: (Place, Held) = (processor, held);
+            let _counted: (Place, ActiveGuard) = (processor, held);
             let mut memory = queue.memory().pop().unwrap_or_default();
             let result = work(&mut memory);
             queue.memory().push(memory);
-            queue.metrics.password_hashes_done.one(());
+            queue.metrics.password_hashes_done.increment(());
             result
         });
         Ok(done.await.unwrap_or_else(|error| std::panic::resume_unwind(error.into_panic())))
@@ -204,7 +204,7 @@ mod tests {
     }
 
     fn passwords() -> Passwords {
-        Passwords::new(&Metrics::unread())
+        Passwords::new(&Metrics::unexported())
     }
 
     #[tokio::test]

@@ -11,12 +11,12 @@ use futures_util::task::AtomicWaker;
 
 use crate::bus::{Signal, Signals};
 use crate::model::ids::DeviceNo;
-use crate::telemetry::traces::Trail;
+use crate::telemetry::traces::TraceLink;
 
 /// The map is cut into this many parts, each with a lock of its own.
 const SHARDS: usize = 16;
 /// Traces that a sleeper hears of between two looks. Further ones end without a delivery.
-const TRAILS: usize = 4;
+const MAX_TRACE_LINKS: usize = 4;
 
 type Shard = HashMap<DeviceNo, Vec<Arc<Subscriber>>>;
 
@@ -24,7 +24,7 @@ type Shard = HashMap<DeviceNo, Vec<Arc<Subscriber>>>;
 struct Subscriber {
     signals: AtomicU8,
     waker: AtomicWaker,
-    trails: Mutex<Vec<Trail>>,
+    trace_links: Mutex<Vec<TraceLink>>,
 }
 
 impl Subscriber {
@@ -63,11 +63,11 @@ impl LocalBus {
         }
     }
 
-    pub(super) fn lay_trail(&self, device: DeviceNo, trail: Trail) {
+    pub(super) fn send_trace_link(&self, device: DeviceNo, trace_link: TraceLink) {
         for subscriber in self.shard(device).get(&device).into_iter().flatten() {
-            let mut trails = lock(&subscriber.trails);
-            if trails.len() < TRAILS {
-                trails.push(trail);
+            let mut trace_links = lock(&subscriber.trace_links);
+            if trace_links.len() < MAX_TRACE_LINKS {
+                trace_links.push(trace_link);
             }
         }
     }
@@ -119,8 +119,8 @@ impl LocalSubscription {
         .await
     }
 
-    pub(super) fn trails(&self) -> Vec<Trail> {
-        std::mem::take(&mut lock(&self.subscriber.trails))
+    pub(super) fn take_trace_links(&self) -> Vec<TraceLink> {
+        std::mem::take(&mut lock(&self.subscriber.trace_links))
     }
 }
 
@@ -190,10 +190,10 @@ mod tests {
     fn a_session_hears_of_a_few_traces_and_of_each_once() {
         let bus = LocalBus::new(8);
         let subscription = bus.subscribe(DEVICE);
-        let trail = |number: u8| Trail::from_bytes(&[number; Trail::BYTES]).unwrap();
-        (1..=10).for_each(|number| bus.lay_trail(DEVICE, trail(number)));
-        assert_eq!(subscription.trails(), [1, 2, 3, 4].map(trail));
-        assert_eq!(subscription.trails(), []);
+        let trace_link = |number: u8| TraceLink::from_bytes(&[number; TraceLink::BYTES]).unwrap();
+        (1..=10).for_each(|number| bus.send_trace_link(DEVICE, trace_link(number)));
+        assert_eq!(subscription.take_trace_links(), [1, 2, 3, 4].map(trace_link));
+        assert_eq!(subscription.take_trace_links(), []);
     }
 
     #[tokio::test]

@@ -8,7 +8,7 @@
 
 use crate::bus::Signals;
 use crate::model::ids::DeviceNo;
-use crate::telemetry::traces::Trail;
+use crate::telemetry::traces::TraceLink;
 
 /// "These devices".
 const DEVICES: u8 = 1;
@@ -19,7 +19,7 @@ const HELLO: u8 = 3;
 /// "I have said everything".
 const GOODBYE: u8 = 4;
 /// "The next signal to this device is a part of this trace".
-const TRAIL: u8 = 5;
+const TRACE_LINK: u8 = 5;
 const NODE_BYTES: usize = 16;
 const ENTRY_BYTES: usize = 9;
 
@@ -42,7 +42,7 @@ pub(super) enum Message {
     ResyncAll,
     Hello,
     Goodbye,
-    Trail(DeviceNo, Trail),
+    TraceLink(DeviceNo, TraceLink),
 }
 
 impl Message {
@@ -57,8 +57,8 @@ impl Message {
         bytes
     }
 
-    pub(super) fn trail(sender: Node, device: DeviceNo, trail: Trail) -> Vec<u8> {
-        [&[TRAIL][..], &sender.0, &device.0.to_be_bytes(), &trail.to_bytes()].concat()
+    pub(super) fn trace_link(sender: Node, device: DeviceNo, trace_link: TraceLink) -> Vec<u8> {
+        [&[TRACE_LINK][..], &sender.0, &device.0.to_be_bytes(), &trace_link.to_bytes()].concat()
     }
 
     pub(super) fn resync_all(sender: Node) -> Vec<u8> {
@@ -82,7 +82,7 @@ impl Message {
             RESYNC_ALL if rest.is_empty() => Self::ResyncAll,
             HELLO if rest.is_empty() => Self::Hello,
             GOODBYE if rest.is_empty() => Self::Goodbye,
-            TRAIL => trail(rest)?,
+            TRACE_LINK => trace_link(rest)?,
             _ => return None,
         };
         Some((Node(*sender), message))
@@ -105,9 +105,9 @@ fn entries(bytes: &[u8]) -> Option<Entries> {
     chunks.map(entry).collect()
 }
 
-fn trail(bytes: &[u8]) -> Option<Message> {
-    let (device, trail) = bytes.split_first_chunk::<8>()?;
-    Some(Message::Trail(DeviceNo(i64::from_be_bytes(*device)), Trail::from_bytes(trail.try_into().ok()?)?))
+fn trace_link(bytes: &[u8]) -> Option<Message> {
+    let (device, trace_link) = bytes.split_first_chunk::<8>()?;
+    Some(Message::TraceLink(DeviceNo(i64::from_be_bytes(*device)), TraceLink::from_bytes(trace_link.try_into().ok()?)?))
 }
 
 #[cfg(test)]
@@ -132,12 +132,12 @@ mod tests {
     #[test]
     fn a_trace_goes_in_a_message_of_its_own() {
         let node = Node::random();
-        let trail = Trail::from_bytes(&[7; Trail::BYTES]).unwrap();
-        let bytes = Message::trail(node, DeviceNo(7), trail);
-        assert_eq!(Message::read(&bytes), Some((node, Message::Trail(DeviceNo(7), trail))));
+        let trace_link = TraceLink::from_bytes(&[7; TraceLink::BYTES]).unwrap();
+        let bytes = Message::trace_link(node, DeviceNo(7), trace_link);
+        assert_eq!(Message::read(&bytes), Some((node, Message::TraceLink(DeviceNo(7), trace_link))));
         assert_eq!(bytes.len(), 1 + 16 + 8 + 24);
         assert!((0..bytes.len()).all(|length| Message::read(&bytes[..length]).is_none()));
-        let nothing = [&bytes[..25], &[0; Trail::BYTES]].concat();
+        let nothing = [&bytes[..25], &[0; TraceLink::BYTES]].concat();
         assert_eq!(Message::read(&nothing), None);
     }
 

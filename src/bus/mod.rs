@@ -17,7 +17,7 @@ use crate::config;
 use crate::model::ids::{Address, DeviceNo};
 use crate::tasks::Tasks;
 use crate::telemetry::metrics::{Metrics, SignalWay};
-use crate::telemetry::traces::Trail;
+use crate::telemetry::traces::TraceLink;
 
 pub use backoff::Backoff;
 pub use valkey_url::parse_servers;
@@ -146,12 +146,12 @@ impl Bus {
     /// Leaves word of a trace for the sessions of these devices. It lies there until their next signal, which the
     /// caller sends. Few are kept for each session, and those that are under way when the wire breaks are lost: traces have
     /// gaps then.
-    pub fn lay_trail(&self, addresses: &[Address], trail: Trail) {
+    pub fn send_trace_link(&self, addresses: &[Address], trace_link: TraceLink) {
         for address in addresses {
-            self.local.lay_trail(address.device, trail);
+            self.local.send_trace_link(address.device, trace_link);
         }
         if let Some(broker) = &self.broker {
-            broker.lay_trail(addresses, trail);
+            broker.send_trace_link(addresses, trace_link);
         }
     }
 
@@ -194,7 +194,7 @@ impl SignalSubscription {
     }
 
     /// The traces that the last signals belong to.
-    pub fn trails(&self) -> Vec<Trail> {
-        self.local.trails()
+    pub fn take_trace_links(&self) -> Vec<TraceLink> {
+        self.local.take_trace_links()
     }
 }

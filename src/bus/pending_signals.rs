@@ -9,12 +9,12 @@ use tokio::sync::Notify;
 use crate::bus::Signals;
 use crate::bus::message::Entries;
 use crate::model::ids::{Address, DeviceNo, UserId};
-use crate::telemetry::traces::Trail;
+use crate::telemetry::traces::TraceLink;
 
 /// Devices for which signals may wait.
 const MAX_DEVICES: usize = 65_536;
 /// Traces that may wait. Further ones are dropped.
-const TRAILS: usize = 512;
+const MAX_TRACE_LINKS: usize = 512;
 
 #[derive(Default)]
 pub(super) struct PendingSignals {
@@ -37,7 +37,7 @@ pub(super) struct SignalBatch {
     pub(super) resync_all: bool,
     devices: usize,
     /// Go before the signals, and are lost with the connection.
-    pub(super) trails: Vec<(Address, Trail)>,
+    pub(super) trace_links: Vec<(Address, TraceLink)>,
 }
 
 impl SignalBatch {
@@ -80,10 +80,10 @@ impl PendingSignals {
     }
 
     /// Nobody is told by this alone that something waits: a signal follows.
-    pub(super) fn lay_trail(&self, addresses: &[Address], trail: Trail) {
-        let trails = &mut self.state().waiting.trails;
-        let room = TRAILS - trails.len();
-        trails.extend(addresses.iter().take(room).map(|address| (*address, trail)));
+    pub(super) fn send_trace_link(&self, addresses: &[Address], trace_link: TraceLink) {
+        let trace_links = &mut self.state().waiting.trace_links;
+        let room = MAX_TRACE_LINKS - trace_links.len();
+        trace_links.extend(addresses.iter().take(room).map(|address| (*address, trace_link)));
     }
 
     /// Ends when something waits.
@@ -109,7 +109,7 @@ impl PendingSignals {
         }
         state.waiting.devices -= batch.devices;
         state.in_flight = batch.clone();
-        batch.trails = std::mem::take(&mut state.waiting.trails);
+        batch.trace_links = std::mem::take(&mut state.waiting.trace_links);
         batch
     }
 
@@ -224,14 +224,14 @@ mod tests {
     #[test]
     fn traces_go_once_and_a_bounded_number_of_them() {
         let pending = PendingSignals::default();
-        let (one, trail) = (address(1), Trail::from_bytes(&[7; Trail::BYTES]).unwrap());
-        (0..2 * TRAILS).for_each(|_| pending.lay_trail(&[one, one], trail));
+        let (one, trace_link) = (address(1), TraceLink::from_bytes(&[7; TraceLink::BYTES]).unwrap());
+        (0..2 * MAX_TRACE_LINKS).for_each(|_| pending.send_trace_link(&[one, one], trace_link));
         assert!(pending.is_empty(), "a trace alone is no reason to send");
         pending.add(&[one], Signal::NewMessages.into());
-        assert_eq!(pending.take(10).trails.len(), TRAILS);
+        assert_eq!(pending.take(10).trace_links.len(), MAX_TRACE_LINKS);
         pending.requeue();
         let batch = pending.take(10);
-        assert_eq!((batch.trails.len(), batch.messages().count()), (0, 1));
+        assert_eq!((batch.trace_links.len(), batch.messages().count()), (0, 1));
     }
 
     #[tokio::test]

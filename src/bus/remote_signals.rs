@@ -34,7 +34,7 @@ impl RemoteSignalHandler {
                 self.metrics.signals.add(SignalWay::In, entries.len() as u64);
                 entries.into_iter().for_each(|(device, signals)| self.local.notify(device, signals));
             }
-            Some((_, Message::Trail(device, trail))) => self.local.lay_trail(device, trail),
+            Some((_, Message::TraceLink(device, trace_link))) => self.local.send_trace_link(device, trace_link),
             Some((_, Message::ResyncAll)) => self.resync.request_full(),
             Some((sender, Message::Hello)) => {
                 if self.peers().hello(sender, Instant::now()) {

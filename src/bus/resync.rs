@@ -68,7 +68,7 @@ impl Resync {
             // Dropped in the middle when the wire is back, because then every session looks at everything.
             () = self.periodic_round() => return,
         }
-        self.metrics.bus_resyncs.one(());
+        self.metrics.bus_resyncs.increment(());
         let mut devices = self.local.devices();
         devices.shuffle(&mut rand::rng());
         let step = devices.len().div_ceil(MAX_STEPS as usize).max(MIN_STEP_SIZE);
@@ -105,7 +105,7 @@ mod tests {
     use crate::model::ids::DeviceNo;
 
     fn connected(local: LocalBus) -> Resync {
-        let resync = Resync::new(local, Metrics::unread());
+        let resync = Resync::new(local, Metrics::unexported());
         resync.set_disconnected(false);
         resync
     }

@@ -30,7 +30,7 @@ use crate::config;
 use crate::model::ids::{Address, UserId};
 use crate::tasks::Tasks;
 use crate::telemetry::metrics::Metrics;
-use crate::telemetry::traces::Trail;
+use crate::telemetry::traces::TraceLink;
 
 /// Valkey is taken for gone when it answers nothing for so long, and when it is not connected within that time.
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(3);
@@ -98,8 +98,8 @@ impl BrokerConnection {
         self.pending.add(addresses, signals);
     }
 
-    pub(super) fn lay_trail(&self, addresses: &[Address], trail: Trail) {
-        self.pending.lay_trail(addresses, trail);
+    pub(super) fn send_trace_link(&self, addresses: &[Address], trace_link: TraceLink) {
+        self.pending.send_trace_link(addresses, trace_link);
     }
 
     pub(super) async fn connected(&self) {
@@ -170,7 +170,7 @@ impl BrokerTask {
         };
         let (since, connection) = (Instant::now(), &connected.connection);
         self.connection.send_replace(Some(connection.clone()));
-        self.metrics.bus_connects.one(());
+        self.metrics.bus_connects.increment(());
         let lost = tokio::select! {
             Err(lost) = self.send_heartbeats(&connected) => lost,
             Err(error) = self.keep_subscribed(connection.clone()) => error.into(),
@@ -304,8 +304,8 @@ impl BrokerTask {
             warn!("too many signals waited for Valkey; all nodes look at everything instead");
             pipeline.publish(self.all_nodes_channel(), Message::resync_all(self.handler.node)).ignore();
         }
-        for (address, trail) in &batch.trails {
-            let message = Message::trail(self.handler.node, address.device, *trail);
+        for (address, trace_link) in &batch.trace_links {
+            let message = Message::trace_link(self.handler.node, address.device, *trace_link);
             pipeline.publish(self.channel_name(address.user), message).ignore();
         }
         for (user, entries) in batch.messages() {

@@ -18,7 +18,7 @@ pub(super) async fn run(config: Config) -> anyhow::Result<String> {
         Some(file) => Some(files::lock(file, config.data_dir.as_deref()).await?),
         None => None,
     };
-    let store = Store::open(&config.database, store::Limits::of(&config), &Metrics::unread()).await?;
+    let store = Store::open(&config.database, store::Limits::of(&config), &Metrics::unexported()).await?;
     let dropped = store.delete_one_time_prekeys().await?;
     store.close().await;
     Ok(format!("Dropped {dropped} one-time prekeys. The server can be started; devices will be asked for new ones."))

@@ -19,7 +19,7 @@ pub(super) async fn run(config: Config) -> anyhow::Result<String> {
     if let Some(file) = config.database.file().filter(|file| !file.exists()) {
         bail!("there is no database at {}", file.display());
     }
-    let store = Store::open(&config.database, store::Limits::of(&config), &Metrics::unread()).await?;
+    let store = Store::open(&config.database, store::Limits::of(&config), &Metrics::unexported()).await?;
     let confirmed = store.set_time(now).await;
     store.close().await;
     confirmed?;

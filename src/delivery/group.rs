@@ -51,7 +51,7 @@ impl PendingSend {
 }
 
 fn fail<T>(reply: Reply<T>, span: &Span, error: WriteError) {
-    span.has_failed();
+    span.set_failed();
     // A reply fails only when nobody waits for it any more.
     let _ = reply.send(Err(error));
 }
@@ -130,8 +130,8 @@ impl Group {
     /// A trace of the group, if one of its letters is traced.
     pub fn traced(&mut self, traces: &Traces) -> Span {
         let sends = self.pending_sends.iter_mut().map(|pending| &mut pending.span);
-        let all =
-            traces.together("store.settle", sends.chain(self.pending_acks.iter_mut().map(|pending| &mut pending.span)));
+        let all = traces
+            .begin_linked("store.settle", sends.chain(self.pending_acks.iter_mut().map(|pending| &mut pending.span)));
         all.set("obscura.group.sends", self.sends.len() as i64);
         all.set("obscura.group.acks", self.acks.len() as i64);
         all

@@ -145,7 +145,7 @@ async fn traced(spans: Vec<Span>, write: impl Future<Output = Stored>) -> Stored
     let Some(first) = spans.first() else { return write.await };
     let stored = first.run(write).await;
     if !stored {
-        spans.iter().for_each(Span::has_failed);
+        spans.iter().for_each(Span::set_failed);
     }
     stored
 }

@@ -14,7 +14,7 @@ mod pipe;
 mod progress;
 mod session;
 mod socket;
-mod trail;
+mod trace_links;
 
 pub use features::Features;
 pub use pipe::LATE;

@@ -23,7 +23,7 @@ use crate::gateway::pings::next_ping;
 use crate::gateway::pipe::{Event, LATE, Pipe};
 use crate::gateway::progress::Progress;
 use crate::gateway::socket::Connection;
-use crate::gateway::trail::Trails;
+use crate::gateway::trace_links::TraceLinks;
 use crate::limits::Payer;
 use crate::model::ids::{Address, DeviceNo, MessageId, Position};
 use crate::store::{Notice, SessionHolder};
@@ -42,7 +42,7 @@ pub async fn run(
     // Subscribed before the first read: what is queued from here on is either read or signalled.
     let subscription = app.bus.subscribe(Address { user: holder.user, device: holder.no });
     let _open = app.metrics.sockets.hold(());
-    app.metrics.sockets_opened.one(());
+    app.metrics.sockets_opened.increment(());
     let pipe = Pipe::new(connection, progress, app.config.gateway.longest_silence());
     let mut session = Session::new(app, &holder, payer, pipe);
     session.notice_wanted = features.inbox_notice;
@@ -50,7 +50,7 @@ pub async fn run(
     let end = session.serve(&subscription).await;
     drop(subscription);
     let Session { app, device, pipe, acks, memory, .. } = session;
-    app.metrics.sockets_closed.one(end.reason(&pipe));
+    app.metrics.sockets_closed.increment(end.reason(&pipe));
     // Acks that have arrived count, whatever became of the socket.
     tokio::join!(end.close(pipe, memory), Box::pin(acks.finish(&app, device)));
     app.push.session_ended(device);
@@ -64,7 +64,7 @@ struct Session {
     pipe: Pipe,
     inflight: Inflight,
     acks: Acks,
-    trails: Trails,
+    trace_links: TraceLinks,
     /// The inbox has been sent up to here.
     sent_to: Position,
     memory: FrameMemory,
@@ -100,7 +100,7 @@ impl Session {
             pipe,
             inflight,
             acks: Acks::default(),
-            trails: Trails::default(),
+            trace_links: TraceLinks::default(),
             sent_to: Position::default(),
             memory,
             messages_wanted: true,
@@ -155,7 +155,7 @@ impl Session {
                     Event::Large(is_large) => if !self.memory.incoming(is_large) { return End::NoMemory },
                     Event::Written => {
                         self.memory.written();
-                        self.trails.written();
+                        self.trace_links.written();
                         self.pace.was_taken(self.pipe.taken(), self.app.config.gateway.max_batch_bytes);
                     }
                     Event::Closed => return End::Gone,
@@ -174,7 +174,7 @@ impl Session {
         }
         if self.ping_due <= now && !self.pipe.is_writing() {
             self.ping_due = next_ping(now, self.app.clock.now(), self.app.config.gateway.ping_interval);
-            self.app.metrics.pings.one(());
+            self.app.metrics.pings.increment(());
             self.start(Message::Ping(Bytes::new()));
         }
     }
@@ -216,7 +216,7 @@ impl Session {
         self.moving_due = now + self.moving_step();
         if let Message::Binary(bytes) = &frame {
             self.pace.starts(bytes.len(), now);
-            self.app.metrics.frames.one(Direction::Out);
+            self.app.metrics.frames.increment(Direction::Out);
             self.app.metrics.frame_bytes.add(Direction::Out, bytes.len() as u64);
         }
         self.pipe.start(frame);
@@ -287,7 +287,7 @@ impl Session {
         };
         self.messages_wanted = page.more;
         self.memory.keep(page.envelopes.iter().map(|envelope| envelope.body.0.len()).sum());
-        self.trails.read(&page.envelopes);
+        self.trace_links.read(&page.envelopes);
         let Some(last) = page.envelopes.last() else { return Ok(None) };
         self.sent_to = last.position;
         self.app.metrics.deliveries.add((), page.envelopes.len() as u64);
@@ -301,8 +301,8 @@ impl Session {
     }
 
     fn signalled(&mut self, signals: Signals, subscription: &SignalSubscription) -> Option<End> {
-        if self.app.traces.are_kept() {
-            self.trails.signalled(&self.app.traces, subscription.trails());
+        if self.app.traces.are_recorded() {
+            self.trace_links.signalled(&self.app.traces, subscription.take_trace_links());
         }
         self.messages_wanted |= signals.contains(Signal::NewMessages);
         self.auth_check_wanted |= signals.contains(Signal::AuthChanged);
@@ -320,7 +320,7 @@ impl Session {
 
     fn heard(&mut self, frame: Bytes) {
         self.last_heard = Instant::now();
-        self.app.metrics.frames.one(Direction::In);
+        self.app.metrics.frames.increment(Direction::In);
         self.app.metrics.frame_bytes.add(Direction::In, frame.len() as u64);
         let due = self.last_heard + self.app.config.gateway.ack_flush_interval;
         let (mut known, mut unknown) = (0, 0);
@@ -332,7 +332,7 @@ impl Session {
             let position = self.inflight.take(id);
             *if position.is_some() { &mut known } else { &mut unknown } += 1;
             if let Some(position) = position {
-                self.acks.trace(self.trails.acknowledged(&self.app.traces, position));
+                self.acks.trace(self.trace_links.acknowledged(&self.app.traces, position));
             }
             self.acks.add(id, position, due);
         }

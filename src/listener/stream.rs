@@ -19,7 +19,7 @@ use crate::api::connections::Permit;
 use crate::gateway::{LATE, Progress};
 use crate::limits::LEAST_RATE;
 use crate::listener::linger::Lingering;
-use crate::telemetry::metrics::Held;
+use crate::telemetry::metrics::ActiveGuard;
 
 /// How many bytes of a connection the kernel may hold unsent.
 pub(super) const UNSENT_BYTES: u32 = 128 << 10;
@@ -52,7 +52,7 @@ pub(super) struct Bounded {
     moved_on: Option<Instant>,
     /// Runs while a write waits for the client to read. Boxed, because most connections never need it.
     stalled: Option<Box<Stall>>,
-    place: Option<(Permit, Held)>,
+    place: Option<(Permit, ActiveGuard)>,
 }
 
 struct Stall {
@@ -61,7 +61,7 @@ struct Stall {
 }
 
 impl Bounded {
-    pub fn new(stream: TcpStream, progress: Arc<Progress>, common: Arc<Common>, place: (Permit, Held)) -> Self {
+    pub fn new(stream: TcpStream, progress: Arc<Progress>, common: Arc<Common>, place: (Permit, ActiveGuard)) -> Self {
         let credit = bytes_in(common.write_timeout);
         Self {
             stream: Some(stream),

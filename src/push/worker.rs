@@ -212,7 +212,7 @@ impl Worker {
         for Tried { leased, candidate, pushed } in all {
             let lane = self.lanes.of(&candidate.target).clone();
             if let Some(status) = pushed.refused_with() {
-                self.metrics.push_refusals.one((lane.name, PushStatus::of(status)));
+                self.metrics.push_refusals.increment((lane.name, PushStatus::of(status)));
                 self.refusals.tell(&candidate.target, status);
             }
             let pushed = judged(pushed, &candidate, now, &mut missing, &mut known);
@@ -225,7 +225,7 @@ impl Worker {
                 Pushed::Accepted | Pushed::TokenGone | Pushed::Missing | Pushed::Refused { .. } => lane.is_well(),
             }
             let fate = self.attempts.fate(leased.job, &pushed, self.config.notifications.visibility_timeout);
-            self.metrics.pushes.one((lane.name, pushed.outcome(lane.is_real(), fate == Fate::Done)));
+            self.metrics.pushes.increment((lane.name, pushed.outcome(lane.is_real(), fate == Fate::Done)));
             let fate = match fate {
                 Fate::Done if pushed == Pushed::TokenGone => {
                     match self.janitor.take(candidate.device, candidate.target.token()) {

@@ -136,7 +136,7 @@ impl<DB: Poolable> Pool<DB> {
         let acquired = self.acquire(start + self.inner.limits.acquire_timeout).await;
         match &acquired {
             Ok(_) => metrics.pool_time.time(self.inner.name, start.elapsed()),
-            Err(_) => metrics.pool_failures.one(self.inner.name),
+            Err(_) => metrics.pool_failures.increment(self.inner.name),
         }
         acquired
     }
@@ -145,7 +145,7 @@ impl<DB: Poolable> Pool<DB> {
         let permit = match self.inner.permits.clone().try_acquire_owned() {
             Ok(permit) => permit,
             Err(_) => {
-                self.inner.metrics.pool_waits.one(self.inner.name);
+                self.inner.metrics.pool_waits.increment(self.inner.name);
                 tokio::time::timeout_at(deadline, self.inner.permits.clone().acquire_owned())
                     .await
                     .map_err(|_| sqlx::Error::PoolTimedOut)?

@@ -90,13 +90,13 @@ impl GroupCounts {
             charges.commit();
         }
         for replay in sent.iter().flatten().filter_map(|sent| sent.replay) {
-            metrics.repeats.one(match replay {
+            metrics.repeats.increment(match replay {
                 Replay::SameBody => Repeat::Same,
                 Replay::OtherBody => Repeat::Other,
             });
         }
         for refused in sent.iter().flatten().flat_map(|sent| &sent.outcome.refused) {
-            metrics.refused_messages.one(match refused.reason {
+            metrics.refused_messages.increment(match refused.reason {
                 RefusalReason::Inbox => QueueRefusal::Inbox,
                 RefusalReason::Share => QueueRefusal::Share,
                 RefusalReason::Day => QueueRefusal::Day,
@@ -174,7 +174,7 @@ impl Store {
                 Ok(None) => tracing::debug!("another group has the same send; once more"),
                 Err(error) => return Err(error),
             }
-            self.metrics.group_retries.one(());
+            self.metrics.group_retries.increment(());
         }
         let result = self.try_commit_group(sends, acks, now, locking).await?;
         result.ok_or_else(|| StoreError(sqlx::Error::Protocol("another group keeps sending under the same key".into())))

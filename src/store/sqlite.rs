@@ -299,7 +299,7 @@ mod tests {
 
     async fn store_in(folder: &Path) -> SqliteStore {
         let config = Config::embedded(folder).unwrap();
-        SqliteStore::open(&folder.join("db"), &config.database, &Metrics::unread()).await.unwrap()
+        SqliteStore::open(&folder.join("db"), &config.database, &Metrics::unexported()).await.unwrap()
     }
 
     async fn uses(store: &SqliteStore) -> i64 {

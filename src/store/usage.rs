@@ -201,7 +201,7 @@ impl Store {
         delete_account(&mut tx, user).await?;
         tx.commit().await?;
         self.metrics.left.add(Left::Removed, mail);
-        self.metrics.accounts_expired.one(());
+        self.metrics.accounts_expired.increment(());
         Ok(Some(gone.into_iter().map(|device| Address { user, device }).collect()))
     }
 

@@ -27,26 +27,26 @@ pub(super) const PAUSE: Duration = Duration::from_secs(1);
 
 /// Brings one kind of telemetry to the collector.
 #[derive(Debug)]
-pub(super) struct Courier<E> {
+pub(super) struct BoundedExporter<E> {
     exporter: E,
     kind: &'static str,
     limit: Duration,
     runtime: Handle,
-    is_outage_told: AtomicBool,
+    is_outage_logged: AtomicBool,
 }
 
 /// For spans, if there is a collector.
-pub(super) fn spans(config: &config::Telemetry) -> Result<Option<Courier<SpanExporter>>> {
+pub(super) fn spans(config: &config::Telemetry) -> Result<Option<BoundedExporter<SpanExporter>>> {
     open(config, "traces", |address, limit| address.onto(SpanExporter::builder().with_tonic(), limit).build())
 }
 
 /// For measurements, if there is a collector.
-pub(super) fn metrics(config: &config::Telemetry) -> Result<Option<Courier<MetricExporter>>> {
+pub(super) fn metrics(config: &config::Telemetry) -> Result<Option<BoundedExporter<MetricExporter>>> {
     open(config, "metrics", |address, limit| address.onto(MetricExporter::builder().with_tonic(), limit).build())
 }
 
 /// For log lines, if there is a collector.
-pub(super) fn logs(config: &config::Telemetry) -> Result<Option<Courier<LogExporter>>> {
+pub(super) fn logs(config: &config::Telemetry) -> Result<Option<BoundedExporter<LogExporter>>> {
     open(config, "logs", |address, limit| address.onto(LogExporter::builder().with_tonic(), limit).build())
 }
 
@@ -68,17 +68,17 @@ fn open<E, B: std::error::Error + Send + Sync + 'static>(
     config: &config::Telemetry,
     kind: &'static str,
     build: impl FnOnce(Address<'_>, Duration) -> Result<E, B>,
-) -> Result<Option<Courier<E>>> {
+) -> Result<Option<BoundedExporter<E>>> {
     let Some(endpoint) = &config.otlp_endpoint else { return Ok(None) };
     // The library repeats the address, in which a password may be.
     let hidden = |error: B| format!("{:#}", anyhow::Error::from(error)).replace(endpoint, "***");
     let exporter = build(Address(endpoint), config.export_timeout)
         .map_err(|error| anyhow!("--otlp-endpoint can't be used for {kind}: {}", hidden(error)))?;
     let (limit, runtime) = (config.export_timeout, Handle::current());
-    Ok(Some(Courier { exporter, kind, limit, runtime, is_outage_told: AtomicBool::new(false) }))
+    Ok(Some(BoundedExporter { exporter, kind, limit, runtime, is_outage_logged: AtomicBool::new(false) }))
 }
 
-impl<E> Courier<E> {
+impl<E> BoundedExporter<E> {
     /// The library's own limit is for one attempt, and not for connecting.
     async fn within_limit(&self, export: impl Future<Output = OTelSdkResult>) -> OTelSdkResult {
         let bounded = {
@@ -87,18 +87,18 @@ impl<E> Courier<E> {
             tokio::time::timeout(self.limit, export)
         };
         let outcome = bounded.await.unwrap_or(Err(OTelSdkError::Timeout(self.limit)));
-        self.tell(&outcome);
+        self.log_outage(&outcome);
         outcome
     }
 
-    fn tell(&self, outcome: &OTelSdkResult) {
+    fn log_outage(&self, outcome: &OTelSdkResult) {
         let kind = self.kind;
         match outcome {
-            Ok(()) if self.is_outage_told.swap(false, Ordering::Relaxed) => {
+            Ok(()) if self.is_outage_logged.swap(false, Ordering::Relaxed) => {
                 info!(kind, "the collector takes them again")
             }
             Ok(()) => {}
-            Err(error) if self.is_outage_told.swap(true, Ordering::Relaxed) => {
+            Err(error) if self.is_outage_logged.swap(true, Ordering::Relaxed) => {
                 debug!(kind, %error, "the collector still does not take them");
             }
             Err(error) => warn!(kind, %error, "the collector does not take them; what it misses is dropped"),
@@ -106,7 +106,7 @@ impl<E> Courier<E> {
     }
 }
 
-impl opentelemetry_sdk::trace::SpanExporter for Courier<SpanExporter> {
+impl opentelemetry_sdk::trace::SpanExporter for BoundedExporter<SpanExporter> {
     async fn export(&self, batch: Vec<SpanData>) -> OTelSdkResult {
         self.within_limit(self.exporter.export(batch)).await
     }
@@ -120,7 +120,7 @@ impl opentelemetry_sdk::trace::SpanExporter for Courier<SpanExporter> {
     }
 }
 
-impl opentelemetry_sdk::logs::LogExporter for Courier<LogExporter> {
+impl opentelemetry_sdk::logs::LogExporter for BoundedExporter<LogExporter> {
     async fn export(&self, batch: LogBatch<'_>) -> OTelSdkResult {
         self.within_limit(self.exporter.export(batch)).await
     }
@@ -134,7 +134,7 @@ impl opentelemetry_sdk::logs::LogExporter for Courier<LogExporter> {
     }
 }
 
-impl PushMetricExporter for Courier<MetricExporter> {
+impl PushMetricExporter for BoundedExporter<MetricExporter> {
     async fn export(&self, metrics: &ResourceMetrics) -> OTelSdkResult {
         self.within_limit(self.exporter.export(metrics)).await
     }

@@ -21,7 +21,7 @@ use prometheus::{Registry, TextEncoder};
 use crate::config;
 use crate::telemetry::collector;
 
-pub use instruments::{Counter, Gauge, Held, Histogram, Kind, Level, Name, Requests};
+pub use instruments::{ActiveGauge, ActiveGuard, Counter, Gauge, Histogram, Kind, Name, Requests};
 pub use labels::*;
 pub use list::{Definition, Instruments, catalogue};
 
@@ -54,7 +54,7 @@ impl Metrics {
     }
 
     /// Instruments that nobody reads: for a room that is opened without a server around it, as a command does.
-    pub fn unread() -> Self {
+    pub fn unexported() -> Self {
         Self::of(SdkMeterProvider::builder().build(), Registry::new())
     }
 

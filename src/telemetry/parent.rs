@@ -46,7 +46,7 @@ impl Parent {
     }
 
     /// Whether somebody who may say so says that this trace is not kept.
-    pub(super) fn is_left_out(&self) -> bool {
+    pub(super) fn is_unsampled(&self) -> bool {
         self.is_trusted && !self.context.is_sampled()
     }
 }
@@ -86,7 +86,7 @@ mod tests {
         let unsampled = SAMPLED.replace("-01", "-00");
         for is_trusted in [true, false] {
             let parent = Parent::read(unsampled.as_bytes(), Some("a=1,b=2"), is_trusted).unwrap();
-            assert_eq!(parent.is_left_out(), is_trusted);
+            assert_eq!(parent.is_unsampled(), is_trusted);
             let state = SpanContext::from(parent).trace_state().header();
             assert_eq!(state, if is_trusted { "a=1,b=2" } else { "" });
         }

@@ -9,12 +9,12 @@ const PAUSE: Duration = Duration::from_secs(10);
 /// Lets one line through in ten seconds. The metrics count the others. It is about the log, which a process has one of;
 /// so it may be a `static`, as nothing else is.
 #[derive(Debug)]
-pub struct Throttle {
+pub struct LogThrottle {
     last: Mutex<Option<Instant>>,
     pause: Duration,
 }
 
-impl Throttle {
+impl LogThrottle {
     /// The first line is let through.
     pub const fn new() -> Self {
         Self::every(PAUSE)
@@ -26,7 +26,7 @@ impl Throttle {
     }
 
     /// Whether this line may be logged above `debug`.
-    pub fn lets_through(&self) -> bool {
+    pub fn try_acquire(&self) -> bool {
         let mut last = self.last.lock().unwrap_or_else(PoisonError::into_inner);
         let is_due = last.is_none_or(|at| at.elapsed() >= self.pause);
         if is_due {
@@ -36,7 +36,7 @@ impl Throttle {
     }
 }
 
-impl Default for Throttle {
+impl Default for LogThrottle {
     fn default() -> Self {
         Self::new()
     }
@@ -48,9 +48,9 @@ mod tests {
 
     #[test]
     fn of_many_lines_at_once_one_is_let_through() {
-        let throttle = Throttle::new();
-        assert_eq!((0..1000).filter(|_| throttle.lets_through()).count(), 1);
+        let throttle = LogThrottle::new();
+        assert_eq!((0..1000).filter(|_| throttle.try_acquire()).count(), 1);
         *throttle.last.lock().unwrap() = Instant::now().checked_sub(PAUSE);
-        assert_eq!((0..1000).filter(|_| throttle.lets_through()).count(), 1);
+        assert_eq!((0..1000).filter(|_| throttle.try_acquire()).count(), 1);
     }
 }

@@ -33,10 +33,10 @@ const LINKS: u32 = 32;
 
 /// What begins traces. Cloning is cheap.
 #[derive(Clone, Debug)]
-pub struct Traces(Option<Arc<Maker>>);
+pub struct Traces(Option<Arc<TraceRecorder>>);
 
 #[derive(Debug)]
-struct Maker {
+struct TraceRecorder {
     provider: SdkTracerProvider,
     tracer: SdkTracer,
     /// The share of traces that is kept.
@@ -53,11 +53,11 @@ impl Traces {
             .with_scheduled_delay(PAUSE)
             .build();
         let processor = BatchSpanProcessor::builder(exporter).with_batch_config(batches).build();
-        Ok(Self::onto(processor, config.trace_sampling_ratio, resource))
+        Ok(Self::with_processor(processor, config.trace_sampling_ratio, resource))
     }
 
     /// Traces that end at this processor, such as one that a test has.
-    pub fn onto(processor: impl SpanProcessor + 'static, ratio: f64, resource: &Resource) -> Self {
+    pub fn with_processor(processor: impl SpanProcessor + 'static, ratio: f64, resource: &Resource) -> Self {
         let provider = SdkTracerProvider::builder()
             .with_resource(resource.clone())
             // The choice is made before: what gets here is kept.
@@ -66,11 +66,11 @@ impl Traces {
             .with_span_processor(processor)
             .build();
         let tracer = provider.tracer("obscura");
-        Self(Some(Arc::new(Maker { provider, tracer, ratio })))
+        Self(Some(Arc::new(TraceRecorder { provider, tracer, ratio })))
     }
 
     /// Whether any trace is kept.
-    pub fn are_kept(&self) -> bool {
+    pub fn are_recorded(&self) -> bool {
         self.0.is_some()
     }
 
@@ -80,12 +80,12 @@ impl Traces {
     }
 
     /// Begins a trace that is a call to somebody else. It is kept by chance, and the other isn't told of it.
-    pub fn begin_call(&self, name: &'static str) -> Span {
+    pub fn begin_client(&self, name: &'static str) -> Span {
         self.begin_as(SpanKind::Client, name)
     }
 
     fn begin_as(&self, kind: SpanKind, name: impl Into<Cow<'static, str>>) -> Span {
-        match self.chosen() {
+        match self.sampled() {
             Some(maker) => maker.span(name, kind, &Context::new()),
             None => Span::default(),
         }
@@ -93,19 +93,19 @@ impl Traces {
 
     /// Begins the part of a trace that is a request to us. Others may have begun the trace; whether our part is kept
     /// is up to chance all the same, unless whoever may say so says that it is not.
-    pub fn answer(&self, name: impl Into<Cow<'static, str>>, parent: Option<Parent>) -> Span {
-        if parent.as_ref().is_some_and(Parent::is_left_out) {
+    pub fn begin_server(&self, name: impl Into<Cow<'static, str>>, parent: Option<Parent>) -> Span {
+        if parent.as_ref().is_some_and(Parent::is_unsampled) {
             return Span::default();
         }
-        let Some(maker) = self.chosen() else { return Span::default() };
+        let Some(maker) = self.sampled() else { return Span::default() };
         let before = parent.map_or_else(Context::new, |parent| Context::new().with_remote_span_context(parent.into()));
         maker.span(name, SpanKind::Server, &before)
     }
 
     /// Begins a trace of what is done for several at once. It is kept, and linked with each, if any of theirs is.
-    pub fn together<'a>(&self, name: &'static str, parts: impl Iterator<Item = &'a mut Span>) -> Span {
+    pub fn begin_linked<'a>(&self, name: &'static str, parts: impl Iterator<Item = &'a mut Span>) -> Span {
         let Some(maker) = &self.0 else { return Span::default() };
-        let mut parts = parts.filter(|part| part.is_kept()).peekable();
+        let mut parts = parts.filter(|part| part.is_recorded()).peekable();
         if parts.peek().is_none() {
             return Span::default();
         }
@@ -118,17 +118,17 @@ impl Traces {
     }
 
     /// Goes on with a trace that another node or task has kept so far.
-    pub fn follow(&self, name: &'static str, trail: Trail) -> Span {
+    pub fn continue_from(&self, name: &'static str, trace_link: TraceLink) -> Span {
         match &self.0 {
             Some(maker) => {
-                let before = Context::new().with_remote_span_context(trail.into());
+                let before = Context::new().with_remote_span_context(trace_link.into());
                 maker.span(name, SpanKind::Internal, &before)
             }
             None => Span::default(),
         }
     }
 
-    fn chosen(&self) -> Option<&Maker> {
+    fn sampled(&self) -> Option<&TraceRecorder> {
         self.0.as_deref().filter(|maker| rand::random::<f64>() < maker.ratio)
     }
 
@@ -139,13 +139,13 @@ impl Traces {
     }
 }
 
-impl Maker {
+impl TraceRecorder {
     fn span(&self, name: impl Into<Cow<'static, str>>, kind: SpanKind, before: &Context) -> Span {
-        begun(&self.tracer, SpanBuilder::from_name(name).with_kind(kind), before)
+        start_span(&self.tracer, SpanBuilder::from_name(name).with_kind(kind), before)
     }
 }
 
-fn begun(tracer: &SdkTracer, builder: SpanBuilder, before: &Context) -> Span {
+fn start_span(tracer: &SdkTracer, builder: SpanBuilder, before: &Context) -> Span {
     let span = tracer.build_with_context(builder, before);
     // The tracer comes along, so that whatever runs within this span can make parts of it.
     Span(Some(Context::new().with_value(tracer.clone()).with_span(span)))
@@ -169,13 +169,13 @@ impl Span {
     fn of_kind(name: &'static str, kind: SpanKind) -> Self {
         let part = |now: &Context| {
             let tracer = now.get::<SdkTracer>()?;
-            Some(begun(tracer, SpanBuilder::from_name(name).with_kind(kind), now))
+            Some(start_span(tracer, SpanBuilder::from_name(name).with_kind(kind), now))
         };
         Context::map_current(part).unwrap_or_default()
     }
 
     /// Whether anything is written down.
-    pub fn is_kept(&self) -> bool {
+    pub fn is_recorded(&self) -> bool {
         self.0.is_some()
     }
 
@@ -191,7 +191,7 @@ impl Span {
     pub async fn attempt<T, E>(&self, future: impl Future<Output = Result<T, E>>) -> Result<T, E> {
         let outcome = self.run(future).await;
         if outcome.is_err() {
-            self.has_failed();
+            self.set_failed();
         }
         outcome
     }
@@ -211,7 +211,7 @@ impl Span {
     }
 
     /// Marks it as failed. Why is in the log.
-    pub fn has_failed(&self) {
+    pub fn set_failed(&self) {
         if let Some(context) = &self.0 {
             context.span().set_status(Status::error(""));
         }
@@ -224,9 +224,9 @@ impl Span {
     }
 
     /// What is needed to go on with it elsewhere.
-    pub fn trail(&self) -> Option<Trail> {
+    pub fn trace_link(&self) -> Option<TraceLink> {
         let context = self.0.as_ref()?.span().span_context().clone();
-        Some(Trail { trace: context.trace_id(), span: context.span_id() })
+        Some(TraceLink { trace: context.trace_id(), span: context.span_id() })
     }
 }
 
@@ -239,19 +239,19 @@ impl Drop for Span {
 }
 
 /// Has another task go on with what runs where this is called.
-pub fn carried<F: Future>(future: F) -> impl Future<Output = F::Output> {
+pub fn with_current_span<F: Future>(future: F) -> impl Future<Output = F::Output> {
     future.with_current_context()
 }
 
 /// Where a trace that is kept has got to: numbers that are random, unless the sender's client has named the trace, and
 /// nothing else.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Trail {
+pub struct TraceLink {
     trace: TraceId,
     span: SpanId,
 }
 
-impl Trail {
+impl TraceLink {
     /// The length as bytes.
     pub const BYTES: usize = 24;
 
@@ -266,14 +266,15 @@ impl Trail {
     /// From another node; `None` if these can't be numbers of a trace.
     pub fn from_bytes(bytes: &[u8; Self::BYTES]) -> Option<Self> {
         let (trace, span) = bytes.split_first_chunk::<16>()?;
-        let trail = Self { trace: TraceId::from_bytes(*trace), span: SpanId::from_bytes(*span.first_chunk::<8>()?) };
-        (trail.trace != TraceId::INVALID && trail.span != SpanId::INVALID).then_some(trail)
+        let trace_link =
+            Self { trace: TraceId::from_bytes(*trace), span: SpanId::from_bytes(*span.first_chunk::<8>()?) };
+        (trace_link.trace != TraceId::INVALID && trace_link.span != SpanId::INVALID).then_some(trace_link)
     }
 }
 
-impl From<Trail> for SpanContext {
-    fn from(trail: Trail) -> Self {
-        Self::new(trail.trace, trail.span, TraceFlags::SAMPLED, true, TraceState::NONE)
+impl From<TraceLink> for SpanContext {
+    fn from(trace_link: TraceLink) -> Self {
+        Self::new(trace_link.trace, trace_link.span, TraceFlags::SAMPLED, true, TraceState::NONE)
     }
 }
 

@@ -117,7 +117,7 @@ impl Worker {
         let lease = self.config.notifications.visibility_timeout.mul_f64(0.8);
         let patience = PATIENCE.min(lease.saturating_sub(since.elapsed()));
         let (tried, stopping, metrics) = (self.tried.0.clone(), tasks.clone(), self.metrics.clone());
-        let span = self.traces.begin_call("push.send");
+        let span = self.traces.begin_client("push.send");
         span.set("obscura.push.provider", lane.name.text());
         tasks.attend(async move {
             let last_words = async {

@@ -13,7 +13,7 @@ const LIMITS: PoolLimits = PoolLimits {
 };
 
 fn pool(limits: PoolLimits) -> Pool<Sqlite> {
-    Pool::new(SqliteConnectOptions::new().in_memory(true), (), limits, PoolName::Reader, &Metrics::unread())
+    Pool::new(SqliteConnectOptions::new().in_memory(true), (), limits, PoolName::Reader, &Metrics::unexported())
 }
 
 fn idle(pool: &Pool<Sqlite>) -> usize {

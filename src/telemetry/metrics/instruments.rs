@@ -65,7 +65,7 @@ pub struct Counter<L = ()> {
 
 impl<L: Labels> Counter<L> {
     /// One more.
-    pub fn one(&self, labels: L) {
+    pub fn increment(&self, labels: L) {
         self.add(labels, 1);
     }
 
@@ -197,12 +197,12 @@ impl<L: Labels> Instrument for Gauge<L> {
 
 /// How many there are of something that comes and goes.
 #[derive(Clone, Debug)]
-pub struct Level<L = ()>(Gauge<L>);
+pub struct ActiveGauge<L = ()>(Gauge<L>);
 
-impl<L: Labels> Level<L> {
+impl<L: Labels> ActiveGauge<L> {
     /// One more, until the answer is dropped.
-    pub fn hold(&self, labels: L) -> Held {
-        let held = Held { values: self.0.values.clone(), place: labels.place() };
+    pub fn hold(&self, labels: L) -> ActiveGuard {
+        let held = ActiveGuard { values: self.0.values.clone(), place: labels.place() };
         held.values[held.place].fetch_add(1, Ordering::Relaxed);
         held
     }
@@ -213,7 +213,7 @@ impl<L: Labels> Level<L> {
     }
 }
 
-impl<L: Labels> Instrument for Level<L> {
+impl<L: Labels> Instrument for ActiveGauge<L> {
     type Labels = L;
 
     const KIND: Kind = Kind::Gauge;
@@ -225,12 +225,12 @@ impl<L: Labels> Instrument for Level<L> {
 
 /// One of those that are counted now.
 #[derive(Debug)]
-pub struct Held {
+pub struct ActiveGuard {
     values: Arc<[AtomicI64]>,
     place: usize,
 }
 
-impl Drop for Held {
+impl Drop for ActiveGuard {
     fn drop(&mut self) {
         self.values[self.place].fetch_sub(1, Ordering::Relaxed);
     }

@@ -5,7 +5,7 @@ use std::time::Duration;
 use opentelemetry::metrics::Meter;
 
 use crate::telemetry::metrics::instruments::{
-    Build, Counter, Gauge, Histogram, Instrument, Kind, Level, Name, Requests, TimeCounter,
+    ActiveGauge, Build, Counter, Gauge, Histogram, Instrument, Kind, Name, Requests, TimeCounter,
 };
 use crate::telemetry::metrics::labels::*;
 use crate::telemetry::metrics::process::Used;
@@ -72,17 +72,17 @@ metrics! {
     "Requests" {
         requests: Requests = "http.server.request.duration" "s"
             "Time from a request's head to its answer's head, by route. Its count is the number of requests.",
-        requests_active: Level = "http.server.active_requests" "{request}"
+        requests_active: ActiveGauge = "http.server.active_requests" "{request}"
             "Requests without an answer yet.",
         refusals: Counter<Refusal> = "obscura.http.errors" "{request}"
             "Requests that were refused or failed, by reason.",
-        connections: Level<Port> = "obscura.listener.connections" "{connection}"
+        connections: ActiveGauge<Port> = "obscura.listener.connections" "{connection}"
             "Open connections, sockets of the gateway included.",
         connections_accepted: Counter<Port> = "obscura.listener.accepted" "{connection}"
             "Connections let in.",
         connections_turned_away: Counter<Port> = "obscura.listener.turned_away" "{connection}"
             "Connections closed at once, because there were too many, in all or from one address.",
-        password_hashes: Level = "obscura.passwords.active" "{hash}"
+        password_hashes: ActiveGauge = "obscura.passwords.active" "{hash}"
             "Passwords that are being hashed, or wait for a processor.",
         password_hashes_done: Counter = "obscura.passwords.hashes" "{hash}"
             "Passwords hashed or checked.",
@@ -92,7 +92,7 @@ metrics! {
             "Passwords turned away, because too many waited.",
     }
     "Gateway" {
-        sockets: Level = "obscura.gateway.sockets" "{socket}"
+        sockets: ActiveGauge = "obscura.gateway.sockets" "{socket}"
             "Open gateway sockets.",
         sockets_opened: Counter = "obscura.gateway.opened" "{socket}"
             "Gateway sockets opened.",
@@ -239,7 +239,7 @@ metrics! {
 impl Instruments {
     /// A round of a repeated job is over, at this Unix second.
     pub fn job_ended(&self, job: Job, is_well: bool, now: i64) {
-        self.job_runs.one((job, if is_well { Ended::Done } else { Ended::Failed }));
+        self.job_runs.increment((job, if is_well { Ended::Done } else { Ended::Failed }));
         if is_well {
             self.job_success.set(job, now);
         }

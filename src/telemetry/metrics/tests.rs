@@ -130,7 +130,7 @@ fn names_are_distinct_and_every_value_of_a_label_is_too() {
 #[test]
 fn every_combination_of_labels_has_a_series_of_its_own() {
     let (metrics, _) = used();
-    metrics.pushes.one((PushProvider::WebPush, PushOutcome::GivenUp));
+    metrics.pushes.increment((PushProvider::WebPush, PushOutcome::GivenUp));
     metrics.pushes.add((PushProvider::WebPush, PushOutcome::Unavailable), 2);
     let page = metrics.page().unwrap();
     for (outcome, count) in [("given_up", 1), ("unavailable", 2), ("accepted", 0)] {
@@ -142,7 +142,7 @@ fn every_combination_of_labels_has_a_series_of_its_own() {
 
 #[test]
 fn what_is_held_counts_until_it_is_dropped() {
-    let metrics = Metrics::unread();
+    let metrics = Metrics::unexported();
     let held = [metrics.sockets.hold(()), metrics.sockets.hold(())];
     assert_eq!(metrics.sockets.value(()), 2);
     drop(held);

@@ -28,7 +28,7 @@ impl SpanProcessor for Ended {
 
 pub(crate) fn traces(ratio: f64) -> (Traces, Ended) {
     let ended = Ended::default();
-    (Traces::onto(ended.clone(), ratio, &Resource::builder_empty().build()), ended)
+    (Traces::with_processor(ended.clone(), ratio, &Resource::builder_empty().build()), ended)
 }
 
 impl Ended {
@@ -62,7 +62,7 @@ fn the_number_of_a_trace_is_no_reason_to_keep_it() {
         for is_trusted in [true, false] {
             let text = format!("00-{number}-0000000000000001-01");
             let before = ended.count();
-            (0..1000).for_each(|_| drop(traces.answer("asked", Parent::read(text.as_bytes(), None, is_trusted))));
+            (0..1000).for_each(|_| drop(traces.begin_server("asked", Parent::read(text.as_bytes(), None, is_trusted))));
             assert!((150..=350).contains(&(ended.count() - before)));
         }
     }
@@ -76,10 +76,10 @@ async fn parts_belong_to_what_they_run_within_also_in_another_task() {
         .run(async {
             tokio::task::yield_now().await;
             let (part, tasks) = (Span::within("part"), Tasks::new());
-            part.run(async { tasks.finish(carried(async { drop(Span::calling("elsewhere")) })).await }).await;
+            part.run(async { tasks.finish(with_current_span(async { drop(Span::calling("elsewhere")) })).await }).await;
         })
         .await;
-    assert!(!Span::within("outside").is_kept());
+    assert!(!Span::within("outside").is_recorded());
     drop(whole);
     let [whole, part, elsewhere] = ["whole", "part", "elsewhere"].map(|name| ended.named(name));
     assert_eq!(part.parent_span_id, whole.span_context.span_id());
@@ -102,9 +102,9 @@ fn nothing_comes_of_what_is_not_kept() {
     let span = traces.begin("whole");
     span.set("key", 1);
     span.note("something");
-    span.has_failed();
-    assert_eq!((span.is_kept(), span.trail()), (false, None));
-    assert!(!traces.together("group", [Span::default(), span].iter_mut()).is_kept());
+    span.set_failed();
+    assert_eq!((span.is_recorded(), span.trace_link()), (false, None));
+    assert!(!traces.begin_linked("group", [Span::default(), span].iter_mut()).is_recorded());
     assert_eq!(ended.count(), 0);
     assert_eq!(size_of::<Traces>(), size_of::<usize>(), "one pointer, which is null without a collector");
 }
@@ -114,7 +114,7 @@ fn a_group_and_its_parts_are_linked_both_ways_up_to_a_bound() {
     let (traces, ended) = traces(1.0);
     let mut parts: Vec<_> = (0..100).map(|_| traces.begin("part")).collect();
     parts.push(Span::default());
-    drop(traces.together("group", parts.iter_mut()));
+    drop(traces.begin_linked("group", parts.iter_mut()));
     parts.clear();
     let (group, part) = (ended.named("group"), ended.named("part"));
     assert_eq!(group.links.len(), LINKS as usize);
@@ -123,16 +123,16 @@ fn a_group_and_its_parts_are_linked_both_ways_up_to_a_bound() {
 }
 
 #[test]
-fn a_trail_leads_on_from_another_node() {
+fn a_trace_link_continues_a_trace_from_another_node() {
     let ((here, one), (there, other)) = (traces(1.0), traces(0.0));
     let span = here.begin("send");
-    let trail = Trail::from_bytes(&span.trail().unwrap().to_bytes()).unwrap();
-    drop(there.follow("deliver", trail));
+    let trace_link = TraceLink::from_bytes(&span.trace_link().unwrap().to_bytes()).unwrap();
+    drop(there.continue_from("deliver", trace_link));
     drop(span);
     let (send, deliver) = (one.named("send"), other.named("deliver"));
     assert_eq!(deliver.span_context.trace_id(), send.span_context.trace_id());
     assert_eq!(deliver.parent_span_id, send.span_context.span_id());
-    assert_eq!(Trail::from_bytes(&[0; Trail::BYTES]), None);
+    assert_eq!(TraceLink::from_bytes(&[0; TraceLink::BYTES]), None);
 }
 
 #[tokio::test]

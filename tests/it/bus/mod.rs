@@ -46,7 +46,7 @@ impl Node {
         config.pubsub.stable_after = Duration::from_secs(1);
         change(&mut config);
         let tasks = Tasks::new();
-        let metrics = Metrics::unread();
+        let metrics = Metrics::unexported();
         let bus = Bus::open(&config.pubsub, &config.notifications, 8, &metrics, &tasks).unwrap();
         Self { bus, metrics, tasks }
     }

@@ -23,7 +23,7 @@ impl Pooled {
         let folder = tempfile::tempdir().unwrap();
         let mut config = deployment::config_of(&deployment::distributed_options(folder.path()).await);
         change(&mut config.database);
-        let store = Store::open(&config.database, Limits::of(&config), &Metrics::unread()).await.unwrap();
+        let store = Store::open(&config.database, Limits::of(&config), &Metrics::unexported()).await.unwrap();
         let database = Database::open(&config.database).await;
         Self { store, database, folder }
     }

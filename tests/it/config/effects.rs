@@ -221,7 +221,7 @@ static EFFECTS: &[Effect] = &[
 
     both("otlp-endpoint", &["telemetry/export.rs:traces_metrics_and_logs_arrive_to_the_last_of_them"]),
     both("log-format", &["options.rs:log_lines_are_objects_when_they_are_for_machines"]),
-    both("trace-sampling-ratio", &["telemetry/requests.rs:nobody_can_have_more_traces_kept_than_the_ratio_says", "telemetry/requests.rs:with_a_ratio_of_zero_no_trace_is_kept"]),
+    both("trace-sampling-ratio", &["telemetry/requests.rs:a_client_cannot_have_more_traces_recorded_than_the_ratio_says", "telemetry/requests.rs:with_a_ratio_of_zero_no_trace_is_kept"]),
     both("metrics-export-interval-secs", &["telemetry/export.rs:metrics_come_as_often_as_asked_and_once_more_at_the_end"]),
     both("export-timeout-secs", &["telemetry/export.rs:a_call_to_the_collector_takes_as_long_as_the_timeout_says"]),
 ];

@@ -145,8 +145,9 @@ async fn template() -> &'static str {
         create(&name, "").await;
         let mut config = Config::parse_from(["obscura-server"], |_| None).expect("the defaults are allowed").config;
         config.database.url = Secret::new(database_url(&name));
-        let store =
-            Store::open(&config.database, Limits::of(&config), &Metrics::unread()).await.expect("the tables are made");
+        let store = Store::open(&config.database, Limits::of(&config), &Metrics::unexported())
+            .await
+            .expect("the tables are made");
         store.close().await;
         name
     };

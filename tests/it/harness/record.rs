@@ -144,8 +144,8 @@ pub fn metrics(page: &str) {
 
 /// Has all traces of a server of this process written down, unless it sends them somewhere.
 pub fn listen_to(telemetry: &mut Telemetry) {
-    if RECORD.is_some() && !telemetry.traces.are_kept() {
-        telemetry.traces = Traces::onto(Spans, 1.0, &opentelemetry_sdk::Resource::builder_empty().build());
+    if RECORD.is_some() && !telemetry.traces.are_recorded() {
+        telemetry.traces = Traces::with_processor(Spans, 1.0, &opentelemetry_sdk::Resource::builder_empty().build());
     }
 }
 

@@ -14,7 +14,7 @@ use crate::harness::Database;
 /// SQLite's file in this folder, whatever this run is about.
 async fn open(folder: &Path) -> Result<Store, OpenError> {
     let config = Config::embedded(folder).unwrap();
-    Store::open(&config.database, Limits::of(&config), &Metrics::unread()).await
+    Store::open(&config.database, Limits::of(&config), &Metrics::unexported()).await
 }
 
 #[tokio::test]

@@ -73,7 +73,7 @@ impl TestStore {
         let mut limits = Limits::of(&config);
         change(&mut limits);
         let config = config.database;
-        let metrics = Metrics::unread();
+        let metrics = Metrics::unexported();
         let store = Store::open(&config, limits, &metrics).await.expect("a store");
         Self { store, limits, config, metrics, _folder: folder }
     }

@@ -112,7 +112,7 @@ async fn a_trusted_proxy_brings_its_state_and_may_leave_traces_out() {
 
 /// Without trusting anybody and with everybody trusted: the ratio is the most that is ever kept.
 #[tokio::test(flavor = "multi_thread")]
-async fn nobody_can_have_more_traces_kept_than_the_ratio_says() {
+async fn a_client_cannot_have_more_traces_recorded_than_the_ratio_says() {
     for trusted in [vec![], vec!["127.0.0.0/8".parse().unwrap()]] {
         let collector = Collector::start().await;
         let server = server(&collector, |config| {

@@ -34,7 +34,7 @@ async fn refusal_of(arguments: &[String]) -> String {
 async fn make_tables(place: &Place) {
     let url = format!("--db-url={}", place.url());
     let config = Config::parse_from(["obscura-server", &url], |_| None).unwrap().config;
-    let store = Store::open(&config.database, Limits::of(&config), &Metrics::unread()).await.unwrap();
+    let store = Store::open(&config.database, Limits::of(&config), &Metrics::unexported()).await.unwrap();
     store.close().await;
 }
 
