@@ -22,9 +22,9 @@ use tokio::net::TcpListener;
 use tower::ServiceExt;
 use tracing::{debug, error, info, warn};
 
-use crate::api::arrival::{Arriving, announce_end, announced_length};
+use crate::api::body_progress::{TrackedBody, announce_end, announced_length};
 use crate::api::connections::Connections;
-use crate::gateway::Progress;
+use crate::gateway::ConnectionProgress;
 use crate::listener::linger::Lingering;
 use crate::listener::stream::{Bounded, Common, UNSENT_BYTES};
 use crate::tasks::Tasks;
@@ -103,7 +103,7 @@ pub async fn serve(
         let _ = stream.set_nodelay(true);
         metrics.connections_accepted.increment(port);
         let place = (permit, metrics.connections.hold(port));
-        let stream = Bounded::new(stream, Arc::<Progress>::default(), common.clone(), place);
+        let stream = Bounded::new(stream, Arc::<ConnectionProgress>::default(), common.clone(), place);
         tasks.attend(converse(stream, peer, router.clone(), patience.head, tasks.clone()));
     }
 }
@@ -130,7 +130,7 @@ async fn converse(stream: Bounded, peer: SocketAddr, router: Router, head_timeou
     };
     if let Err(error) = ended {
         // A client that doesn't speak HTTP may still be sending.
-        progress.is_left_unread();
+        progress.set_left_unread();
         debug!(%error, "a connection ended early");
     }
 }
@@ -140,33 +140,33 @@ fn answer(
     router: Router,
     request: Request<Incoming>,
     peer: SocketAddr,
-    (progress, tasks): (&Arc<Progress>, &Tasks),
+    (progress, tasks): (&Arc<ConnectionProgress>, &Tasks),
 ) -> impl Future<Output = Result<Response, Infallible>> + use<> {
     // There is a next request, so the previous one was read to its end.
-    progress.is_read_again();
+    progress.clear_left_unread();
     let (head, body) = request.into_parts();
-    let (body, arrival) = Arriving::watch(body, progress);
+    let (body, body_progress) = TrackedBody::watch(body, progress);
     let length = announced_length(&head.headers);
     let is_forwarded = head.headers.contains_key("x-forwarded-for") || head.headers.contains_key(header::FORWARDED);
     let mut request = Request::from_parts(head, body);
     request.extensions_mut().insert(ConnectInfo(peer));
     request.extensions_mut().insert(progress.clone());
-    if let Some(arrival) = &arrival {
-        request.extensions_mut().insert(arrival.clone());
+    if let Some(body_progress) = &body_progress {
+        request.extensions_mut().insert(body_progress.clone());
     }
     let waits_for_body = is_forwarded && !request.headers().contains_key(header::EXPECT);
     let (progress, tasks) = (progress.clone(), tasks.clone());
     let answered = router.oneshot(request);
     async move {
         let mut response = answered.await?;
-        if let Some(arrival) = arrival {
+        if let Some(body_progress) = body_progress {
             if waits_for_body {
                 tokio::select! {
                     () = tasks.stopping() => {}
-                    () = arrival.read_to_end(length, &progress) => {}
+                    () = body_progress.read_to_end(length, &progress) => {}
                 }
             }
-            announce_end(&mut response, &arrival, length);
+            announce_end(&mut response, &body_progress, length);
         }
         Ok(response)
     }

@@ -14,8 +14,8 @@ use serde::Serialize;
 use tokio_util::sync::CancellationToken;
 use tracing::{error, warn};
 
-use crate::api::arrival::announced_length;
 use crate::api::attachments::conditions::{Part, entity_tag, is_known, requested_part};
+use crate::api::body_progress::announced_length;
 use crate::api::error::ApiError;
 use crate::api::extract::{Holder, PathId, Unmetered, check_encoding};
 use crate::app::App;

@@ -14,7 +14,7 @@ use tracing::{error, warn};
 use crate::api::error::ApiError;
 use crate::app::App;
 use crate::config::Server;
-use crate::gateway::Progress;
+use crate::gateway::ConnectionProgress;
 use crate::limits::{Payer, Tier};
 
 const FORWARDED_FOR: &str = "x-forwarded-for";
@@ -65,7 +65,7 @@ pub async fn admit(State(entrance): State<Entrance>, request: Request, next: Nex
         error!("a request came without the address of its peer");
         return ApiError::Internal.into_response();
     };
-    let progress = request.extensions().get::<Arc<Progress>>().cloned();
+    let progress = request.extensions().get::<Arc<ConnectionProgress>>().cloned();
     // A proxy's connection serves many clients, which must not wait for each other's refusals.
     let is_of_one_client = !entrance.app.config.server.trusts(peer.ip().to_canonical());
     let response = admitted(entrance, peer.ip(), request, next).await;
@@ -89,8 +89,8 @@ async fn admitted(entrance: Entrance, peer: IpAddr, mut request: Request, next: 
 
 /// Delays a refusal on a connection that was refused more often than not. Otherwise a client that sends many requests ahead
 /// could keep the server busy with refusals, each of which costs a little.
-async fn slow_down(progress: &Progress, status: StatusCode) {
-    let refusals = progress.answered(status == StatusCode::TOO_MANY_REQUESTS);
+async fn slow_down(progress: &ConnectionProgress, status: StatusCode) {
+    let refusals = progress.count_answer(status == StatusCode::TOO_MANY_REQUESTS);
     if refusals > QUICK_REFUSALS {
         tokio::time::sleep((REFUSAL_STEP * (refusals - QUICK_REFUSALS)).min(SLOWEST_REFUSAL)).await;
     }

@@ -19,7 +19,7 @@ use crate::api::error::ApiError;
 use crate::api::extract::Caller;
 use crate::app::App;
 use crate::auth::tokens::OpaqueSecret;
-use crate::gateway::{self, Features, Progress};
+use crate::gateway::{self, ConnectionProgress, Features};
 use crate::limits::Payer;
 use crate::store::NewTicket;
 
@@ -92,7 +92,7 @@ impl Ticket {
 /// ticket.
 pub async fn connect(
     State(app): State<App>,
-    Extension(progress): Extension<Arc<Progress>>,
+    Extension(progress): Extension<Arc<ConnectionProgress>>,
     Extension(admitted): Extension<Admitted>,
     request: Request,
 ) -> Result<Response, ApiError> {

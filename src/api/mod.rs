@@ -1,8 +1,8 @@
 //! The REST API. `ROUTES` is the table of contents; each resource has a file of its own.
 
 pub mod accounts;
-pub mod arrival;
 pub mod attachments;
+pub mod body_progress;
 pub mod clients;
 pub mod connections;
 pub mod device_keys;

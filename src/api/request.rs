@@ -12,7 +12,7 @@ use axum::response::{IntoResponse, Response};
 use tokio::time::Instant;
 use uuid::Uuid;
 
-use crate::api::arrival::{Arrival, Deadline};
+use crate::api::body_progress::{BodyProgress, Deadline};
 use crate::api::error::ApiError;
 use crate::app::App;
 use crate::telemetry::parent::Parent;
@@ -40,13 +40,13 @@ fn fresh_id() -> HeaderValue {
 /// body that comes in too slowly uses it up.
 pub(super) async fn bounded_in_time(State(app): State<App>, request: Request, next: Next) -> Response {
     let mut deadline = Deadline::new(time_limit(&app, &request));
-    let arrival = request.extensions().get::<Arc<Arrival>>().cloned();
+    let body_progress = request.extensions().get::<Arc<BodyProgress>>().cloned();
     let mut answered = std::pin::pin!(next.run(request));
     loop {
         if let Ok(response) = tokio::time::timeout_at(deadline.at(), answered.as_mut()).await {
             return response;
         }
-        if deadline.is_over(arrival.as_deref(), Instant::now()) {
+        if deadline.check_expired(body_progress.as_deref(), Instant::now()) {
             return ApiError::Timeout.into_response();
         }
     }

@@ -316,7 +316,7 @@ pub struct Gateway {
     /// A socket whose client accepts no byte for this long is closed.
     pub write_timeout: Duration,
     /// Pause between two looks at the inbox that cover a lost signal.
-    pub look_interval: Duration,
+    pub resync_interval: Duration,
     /// Open sockets of one device; the oldest is closed when passed.
     pub max_connections_per_device: usize,
 }

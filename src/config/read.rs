@@ -287,7 +287,7 @@ fn gateway(given: &Given) -> Gateway {
         fetch_retry_budget: given.duration("ws-fetch-retry-budget-ms"),
         ticket_lifetime: given.duration("ws-ticket-ttl-secs"),
         write_timeout: given.duration("ws-write-timeout-secs"),
-        look_interval: given.duration("ws-look-interval-secs"),
+        resync_interval: given.duration("ws-look-interval-secs"),
         max_connections_per_device: given.number("ws-max-connections-per-device"),
     }
 }

@@ -16,7 +16,7 @@ use crate::telemetry::traces::Span;
 /// The pause after a failed write.
 const RETRY: Duration = Duration::from_millis(500);
 /// How long acks of a socket that has ended are kept trying.
-const LAST_TRIES: Duration = Duration::from_secs(30);
+const FINAL_RETRY_TIME: Duration = Duration::from_secs(30);
 
 /// What became of a write: whether it is durable.
 pub(super) type Stored = bool;
@@ -26,7 +26,7 @@ pub(super) type Stored = bool;
 pub(super) struct Acks {
     waiting: Vec<Ack>,
     /// A notice that the client has acknowledged.
-    told: Option<Box<Notice>>,
+    notice: Option<Box<Notice>>,
     due: Option<Instant>,
     /// Set after a failed write: nothing is tried before.
     retry_at: Option<Instant>,
@@ -40,7 +40,7 @@ pub(super) struct Acks {
 #[derive(Clone, Default)]
 struct Batch {
     acks: Vec<Ack>,
-    told: Option<Box<Notice>>,
+    notice: Option<Box<Notice>>,
 }
 
 #[derive(Clone, Copy)]
@@ -58,8 +58,8 @@ impl Acks {
     }
 
     /// Takes in that the client has acknowledged a notice.
-    pub(super) fn tell(&mut self, told: Notice, due: Instant) {
-        self.told = Some(Box::new(told));
+    pub(super) fn add_notice(&mut self, notice: Notice, due: Instant) {
+        self.notice = Some(Box::new(notice));
         self.due.get_or_insert(due);
     }
 
@@ -91,7 +91,7 @@ impl Acks {
     /// Starts to write a batch.
     pub(super) fn store(&mut self, app: &App, device: DeviceNo) {
         let batch_size = self.waiting.len().min(app.config.gateway.ack_batch_size);
-        let batch = Batch { acks: self.waiting.drain(..batch_size).collect(), told: self.told.take() };
+        let batch = Batch { acks: self.waiting.drain(..batch_size).collect(), notice: self.notice.take() };
         if self.waiting.is_empty() {
             (self.waiting, self.due) = (Vec::new(), None);
         }
@@ -108,13 +108,13 @@ impl Acks {
     }
 
     /// Takes note of how the write under way has ended. What wasn't written waits again.
-    pub(super) fn settle(&mut self, stored: Stored) {
+    pub(super) fn finish_write(&mut self, stored: Stored) {
         let Some((mut batch, _)) = self.storing.take() else { return };
         self.retry_at = None;
         if !stored {
             batch.acks.append(&mut self.waiting);
             self.waiting = batch.acks;
-            self.told = self.told.take().or(batch.told);
+            self.notice = self.notice.take().or(batch.notice);
             let retry_at = Instant::now() + RETRY;
             (self.due, self.retry_at) = (Some(retry_at), Some(retry_at));
         }
@@ -122,16 +122,16 @@ impl Acks {
 
     /// Writes everything, though the socket is gone.
     pub(super) async fn finish(mut self, app: &App, device: DeviceNo) {
-        let give_up = Instant::now() + LAST_TRIES;
+        let give_up = Instant::now() + FINAL_RETRY_TIME;
         while Instant::now() < give_up {
             if self.storing.is_none() {
-                if self.waiting.is_empty() && self.told.is_none() {
+                if self.waiting.is_empty() && self.notice.is_none() {
                     return;
                 }
                 self.store(app, device);
             }
             let stored = self.stored().await;
-            self.settle(stored);
+            self.finish_write(stored);
             if !stored {
                 tokio::time::sleep(RETRY).await;
             }
@@ -150,9 +150,9 @@ async fn traced(spans: Vec<Span>, write: impl Future<Output = Stored>) -> Stored
     stored
 }
 
-async fn write(app: App, device: DeviceNo, Batch { acks: batch, told }: Batch) -> Stored {
-    if let Some(told) = told
-        && let Err(error) = app.store.acknowledge_notice(device, *told, app.clock.now()).await
+async fn write(app: App, device: DeviceNo, Batch { acks: batch, notice }: Batch) -> Stored {
+    if let Some(notice) = notice
+        && let Err(error) = app.store.acknowledge_notice(device, *notice, app.clock.now()).await
     {
         warn!(%error, "an acknowledged notice could not be written down; it will be tried again");
         return false;
@@ -185,9 +185,9 @@ mod tests {
             acks.add(MessageId::random(), None, Instant::now());
         }
         assert!(acks.are_due(Instant::now(), &config));
-        let batch = Batch { acks: acks.waiting.drain(..config.ack_batch_size).collect(), told: None };
+        let batch = Batch { acks: acks.waiting.drain(..config.ack_batch_size).collect(), notice: None };
         acks.storing = Some((batch, Box::pin(pending())));
-        acks.settle(false);
+        acks.finish_write(false);
         assert_eq!(acks.waiting.len(), 2 * config.ack_batch_size, "nothing is lost");
         assert!(!acks.are_due(Instant::now(), &config));
         assert!(acks.due().unwrap() > Instant::now());

@@ -4,7 +4,7 @@ use std::mem::replace;
 
 use bytes::Bytes;
 
-use crate::gateway::look::{NoFrame, timely};
+use crate::gateway::database_read::{ReadError, with_timeout};
 use crate::model::ids::{DeviceId, UserId};
 use crate::store::Store;
 use crate::wire;
@@ -37,22 +37,22 @@ impl Features {
 pub(super) struct DeviceList {
     user: UserId,
     /// Empty before the first frame: an account has at least one device.
-    told: Vec<DeviceId>,
+    last_sent: Vec<DeviceId>,
     /// Whether to read the list again.
     pub(super) is_wanted: bool,
 }
 
 impl DeviceList {
     pub(super) fn new(user: UserId) -> Self {
-        Self { user, told: Vec::new(), is_wanted: true }
+        Self { user, last_sent: Vec::new(), is_wanted: true }
     }
 
     /// Reads the list. Returns a frame if it is not what the client was told last.
-    pub(super) async fn look(&mut self, store: &Store) -> Result<Option<Bytes>, NoFrame> {
-        let devices = timely(store.devices(self.user)).await?.into_iter().map(|device| device.id).collect();
+    pub(super) async fn refresh(&mut self, store: &Store) -> Result<Option<Bytes>, ReadError> {
+        let devices = with_timeout(store.devices(self.user)).await?.into_iter().map(|device| device.id).collect();
         self.is_wanted = false;
-        let former = replace(&mut self.told, devices);
-        Ok((self.told != former).then(|| wire::device_list(&self.told)))
+        let former = replace(&mut self.last_sent, devices);
+        Ok((self.last_sent != former).then(|| wire::device_list(&self.last_sent)))
     }
 }
 

@@ -12,7 +12,7 @@ use crate::limits::{Amount, FRAMES_OF_ACCOUNT_KIB, Held, Payer, kib};
 use crate::tasks::jittered;
 
 /// A frame with at most this many bytes of messages needs no memory of the budget.
-pub(super) const MODEST_BYTES: usize = 64 << 10;
+pub(super) const SMALL_FRAME_BYTES: usize = 64 << 10;
 /// Where there is no room for as much as the client would take, there may be for a frame of this size.
 const SMALLER_BYTES: usize = 256 << 10;
 /// What the library needs for the largest message of a client: it joins the parts beside the buffer that it reads into.
@@ -64,13 +64,13 @@ impl FrameMemory {
     fn for_frame(&self, most: usize) -> Reserved {
         let most = most.min((FRAMES_OF_ACCOUNT_KIB as usize) << 10);
         for bytes in [most, SMALLER_BYTES.min(most)] {
-            if bytes > MODEST_BYTES
+            if bytes > SMALL_FRAME_BYTES
                 && let Some(held) = self.amount.try_take(self.payer, kib(bytes))
             {
                 return Reserved { bytes, held: Some(held) };
             }
         }
-        Reserved { bytes: most.min(MODEST_BYTES), held: None }
+        Reserved { bytes: most.min(SMALL_FRAME_BYTES), held: None }
     }
 
     /// Takes memory for one message that is larger than what was reserved. Returns false if there is none; then the message
@@ -78,7 +78,7 @@ impl FrameMemory {
     pub(super) fn reserve_for_message(&mut self, bytes: usize) -> bool {
         // A socket that waits holds nothing for frames. Otherwise sockets could wait for each other.
         self.reserved = None;
-        if bytes <= MODEST_BYTES {
+        if bytes <= SMALL_FRAME_BYTES {
             self.reserved = Some(Reserved { bytes, held: None });
             return true;
         }
@@ -119,7 +119,7 @@ impl FrameMemory {
     /// A frame with so many bytes of messages is under way: keeps its memory, and gives back the rest.
     pub(super) fn keep(&mut self, bytes: usize) {
         let held = self.reserved.take().and_then(|reserved| reserved.held);
-        self.in_use = held.filter(|_| bytes > MODEST_BYTES);
+        self.in_use = held.filter(|_| bytes > SMALL_FRAME_BYTES);
         if let Some(held) = &mut self.in_use {
             held.shrink_to(kib(bytes));
         }
@@ -176,7 +176,7 @@ mod tests {
         assert_eq!(amount.taken(), 300);
         one.written();
         assert_eq!(one.reserve(MIB), MIB);
-        one.keep(MODEST_BYTES);
+        one.keep(SMALL_FRAME_BYTES);
         assert_eq!(amount.taken(), 0, "a modest frame is not charged");
     }
 
@@ -199,7 +199,7 @@ mod tests {
         let amount = amount(4);
         let (mut one, mut other) = (memory(&amount), memory(&amount));
         assert!(one.reserve_for_message(3 * MIB));
-        assert_eq!(one.reserve(MODEST_BYTES), 3 * MIB);
+        assert_eq!(one.reserve(SMALL_FRAME_BYTES), 3 * MIB);
         one.keep(3 * MIB);
         assert_eq!(other.reserve(MIB), MIB);
         assert!(!other.reserve_for_message(2 * MIB));
@@ -223,6 +223,6 @@ mod tests {
         assert!(!other.reserve_for_message(MIB));
         other.granted().await;
         assert!(!other.is_waiting() && begun.elapsed() >= PATIENCE + PAUSE / 2);
-        assert_eq!(other.reserve(MIB), MODEST_BYTES);
+        assert_eq!(other.reserve(MIB), SMALL_FRAME_BYTES);
     }
 }

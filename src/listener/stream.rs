@@ -16,7 +16,7 @@ use tokio::time::{Instant, Sleep};
 use tracing::debug;
 
 use crate::api::connections::Permit;
-use crate::gateway::{LATE, Progress};
+use crate::gateway::{ConnectionProgress, SUSPENDED_AFTER};
 use crate::limits::LEAST_RATE;
 use crate::listener::linger::Lingering;
 use crate::telemetry::metrics::ActiveGuard;
@@ -42,7 +42,7 @@ pub(super) struct Common {
 pub(super) struct Bounded {
     /// Present until it is dropped.
     stream: Option<TcpStream>,
-    progress: Arc<Progress>,
+    progress: Arc<ConnectionProgress>,
     common: Arc<Common>,
     /// Accepted by the kernel so far.
     written: u64,
@@ -61,7 +61,12 @@ struct Stall {
 }
 
 impl Bounded {
-    pub fn new(stream: TcpStream, progress: Arc<Progress>, common: Arc<Common>, place: (Permit, ActiveGuard)) -> Self {
+    pub fn new(
+        stream: TcpStream,
+        progress: Arc<ConnectionProgress>,
+        common: Arc<Common>,
+        place: (Permit, ActiveGuard),
+    ) -> Self {
         let credit = bytes_in(common.write_timeout);
         Self {
             stream: Some(stream),
@@ -75,7 +80,7 @@ impl Bounded {
         }
     }
 
-    pub fn progress(&self) -> &Arc<Progress> {
+    pub fn progress(&self) -> &Arc<ConnectionProgress> {
         &self.progress
     }
 
@@ -118,14 +123,14 @@ impl Bounded {
         };
         std::task::ready!(stall.end.as_mut().poll(context));
         let now = Instant::now();
-        if now.duration_since(stall.end.deadline()) > LATE {
+        if now.duration_since(stall.end.deadline()) > SUSPENDED_AFTER {
             // The server was paused, and has not seen yet what the client took meanwhile.
             stall.end.as_mut().reset(now + self.common.write_timeout);
             (self.credit, stall.began) = (bytes_in(self.common.write_timeout), now);
             return stall.end.as_mut().poll(context).map(|()| Err(io::ErrorKind::TimedOut.into()));
         }
         debug!("a client that takes too little is being disconnected");
-        self.progress.has_stalled();
+        self.progress.set_stalled();
         Poll::Ready(Err(io::ErrorKind::TimedOut.into()))
     }
 }
@@ -138,7 +143,7 @@ fn bytes_in(time: Duration) -> u64 {
 impl Drop for Bounded {
     fn drop(&mut self) {
         let (Some(stream), place) = (self.stream.take(), self.place.take()) else { return };
-        if self.progress.was_left_unread() {
+        if self.progress.is_left_unread() {
             self.common.lingering.take_over(stream, place);
         }
     }

@@ -172,8 +172,8 @@ async fn move_mail(database: &Database, from: &Device, to: &Device) {
 
 /// A signal is lost: mail turns up in an inbox of which nobody said anything.
 #[tokio::test]
-async fn a_lost_signal_is_made_up_for_by_a_look_after_the_interval() {
-    let server = TestServer::start_with(|config| config.gateway.look_interval = SECOND).await;
+async fn a_lost_signal_is_made_up_for_by_a_resync_after_the_interval() {
+    let server = TestServer::start_with(|config| config.gateway.resync_interval = SECOND).await;
     let (alice, bob) = people(&server).await;
     let carol = server.account().await;
     alice.send_to(&bob, "moved").await;
@@ -187,7 +187,7 @@ async fn a_lost_signal_is_made_up_for_by_a_look_after_the_interval() {
 /// The server forgets when a device last logged in. Its open socket looks at the device's row, and stays open.
 #[tokio::test]
 async fn a_socket_outlives_the_second_of_the_log_in_that_it_began_with() {
-    let server = TestServer::start_with(|config| config.gateway.look_interval = SECOND).await;
+    let server = TestServer::start_with(|config| config.gateway.resync_interval = SECOND).await;
     let (alice, bob) = people(&server).await;
     let carol = server.account().await.log_in().await;
     alice.send_to(&bob, "moved").await;

@@ -12,7 +12,7 @@ use crate::harness::{Client, Device, Event, Keys, PASSWORD, Socket, TestServer, 
 
 /// Two nodes. No look of a session at its inbox comes to the aid of a lost signal.
 async fn two_nodes() -> (TestServer, TestServer) {
-    let first = TestServer::start_node_with(|config| config.gateway.look_interval = Duration::from_hours(24)).await;
+    let first = TestServer::start_node_with(|config| config.gateway.resync_interval = Duration::from_hours(24)).await;
     let second = first.start_beside().await;
     (first, second)
 }

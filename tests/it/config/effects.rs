@@ -187,7 +187,7 @@ static EFFECTS: &[Effect] = &[
     both("ws-ticket-ttl-secs", &["options.rs:a_ticket_lives_as_long_as_the_option_says"]),
     both("ws-write-timeout-secs", &["gateway/slow.rs:a_client_that_takes_no_byte_is_closed_at_the_write_deadline"]),
     both("ws-max-connections-per-device", &["gateway/delivery.rs:one_socket_too_many_closes_the_oldest"]),
-    both("ws-look-interval-secs", &["options.rs:a_lost_signal_is_made_up_for_by_a_look_after_the_interval"]),
+    both("ws-look-interval-secs", &["options.rs:a_lost_signal_is_made_up_for_by_a_resync_after_the_interval"]),
 
     // A folder has none of the five, but an embedded server may have its attachments in a bucket, as in these tests.
     both("storage-bucket", &["blobs/opening.rs:a_missing_bucket_is_told_with_its_name_its_place_and_the_way_out"]),

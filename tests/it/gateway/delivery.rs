@@ -42,7 +42,7 @@ async fn messages_come_ordered_by_time_and_id() {
 }
 
 #[tokio::test]
-async fn a_frame_holds_fifty_messages_at_the_most() {
+async fn a_frame_holds_at_most_fifty_messages() {
     let server = TestServer::start().await;
     let (alice, bob) = (server.account().await, server.account().await);
     send_numbered(&alice, &bob, 0..120).await;

@@ -91,7 +91,7 @@ async fn the_last_of_many_pings_at_once_is_answered() {
 }
 
 #[tokio::test]
-async fn a_client_that_does_not_read_delays_nobody_else() {
+async fn a_client_that_does_not_read_delays_no_other_client() {
     let server = TestServer::start().await;
     let (alice, bob, carol) = (server.account().await, server.account().await, server.account().await);
     fill(&alice, &bob, 16).await;

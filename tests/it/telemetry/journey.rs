@@ -63,7 +63,7 @@ async fn one_message_over_two_nodes_is_one_trace() {
     let collector = Collector::start().await;
     let a = TestServer::start_node_with(|config| {
         attach(config, &collector);
-        config.gateway.look_interval = Duration::from_hours(24);
+        config.gateway.resync_interval = Duration::from_hours(24);
         // Or the picture would show nothing but the time in which acks are gathered.
         config.gateway.ack_flush_interval = Duration::from_millis(20);
     })

@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use tokio::time::Instant;
 
-use crate::gateway::memory::MODEST_BYTES;
+use crate::gateway::memory::SMALL_FRAME_BYTES;
 use crate::limits::LEAST_RATE;
 
 /// The first frame of a socket has at most this many bytes of messages. A client that takes frames quickly gets larger ones,
@@ -17,10 +17,10 @@ const QUICK: Duration = Duration::from_millis(500);
 const SLOW: Duration = Duration::from_secs(4);
 /// The longest silence of a client that is still reading: buffers and proxies on the way hold some megabytes, and no ping
 /// overtakes them.
-const LONGEST_READING: Duration = Duration::from_mins(10);
+const MAX_READING_TIME: Duration = Duration::from_mins(10);
 
 /// The pace of one client.
-pub(super) struct Pace {
+pub(super) struct FramePacer {
     /// Until then the client may still be reading what it was sent.
     reading_until: Instant,
     /// The most that the next frame may have, in bytes of messages.
@@ -29,7 +29,7 @@ pub(super) struct Pace {
     frame: (usize, Instant),
 }
 
-impl Pace {
+impl FramePacer {
     /// The pace of a new client.
     pub(super) fn new(now: Instant) -> Self {
         Self { reading_until: now, frame_limit: FIRST_FRAME_BYTES, frame: (0, now) }
@@ -46,32 +46,32 @@ impl Pace {
     }
 
     /// A frame of this size is started.
-    pub(super) fn starts(&mut self, size: usize, now: Instant) {
+    pub(super) fn frame_started(&mut self, size: usize, now: Instant) {
         self.frame = (size, now);
     }
 
     /// The frame under way, or an answer to a ping, has been handed to the kernel, and the client has taken this many bytes
-    /// meanwhile. No frame may be larger than `most`.
-    pub(super) fn was_taken(&mut self, taken: u64, most: usize) {
+    /// meanwhile. No frame may be larger than `max_size`.
+    pub(super) fn frame_written(&mut self, taken: u64, max_size: usize) {
         let now = Instant::now();
-        self.takes(taken, now);
+        self.record_progress(taken, now);
         let (size, began) = std::mem::replace(&mut self.frame, (0, now));
         let took = now.duration_since(began);
         if size == 0 {
             return;
         }
         if took > SLOW {
-            self.frame_limit = (self.frame_limit / 2).max(MODEST_BYTES);
+            self.frame_limit = (self.frame_limit / 2).max(SMALL_FRAME_BYTES);
         } else if took < QUICK && size > self.frame_limit / 2 {
-            self.frame_limit = (self.frame_limit * 2).min(most.max(MODEST_BYTES));
+            self.frame_limit = (self.frame_limit * 2).min(max_size.max(SMALL_FRAME_BYTES));
         }
     }
 
     /// Gives the client time for the bytes that it has taken. Returns true if there are any.
-    pub(super) fn takes(&mut self, taken: u64, now: Instant) -> bool {
+    pub(super) fn record_progress(&mut self, taken: u64, now: Instant) -> bool {
         if taken > 0 {
             let time = Duration::from_millis(taken.saturating_mul(1000) / LEAST_RATE);
-            self.reading_until = (self.reading_until.max(now) + time).min(now + LONGEST_READING);
+            self.reading_until = (self.reading_until.max(now) + time).min(now + MAX_READING_TIME);
         }
         taken > 0
     }

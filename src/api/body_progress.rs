@@ -14,19 +14,19 @@ use http_body_util::BodyExt;
 use hyper::body::{Frame, Incoming, SizeHint};
 use tokio::time::Instant;
 
-use crate::gateway::{LATE, Progress};
+use crate::gateway::{ConnectionProgress, SUSPENDED_AFTER};
 use crate::limits::LEAST_RATE;
 
 /// An unread rest of at most this size is left to hyper. Hyper often has it already, and then the connection stays open.
 const SMALL_REST: u64 = 64 << 10;
 
 /// Before an early answer through a proxy, bodies up to this size are read, for this time.
-const MOST_READ_FIRST: u64 = 8 << 20;
-const LONGEST_READ_FIRST: Duration = Duration::from_secs(30);
+const MAX_READ_AHEAD: u64 = 8 << 20;
+const MAX_READ_AHEAD_TIME: Duration = Duration::from_secs(30);
 
 /// How much of a request's body has come in, and since when. Times are milliseconds since the head was read.
 #[derive(Debug)]
-pub struct Arrival {
+pub struct BodyProgress {
     began: Instant,
     bytes: AtomicU64,
     last: AtomicU64,
@@ -35,7 +35,7 @@ pub struct Arrival {
     rest: Mutex<Option<Incoming>>,
 }
 
-impl Arrival {
+impl BodyProgress {
     fn new() -> Self {
         Self {
             began: Instant::now(),
@@ -48,41 +48,41 @@ impl Arrival {
 
     fn add(&self, bytes: usize) {
         self.bytes.fetch_add(bytes as u64, Ordering::Relaxed);
-        self.is_now();
+        self.touch();
     }
 
-    fn ends(&self) {
+    fn set_complete(&self) {
         self.is_whole.store(true, Ordering::Relaxed);
-        self.is_now();
+        self.touch();
     }
 
-    fn is_now(&self) {
+    fn touch(&self) {
         let since = u64::try_from(self.began.elapsed().as_millis()).unwrap_or(u64::MAX);
         self.last.store(since, Ordering::Relaxed);
     }
 
     /// Reads the rest of the body and throws it away, if the body is not large. For answers through a proxy: some proxies
     /// close their client's connection when an answer comes early, and the client then loses the answer.
-    pub async fn read_to_end(&self, announced: Option<u64>, progress: &Progress) {
+    pub async fn read_to_end(&self, announced: Option<u64>, progress: &ConnectionProgress) {
         let mut rest = self.rest.lock().unwrap_or_else(PoisonError::into_inner).take();
         let Some(body) = &mut rest else { return };
-        if announced.is_some_and(|announced| announced > MOST_READ_FIRST) {
+        if announced.is_some_and(|announced| announced > MAX_READ_AHEAD) {
             return;
         }
         let reading = async {
-            while self.bytes.load(Ordering::Relaxed) <= MOST_READ_FIRST {
+            while self.bytes.load(Ordering::Relaxed) <= MAX_READ_AHEAD {
                 match body.frame().await {
                     Some(Ok(frame)) => self.add(frame.data_ref().map_or(0, Bytes::len)),
                     Some(Err(_)) => return,
                     None => {
-                        self.ends();
-                        progress.is_read_again();
+                        self.set_complete();
+                        progress.clear_left_unread();
                         return;
                     }
                 }
             }
         };
-        let _ = tokio::time::timeout(LONGEST_READ_FIRST, reading).await;
+        let _ = tokio::time::timeout(MAX_READ_AHEAD_TIME, reading).await;
     }
 
     fn last(&self) -> Instant {
@@ -104,21 +104,21 @@ impl Deadline {
         Self { at: Instant::now() + limit, limit, seen: 0 }
     }
 
-    /// The time at which [`Deadline::is_over`] has to be asked.
+    /// The time at which [`Deadline::check_expired`] has to be asked.
     pub fn at(&self) -> Instant {
         self.at
     }
 
     /// True when the time is over at `now`. Otherwise bytes have come in that put it off.
-    pub fn is_over(&mut self, arrival: Option<&Arrival>, now: Instant) -> bool {
-        if now.saturating_duration_since(self.at) > LATE {
+    pub fn check_expired(&mut self, body_progress: Option<&BodyProgress>, now: Instant) -> bool {
+        if now.saturating_duration_since(self.at) > SUSPENDED_AFTER {
             self.at = now + self.limit;
             return false;
         }
-        let Some(arrival) = arrival else { return true };
-        let bytes = arrival.bytes.load(Ordering::Relaxed);
-        let latest = arrival.last() + self.limit;
-        self.at = if arrival.is_whole.load(Ordering::Relaxed) {
+        let Some(body_progress) = body_progress else { return true };
+        let bytes = body_progress.bytes.load(Ordering::Relaxed);
+        let latest = body_progress.last() + self.limit;
+        self.at = if body_progress.is_whole.load(Ordering::Relaxed) {
             latest
         } else {
             latest.min(self.at + time_for(bytes - self.seen))
@@ -134,25 +134,28 @@ fn time_for(bytes: u64) -> Duration {
 }
 
 /// A body that reports its progress. If it is dropped before its end, the connection is read on after the answer.
-pub struct Arriving {
+pub struct TrackedBody {
     /// Present until it is dropped.
     body: Option<Incoming>,
-    arrival: Arc<Arrival>,
-    progress: Arc<Progress>,
+    body_progress: Arc<BodyProgress>,
+    progress: Arc<ConnectionProgress>,
 }
 
-impl Arriving {
+impl TrackedBody {
     /// The body of a request on the connection with this progress; `None` for a request without one.
-    pub fn watch(body: Incoming, progress: &Arc<Progress>) -> (Body, Option<Arc<Arrival>>) {
+    pub fn watch(body: Incoming, progress: &Arc<ConnectionProgress>) -> (Body, Option<Arc<BodyProgress>>) {
         if body.is_end_stream() {
             return (Body::empty(), None);
         }
-        let arrival = Arc::new(Arrival::new());
-        (Body::new(Self { body: Some(body), arrival: arrival.clone(), progress: progress.clone() }), Some(arrival))
+        let body_progress = Arc::new(BodyProgress::new());
+        (
+            Body::new(Self { body: Some(body), body_progress: body_progress.clone(), progress: progress.clone() }),
+            Some(body_progress),
+        )
     }
 }
 
-impl HttpBody for Arriving {
+impl HttpBody for TrackedBody {
     type Data = Bytes;
     type Error = hyper::Error;
 
@@ -161,12 +164,12 @@ impl HttpBody for Arriving {
         let Some(body) = &mut this.body else { return Poll::Ready(None) };
         let frame = std::task::ready!(Pin::new(&mut *body).poll_frame(context));
         match &frame {
-            Some(Ok(frame)) => this.arrival.add(frame.data_ref().map_or(0, Bytes::len)),
+            Some(Ok(frame)) => this.body_progress.add(frame.data_ref().map_or(0, Bytes::len)),
             Some(Err(_)) => {}
-            None => this.arrival.ends(),
+            None => this.body_progress.set_complete(),
         }
         if body.is_end_stream() {
-            this.arrival.ends();
+            this.body_progress.set_complete();
         }
         Poll::Ready(frame)
     }
@@ -180,19 +183,19 @@ impl HttpBody for Arriving {
     }
 }
 
-impl Drop for Arriving {
+impl Drop for TrackedBody {
     fn drop(&mut self) {
-        if !self.arrival.is_whole.load(Ordering::Relaxed) {
-            self.progress.is_left_unread();
-            *self.arrival.rest.lock().unwrap_or_else(PoisonError::into_inner) = self.body.take();
+        if !self.body_progress.is_whole.load(Ordering::Relaxed) {
+            self.progress.set_left_unread();
+            *self.body_progress.rest.lock().unwrap_or_else(PoisonError::into_inner) = self.body.take();
         }
     }
 }
 
 /// Adds `connection: close` to an answer if much of the request's body is still unread; that rest is thrown away.
-pub fn announce_end(response: &mut Response, arrival: &Arrival, length: Option<u64>) {
-    let missing = length.map(|length| length.saturating_sub(arrival.bytes.load(Ordering::Relaxed)));
-    if !arrival.is_whole.load(Ordering::Relaxed) && missing.is_none_or(|missing| missing > SMALL_REST) {
+pub fn announce_end(response: &mut Response, body_progress: &BodyProgress, length: Option<u64>) {
+    let missing = length.map(|length| length.saturating_sub(body_progress.bytes.load(Ordering::Relaxed)));
+    if !body_progress.is_whole.load(Ordering::Relaxed) && missing.is_none_or(|missing| missing > SMALL_REST) {
         response.headers_mut().append(header::CONNECTION, HeaderValue::from_static("close"));
     }
 }
@@ -213,14 +216,14 @@ mod tests {
 
     /// Plays a body that comes in with `rate` bytes a second until it has `total`; answers when it was cut, if it was.
     async fn played(limit: Duration, rate: u64, total: u64) -> Option<Duration> {
-        let (arrival, mut deadline) = (Arrival::new(), Deadline::new(limit));
+        let (body_progress, mut deadline) = (BodyProgress::new(), Deadline::new(limit));
         for _ in 0..total / rate {
             tokio::time::advance(SECOND).await;
             let now = Instant::now();
-            if deadline.at() <= now && deadline.is_over(Some(&arrival), now) {
-                return Some(arrival.began.elapsed());
+            if deadline.at() <= now && deadline.check_expired(Some(&body_progress), now) {
+                return Some(body_progress.began.elapsed());
             }
-            arrival.add(usize::try_from(rate).unwrap());
+            body_progress.add(usize::try_from(rate).unwrap());
         }
         None
     }
@@ -241,19 +244,19 @@ mod tests {
 
     #[tokio::test(start_paused = true)]
     async fn a_request_has_its_whole_time_behind_the_last_byte_and_behind_a_pause() {
-        let (arrival, mut deadline) = (Arrival::new(), Deadline::new(3 * SECOND));
+        let (body_progress, mut deadline) = (BodyProgress::new(), Deadline::new(3 * SECOND));
         tokio::time::advance(2 * SECOND).await;
-        arrival.add(1);
-        arrival.ends();
+        body_progress.add(1);
+        body_progress.set_complete();
         tokio::time::advance(SECOND).await;
-        assert!(!deadline.is_over(Some(&arrival), Instant::now()));
-        assert_eq!(deadline.at(), arrival.began + 5 * SECOND);
+        assert!(!deadline.check_expired(Some(&body_progress), Instant::now()));
+        assert_eq!(deadline.at(), body_progress.began + 5 * SECOND);
         tokio::time::advance(2 * SECOND).await;
-        assert!(deadline.is_over(Some(&arrival), Instant::now()));
+        assert!(deadline.check_expired(Some(&body_progress), Instant::now()));
         let mut paused = Deadline::new(SECOND);
         tokio::time::advance(60 * SECOND).await;
-        assert!(!paused.is_over(None, Instant::now()));
+        assert!(!paused.check_expired(None, Instant::now()));
         tokio::time::advance(SECOND).await;
-        assert!(paused.is_over(None, Instant::now()));
+        assert!(paused.check_expired(None, Instant::now()));
     }
 }

@@ -12,19 +12,19 @@ use tungstenite::error::{Error as WebSocketError, ProtocolError};
 use tungstenite::protocol::frame::coding::CloseCode;
 use tungstenite::protocol::{CloseFrame, Message};
 
-use crate::gateway::progress::Progress;
+use crate::gateway::progress::ConnectionProgress;
 use crate::gateway::socket::{Connection, Socket};
 
 /// Pings that are read while earlier answers wait to be taken. A client that only writes is then read no further.
 const UNANSWERED_PINGS: u32 = 16;
-/// Bytes without a whole frame after which there is an [`Event::Unframed`].
-const MANY_UNFRAMED_BYTES: u32 = 16 << 10;
+/// Bytes without a whole frame after which there is an [`Event::PartialFrame`].
+const MAX_PARTIAL_BYTES: u32 = 16 << 10;
 /// How long a client may take to take notice of our goodbye.
-const GOODBYE: Duration = Duration::from_secs(1);
+const CLOSE_TIMEOUT: Duration = Duration::from_secs(1);
 
 /// If a timer fires later than this, the process, the virtual machine or the node was paused. What the client sent meanwhile
 /// still waits in the kernel, so its time begins anew.
-pub const LATE: Duration = Duration::from_secs(1);
+pub const SUSPENDED_AFTER: Duration = Duration::from_secs(1);
 
 /// What happened on a socket.
 #[derive(Debug)]
@@ -34,7 +34,7 @@ pub(super) enum Event {
     /// The client sent something that only shows that it is alive.
     Alive,
     /// The client has sent this many bytes that have not made a frame yet.
-    Unframed(u32),
+    PartialFrame(u32),
     /// Memory is kept for a large message of the client from now on (true), or no longer.
     Large(bool),
     /// The frame under way has been handed to the kernel.
@@ -42,13 +42,13 @@ pub(super) enum Event {
     /// The connection has ended.
     Closed,
     /// The client has broken the protocol, for which the socket is closed with this code.
-    Offended(CloseCode),
+    ProtocolViolation(CloseCode),
 }
 
 /// The socket of one session.
-pub(super) struct Pipe {
+pub(super) struct FrameSocket {
     socket: Socket,
-    progress: Arc<Progress>,
+    progress: Arc<ConnectionProgress>,
     writing: bool,
     /// Pings whose answers may still wait in the socket.
     unanswered: u32,
@@ -65,9 +65,13 @@ pub(super) struct Pipe {
     broken: Option<Pin<Box<Sleep>>>,
 }
 
-impl Pipe {
+impl FrameSocket {
     /// The client may take `longest_message` to send a large message.
-    pub(super) fn new(connection: Box<dyn Connection>, progress: Arc<Progress>, longest_message: Duration) -> Self {
+    pub(super) fn new(
+        connection: Box<dyn Connection>,
+        progress: Arc<ConnectionProgress>,
+        longest_message: Duration,
+    ) -> Self {
         let accounted = progress.read();
         Self {
             socket: Socket::new(connection),
@@ -99,7 +103,7 @@ impl Pipe {
         self.progress.is_stalled()
     }
 
-    /// Starts to write a frame; [`Pipe::next`] goes on with it.
+    /// Starts to write a frame; [`FrameSocket::next`] goes on with it.
     pub(super) fn start(&mut self, message: Message) {
         debug_assert!(!self.is_writing(), "one frame at a time");
         match self.socket.start(message) {
@@ -110,7 +114,7 @@ impl Pipe {
 
     fn give_up_writing(&mut self) {
         self.writing = false;
-        self.broken = Some(Box::pin(tokio::time::sleep(GOODBYE)));
+        self.broken = Some(Box::pin(tokio::time::sleep(CLOSE_TIMEOUT)));
     }
 
     /// Waits for the next event while writing what is under way. Reads only if `reading`. Dropping the future loses
@@ -143,7 +147,7 @@ impl Pipe {
                 if !self.is_writing() {
                     self.socket.tidy_up();
                 }
-                let event = self.overdue().or_else(|| self.large()).or_else(|| self.unframed());
+                let event = self.overdue().or_else(|| self.large()).or_else(|| self.partial_frame());
                 return event.map_or(Poll::Pending, Poll::Ready);
             };
             self.accounted = self.progress.read();
@@ -160,11 +164,11 @@ impl Pipe {
                     Poll::Ready(Event::Alive)
                 }
                 Some(Ok(Message::Text(_) | Message::Pong(_) | Message::Frame(_))) => Poll::Ready(Event::Alive),
-                Some(Err(error)) => Poll::Ready(match offence(error) {
+                Some(Err(error)) => Poll::Ready(match violation_code(error) {
                     Some(code) => {
                         // What follows is not read as frames any more. It must not keep the close code from the client.
-                        self.progress.is_left_unread();
-                        Event::Offended(code)
+                        self.progress.set_left_unread();
+                        Event::ProtocolViolation(code)
                     }
                     None => Event::Closed,
                 }),
@@ -179,8 +183,8 @@ impl Pipe {
         self.large_since = is_under_way.then(|| self.large_since.unwrap_or_else(Instant::now));
         let is_overdue = self.large_since.is_some_and(|since| since.elapsed() > self.longest_message);
         is_overdue.then(|| {
-            self.progress.is_left_unread();
-            Event::Offended(CloseCode::Policy)
+            self.progress.set_left_unread();
+            Event::ProtocolViolation(CloseCode::Policy)
         })
     }
 
@@ -191,14 +195,14 @@ impl Pipe {
     }
 
     /// Bytes since the last event, if they are many.
-    fn unframed(&mut self) -> Option<Event> {
+    fn partial_frame(&mut self) -> Option<Event> {
         let read = self.progress.read();
         let bytes = u32::try_from(read - self.accounted).unwrap_or(u32::MAX);
-        if bytes < MANY_UNFRAMED_BYTES {
+        if bytes < MAX_PARTIAL_BYTES {
             return None;
         }
         self.accounted = read;
-        Some(Event::Unframed(bytes))
+        Some(Event::PartialFrame(bytes))
     }
 
     /// Says goodbye and waits a moment for the client to take notice.
@@ -211,12 +215,12 @@ impl Pipe {
             }
         };
         // A client that doesn't read isn't waited for.
-        let _ = tokio::time::timeout(GOODBYE, goodbye).await;
+        let _ = tokio::time::timeout(CLOSE_TIMEOUT, goodbye).await;
     }
 }
 
 /// The close code for a fault of the client; `None` when the connection failed.
-fn offence(error: WebSocketError) -> Option<CloseCode> {
+fn violation_code(error: WebSocketError) -> Option<CloseCode> {
     match error {
         WebSocketError::Capacity(_) => Some(CloseCode::Size),
         WebSocketError::Utf8(_) => Some(CloseCode::Invalid),

@@ -3,12 +3,12 @@
 use tungstenite::protocol::CloseFrame;
 use tungstenite::protocol::frame::coding::CloseCode;
 
+use crate::gateway::frame_socket::FrameSocket;
 use crate::gateway::memory::FrameMemory;
-use crate::gateway::pipe::Pipe;
 use crate::telemetry::metrics::Closed;
 
 /// Why a session ends.
-pub(super) enum End {
+pub(super) enum SessionEnd {
     /// The client is gone.
     Gone,
     /// The client has not been heard of for too long.
@@ -16,19 +16,19 @@ pub(super) enum End {
     /// The device was removed or logged out, or has opened newer sockets instead.
     Dismissed(Closed),
     /// The client has broken the WebSocket protocol.
-    Offended(CloseCode),
+    ProtocolViolation(CloseCode),
     /// There is no memory for a large message of the client.
     NoMemory,
     /// The server stops.
     Stopping,
 }
 
-impl End {
+impl SessionEnd {
     /// Its label in the metrics.
-    pub(super) fn reason(&self, pipe: &Pipe) -> Closed {
+    pub(super) fn reason(&self, frame_socket: &FrameSocket) -> Closed {
         match self {
-            Self::Gone if pipe.is_stalled() => Closed::Slow,
-            Self::Gone | Self::Offended(_) => Closed::Gone,
+            Self::Gone if frame_socket.is_stalled() => Closed::Slow,
+            Self::Gone | Self::ProtocolViolation(_) => Closed::Gone,
             Self::NoMemory => Closed::NoMemory,
             Self::Silent => Closed::Silent,
             Self::Dismissed(reason) => *reason,
@@ -37,14 +37,14 @@ impl End {
     }
 
     /// Tells the client, if it is still there. The memory of its frames is kept until the socket is gone.
-    pub(super) async fn close(self, pipe: Pipe, _memory: FrameMemory) {
+    pub(super) async fn close(self, frame_socket: FrameSocket, _memory: FrameMemory) {
         let frame = |code, reason: &'static str| Some(CloseFrame { code, reason: reason.into() });
         match self {
             Self::Gone => {}
-            Self::Silent | Self::Dismissed(_) => pipe.close(None).await,
-            Self::Offended(code) => pipe.close(frame(code, "")).await,
-            Self::NoMemory => pipe.close(frame(CloseCode::Again, "")).await,
-            Self::Stopping => pipe.close(frame(CloseCode::Away, "Server shutting down")).await,
+            Self::Silent | Self::Dismissed(_) => frame_socket.close(None).await,
+            Self::ProtocolViolation(code) => frame_socket.close(frame(code, "")).await,
+            Self::NoMemory => frame_socket.close(frame(CloseCode::Again, "")).await,
+            Self::Stopping => frame_socket.close(frame(CloseCode::Away, "Server shutting down")).await,
         }
     }
 }
