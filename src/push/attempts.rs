@@ -5,8 +5,8 @@ use std::time::Duration;
 
 use tracing::debug;
 
-use crate::push::providers::Pushed;
-use crate::push::queue::{Fate, Job};
+use crate::push::providers::PushResult;
+use crate::push::queue::{Job, JobOutcome};
 use crate::tasks::jittered;
 
 /// The longest pause between two attempts for one device.
@@ -22,15 +22,15 @@ pub(super) struct Attempts(HashMap<Job, u32>);
 
 impl Attempts {
     /// What happens to a job after an attempt. `first_pause` is the pause after the first failure.
-    pub(super) fn fate(&mut self, job: Job, pushed: &Pushed, first_pause: Duration) -> Fate {
+    pub(super) fn outcome(&mut self, job: Job, pushed: &PushResult, first_pause: Duration) -> JobOutcome {
         match pushed {
-            Pushed::Accepted | Pushed::TokenGone => {
+            PushResult::Accepted | PushResult::TokenGone => {
                 self.0.remove(&job);
-                Fate::Done
+                JobOutcome::Done
             }
             // It says nothing about the device, so it isn't counted.
-            Pushed::Unavailable { .. } => Fate::Later(jittered(first_pause).max(pushed.asked_to_wait())),
-            Pushed::Missing | Pushed::Refused { .. } | Pushed::Unfit => {
+            PushResult::Unavailable { .. } => JobOutcome::RetryAfter(jittered(first_pause).max(pushed.asked_to_wait())),
+            PushResult::Missing | PushResult::Refused { .. } | PushResult::InvalidTarget => {
                 if self.0.len() >= COUNTED {
                     self.0.clear();
                 }
@@ -40,10 +40,10 @@ impl Attempts {
                 if failed >= ATTEMPTS {
                     self.0.remove(&job);
                     debug!("a device could not be woken, and is left alone for now");
-                    return Fate::Done;
+                    return JobOutcome::Done;
                 }
                 let pause = first_pause.saturating_mul(1 << (failed - 1).min(16)).min(LONGEST_RETRY);
-                Fate::Later(jittered(pause).max(pushed.asked_to_wait()))
+                JobOutcome::RetryAfter(jittered(pause).max(pushed.asked_to_wait()))
             }
         }
     }

@@ -11,12 +11,12 @@ use crate::tasks::Tasks;
 use crate::telemetry::metrics::Metrics;
 
 /// A token that its provider has called dead, and whose it was.
-type Dead = (DeviceNo, String);
+type DeadToken = (DeviceNo, String);
 
 /// The way to the janitor. When too many tokens wait, the next one is not taken: its device stays in the queue, and the
 /// provider says the same again.
 pub(super) struct Janitor {
-    dead: mpsc::Sender<Dead>,
+    dead: mpsc::Sender<DeadToken>,
 }
 
 impl Janitor {
@@ -41,18 +41,18 @@ impl Janitor {
     }
 
     /// Whether the token will be removed.
-    pub(super) fn take(&self, device: DeviceNo, token: &str) -> bool {
+    pub(super) fn submit(&self, device: DeviceNo, token: &str) -> bool {
         self.dead.try_send((device, token.to_owned())).is_ok()
     }
 }
 
 struct Round {
-    incoming: mpsc::Receiver<Dead>,
+    incoming: mpsc::Receiver<DeadToken>,
     store: Store,
     metrics: Metrics,
     batch: usize,
     /// Taken out of the channel, and not removed yet.
-    under_way: Vec<Dead>,
+    under_way: Vec<DeadToken>,
 }
 
 impl Round {

@@ -6,13 +6,13 @@
 
 mod attempts;
 mod janitor;
-mod lane;
-mod outbox;
+mod pending_pushes;
+mod provider_client;
 mod providers;
 mod queue;
 mod rebuild;
 mod refusals;
-mod waiting;
+mod waiting_jobs;
 mod worker;
 
 use std::path::PathBuf;
@@ -27,8 +27,8 @@ use crate::config::Config;
 use crate::model::ids::{Address, DeviceNo};
 use crate::model::push::Subscription;
 use crate::push::janitor::Janitor;
-use crate::push::lane::Lanes;
-use crate::push::outbox::Outbox;
+use crate::push::pending_pushes::PendingPushes;
+use crate::push::provider_client::ProviderClients;
 use crate::push::providers::{Provider, VapidKey};
 use crate::push::queue::{Job, Queue, Reason};
 use crate::push::worker::Worker;
@@ -72,15 +72,15 @@ pub enum PushError {
 /// The way to the phones. Cloning gives the same one.
 #[derive(Clone)]
 pub struct Push {
-    outbox: Arc<Outbox>,
-    lanes: Arc<Lanes>,
+    pending: Arc<PendingPushes>,
+    clients: Arc<ProviderClients>,
     grace: std::time::Duration,
 }
 
 /// Everything that pushes need, before the first task runs.
 pub struct Prepared {
     queue: Queue,
-    lanes: Lanes,
+    clients: ProviderClients,
 }
 
 impl Push {
@@ -89,7 +89,7 @@ impl Push {
         let made = VapidKey::make().ok_or(PushError::Key)?;
         let key = VapidKey::read(&store.server_key(VAPID, &made).await?).ok_or(PushError::Key)?;
         let concurrency = config.notifications.worker_concurrency;
-        let lanes = Lanes::new(
+        let clients = ProviderClients::new(
             Provider::fcm(config, clock)?,
             Provider::apns(config, clock)?,
             Provider::web_push(config, clock, key)?,
@@ -98,8 +98,8 @@ impl Push {
         if config.fcm.project_id.is_some() && config.fcm.credentials_file.is_none() {
             warn!("there is an --fcm-project-id, and no --fcm-credentials-file: its pushes are only logged");
         }
-        info!(fcm = lanes.fcm.is_real(), apns = lanes.apns.is_real(), webpush = true, "push providers");
-        Ok(Prepared { queue: Queue::open(&config.pubsub, &config.notifications)?, lanes })
+        info!(fcm = clients.fcm.is_configured(), apns = clients.apns.is_configured(), webpush = true, "push providers");
+        Ok(Prepared { queue: Queue::open(&config.pubsub, &config.notifications)?, clients })
     }
 
     /// Starts the worker, the janitor and the rebuilding. They run until `tasks` are stopped.
@@ -111,20 +111,23 @@ impl Push {
         telemetry: &Telemetry,
         tasks: &Tasks,
     ) -> Self {
-        let push =
-            Self { outbox: Arc::default(), lanes: Arc::new(prepared.lanes), grace: config.notifications.push_delay };
+        let push = Self {
+            pending: Arc::default(),
+            clients: Arc::new(prepared.clients),
+            grace: config.notifications.push_delay,
+        };
         let metrics = &telemetry.metrics;
         let janitor = Janitor::start(&config.notifications, store.clone(), metrics.clone(), tasks);
         let worker = Worker::new(prepared.queue, &push, janitor, config, (store, clock, telemetry));
         tasks.spawn("push", worker.run(tasks.clone()));
         let seen = (clock.clone(), metrics.clone());
-        rebuild::start(push.outbox.clone(), &config.notifications, store.clone(), seen, tasks);
+        rebuild::start(push.pending.clone(), &config.notifications, store.clone(), seen, tasks);
         push
     }
 
     /// Mail was queued for these devices.
     pub fn new_messages(&self, addresses: &[Address]) {
-        self.schedule(addresses, Reason::Mail);
+        self.schedule(addresses, Reason::NewMessages);
     }
 
     /// These devices have few one-time prekeys left.
@@ -134,12 +137,12 @@ impl Push {
 
     /// A socket of this device is gone. If mail is left behind, the device is woken again.
     pub fn session_ended(&self, device: DeviceNo) {
-        self.outbox.ended(device);
+        self.pending.ended(device);
     }
 
     /// The public key that a client gives to its Web Push service.
     pub fn vapid_key(&self) -> &str {
-        match &self.lanes.web_push.provider {
+        match &self.clients.web_push.provider {
             Provider::WebPush(web_push) => web_push.public_key(),
             _ => "",
         }
@@ -147,11 +150,11 @@ impl Push {
 
     /// Whether pushes may be sent to this subscription.
     pub fn accepts(&self, subscription: &Subscription) -> bool {
-        matches!(&self.lanes.web_push.provider, Provider::WebPush(web_push) if web_push.accepts(subscription))
+        matches!(&self.clients.web_push.provider, Provider::WebPush(web_push) if web_push.accepts(subscription))
     }
 
     fn schedule(&self, addresses: &[Address], reason: Reason) {
         let due = Instant::now() + self.grace;
-        self.outbox.add(addresses.iter().map(|address| Job { device: address.device, reason }), due);
+        self.pending.add(addresses.iter().map(|address| Job { device: address.device, reason }), due);
     }
 }

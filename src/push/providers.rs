@@ -25,7 +25,7 @@ pub use vapid::VapidKey;
 
 /// What became of a push.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Pushed {
+pub enum PushResult {
     /// The provider has it.
     Accepted,
     /// The provider says that the token will never work again.
@@ -40,7 +40,7 @@ pub enum Pushed {
         retry_after: Option<Duration>,
     },
     /// The token can't be one of the provider's, so the provider was not asked.
-    Unfit,
+    InvalidTarget,
     /// The provider takes no pushes from us at the moment, or doesn't answer.
     Unavailable {
         /// What it said, in words of ours.
@@ -50,15 +50,15 @@ pub enum Pushed {
     },
 }
 
-impl Pushed {
+impl PushResult {
     /// What it counts as. `is_over` when it is not tried again; only a provider that rings a phone is real.
-    pub fn outcome(&self, is_real: bool, is_over: bool) -> PushOutcome {
+    pub fn outcome(&self, is_configured: bool, is_over: bool) -> PushOutcome {
         match self {
-            Self::Accepted if !is_real => PushOutcome::Logged,
+            Self::Accepted if !is_configured => PushOutcome::Logged,
             Self::Accepted => PushOutcome::Accepted,
             Self::TokenGone => PushOutcome::TokenGone,
-            Self::Missing | Self::Refused { .. } | Self::Unfit if is_over => PushOutcome::GivenUp,
-            Self::Missing | Self::Refused { .. } | Self::Unfit => PushOutcome::Refused,
+            Self::Missing | Self::Refused { .. } | Self::InvalidTarget if is_over => PushOutcome::GivenUp,
+            Self::Missing | Self::Refused { .. } | Self::InvalidTarget => PushOutcome::Refused,
             Self::Unavailable { .. } => PushOutcome::Unavailable,
         }
     }
@@ -69,7 +69,7 @@ impl Pushed {
             Self::Refused { retry_after, .. } | Self::Unavailable { retry_after, .. } => {
                 retry_after.unwrap_or_default()
             }
-            Self::Accepted | Self::TokenGone | Self::Missing | Self::Unfit => Duration::ZERO,
+            Self::Accepted | Self::TokenGone | Self::Missing | Self::InvalidTarget => Duration::ZERO,
         }
     }
 
@@ -78,7 +78,7 @@ impl Pushed {
         match self {
             Self::Missing => Some(404),
             Self::Refused { status, .. } => *status,
-            Self::Accepted | Self::TokenGone | Self::Unfit | Self::Unavailable { .. } => None,
+            Self::Accepted | Self::TokenGone | Self::InvalidTarget | Self::Unavailable { .. } => None,
         }
     }
 
@@ -87,7 +87,7 @@ impl Pushed {
         match self {
             Self::Accepted => "accepted",
             Self::TokenGone => "token_gone",
-            Self::Missing | Self::Refused { .. } | Self::Unfit => "refused",
+            Self::Missing | Self::Refused { .. } | Self::InvalidTarget => "refused",
             Self::Unavailable { .. } => "unavailable",
         }
     }
@@ -143,21 +143,21 @@ impl Provider {
     }
 
     /// Wakes a device, or gives up after `patience`.
-    pub async fn push(&self, target: &PushTarget, patience: Duration) -> Pushed {
+    pub async fn push(&self, target: &PushTarget, patience: Duration) -> PushResult {
         match tokio::time::timeout(patience, self.try_to_push(target)).await {
             Ok(pushed) => pushed,
             // One endpoint that hangs says nothing about others.
-            Err(_) if matches!(self, Self::WebPush(_)) => Pushed::Refused { status: None, retry_after: None },
-            Err(_) => Pushed::Unavailable { cause: Cause::NoAnswer, retry_after: None },
+            Err(_) if matches!(self, Self::WebPush(_)) => PushResult::Refused { status: None, retry_after: None },
+            Err(_) => PushResult::Unavailable { cause: Cause::NoAnswer, retry_after: None },
         }
     }
 
-    async fn try_to_push(&self, target: &PushTarget) -> Pushed {
+    async fn try_to_push(&self, target: &PushTarget) -> PushResult {
         match (self, target) {
             (Self::Fcm(fcm), PushTarget::Fcm(token)) => fcm.push(token).await,
             (Self::Apns(apns), PushTarget::Apns(token)) => apns.push(token).await,
             (Self::WebPush(web_push), PushTarget::WebPush(subscription)) => web_push.push(subscription).await,
-            _ => Pushed::Accepted,
+            _ => PushResult::Accepted,
         }
     }
 }

@@ -16,7 +16,7 @@ pub use valkey::ValkeyQueue;
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub enum Reason {
     /// There may be mail that nobody has fetched.
-    Mail,
+    NewMessages,
     /// Its one-time prekeys run low.
     Keys,
 }
@@ -41,11 +41,11 @@ pub struct Leased {
 
 /// What becomes of a leased job.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Fate {
+pub enum JobOutcome {
     /// It is done, and leaves the queue.
     Done,
     /// It is looked at again after this time.
-    Later(Duration),
+    RetryAfter(Duration),
 }
 
 /// The queue can't be used at the moment.
@@ -106,10 +106,10 @@ impl Queue {
     }
 
     /// Ends leases. One that has run out already, and may be somebody else's by now, is left alone.
-    pub async fn settle(&mut self, settled: &[(Leased, Fate)]) -> Result<(), QueueError> {
+    pub async fn finish(&mut self, finished: &[(Leased, JobOutcome)]) -> Result<(), QueueError> {
         match self {
-            Self::Memory(memory) => memory.settle(settled),
-            Self::Valkey(valkey) => valkey.settle(settled).await?,
+            Self::Memory(memory) => memory.finish(finished),
+            Self::Valkey(valkey) => valkey.finish(finished).await?,
         }
         Ok(())
     }
@@ -119,7 +119,7 @@ impl Job {
     /// How the job is written in a shared queue.
     fn name(self) -> String {
         match self.reason {
-            Reason::Mail => self.device.0.to_string(),
+            Reason::NewMessages => self.device.0.to_string(),
             Reason::Keys => format!("{}:keys", self.device.0),
         }
     }
@@ -127,7 +127,7 @@ impl Job {
     /// Reads what [`Job::name`] has written.
     fn named(name: &str) -> Option<Self> {
         let (device, reason) = match name.split_once(':') {
-            None => (name, Reason::Mail),
+            None => (name, Reason::NewMessages),
             Some((device, "keys")) => (device, Reason::Keys),
             Some(_) => return None,
         };
@@ -141,7 +141,7 @@ mod tests {
 
     #[test]
     fn a_job_is_read_as_it_was_written_and_nothing_else_is() {
-        for reason in [Reason::Mail, Reason::Keys] {
+        for reason in [Reason::NewMessages, Reason::Keys] {
             let job = Job { device: DeviceNo(42), reason };
             assert_eq!(Job::named(&job.name()), Some(job));
         }

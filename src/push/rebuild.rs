@@ -10,7 +10,7 @@ use tracing::debug;
 use crate::clock::Clock;
 use crate::config::Notifications;
 use crate::model::ids::DeviceNo;
-use crate::push::outbox::Outbox;
+use crate::push::pending_pushes::PendingPushes;
 use crate::push::queue::{Job, Reason};
 use crate::store::{Result, Store};
 use crate::tasks::{Round, Tasks};
@@ -21,7 +21,7 @@ const STEP: u32 = 500;
 const START: i64 = 0;
 
 pub(super) fn start(
-    outbox: Arc<Outbox>,
+    pending: Arc<PendingPushes>,
     config: &Notifications,
     store: Store,
     (clock, metrics): (Clock, Metrics),
@@ -31,7 +31,7 @@ pub(super) fn start(
     let cursor = Arc::new(AtomicI64::new(START));
     let name = JobName::PushQueue;
     tasks.every(name.text(), period, move || {
-        let (outbox, store, clock, cursor) = (outbox.clone(), store.clone(), clock.clone(), cursor.clone());
+        let (pending, store, clock, cursor) = (pending.clone(), store.clone(), clock.clone(), cursor.clone());
         let (now, latest, metrics) = (clock.now(), clock.latest(), metrics.clone());
         let round = async move {
             let from = cursor.load(Ordering::Relaxed);
@@ -44,8 +44,8 @@ pub(super) fn start(
             if !found.devices.is_empty() {
                 debug!(count = found.devices.len(), "devices that should have been pushed to");
             }
-            let jobs = found.devices.into_iter().map(|device| Job { device, reason: Reason::Mail });
-            outbox.add(jobs, Instant::now());
+            let jobs = found.devices.into_iter().map(|device| Job { device, reason: Reason::NewMessages });
+            pending.add(jobs, Instant::now());
             cursor.store(found.next.map_or(START, |next| next.0), Ordering::Relaxed);
             Ok(if found.next.is_some() { Round::More } else { Round::Done })
         };

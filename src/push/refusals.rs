@@ -20,7 +20,7 @@ const MOST: usize = 256;
 /// What was logged, and when.
 #[derive(Default)]
 pub(super) struct Refusals {
-    told: HashMap<(String, u16), Instant>,
+    logged: HashMap<(String, u16), Instant>,
     last_line: Option<Instant>,
     /// Whether Web Push services get a contact.
     has_contact: bool,
@@ -32,19 +32,19 @@ impl Refusals {
     }
 
     /// A push to `target` was refused with this status. Returns true if that was logged above `debug`.
-    pub(super) fn tell(&mut self, target: &PushTarget, status: u16) -> bool {
+    pub(super) fn log(&mut self, target: &PushTarget, status: u16) -> bool {
         let now = Instant::now();
         let service = service(target);
-        self.told.retain(|_, at| now.duration_since(*at) < AGAIN);
-        let is_known = self.told.contains_key(&(service.clone(), status));
+        self.logged.retain(|_, at| now.duration_since(*at) < AGAIN);
+        let is_known = self.logged.contains_key(&(service.clone(), status));
         let is_too_soon = self.last_line.is_some_and(|last| now.duration_since(last) < BETWEEN_LINES);
-        if is_known || is_too_soon || self.told.len() >= MOST {
+        if is_known || is_too_soon || self.logged.len() >= MOST {
             debug!(status, "a push was refused");
             return false;
         }
         let hint = self.hint(target, status);
         warn!(%service, status, hint, "a push service refuses a push; it is tried again");
-        self.told.insert((service, status), now);
+        self.logged.insert((service, status), now);
         self.last_line = Some(now);
         true
     }
@@ -100,20 +100,20 @@ mod tests {
     #[tokio::test(start_paused = true)]
     async fn each_service_and_status_is_told_of_once_and_not_too_many_at_once() {
         let mut refusals = Refusals::new(false);
-        assert!(refusals.tell(&browser("https://push.example/one"), 403));
+        assert!(refusals.log(&browser("https://push.example/one"), 403));
         tokio::time::advance(BETWEEN_LINES).await;
-        assert!(!refusals.tell(&browser("https://push.example/other"), 403), "it was said");
-        assert!(refusals.tell(&browser("https://push.example/one"), 404));
-        assert!(!refusals.tell(&browser("https://other.example/one"), 404), "too soon");
+        assert!(!refusals.log(&browser("https://push.example/other"), 403), "it was said");
+        assert!(refusals.log(&browser("https://push.example/one"), 404));
+        assert!(!refusals.log(&browser("https://other.example/one"), 404), "too soon");
         tokio::time::advance(BETWEEN_LINES).await;
-        assert!(refusals.tell(&browser("https://other.example/one"), 404));
+        assert!(refusals.log(&browser("https://other.example/one"), 404));
         tokio::time::advance(AGAIN).await;
-        assert!(refusals.tell(&browser("https://push.example/one"), 403));
+        assert!(refusals.log(&browser("https://push.example/one"), 403));
         for n in 0..2 * MOST {
             tokio::time::advance(BETWEEN_LINES).await;
-            refusals.tell(&browser(&format!("https://{n}.example/")), 403);
+            refusals.log(&browser(&format!("https://{n}.example/")), 403);
         }
-        assert!(refusals.told.len() <= MOST);
+        assert!(refusals.logged.len() <= MOST);
     }
 
     #[test]

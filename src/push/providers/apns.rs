@@ -13,7 +13,7 @@ use tokio::time::Instant;
 use crate::clock::Clock;
 use crate::config::{Config, Secret};
 use crate::push::PushError;
-use crate::push::providers::{Cause, Pushed, http};
+use crate::push::providers::{Cause, PushResult, http};
 
 /// Apple wants a token to be used for at least 20 and at most 60 minutes.
 const TOKEN_LIFETIME: Duration = Duration::from_mins(45);
@@ -63,13 +63,13 @@ impl Apns {
     }
 
     /// Wakes the device with this token.
-    pub(super) async fn push(&self, token: &str) -> Pushed {
+    pub(super) async fn push(&self, token: &str) -> PushResult {
         // It becomes part of a path. Apple's tokens are hexadecimal; another one can't be one of them.
         if !token.bytes().all(|byte| byte.is_ascii_alphanumeric()) {
-            return Pushed::Unfit;
+            return PushResult::InvalidTarget;
         }
         let Some(bearer) = self.bearer() else {
-            return Pushed::Unavailable { cause: Cause::Credentials, retry_after: None };
+            return PushResult::Unavailable { cause: Cause::Credentials, retry_after: None };
         };
         let expires_at = (self.clock.wall() + self.ttl).seconds();
         let request = self
@@ -84,17 +84,17 @@ impl Apns {
             .header(CONTENT_TYPE, "application/json")
             .body(PAYLOAD);
         let Ok(response) = request.send().await else {
-            return Pushed::Unavailable { cause: Cause::NoAnswer, retry_after: None };
+            return PushResult::Unavailable { cause: Cause::NoAnswer, retry_after: None };
         };
         let (status, wait) = (response.status(), http::retry_after(response.headers(), self.clock.wall()));
         if status.is_success() {
-            return Pushed::Accepted;
+            return PushResult::Accepted;
         }
         let body = http::body(response).await;
         if status == StatusCode::FORBIDDEN {
             self.kept().take();
         }
-        judge(status, &body, wait)
+        classify(status, &body, wait)
     }
 
     fn bearer(&self) -> Option<Secret> {
@@ -117,15 +117,15 @@ impl Apns {
 
 /// Only a 410 ends a token. `BadDeviceToken` doesn't, because it is also what a server is told that was pointed at the
 /// wrong one of Apple's two environments, and `DeviceTokenNotForTopic` is what a wrong `--apns-topic` brings.
-fn judge(status: StatusCode, body: &[u8], retry_after: Option<Duration>) -> Pushed {
+fn classify(status: StatusCode, body: &[u8], retry_after: Option<Duration>) -> PushResult {
     let answer: Value = serde_json::from_slice(body).unwrap_or_default();
     match (status.as_u16(), answer["reason"].as_str()) {
-        (410, Some("Unregistered" | "ExpiredToken")) => Pushed::TokenGone,
-        (403, _) => Pushed::Unavailable { cause: Cause::Credentials, retry_after },
+        (410, Some("Unregistered" | "ExpiredToken")) => PushResult::TokenGone,
+        (403, _) => PushResult::Unavailable { cause: Cause::Credentials, retry_after },
         (429, Some("TooManyProviderTokenUpdates")) | (500.., _) => {
-            Pushed::Unavailable { cause: Cause::Busy, retry_after }
+            PushResult::Unavailable { cause: Cause::Busy, retry_after }
         }
-        _ => Pushed::Refused { status: Some(status.as_u16()), retry_after },
+        _ => PushResult::Refused { status: Some(status.as_u16()), retry_after },
     }
 }
 
@@ -137,9 +137,9 @@ mod tests {
     fn only_a_410_with_its_reason_ends_a_token() {
         let judged = |status: u16, reason: &str| {
             let body = json!({ "reason": reason }).to_string();
-            judge(StatusCode::from_u16(status).unwrap(), body.as_bytes(), None)
+            classify(StatusCode::from_u16(status).unwrap(), body.as_bytes(), None)
         };
-        assert_eq!(judged(410, "Unregistered"), Pushed::TokenGone);
+        assert_eq!(judged(410, "Unregistered"), PushResult::TokenGone);
         for (status, reason) in [
             (400, "BadDeviceToken"),
             (400, "DeviceTokenNotForTopic"),
@@ -149,7 +149,7 @@ mod tests {
             (410, ""),
             (503, "Shutdown"),
         ] {
-            assert_ne!(judged(status, reason), Pushed::TokenGone, "{status} {reason}");
+            assert_ne!(judged(status, reason), PushResult::TokenGone, "{status} {reason}");
         }
     }
 }

@@ -13,7 +13,7 @@ use tokio::time::Instant;
 use crate::clock::Clock;
 use crate::config::{Config, Secret};
 use crate::push::PushError;
-use crate::push::providers::{Cause, Pushed, http};
+use crate::push::providers::{Cause, PushResult, http};
 
 const SCOPE: &str = "https://www.googleapis.com/auth/firebase.messaging";
 const GRANT: &str = "grant_type=urn%3Aietf%3Aparams%3Aoauth%3Agrant-type%3Ajwt-bearer&assertion=";
@@ -87,7 +87,7 @@ impl Fcm {
     }
 
     /// Wakes the device with this token.
-    pub(super) async fn push(&self, token: &str) -> Pushed {
+    pub(super) async fn push(&self, token: &str) -> PushResult {
         let bearer = match self.bearer().await {
             Ok(bearer) => bearer,
             Err(unavailable) => return unavailable,
@@ -96,13 +96,13 @@ impl Fcm {
         message["message"]["token"] = Value::from(token);
         let request = self.client.post(&self.url).header(AUTHORIZATION, bearer.expose()).json(&message);
         let Ok(response) = request.send().await else {
-            return Pushed::Unavailable { cause: Cause::NoAnswer, retry_after: None };
+            return PushResult::Unavailable { cause: Cause::NoAnswer, retry_after: None };
         };
         let (status, wait) = (response.status(), http::retry_after(response.headers(), self.clock.wall()));
         if status.is_success() {
-            return Pushed::Accepted;
+            return PushResult::Accepted;
         }
-        let pushed = judge(status, &http::body(response).await, wait);
+        let pushed = classify(status, &http::body(response).await, wait);
         if status == StatusCode::UNAUTHORIZED {
             self.token.lock().await.take();
         }
@@ -110,7 +110,7 @@ impl Fcm {
     }
 
     /// The access token that the pushes carry. It is kept until shortly before it expires.
-    async fn bearer(&self) -> Result<Secret, Pushed> {
+    async fn bearer(&self) -> Result<Secret, PushResult> {
         let mut kept = self.token.lock().await;
         if let Some(token) = kept.as_ref().filter(|token| token.until > Instant::now()) {
             return Ok(token.text.clone());
@@ -123,8 +123,8 @@ impl Fcm {
         Ok(text)
     }
 
-    async fn fetch(&self) -> Result<Granted, Pushed> {
-        let unavailable = |cause, retry_after| Pushed::Unavailable { cause, retry_after };
+    async fn fetch(&self) -> Result<Granted, PushResult> {
+        let unavailable = |cause, retry_after| PushResult::Unavailable { cause, retry_after };
         let now = self.clock.wall().seconds();
         let claims = json!({
             "iss": self.account.client_email,
@@ -173,7 +173,7 @@ fn message(ttl: Duration) -> Value {
 
 /// Only the two answers that are about the token alone end it: `UNREGISTERED`, and a complaint that names the field
 /// `message.token`. Every other refusal may be the fault of our settings.
-fn judge(status: StatusCode, body: &[u8], retry_after: Option<Duration>) -> Pushed {
+fn classify(status: StatusCode, body: &[u8], retry_after: Option<Duration>) -> PushResult {
     let answer: Value = serde_json::from_slice(body).unwrap_or_default();
     let details = answer["error"]["details"].as_array().map(Vec::as_slice).unwrap_or_default();
     let code = details.iter().find_map(|detail| detail["errorCode"].as_str());
@@ -182,13 +182,13 @@ fn judge(status: StatusCode, body: &[u8], retry_after: Option<Duration>) -> Push
         fields.into_iter().any(|violation| violation["field"] == "message.token")
     };
     match (status.as_u16(), code) {
-        (404, Some("UNREGISTERED")) => Pushed::TokenGone,
-        (400, _) if blames_the_token() => Pushed::TokenGone,
-        (401 | 403 | 404, None) => Pushed::Unavailable { cause: Cause::Credentials, retry_after },
-        (500.., _) => Pushed::Unavailable { cause: Cause::Busy, retry_after },
+        (404, Some("UNREGISTERED")) => PushResult::TokenGone,
+        (400, _) if blames_the_token() => PushResult::TokenGone,
+        (401 | 403 | 404, None) => PushResult::Unavailable { cause: Cause::Credentials, retry_after },
+        (500.., _) => PushResult::Unavailable { cause: Cause::Busy, retry_after },
         // What has a code of FCM's own is about this token, be it the quota of its device or a sender that is not ours.
-        (429, None) => Pushed::Unavailable { cause: Cause::Busy, retry_after },
-        _ => Pushed::Refused { status: Some(status.as_u16()), retry_after },
+        (429, None) => PushResult::Unavailable { cause: Cause::Busy, retry_after },
+        _ => PushResult::Refused { status: Some(status.as_u16()), retry_after },
     }
 }
 
@@ -196,8 +196,8 @@ fn judge(status: StatusCode, body: &[u8], retry_after: Option<Duration>) -> Push
 mod tests {
     use super::*;
 
-    fn judged(status: u16, body: &Value) -> Pushed {
-        judge(StatusCode::from_u16(status).unwrap(), body.to_string().as_bytes(), None)
+    fn classified(status: u16, body: &Value) -> PushResult {
+        classify(StatusCode::from_u16(status).unwrap(), body.to_string().as_bytes(), None)
     }
 
     fn with_code(code: &str) -> Value {
@@ -211,8 +211,8 @@ mod tests {
             json!({"error": {"details": [{"@type": "type.googleapis.com/google.rpc.BadRequest",
                 "fieldViolations": [{"field": name, "description": "no"}]}]}})
         };
-        assert_eq!(judged(404, &with_code("UNREGISTERED")), Pushed::TokenGone);
-        assert_eq!(judged(400, &field("message.token")), Pushed::TokenGone);
+        assert_eq!(classified(404, &with_code("UNREGISTERED")), PushResult::TokenGone);
+        assert_eq!(classified(400, &field("message.token")), PushResult::TokenGone);
         for (status, body) in [
             (400, field("message.android.ttl")),
             (400, with_code("INVALID_ARGUMENT")),
@@ -224,19 +224,22 @@ mod tests {
             (200, with_code("UNREGISTERED")),
             (410, json!({})),
         ] {
-            assert_ne!(judged(status, &body), Pushed::TokenGone, "{status} {body}");
+            assert_ne!(classified(status, &body), PushResult::TokenGone, "{status} {body}");
         }
     }
 
     #[test]
     fn a_fault_of_ours_or_theirs_is_told_from_one_of_a_single_device() {
-        let down = |cause| Pushed::Unavailable { cause, retry_after: None };
-        assert_eq!(judged(403, &json!({})), down(Cause::Credentials));
-        assert_eq!(judged(503, &with_code("UNAVAILABLE")), down(Cause::Busy));
-        assert_eq!(judged(429, &with_code("QUOTA_EXCEEDED")), Pushed::Refused { status: Some(429), retry_after: None });
+        let down = |cause| PushResult::Unavailable { cause, retry_after: None };
+        assert_eq!(classified(403, &json!({})), down(Cause::Credentials));
+        assert_eq!(classified(503, &with_code("UNAVAILABLE")), down(Cause::Busy));
         assert_eq!(
-            judged(403, &with_code("SENDER_ID_MISMATCH")),
-            Pushed::Refused { status: Some(403), retry_after: None }
+            classified(429, &with_code("QUOTA_EXCEEDED")),
+            PushResult::Refused { status: Some(429), retry_after: None }
+        );
+        assert_eq!(
+            classified(403, &with_code("SENDER_ID_MISMATCH")),
+            PushResult::Refused { status: Some(403), retry_after: None }
         );
     }
 }

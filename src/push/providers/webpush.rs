@@ -13,7 +13,7 @@ use crate::push::PushError;
 use crate::push::providers::endpoints::Allowed;
 use crate::push::providers::names::Names;
 use crate::push::providers::vapid::VapidKey;
-use crate::push::providers::{Pushed, http, sealing};
+use crate::push::providers::{PushResult, http, sealing};
 
 /// The same for every push, so its length tells nothing.
 const TEXT: &[u8] = br#"{"action":"check"}"#;
@@ -56,8 +56,8 @@ impl WebPush {
     }
 
     /// Wakes the subscriber. Nothing that one endpoint does says anything about others.
-    pub(super) async fn push(&self, subscription: &Subscription) -> Pushed {
-        let refused = Pushed::Refused { status: None, retry_after: None };
+    pub(super) async fn push(&self, subscription: &Subscription) -> PushResult {
+        let refused = PushResult::Refused { status: None, retry_after: None };
         let Some(endpoint) = self.allowed.endpoint(&subscription.endpoint) else { return refused };
         let Ok(sealed) = sealing::seal(TEXT, subscription) else { return refused };
         let contact = self.contact.as_deref();
@@ -78,12 +78,12 @@ impl WebPush {
         let Ok(response) = request.send().await else { return refused };
         let retry_after = http::retry_after(response.headers(), self.clock.wall());
         match response.status() {
-            status if status.is_success() => Pushed::Accepted,
+            status if status.is_success() => PushResult::Accepted,
             // What a push service says of a subscription that has ended. The URL belongs to one device alone.
-            StatusCode::GONE => Pushed::TokenGone,
+            StatusCode::GONE => PushResult::TokenGone,
             // The same, or a proxy that doesn't find the service.
-            StatusCode::NOT_FOUND => Pushed::Missing,
-            status => Pushed::Refused { status: Some(status.as_u16()), retry_after },
+            StatusCode::NOT_FOUND => PushResult::Missing,
+            status => PushResult::Refused { status: Some(status.as_u16()), retry_after },
         }
     }
 }

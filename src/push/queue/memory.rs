@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use tokio::time::Instant;
 
-use crate::push::queue::{Fate, Job, Leased};
+use crate::push::queue::{Job, JobOutcome, Leased};
 
 /// Jobs in the queue. Past it new ones are left to the sweep.
 const BOUND: usize = 1 << 20;
@@ -47,14 +47,14 @@ impl MemoryQueue {
         self.due.len() as u64
     }
 
-    pub(super) fn settle(&mut self, settled: &[(Leased, Fate)]) {
-        for (leased, fate) in settled {
+    pub(super) fn finish(&mut self, finished: &[(Leased, JobOutcome)]) {
+        for (leased, outcome) in finished {
             if self.due.get(&leased.job) != Some(&leased.until) {
                 continue;
             }
-            match fate {
-                Fate::Done => self.remove(leased.job),
-                Fate::Later(after) => self.put(leased.job, self.in_a(*after)),
+            match outcome {
+                JobOutcome::Done => self.remove(leased.job),
+                JobOutcome::RetryAfter(after) => self.put(leased.job, self.in_a(*after)),
             }
         }
     }
@@ -89,7 +89,7 @@ mod tests {
     const LEASE: Duration = Duration::from_secs(30);
 
     fn job(device: i64) -> Job {
-        Job { device: DeviceNo(device), reason: Reason::Mail }
+        Job { device: DeviceNo(device), reason: Reason::NewMessages }
     }
 
     fn jobs(leased: &[Leased]) -> Vec<Job> {
@@ -108,16 +108,16 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
-    async fn a_lease_that_was_not_settled_runs_out() {
+    async fn a_lease_that_was_not_finished_runs_out() {
         let mut queue = MemoryQueue::default();
         queue.schedule(&[(job(1), Duration::ZERO), (job(2), Duration::ZERO)]);
         let first = queue.lease(10, LEASE);
-        queue.settle(&[(first[0], Fate::Done)]);
+        queue.finish(&[(first[0], JobOutcome::Done)]);
         tokio::time::advance(LEASE).await;
         let again = queue.lease(10, LEASE);
         assert_eq!(jobs(&again), [job(2)]);
         // The old lease is no longer ours to end.
-        queue.settle(&[(first[1], Fate::Done)]);
+        queue.finish(&[(first[1], JobOutcome::Done)]);
         tokio::time::advance(LEASE).await;
         assert_eq!(jobs(&queue.lease(10, LEASE)), [job(2)]);
     }
@@ -129,7 +129,7 @@ mod tests {
         tokio::time::advance(3 * SECOND).await;
         let leased = queue.lease(2, LEASE);
         assert_eq!(jobs(&leased), [job(3), job(2)]);
-        queue.settle(&[(leased[0], Fate::Later(SECOND))]);
+        queue.finish(&[(leased[0], JobOutcome::RetryAfter(SECOND))]);
         tokio::time::advance(SECOND).await;
         assert_eq!(jobs(&queue.lease(10, LEASE)), [job(1), job(3)]);
     }

@@ -9,7 +9,7 @@ use tokio::time::{Instant, timeout};
 
 use crate::bus::{Backoff, BusError, parse_servers};
 use crate::config;
-use crate::push::queue::{Fate, Job, Leased, QueueError};
+use crate::push::queue::{Job, JobOutcome, Leased, QueueError};
 
 /// Valkey is taken for gone when it doesn't answer for so long.
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(3);
@@ -32,7 +32,7 @@ const LEASE: &str = "\
     return {string.format('%.0f', till), due}";
 
 /// `ARGV`: triples of a job, the end of its lease, and the milliseconds until it is looked at again, or -1.
-const SETTLE: &str = "\
+const FINISH: &str = "\
     local t = redis.call('TIME') \
     local now = t[1] * 1000 + math.floor(t[2] / 1000) \
     for i = 1, #ARGV, 3 do \
@@ -101,17 +101,17 @@ impl ValkeyQueue {
         self.run(LENGTH, Vec::new()).await
     }
 
-    pub(super) async fn settle(&mut self, settled: &[(Leased, Fate)]) -> Result<(), QueueError> {
-        for settled in settled.chunks(BATCH) {
-            let mut arguments = Vec::with_capacity(settled.len() * 3);
-            for (leased, fate) in settled {
-                let again = match fate {
-                    Fate::Done => "-1".to_owned(),
-                    Fate::Later(after) => after.as_millis().to_string(),
+    pub(super) async fn finish(&mut self, finished: &[(Leased, JobOutcome)]) -> Result<(), QueueError> {
+        for finished in finished.chunks(BATCH) {
+            let mut arguments = Vec::with_capacity(finished.len() * 3);
+            for (leased, outcome) in finished {
+                let again = match outcome {
+                    JobOutcome::Done => "-1".to_owned(),
+                    JobOutcome::RetryAfter(after) => after.as_millis().to_string(),
                 };
                 arguments.extend([leased.job.name(), leased.until.to_string(), again]);
             }
-            self.run::<()>(SETTLE, arguments).await?;
+            self.run::<()>(FINISH, arguments).await?;
         }
         Ok(())
     }

@@ -25,7 +25,7 @@ async fn a_burst_is_one_push_and_later_mail_another() {
 }
 
 #[tokio::test]
-async fn whoever_acknowledged_in_time_is_not_woken() {
+async fn a_device_that_acknowledged_in_time_gets_no_push() {
     let project = Project::start().await;
     let server = project.server().await;
     let (alice, bob) = (server.account().await, phone(&server, "bob").await);
@@ -68,7 +68,7 @@ async fn a_socket_that_ends_with_mail_left_has_its_phone_woken_again() {
 }
 
 #[tokio::test]
-async fn a_socket_that_ends_with_an_empty_inbox_wakes_nobody() {
+async fn a_socket_that_ends_with_an_empty_inbox_causes_no_push() {
     let project = Project::start().await;
     let server = project.server().await;
     let (alice, bob) = (server.account().await, phone(&server, "bob").await);
@@ -113,7 +113,7 @@ async fn each_device_of_an_account_is_woken_for_its_own_mail() {
 }
 
 #[tokio::test]
-async fn whoever_has_withdrawn_the_token_is_not_woken() {
+async fn a_device_that_has_withdrawn_its_token_gets_no_push() {
     let project = Project::start().await;
     let server = project.server().await;
     let (alice, bob) = (server.account().await, phone(&server, "bob").await);
@@ -167,7 +167,7 @@ async fn a_device_whose_prekeys_run_low_is_woken_once() {
 }
 
 #[tokio::test]
-async fn a_push_that_brought_nobody_is_repeated_after_a_day() {
+async fn a_push_after_which_no_client_came_is_repeated_after_a_day() {
     let project = Project::start().await;
     let server = TestServer::start_with(|config| {
         project.configure(config);

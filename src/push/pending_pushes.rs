@@ -10,10 +10,10 @@ use crate::model::ids::DeviceNo;
 use crate::push::queue::Job;
 
 /// Jobs that may wait, and as many sessions that have ended.
-const BOUND: usize = 65_536;
+const MAX_PENDING: usize = 65_536;
 
 #[derive(Default)]
-pub(super) struct Outbox {
+pub(super) struct PendingPushes {
     state: Mutex<State>,
 }
 
@@ -23,7 +23,7 @@ struct State {
     ended: HashSet<DeviceNo>,
 }
 
-impl Outbox {
+impl PendingPushes {
     /// Of two equal jobs the earlier one counts.
     pub(super) fn add(&self, jobs: impl IntoIterator<Item = Job>, due: Instant) {
         let mut state = self.state();
@@ -32,7 +32,7 @@ impl Outbox {
 
     pub(super) fn ended(&self, device: DeviceNo) {
         let mut state = self.state();
-        if state.ended.len() < BOUND {
+        if state.ended.len() < MAX_PENDING {
             state.ended.insert(device);
         }
     }
@@ -43,7 +43,7 @@ impl Outbox {
     }
 
     /// The queue didn't take them.
-    pub(super) fn put_back(&self, jobs: Vec<(Job, Instant)>) {
+    pub(super) fn requeue(&self, jobs: Vec<(Job, Instant)>) {
         let mut state = self.state();
         jobs.into_iter().for_each(|(job, due)| state.add(job, due));
     }
@@ -68,7 +68,7 @@ impl State {
     fn add(&mut self, job: Job, due: Instant) {
         if let Some(waiting) = self.jobs.get_mut(&job) {
             *waiting = due.min(*waiting);
-        } else if self.jobs.len() < BOUND {
+        } else if self.jobs.len() < MAX_PENDING {
             self.jobs.insert(job, due);
         }
     }
@@ -82,29 +82,29 @@ mod tests {
     use crate::push::queue::Reason;
 
     fn job(device: usize) -> Job {
-        Job { device: DeviceNo(device as i64), reason: Reason::Mail }
+        Job { device: DeviceNo(device as i64), reason: Reason::NewMessages }
     }
 
     #[test]
     fn equal_jobs_merge_and_the_earlier_one_counts() {
-        let (outbox, now) = (Outbox::default(), Instant::now());
+        let (pending, now) = (PendingPushes::default(), Instant::now());
         let later = now + Duration::from_secs(1);
-        outbox.add([job(1)], later);
-        outbox.add([job(1), job(1)], now);
-        let taken = outbox.take_jobs();
+        pending.add([job(1)], later);
+        pending.add([job(1), job(1)], now);
+        let taken = pending.take_jobs();
         assert_eq!(taken, [(job(1), now)]);
-        outbox.add([job(1)], later);
-        outbox.put_back(taken);
-        assert_eq!(outbox.take_jobs(), [(job(1), now)]);
-        assert_eq!(outbox.take_jobs(), []);
+        pending.add([job(1)], later);
+        pending.requeue(taken);
+        assert_eq!(pending.take_jobs(), [(job(1), now)]);
+        assert_eq!(pending.take_jobs(), []);
     }
 
     #[test]
     fn past_its_bound_nothing_more_is_taken() {
-        let outbox = Outbox::default();
-        outbox.add((0..2 * BOUND).map(job), Instant::now());
-        (0..2 * BOUND).for_each(|device| outbox.ended(DeviceNo(device as i64)));
-        assert_eq!(outbox.take_jobs().len(), BOUND);
-        assert_eq!(outbox.take_ended(usize::MAX).len(), BOUND);
+        let pending = PendingPushes::default();
+        pending.add((0..2 * MAX_PENDING).map(job), Instant::now());
+        (0..2 * MAX_PENDING).for_each(|device| pending.ended(DeviceNo(device as i64)));
+        assert_eq!(pending.take_jobs().len(), MAX_PENDING);
+        assert_eq!(pending.take_ended(usize::MAX).len(), MAX_PENDING);
     }
 }

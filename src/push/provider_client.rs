@@ -17,9 +17,9 @@ use crate::tasks::jittered;
 use crate::telemetry::metrics::PushProvider;
 
 /// So many failures one after another, and the provider is left alone for a while.
-const FAILURES: u32 = 3;
+const FAILURE_THRESHOLD: u32 = 3;
 /// One Web Push service gets this part of the slots, …
-const SHARE: usize = 4;
+const HOST_SHARE: usize = 4;
 /// … and all slow ones together this part.
 const SHARE_OF_SLOW: usize = 2;
 /// A service is slow when a push to it took longer than this, …
@@ -29,29 +29,29 @@ const SLOW_FOR: Duration = Duration::from_mins(10);
 /// Above this many known services, those without a push under way are forgotten, slow or not.
 const REMEMBERED: usize = 1000;
 /// The longest pause after repeated failures, unless the provider asks for a longer one.
-const LONGEST_PAUSE: Duration = Duration::from_mins(15);
+const MAX_PAUSE: Duration = Duration::from_mins(15);
 
 /// The lanes of all providers.
-pub(super) struct Lanes {
-    pub(super) fcm: Arc<Lane>,
-    pub(super) apns: Arc<Lane>,
-    pub(super) web_push: Arc<Lane>,
+pub(super) struct ProviderClients {
+    pub(super) fcm: Arc<ProviderClient>,
+    pub(super) apns: Arc<ProviderClient>,
+    pub(super) web_push: Arc<ProviderClient>,
 }
 
 /// A provider, and the way to it.
-pub(super) struct Lane {
+pub(super) struct ProviderClient {
     pub(super) name: PushProvider,
     pub(super) provider: Provider,
     slots: Arc<Semaphore>,
     services: Arc<Services>,
-    health: Mutex<Health>,
+    breaker: Mutex<CircuitBreaker>,
 }
 
 /// How many pushes are under way to each Web Push service, by its domain: one machine can have many ports and names. One
 /// service can't take all slots, and neither can several that answer slowly.
 struct Services {
     known: Mutex<HashMap<String, Service>>,
-    most: usize,
+    max_per_host: usize,
     most_slow: usize,
 }
 
@@ -74,7 +74,7 @@ struct AtService {
 }
 
 #[derive(Default)]
-struct Health {
+struct CircuitBreaker {
     /// Since the last push that was answered.
     failures: u32,
     /// Pauses one after another.
@@ -91,17 +91,17 @@ pub(super) enum Blocked {
     Paused(Duration),
 }
 
-impl Lanes {
+impl ProviderClients {
     pub(super) fn new(fcm: Provider, apns: Provider, web_push: Provider, concurrency: usize) -> Self {
-        let lane = |name, provider| Arc::new(Lane::new(name, provider, concurrency));
+        let client = |name, provider| Arc::new(ProviderClient::new(name, provider, concurrency));
         Self {
-            fcm: lane(PushProvider::Fcm, fcm),
-            apns: lane(PushProvider::Apns, apns),
-            web_push: lane(PushProvider::WebPush, web_push),
+            fcm: client(PushProvider::Fcm, fcm),
+            apns: client(PushProvider::Apns, apns),
+            web_push: client(PushProvider::WebPush, web_push),
         }
     }
 
-    pub(super) fn of(&self, target: &PushTarget) -> &Arc<Lane> {
+    pub(super) fn of(&self, target: &PushTarget) -> &Arc<ProviderClient> {
         match target {
             PushTarget::Fcm(_) => &self.fcm,
             PushTarget::Apns(_) => &self.apns,
@@ -110,21 +110,21 @@ impl Lanes {
     }
 }
 
-impl Lane {
+impl ProviderClient {
     fn new(name: PushProvider, provider: Provider, concurrency: usize) -> Self {
-        let (most, most_slow) = (concurrency.div_ceil(SHARE), concurrency.div_ceil(SHARE_OF_SLOW));
-        let services = Arc::new(Services { known: Mutex::default(), most, most_slow });
-        Self { name, provider, slots: Arc::new(Semaphore::new(concurrency)), services, health: Mutex::default() }
+        let (max_per_host, most_slow) = (concurrency.div_ceil(HOST_SHARE), concurrency.div_ceil(SHARE_OF_SLOW));
+        let services = Arc::new(Services { known: Mutex::default(), max_per_host, most_slow });
+        Self { name, provider, slots: Arc::new(Semaphore::new(concurrency)), services, breaker: Mutex::default() }
     }
 
     /// Whether somebody is told of the pushes.
-    pub(super) fn is_real(&self) -> bool {
+    pub(super) fn is_configured(&self) -> bool {
         !matches!(self.provider, Provider::Log)
     }
 
     /// A slot for one push, which is free again when the answer is dropped.
-    pub(super) fn enter(&self, target: &PushTarget) -> Result<Slot, Blocked> {
-        if let Some(until) = self.health().until {
+    pub(super) fn try_acquire(&self, target: &PushTarget) -> Result<Slot, Blocked> {
+        if let Some(until) = self.breaker().until {
             let left = until.saturating_duration_since(Instant::now());
             if !left.is_zero() {
                 return Err(Blocked::Paused(left));
@@ -133,7 +133,7 @@ impl Lane {
         let permit = self.slots.clone().try_acquire_owned().map_err(|_| Blocked::Full)?;
         let service = match target {
             PushTarget::WebPush(subscription) => {
-                Some(self.services.enter(&subscription.endpoint).ok_or(Blocked::Full)?)
+                Some(self.services.try_acquire(&subscription.endpoint).ok_or(Blocked::Full)?)
             }
             PushTarget::Fcm(_) | PushTarget::Apns(_) => None,
         };
@@ -141,39 +141,39 @@ impl Lane {
     }
 
     /// The provider has answered, whatever it said about the one push.
-    pub(super) fn is_well(&self) {
-        let mut health = self.health();
-        if health.pauses > 0 {
+    pub(super) fn record_success(&self) {
+        let mut breaker = self.breaker();
+        if breaker.pauses > 0 {
             info!(provider = self.name.text(), "the push provider takes pushes again");
         }
-        *health = Health::default();
+        *breaker = CircuitBreaker::default();
     }
 
     /// The provider has failed. After some failures it is left alone, ever longer, beginning with `step`.
-    pub(super) fn has_failed(&self, cause: Cause, retry_after: Option<Duration>, step: Duration) {
+    pub(super) fn record_failure(&self, cause: Cause, retry_after: Option<Duration>, step: Duration) {
         let now = Instant::now();
-        let mut health = self.health();
-        if health.until.is_some_and(|until| until > now) {
+        let mut breaker = self.breaker();
+        if breaker.until.is_some_and(|until| until > now) {
             // One of those that were under way when the pause began.
             return;
         }
-        health.failures += 1;
-        if health.failures < FAILURES && retry_after.is_none() {
+        breaker.failures += 1;
+        if breaker.failures < FAILURE_THRESHOLD && retry_after.is_none() {
             return;
         }
-        let pause = step.saturating_mul(1 << health.pauses.min(16)).min(LONGEST_PAUSE);
+        let pause = step.saturating_mul(1 << breaker.pauses.min(16)).min(MAX_PAUSE);
         let pause = jittered(pause).max(retry_after.unwrap_or_default());
-        if health.pauses == 0 {
+        if breaker.pauses == 0 {
             let waits = pause.as_secs();
             warn!(provider = self.name.text(), %cause, "a push provider takes no pushes; they wait, at first for {waits} s");
         }
-        health.pauses += 1;
-        health.until = Some(now + pause);
+        breaker.pauses += 1;
+        breaker.until = Some(now + pause);
     }
 
     /// No code panics while it holds the state.
-    fn health(&self) -> MutexGuard<'_, Health> {
-        self.health.lock().unwrap_or_else(PoisonError::into_inner)
+    fn breaker(&self) -> MutexGuard<'_, CircuitBreaker> {
+        self.breaker.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -188,7 +188,7 @@ impl Slot {
 }
 
 impl Services {
-    fn enter(self: &Arc<Self>, endpoint: &str) -> Option<AtService> {
+    fn try_acquire(self: &Arc<Self>, endpoint: &str) -> Option<AtService> {
         let (domain, now) = (service(endpoint), Instant::now());
         let mut known = self.known();
         if known.get(&domain).is_some_and(|service| service.is_slow(now)) {
@@ -198,7 +198,7 @@ impl Services {
             }
         }
         let service = known.entry(domain.clone()).or_default();
-        if service.under_way >= self.most {
+        if service.under_way >= self.max_per_host {
             return None;
         }
         service.under_way += 1;
@@ -268,85 +268,89 @@ mod tests {
         PushTarget::WebPush(Subscription { endpoint: endpoint.to_owned(), p256dh: Vec::new(), auth: Vec::new() })
     }
 
-    fn lane() -> Lane {
-        Lane::new(PushProvider::Fcm, Provider::Log, 2)
+    fn client() -> ProviderClient {
+        ProviderClient::new(PushProvider::Fcm, Provider::Log, 2)
     }
 
-    fn pause(lane: &Lane) -> Duration {
-        match lane.enter(&phone()) {
+    fn pause(client: &ProviderClient) -> Duration {
+        match client.try_acquire(&phone()) {
             Err(Blocked::Paused(pause)) => pause,
             entered => panic!("{:?}", entered.map(|_| "a slot")),
         }
     }
 
     #[tokio::test]
-    async fn a_lane_has_so_many_slots() {
-        let lane = lane();
-        let slots = [lane.enter(&phone()).unwrap(), lane.enter(&phone()).unwrap()];
-        assert_eq!(lane.enter(&phone()).unwrap_err(), Blocked::Full);
+    async fn a_provider_client_has_a_fixed_number_of_slots() {
+        let client = client();
+        let slots = [client.try_acquire(&phone()).unwrap(), client.try_acquire(&phone()).unwrap()];
+        assert_eq!(client.try_acquire(&phone()).unwrap_err(), Blocked::Full);
         drop(slots);
-        assert!(lane.enter(&phone()).is_ok());
+        assert!(client.try_acquire(&phone()).is_ok());
     }
 
     #[tokio::test]
     async fn one_web_push_service_gets_no_more_than_its_part() {
-        let lane = Lane::new(PushProvider::Fcm, Provider::Log, 8);
-        let slots = ["https://one.a.example/1", "https://a.example:8443/2"].map(|to| lane.enter(&browser(to)).unwrap());
+        let client = ProviderClient::new(PushProvider::Fcm, Provider::Log, 8);
+        let slots =
+            ["https://one.a.example/1", "https://a.example:8443/2"].map(|to| client.try_acquire(&browser(to)).unwrap());
         for endpoint in ["https://a.example/3", "https://a.example:8444/3", "https://two.a.example/3"] {
-            assert_eq!(lane.enter(&browser(endpoint)).unwrap_err(), Blocked::Full, "{endpoint}");
+            assert_eq!(client.try_acquire(&browser(endpoint)).unwrap_err(), Blocked::Full, "{endpoint}");
         }
-        assert!(lane.enter(&browser("https://b.example/1")).is_ok());
-        assert!(lane.enter(&browser("https://192.0.2.1/1")).is_ok() && lane.enter(&browser("https://[::1]/1")).is_ok());
+        assert!(client.try_acquire(&browser("https://b.example/1")).is_ok());
+        assert!(
+            client.try_acquire(&browser("https://192.0.2.1/1")).is_ok()
+                && client.try_acquire(&browser("https://[::1]/1")).is_ok()
+        );
         drop(slots);
         for network in ["https://192.0.2.", "https://[2001:db8:0:"] {
             let host = |n: u32| format!("{network}{n}{}/1", if network.contains('[') { "::1]" } else { "" });
-            let _slots = [1, 2].map(|n| lane.enter(&browser(&host(n))).unwrap());
-            assert_eq!(lane.enter(&browser(&host(3))).unwrap_err(), Blocked::Full, "{network}");
+            let _slots = [1, 2].map(|n| client.try_acquire(&browser(&host(n))).unwrap());
+            assert_eq!(client.try_acquire(&browser(&host(3))).unwrap_err(), Blocked::Full, "{network}");
         }
-        assert!(lane.enter(&browser("https://a.example/3")).is_ok() && lane.services.known().is_empty());
+        assert!(client.try_acquire(&browser("https://a.example/3")).is_ok() && client.services.known().is_empty());
     }
 
     #[tokio::test(start_paused = true)]
     async fn slow_web_push_services_together_get_half_of_the_slots() {
-        let lane = Lane::new(PushProvider::WebPush, Provider::Log, 8);
-        let all = || (0..16).filter_map(|n| lane.enter(&browser(&format!("https://{}.example/", n % 8))).ok());
+        let client = ProviderClient::new(PushProvider::WebPush, Provider::Log, 8);
+        let all = || (0..16).filter_map(|n| client.try_acquire(&browser(&format!("https://{}.example/", n % 8))).ok());
         let slots: Vec<_> = all().collect();
         assert_eq!(slots.len(), 8, "the server doesn't know yet that they are slow");
         slots.iter().for_each(|slot| slot.took(SLOW + Duration::from_secs(1)));
         drop(slots);
         let slots: Vec<_> = all().collect();
         assert_eq!(slots.len(), 4);
-        assert!(lane.enter(&browser("https://quick.example/")).is_ok());
+        assert!(client.try_acquire(&browser("https://quick.example/")).is_ok());
         drop(slots);
         tokio::time::advance(SLOW_FOR).await;
         assert_eq!(all().collect::<Vec<_>>().len(), 8, "not slow for ever");
-        assert!(lane.services.known().is_empty());
+        assert!(client.services.known().is_empty());
     }
 
     #[tokio::test(start_paused = true)]
     async fn a_provider_that_keeps_failing_is_left_alone_ever_longer_up_to_a_limit() {
-        let lane = lane();
+        let client = client();
         let mut pauses = Vec::new();
         for _ in 0..12 {
-            while lane.enter(&phone()).is_ok() {
-                lane.has_failed(Cause::Busy, None, STEP);
+            while client.try_acquire(&phone()).is_ok() {
+                client.record_failure(Cause::Busy, None, STEP);
             }
-            let pause = pause(&lane);
+            let pause = pause(&client);
             pauses.push(pause);
             // Those that were under way change nothing.
-            (0..100).for_each(|_| lane.has_failed(Cause::Busy, None, STEP));
+            (0..100).for_each(|_| client.record_failure(Cause::Busy, None, STEP));
             tokio::time::advance(pause).await;
         }
-        assert!(pauses[0] <= STEP.mul_f64(1.1) && pauses[1] > pauses[0] && pauses[11] <= LONGEST_PAUSE.mul_f64(1.1));
-        lane.is_well();
-        lane.has_failed(Cause::Busy, None, STEP);
-        assert!(lane.enter(&phone()).is_ok());
+        assert!(pauses[0] <= STEP.mul_f64(1.1) && pauses[1] > pauses[0] && pauses[11] <= MAX_PAUSE.mul_f64(1.1));
+        client.record_success();
+        client.record_failure(Cause::Busy, None, STEP);
+        assert!(client.try_acquire(&phone()).is_ok());
     }
 
     #[tokio::test(start_paused = true)]
     async fn a_provider_that_asks_to_wait_is_left_alone_at_once() {
-        let lane = lane();
-        lane.has_failed(Cause::Busy, Some(Duration::from_hours(1)), STEP);
-        assert_eq!(pause(&lane), Duration::from_hours(1));
+        let client = client();
+        client.record_failure(Cause::Busy, Some(Duration::from_hours(1)), STEP);
+        assert_eq!(pause(&client), Duration::from_hours(1));
     }
 }
