@@ -24,16 +24,16 @@ pub use crate::blobs::error::{BlobError, OpenError, UploadError};
 use crate::blobs::folder::Folder;
 pub use crate::blobs::read_only::ReadOnlyFolder;
 use crate::config;
-use crate::limits::Payer;
+use crate::limits::LimitSubject;
 use crate::model::ids::AttachmentId;
 use crate::telemetry::traces::Span;
 
 /// The storage of attachments. Cloning gives the same storage.
 #[derive(Clone, Debug)]
-pub struct Blobs(Place);
+pub struct Blobs(Backend);
 
 #[derive(Clone, Debug)]
-enum Place {
+enum Backend {
     Folder(Folder),
     Bucket(Bucket),
 }
@@ -70,8 +70,8 @@ impl Blobs {
     pub fn prepare(config: &config::Attachments) -> Result<Self, OpenError> {
         let keys = Keys::new(&config.prefix)?;
         Ok(Self(match config.folder() {
-            Some(folder) => Place::Folder(Folder::open(folder, keys)?),
-            None => Place::Bucket(Bucket::prepare(config, keys)?),
+            Some(folder) => Backend::Folder(Folder::open(folder, keys)?),
+            None => Backend::Bucket(Bucket::prepare(config, keys)?),
         }))
     }
 
@@ -79,8 +79,8 @@ impl Blobs {
     /// prepared with.
     pub async fn until_usable(&self, config: &config::Attachments) -> Result<(), OpenError> {
         match &self.0 {
-            Place::Folder(_) => Ok(()),
-            Place::Bucket(bucket) => bucket.until_usable(config).await,
+            Backend::Folder(_) => Ok(()),
+            Backend::Bucket(bucket) => bucket.until_usable(config).await,
         }
     }
 
@@ -94,21 +94,21 @@ impl Blobs {
         size: u64,
         body: impl Stream<Item = Result<Bytes, E>>,
     ) -> Result<Staged, UploadError> {
-        self.stage_for(Payer::Exempt, id, size, body).await
+        self.stage_for(LimitSubject::Exempt, id, size, body).await
     }
 
     /// The same for a client, which has its share of the memory that uploads to a bucket need.
     pub async fn stage_for<E>(
         &self,
-        payer: Payer,
+        subject: LimitSubject,
         id: AttachmentId,
         size: u64,
         body: impl Stream<Item = Result<Bytes, E>>,
     ) -> Result<Staged, UploadError> {
         let stage = async {
             Ok(Staged(match &self.0 {
-                Place::Folder(folder) => Arrived::InFolder(folder.stage(id, size, body).await?),
-                Place::Bucket(bucket) => Arrived::InBucket(bucket.stage(id, size, payer, body).await?),
+                Backend::Folder(folder) => StagedBytes::InFolder(folder.stage(id, size, body).await?),
+                Backend::Bucket(bucket) => StagedBytes::InBucket(bucket.stage(id, size, subject, body).await?),
             }))
         };
         Span::calling("blobs.stage").attempt(stage).await
@@ -116,16 +116,16 @@ impl Blobs {
 
     /// True when bytes may be staged before the attachment has a row, because what is left of them after a crash is known
     /// without one.
-    pub fn may_come_before_the_row(&self) -> bool {
-        matches!(self.0, Place::Folder(_))
+    pub fn can_stage_before_row(&self) -> bool {
+        matches!(self.0, Backend::Folder(_))
     }
 
     /// Reads an attachment, or `range` of it; `None` when there is no such attachment.
     pub async fn read(&self, id: AttachmentId, range: Option<Range<u64>>) -> Result<Option<Blob>, BlobError> {
         let read = async {
             match &self.0 {
-                Place::Folder(folder) => folder.read(id, range).await,
-                Place::Bucket(bucket) => bucket.read(id, range).await,
+                Backend::Folder(folder) => folder.read(id, range).await,
+                Backend::Bucket(bucket) => bucket.read(id, range).await,
             }
         };
         Span::calling("blobs.read").attempt(read).await
@@ -135,8 +135,8 @@ impl Blobs {
     pub async fn delete(&self, ids: &[AttachmentId]) -> Deleted {
         let delete = async {
             match &self.0 {
-                Place::Folder(folder) => folder.delete(ids).await,
-                Place::Bucket(bucket) => bucket.delete(ids).await,
+                Backend::Folder(folder) => folder.delete(ids).await,
+                Backend::Bucket(bucket) => bucket.delete(ids).await,
             }
         };
         Span::calling("blobs.delete").run(delete).await
@@ -147,8 +147,8 @@ impl Blobs {
     pub async fn discard(&self, ids: &[AttachmentId]) -> Deleted {
         let discard = async {
             match &self.0 {
-                Place::Folder(folder) => folder.delete(ids).await,
-                Place::Bucket(bucket) => bucket.discard(ids).await,
+                Backend::Folder(folder) => folder.delete(ids).await,
+                Backend::Bucket(bucket) => bucket.discard(ids).await,
             }
         };
         Span::calling("blobs.discard").run(discard).await
@@ -157,16 +157,16 @@ impl Blobs {
     /// Answers when the storage is there.
     pub async fn check(&self) -> Result<(), BlobError> {
         match &self.0 {
-            Place::Folder(folder) => folder.check().await,
-            Place::Bucket(bucket) => bucket.check().await,
+            Backend::Folder(folder) => folder.check().await,
+            Backend::Bucket(bucket) => bucket.check().await,
         }
     }
 }
 
 /// Bytes that have arrived in full and wait to become an attachment.
-pub struct Staged(Arrived);
+pub struct Staged(StagedBytes);
 
-enum Arrived {
+enum StagedBytes {
     InFolder(folder::Staged),
     InBucket(bucket::Staged),
 }
@@ -178,8 +178,8 @@ impl Staged {
     pub async fn publish(self) -> Result<(), BlobError> {
         let publish = async {
             match self.0 {
-                Arrived::InFolder(staged) => staged.publish().await,
-                Arrived::InBucket(staged) => staged.publish().await,
+                StagedBytes::InFolder(staged) => staged.publish().await,
+                StagedBytes::InBucket(staged) => staged.publish().await,
             }
         };
         Span::calling("blobs.publish").attempt(publish).await

@@ -61,7 +61,7 @@ pub const EARLIEST: Timestamp = Timestamp::from_seconds(1_767_225_600);
 pub const TOLERANCE: Duration = Duration::from_hours(1);
 /// At the start, this much may have passed since the remembered time without a doubt. A longer time means a long downtime or
 /// a wrong clock, and only the operator knows which.
-const REST: Duration = Duration::from_hours(24);
+const MAX_DOWNTIME: Duration = Duration::from_hours(24);
 
 /// The time, which may be in doubt. A moment that is made from a timestamp is not in doubt.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -109,7 +109,7 @@ impl Clock {
         let [offset_millis, ahead_millis, jumped_millis] = [(); 3].map(|()| AtomicI64::new(0));
         let clock =
             Self { inner: Arc::new(Inner { opened: Instant::now(), offset_millis, ahead_millis, jumped_millis }) };
-        clock.believe();
+        clock.trust_wall_clock();
         clock
     }
 
@@ -158,26 +158,26 @@ impl Clock {
 
     /// Lets the trusted time follow a wall clock that is not in doubt. To be called every few seconds, since the clocks of
     /// machines are corrected in small steps all the time.
-    pub fn follow(&self) {
+    pub fn track_wall_clock(&self) {
         if self.doubt().is_none() {
-            self.believe();
+            self.trust_wall_clock();
         }
     }
 
     /// Ends a doubt in favour of the wall clock.
-    pub fn believe(&self) {
-        self.trust(self.wall());
+    pub fn trust_wall_clock(&self) {
+        self.set_trusted(self.wall());
     }
 
     /// Goes on from the remembered time, at the start. The wall clock is in doubt if it is an hour before that time, or a day
     /// after it. Then `witness`, the time of a database server, is trusted if it fits, and otherwise the remembered time.
     pub fn resume(&self, remembered: Timestamp, witness: Option<Timestamp>) {
-        let fits = |time: &Timestamp| *time + TOLERANCE >= remembered && *time <= remembered + REST;
+        let fits = |time: &Timestamp| *time + TOLERANCE >= remembered && *time <= remembered + MAX_DOWNTIME;
         let candidates = [Some(self.wall()), witness];
-        self.trust(candidates.into_iter().flatten().find(fits).unwrap_or(remembered));
+        self.set_trusted(candidates.into_iter().flatten().find(fits).unwrap_or(remembered));
     }
 
-    fn trust(&self, time: Timestamp) {
+    fn set_trusted(&self, time: Timestamp) {
         self.inner.offset_millis.store(time.0.saturating_sub(self.monotonic()), Ordering::Relaxed);
     }
 
@@ -242,7 +242,7 @@ mod tests {
         let start = clock.now();
         for days in [40, -40] {
             clock.set_wrong(days * DAY_MILLIS);
-            clock.follow();
+            clock.track_wall_clock();
             let jumped = clock.wall();
             assert!(is_about(clock.now(), start));
             assert!(is_about(clock.earliest(), start.min(jumped)) && is_about(clock.latest(), start.max(jumped)));
@@ -260,7 +260,7 @@ mod tests {
         for steps in 1..=3 {
             clock.set_wrong(steps * DAY_MILLIS / 48);
             assert_eq!(clock.doubt(), None);
-            clock.follow();
+            clock.track_wall_clock();
         }
         assert!(clock.now() > start + HOUR);
     }
@@ -270,7 +270,7 @@ mod tests {
         let clock = Clock::system();
         clock.set_wrong(40 * DAY_MILLIS);
         let jumped = clock.wall();
-        clock.believe();
+        clock.trust_wall_clock();
         assert!(clock.doubt().is_none() && is_about(clock.now(), jumped) && is_about(clock.earliest(), jumped));
     }
 

@@ -16,7 +16,7 @@ const RESERVED_INODES: u64 = 1024;
 
 /// What there is room for. Attachments stop first, so that messages go on for longer.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-pub enum Room {
+pub enum DiskSpace {
     /// Everything.
     Enough,
     /// Everything but attachments.
@@ -27,7 +27,7 @@ pub enum Room {
 
 /// There is no room for anything new.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct NoGrowth;
+pub struct InsufficientSpace;
 
 /// The disk that holds the data, and the database on it or elsewhere. Cloning gives the same disk.
 #[derive(Clone, Debug)]
@@ -56,7 +56,7 @@ struct Inner {
     claims: AtomicU64,
     warned: AtomicBool,
     /// The room that the operator was last told of.
-    told: AtomicU8,
+    logged: AtomicU8,
 }
 
 impl Disk {
@@ -77,21 +77,21 @@ impl Disk {
             claimed: AtomicU64::new(0),
             claims: AtomicU64::new(0),
             warned: AtomicBool::new(false),
-            told: AtomicU8::new(Room::Enough as u8),
+            logged: AtomicU8::new(DiskSpace::Enough as u8),
         };
         inner.ask();
         Self { inner: Arc::new(inner) }
     }
 
     /// What there is room for.
-    pub fn room(&self) -> Room {
+    pub fn space(&self) -> DiskSpace {
         let (free, reserve) = (self.inner.free_bytes(), self.inner.reserve_bytes);
         if free < reserve || self.inner.database_is_full() {
-            Room::Full
+            DiskSpace::Full
         } else if self.inner.folder.is_some() && (free < reserve.saturating_mul(2) || !self.inner.has_inodes(1)) {
-            Room::Low
+            DiskSpace::Low
         } else {
-            Room::Enough
+            DiskSpace::Enough
         }
     }
 
@@ -107,8 +107,8 @@ impl Disk {
     }
 
     /// Lets messages, accounts, devices and keys in while there is room for them.
-    pub fn check_growth(&self) -> Result<(), NoGrowth> {
-        if self.room() == Room::Full { Err(NoGrowth) } else { Ok(()) }
+    pub fn check_growth(&self) -> Result<(), InsufficientSpace> {
+        if self.space() == DiskSpace::Full { Err(InsufficientSpace) } else { Ok(()) }
     }
 
     /// Room for an attachment of this size, while it is being uploaded.
@@ -133,15 +133,15 @@ impl Disk {
     }
 
     /// Tells the operator when there has come to be less room, or more again.
-    pub fn tell(&self) {
-        let room = self.room();
-        if self.inner.told.swap(room as u8, Ordering::Relaxed) == room as u8 {
+    pub fn log_space(&self) {
+        let room = self.space();
+        if self.inner.logged.swap(room as u8, Ordering::Relaxed) == room as u8 {
             return;
         }
         match room {
-            Room::Enough => info!("there is room again; nothing is refused for lack of it"),
-            Room::Low => warn!("the disk is nearly full, or out of inodes; new attachments are refused"),
-            Room::Full => {
+            DiskSpace::Enough => info!("there is room again; nothing is refused for lack of it"),
+            DiskSpace::Low => warn!("the disk is nearly full, or out of inodes; new attachments are refused"),
+            DiskSpace::Full => {
                 warn!("there is no room to grow; new attachments, messages, accounts, devices and keys are refused");
             }
         }
@@ -237,12 +237,12 @@ mod tests {
         let free = free_bytes(folder.path());
         let room = |reserve| {
             let disk = Disk::new(Some(folder.path().to_owned()), reserve, 0);
-            (disk.room(), disk.check_growth().is_ok(), disk.room_for_attachment(1).is_some())
+            (disk.space(), disk.check_growth().is_ok(), disk.room_for_attachment(1).is_some())
         };
-        assert_eq!(room(free / 4), (Room::Enough, true, true));
-        assert_eq!(room(free / 4 * 3), (Room::Low, true, false));
-        assert_eq!(room(free.saturating_mul(2)), (Room::Full, false, false));
-        assert_eq!(room(u64::MAX), (Room::Full, false, false));
+        assert_eq!(room(free / 4), (DiskSpace::Enough, true, true));
+        assert_eq!(room(free / 4 * 3), (DiskSpace::Low, true, false));
+        assert_eq!(room(free.saturating_mul(2)), (DiskSpace::Full, false, false));
+        assert_eq!(room(u64::MAX), (DiskSpace::Full, false, false));
     }
 
     #[test]
@@ -254,11 +254,11 @@ mod tests {
         inner.reserved_inodes.store(10, Ordering::Relaxed);
         inner.free_inodes.store(12, Ordering::Relaxed);
         let claims: Vec<_> = (0..3).filter_map(|_| disk.room_for_attachment(1)).collect();
-        assert_eq!((claims.len(), disk.room()), (2, Room::Enough));
+        assert_eq!((claims.len(), disk.space()), (2, DiskSpace::Enough));
         inner.free_inodes.store(10, Ordering::Relaxed);
-        assert_eq!((disk.room(), disk.check_growth()), (Room::Low, Ok(())), "messages need no inode");
+        assert_eq!((disk.space(), disk.check_growth()), (DiskSpace::Low, Ok(())), "messages need no inode");
         inner.free_inodes.store(u64::MAX, Ordering::Relaxed);
-        assert_eq!((disk.room(), disk.free_inodes()), (Room::Enough, None));
+        assert_eq!((disk.space(), disk.free_inodes()), (DiskSpace::Enough, None));
     }
 
     #[test]
@@ -283,18 +283,18 @@ mod tests {
         disk.inner.free_bytes.store(0, Ordering::Relaxed);
         let asked_just_now = disk.inner.opened.elapsed().as_millis() as u64;
         disk.inner.asked_at.store(asked_just_now, Ordering::Relaxed);
-        assert_eq!(disk.check_growth(), Err(NoGrowth));
+        assert_eq!(disk.check_growth(), Err(InsufficientSpace));
     }
 
     #[test]
     fn a_database_above_its_bound_has_no_room_and_one_at_it_has() {
         let disk = Disk::new(None, 0, 1000);
         disk.database_has(1000);
-        assert_eq!((disk.room(), disk.room_for_attachment(1).is_some()), (Room::Enough, true));
+        assert_eq!((disk.space(), disk.room_for_attachment(1).is_some()), (DiskSpace::Enough, true));
         disk.database_has(1001);
-        assert_eq!((disk.room(), disk.room_for_attachment(1).is_some()), (Room::Full, false));
+        assert_eq!((disk.space(), disk.room_for_attachment(1).is_some()), (DiskSpace::Full, false));
         let unbounded = Disk::new(None, 0, 0);
         unbounded.database_has(u64::MAX);
-        assert_eq!((unbounded.room(), unbounded.bounds_database()), (Room::Enough, false));
+        assert_eq!((unbounded.space(), unbounded.bounds_database()), (DiskSpace::Enough, false));
     }
 }

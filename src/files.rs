@@ -83,7 +83,7 @@ async fn acquire(file: &File, path: &Path, database: &Path) -> Result<bool> {
 
 /// Refuses a data folder that a server has used and whose database is missing: a new database there would be taken for the
 /// old one, and everything in it for lost. A missing lock file does no harm.
-pub fn refuse_remains(config: &Config) -> Result<()> {
+pub fn reject_orphaned_files(config: &Config) -> Result<()> {
     let (Some(folder), Some(database)) = (&config.data_dir, config.database.file()) else { return Ok(()) };
     if database.exists() {
         return Ok(());
@@ -151,7 +151,7 @@ struct Identity {
     "{what} {path} was {how} while the server ran; nothing more is accepted, and the server stops: restore a backup if \
      something is missing (the database together with its -wal file, or without any), then start it again"
 )]
-pub struct Lost {
+pub struct FilesLost {
     what: &'static str,
     path: String,
     how: &'static str,
@@ -187,9 +187,9 @@ impl Files {
     }
 
     /// Compares the files with their paths. It waits for the disk. Once something is lost, it stays so.
-    pub fn look(&self) -> std::result::Result<(), Lost> {
+    pub fn check(&self) -> std::result::Result<(), FilesLost> {
         let mut watched = self.inner.watched.lock().unwrap_or_else(PoisonError::into_inner);
-        let found = watched.iter_mut().try_for_each(Watched::look).and_then(|()| {
+        let found = watched.iter_mut().try_for_each(Watched::check).and_then(|()| {
             match self.inner.generations.as_ref().map_or(Ok(true), Generations::are_ours) {
                 Ok(false) => Err(self.overwritten()),
                 // A read error is one of the disk. The database will report it as well.
@@ -211,7 +211,7 @@ impl Files {
 
     /// Compares the mark that was read through SQLite. Another one means that some other program has written a backup into
     /// the database by SQLite's own means.
-    pub fn check_generation(&self, generation: i32) -> std::result::Result<(), Lost> {
+    pub fn check_generation(&self, generation: i32) -> std::result::Result<(), FilesLost> {
         if self.inner.generations.as_ref().is_none_or(|generations| generations.may_be(generation)) {
             return Ok(());
         }
@@ -219,12 +219,12 @@ impl Files {
         Err(self.overwritten())
     }
 
-    fn overwritten(&self) -> Lost {
-        Lost { what: "the database", path: self.inner.database.display().to_string(), how: "overwritten" }
+    fn overwritten(&self) -> FilesLost {
+        FilesLost { what: "the database", path: self.inner.database.display().to_string(), how: "overwritten" }
     }
 
     /// Declares the database lost for another reason: another database answers.
-    pub fn lose(&self) {
+    pub fn set_lost(&self) {
         self.inner.lost.cancel();
     }
 
@@ -240,7 +240,7 @@ impl Files {
 }
 
 impl Watched {
-    fn look(&mut self) -> std::result::Result<(), Lost> {
+    fn check(&mut self) -> std::result::Result<(), FilesLost> {
         let found = match identify(&self.path) {
             Ok(found) => found,
             // A disk that doesn't answer is not a file that is gone. The database will say so itself.
@@ -260,7 +260,7 @@ impl Watched {
             (Some(_), Some(_)) => return Ok(()),
         };
         if self.is_vital {
-            return Err(Lost { what: self.what, path: self.path.display().to_string(), how });
+            return Err(FilesLost { what: self.what, path: self.path.display().to_string(), how });
         }
         warn!("{} was {how} while the server ran; if you did not mean to change it, put the old one back", self.what);
         self.known = found;

@@ -26,7 +26,7 @@ use crate::api::body_progress::{TrackedBody, announce_end, announced_length};
 use crate::api::connections::Connections;
 use crate::gateway::ConnectionProgress;
 use crate::listener::linger::Lingering;
-use crate::listener::stream::{Bounded, Common, UNSENT_BYTES};
+use crate::listener::stream::{Common, TimedStream, UNSENT_BYTES};
 use crate::tasks::Tasks;
 use crate::telemetry::metrics::{Metrics, Port};
 
@@ -59,7 +59,7 @@ pub fn connections_that_fit(wanted: usize) -> usize {
 
 /// How long a client may make the server wait.
 #[derive(Clone, Copy, Debug)]
-pub struct Patience {
+pub struct Timeouts {
     /// For each request head, and for the pause before it.
     pub head: Duration,
     /// For the first bytes of an answer or a frame to be taken. Each byte that a client takes gives it more time.
@@ -71,7 +71,7 @@ pub async fn serve(
     listener: TcpListener,
     router: Router,
     connections: Connections,
-    patience: Patience,
+    timeouts: Timeouts,
     (port, metrics): (Port, Metrics),
     tasks: Tasks,
 ) {
@@ -80,7 +80,7 @@ pub async fn serve(
         warn!(%error, "the system does not limit what waits unsent for a client");
     }
     let lingering = Lingering::beside(&connections, tasks.clone());
-    let common = Arc::new(Common { write_timeout: patience.write, lingering });
+    let common = Arc::new(Common { write_timeout: timeouts.write, lingering });
     loop {
         let accepted = tokio::select! {
             () = tasks.stopping() => return,
@@ -103,13 +103,13 @@ pub async fn serve(
         let _ = stream.set_nodelay(true);
         metrics.connections_accepted.increment(port);
         let place = (permit, metrics.connections.hold(port));
-        let stream = Bounded::new(stream, Arc::<ConnectionProgress>::default(), common.clone(), place);
-        tasks.attend(converse(stream, peer, router.clone(), patience.head, tasks.clone()));
+        let stream = TimedStream::new(stream, Arc::<ConnectionProgress>::default(), common.clone(), place);
+        tasks.spawn_tracked(serve_connection(stream, peer, router.clone(), timeouts.head, tasks.clone()));
     }
 }
 
 /// One connection, from its first request to its last.
-async fn converse(stream: Bounded, peer: SocketAddr, router: Router, head_timeout: Duration, tasks: Tasks) {
+async fn serve_connection(stream: TimedStream, peer: SocketAddr, router: Router, head_timeout: Duration, tasks: Tasks) {
     let progress = stream.progress().clone();
     let (of_service, of_tasks) = (progress.clone(), tasks.clone());
     let service =

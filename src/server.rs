@@ -23,7 +23,7 @@ use crate::delivery::{MessageWriter, Notifier};
 use crate::disk::{Disk, reserve};
 use crate::files::{self, Files, Lock};
 use crate::limits::{AccountLimits, Limits};
-use crate::listener::{self, Patience};
+use crate::listener::{self, Timeouts};
 use crate::push::Push;
 use crate::store::{self, Store};
 use crate::sweeps;
@@ -38,7 +38,7 @@ const MANAGEMENT_CONNECTIONS_OF_ADDRESS: usize = 16;
 /// How long a probe may take to say what it asks for, at most.
 const MANAGEMENT_PATIENCE: Duration = Duration::from_secs(10);
 /// How long a server whose files are lost still answers, so that clients get a 503 and probes see why.
-const LAST_ANSWERS: Duration = Duration::from_secs(5);
+const FINAL_ANSWER_TIME: Duration = Duration::from_secs(5);
 /// The first pause before a database that isn't there is tried again; it doubles up to [`LONGEST_WAIT`].
 const FIRST_WAIT: Duration = Duration::from_secs(1);
 /// The longest such pause.
@@ -50,7 +50,7 @@ const BACKLOG: u32 = 1024;
 pub struct Server {
     app: App,
     health: Health,
-    owners: Owners,
+    task_groups: TaskGroups,
     api_address: SocketAddr,
     management_address: SocketAddr,
     /// Held for as long as the server runs: nobody else may use the file of a database.
@@ -68,15 +68,15 @@ pub enum Drained {
 
 /// Who owns the background tasks, in the order in which they are stopped.
 #[derive(Default)]
-struct Owners {
+struct TaskGroups {
     /// What serves clients, and the repeated jobs. The app has it too.
-    entrances: Tasks,
+    client_tasks: Tasks,
     /// The mailroom, which outlives the entrances, because all of them call it.
-    keepers: Tasks,
+    delivery_tasks: Tasks,
     /// The wire to other nodes, which outlives the mailroom, because the readers of the last group are woken over it.
     broker_tasks: Tasks,
     /// The management port, which is there before everything else. Nobody waits for those who ask there.
-    probes: Tasks,
+    management_tasks: Tasks,
 }
 
 impl Server {
@@ -86,21 +86,22 @@ impl Server {
         if clock.now() < EARLIEST {
             bail!("the clock of this machine is wrong (it is before 2026); set it, and start the server then");
         }
-        files::refuse_remains(&config)?;
+        files::reject_orphaned_files(&config)?;
         let lock = open_folder(&mut config).await?;
         let api = claim(SocketAddr::new(config.server.host, config.server.port))?;
         let management = listen(claim(SocketAddr::new(config.server.management_host, config.server.management_port))?)?;
         let (api_address, management_address) = (api.local_addr()?, management.local_addr()?);
-        let (health, owners) = (Health::new(&config.health), Owners::default());
-        serve_probes(management, &health, &telemetry, &config, &owners.probes);
+        let (health, task_groups) = (Health::new(&config.health), TaskGroups::default());
+        serve_probes(management, &health, &telemetry, &config, &task_groups.management_tasks);
         debug!(management_port = management_address.port(), "the server is starting");
         // No task is left behind by a start that is given up.
-        let app =
-            open(Arc::new(config), clock, telemetry, &health, &owners).await.inspect_err(|_| owners.stop_all())?;
-        serve_clients(&app, api).await.inspect_err(|_| owners.stop_all())?;
-        health.at_work(&app);
+        let app = open(Arc::new(config), clock, telemetry, &health, &task_groups)
+            .await
+            .inspect_err(|_| task_groups.stop_all())?;
+        serve_clients(&app, api).await.inspect_err(|_| task_groups.stop_all())?;
+        health.set_serving(&app);
         info!(port = api_address.port(), management_port = management_address.port(), "the server is ready");
-        Ok(Self { app, health, owners, api_address, management_address, _lock: lock })
+        Ok(Self { app, health, task_groups, api_address, management_address, _lock: lock })
     }
 
     /// Where the API listens.
@@ -122,28 +123,28 @@ impl Server {
     pub async fn failed(&self) {
         let lost = async {
             self.app.files.lost().await;
-            tokio::time::sleep(LAST_ANSWERS).await;
+            tokio::time::sleep(FINAL_ANSWER_TIME).await;
         };
         tokio::select! {
             () = lost => return,
-            () = self.owners.entrances.failed() => {}
-            () = self.owners.keepers.failed() => {}
-            () = self.owners.broker_tasks.failed() => {}
-            () = self.owners.probes.failed() => {}
+            () = self.task_groups.client_tasks.failed() => {}
+            () = self.task_groups.delivery_tasks.failed() => {}
+            () = self.task_groups.broker_tasks.failed() => {}
+            () = self.task_groups.management_tasks.failed() => {}
         }
         self.app.metrics.tasks_died.increment(());
     }
 
     /// Whether what the server has open is still at its paths. Only an embedded server can lose files.
     pub async fn has_its_files(&self) -> bool {
-        sweeps::look_at_files(&self.app).await;
+        sweeps::check_files(&self.app).await;
         !self.app.files.are_lost()
     }
 
     /// Says that it is not ready, and serves on for the drain delay, so that balancers send nobody here any more when
     /// [`Server::stop`] follows. It ends early when a task dies.
     pub async fn drain(&self) -> Drained {
-        self.health.leaving();
+        self.health.set_shutting_down();
         let delay = self.app.config.server.drain_delay;
         if !delay.is_zero() {
             info!("not ready any more; everything goes on for another {} s", delay.as_secs());
@@ -158,7 +159,7 @@ impl Server {
     /// acks written, the last groups stored and signalled, the database closed. Returns false if the files of the server are
     /// lost, so that what was stored last is lost as well.
     pub async fn stop(self) -> bool {
-        self.health.leaving();
+        self.health.set_shutting_down();
         let limit = self.app.config.server.shutdown_timeout;
         if tokio::time::timeout(limit, self.wind_down()).await.is_err() {
             warn!("not everything ended within the shutdown timeout; what is stored is safe");
@@ -169,26 +170,28 @@ impl Server {
     async fn wind_down(&self) {
         // A share of the time is kept for the steps behind the clients, who may not hang up.
         let clients = self.app.config.server.shutdown_timeout.mul_f64(0.7);
-        let owners = &self.owners;
-        owners.entrances.stop();
-        if tokio::time::timeout(clients, owners.entrances.ended()).await.is_err() {
+        let task_groups = &self.task_groups;
+        task_groups.client_tasks.stop();
+        if tokio::time::timeout(clients, task_groups.client_tasks.ended()).await.is_err() {
             warn!("some clients did not let go in time");
         }
-        owners.keepers.stop();
-        owners.keepers.ended().await;
-        owners.broker_tasks.stop();
-        owners.broker_tasks.ended().await;
-        owners.probes.stop();
-        sweeps::look_at_files(&self.app).await;
+        task_groups.delivery_tasks.stop();
+        task_groups.delivery_tasks.ended().await;
+        task_groups.broker_tasks.stop();
+        task_groups.broker_tasks.ended().await;
+        task_groups.management_tasks.stop();
+        sweeps::check_files(&self.app).await;
         self.app.store.close().await;
         info!("the server has stopped");
     }
 }
 
-impl Owners {
+impl TaskGroups {
     /// Ends everything without an order, and waits for nobody.
     fn stop_all(&self) {
-        [&self.entrances, &self.keepers, &self.broker_tasks, &self.probes].into_iter().for_each(Tasks::stop);
+        [&self.client_tasks, &self.delivery_tasks, &self.broker_tasks, &self.management_tasks]
+            .into_iter()
+            .for_each(Tasks::stop);
     }
 }
 
@@ -212,20 +215,20 @@ async fn open(
     clock: Clock,
     telemetry: Telemetry,
     health: &Health,
-    owners: &Owners,
+    task_groups: &TaskGroups,
 ) -> Result<App> {
     let metrics = &telemetry.metrics;
     let store = open_store(&config, metrics).await?;
-    health.database_is_open();
+    health.set_database_open();
     resume(&clock, &store).await.context("the database can't be asked for the time")?;
-    let blobs = open_storage(&config, health, &owners.entrances).await?;
+    let blobs = open_storage(&config, health, &task_groups.client_tasks).await?;
     let sockets = config.gateway.max_connections_per_device;
     let files = Files::watch(&config).context("the files of the server can't be looked at")?;
     let push = Push::prepare(&config, &store, &clock).await?;
-    let bus = Bus::open(&config.pubsub, &config.notifications, sockets, metrics, &owners.broker_tasks)?;
+    let bus = Bus::open(&config.pubsub, &config.notifications, sockets, metrics, &task_groups.broker_tasks)?;
     // So that a node that says it is ready is ready. One without Valkey serves all the same.
     let _ = tokio::time::timeout(config.health.pubsub_timeout, bus.connected()).await;
-    let push = Push::start(push, &config, &store, &clock, &telemetry, &owners.keepers);
+    let push = Push::start(push, &config, &store, &clock, &telemetry, &task_groups.delivery_tasks);
     Ok(App::of(Parts {
         message_writer: MessageWriter::open(
             config.messaging.grouping,
@@ -233,7 +236,7 @@ async fn open(
             Notifier { bus: bus.clone(), push: push.clone() },
             clock.clone(),
             &telemetry,
-            &owners.keepers,
+            &task_groups.delivery_tasks,
         ),
         store,
         files,
@@ -255,7 +258,7 @@ async fn open(
             config.database.max_size_bytes,
         ),
         clock,
-        tasks: owners.entrances.clone(),
+        tasks: task_groups.client_tasks.clone(),
         metrics: metrics.clone(),
         traces: telemetry.traces,
         config,
@@ -282,7 +285,7 @@ async fn serve_clients(app: &App, api: TcpSocket) -> Result<()> {
             api,
             router,
             connections,
-            patience(&app.config),
+            timeouts(&app.config),
             (Port::Api, app.metrics.clone()),
             app.tasks.clone(),
         ),
@@ -290,26 +293,32 @@ async fn serve_clients(app: &App, api: TcpSocket) -> Result<()> {
     Ok(())
 }
 
-fn serve_probes(management: TcpListener, health: &Health, telemetry: &Telemetry, config: &Config, probes: &Tasks) {
+fn serve_probes(
+    management: TcpListener,
+    health: &Health,
+    telemetry: &Telemetry,
+    config: &Config,
+    management_tasks: &Tasks,
+) {
     let router = management::router(health.clone(), telemetry.metrics.clone());
     // Without a rate: probes and scrapers may open one for each question.
     let few = Connections::new(MANAGEMENT_CONNECTIONS, MANAGEMENT_CONNECTIONS_OF_ADDRESS, None);
-    let patience = Patience { head: config.server.header_timeout.min(MANAGEMENT_PATIENCE), ..patience(config) };
-    probes.spawn(
+    let timeouts = Timeouts { head: config.server.header_timeout.min(MANAGEMENT_PATIENCE), ..timeouts(config) };
+    management_tasks.spawn(
         "management",
         listener::serve(
             management,
             router,
             few,
-            patience,
+            timeouts,
             (Port::Management, telemetry.metrics.clone()),
-            probes.clone(),
+            management_tasks.clone(),
         ),
     );
 }
 
-fn patience(config: &Config) -> Patience {
-    Patience { head: config.server.header_timeout, write: config.gateway.write_timeout }
+fn timeouts(config: &Config) -> Timeouts {
+    Timeouts { head: config.server.header_timeout, write: config.gateway.write_timeout }
 }
 
 /// Locks the database of an embedded server, and makes sure that its folder can be written.
@@ -381,7 +390,7 @@ async fn open_storage(config: &Arc<Config>, health: &Health, tasks: &Tasks) -> R
     } else {
         warn!("the server starts without the attachment storage, which it may do without");
         let stopping = tasks.clone();
-        tasks.attend(async move {
+        tasks.spawn_tracked(async move {
             tokio::select! {
                 () = stopping.stopping() => {}
                 usable = usable => match usable {
@@ -392,6 +401,6 @@ async fn open_storage(config: &Arc<Config>, health: &Health, tasks: &Tasks) -> R
         });
         return Ok(blobs);
     }
-    health.storage_is_open();
+    health.set_storage_open();
     Ok(blobs)
 }

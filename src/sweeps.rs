@@ -17,14 +17,14 @@ use tracing::{debug, info, warn};
 
 use crate::app::App;
 use crate::clock::Moment;
-use crate::disk::{Room, reserve};
+use crate::disk::{DiskSpace, reserve};
 use crate::model::ids::DeviceNo;
 use crate::store::{Leftovers, REPEAT_WINDOW, StoreError};
-use crate::sweeps::attachments::Walk;
+use crate::sweeps::attachments::SweepCursor;
 use crate::tasks::Round;
 use crate::telemetry::metrics::Job;
 
-pub use crate::sweeps::files::look_at_files;
+pub use crate::sweeps::files::check_files;
 
 /// Rows that one step deletes.
 const STEP: u32 = 500;
@@ -33,11 +33,11 @@ const RECLAIM_PAGES: u32 = 1000;
 /// How often secrets that live for minutes at the most are cleaned up.
 const SHORT_LIVED: Duration = Duration::from_mins(1);
 /// How often the seconds in which access tokens have expired are cleared. One round looks at every device.
-const PAST_SECONDS: Duration = Duration::from_hours(12);
+const REVOCATION_CLEANUP_INTERVAL: Duration = Duration::from_hours(12);
 /// How often rows of devices and accounts that are gone are looked for. Each removal deletes its own, so there are few.
 const LEFTOVERS: Duration = Duration::from_hours(1);
 /// How often it is looked whether there is room to grow.
-const ROOM: Duration = Duration::from_secs(10);
+const DISK_SPACE_INTERVAL: Duration = Duration::from_secs(10);
 /// How often idle connections to the database are looked through.
 const CONNECTIONS: Duration = Duration::from_secs(15);
 /// Uploads that came to nothing count in their account's quota until they are cleaned up, so that is done often.
@@ -55,11 +55,11 @@ pub async fn start(app: &App) {
     shared(app, Job::UnusedSpace, messages, unused_space);
 
     let attachments = config.attachments.cleanup_interval;
-    let walk = Arc::new(Walk::default());
-    shared(app, Job::ExpiredAttachments, attachments, move |app| attachments::remove_expired(app, walk.clone()));
-    let walk = Arc::new(Walk::default());
+    let cursor = Arc::new(SweepCursor::default());
+    shared(app, Job::ExpiredAttachments, attachments, move |app| attachments::remove_expired(app, cursor.clone()));
+    let cursor = Arc::new(SweepCursor::default());
     shared(app, Job::StaleUploads, attachments.min(STALE_UPLOADS), move |app| {
-        attachments::remove_stale(app, walk.clone())
+        attachments::remove_stale(app, cursor.clone())
     });
 
     shared(app, Job::UploadDebts, attachments, upload_debts);
@@ -69,15 +69,15 @@ pub async fn start(app: &App) {
     shared(app, Job::ExpiredTickets, SHORT_LIVED, expired_tickets);
     shared(app, Job::UsedRefreshTokens, SHORT_LIVED, used_refresh_tokens);
     let after = Arc::new(AtomicI64::new(0));
-    shared(app, Job::PastSeconds, PAST_SECONDS, move |app| past_seconds(app, after.clone()));
+    shared(app, Job::PastSeconds, REVOCATION_CLEANUP_INTERVAL, move |app| expired_revocations(app, after.clone()));
     shared(app, Job::ExpiredLinks, SHORT_LIVED, expired_links);
     let from = Arc::new(Mutex::new(Leftovers::START));
     shared(app, Job::Leftovers, LEFTOVERS, move |app| leftovers(app, from.clone()));
     // Before the first request as well, or a full database would grow at every start.
-    if let Err(error) = room_to_grow(app.clone()).await {
+    if let Err(error) = check_disk_space(app.clone()).await {
         warn!(%error, "the size of the database can't be found out yet");
     }
-    every(app, Job::Room, ROOM, room_to_grow);
+    every(app, Job::Room, DISK_SPACE_INTERVAL, check_disk_space);
     every(app, Job::Connections, CONNECTIONS, database_connections);
     files::start(app).await;
     let watch = Arc::new(clock::begin(app).await);
@@ -152,12 +152,12 @@ async fn unused_space(app: App) -> Result<Round, StoreError> {
     Ok(if app.store.reclaim(RECLAIM_PAGES).await? { Round::More } else { Round::Done })
 }
 
-async fn room_to_grow(app: App) -> Result<Round, StoreError> {
+async fn check_disk_space(app: App) -> Result<Round, StoreError> {
     if app.disk.bounds_database() {
         app.disk.database_has(app.store.size().await?);
     }
-    app.disk.tell();
-    app.metrics.room.set((), app.disk.room() as i64);
+    app.disk.log_space();
+    app.metrics.room.set((), app.disk.space() as i64);
     if let Some(free) = app.disk.free_bytes() {
         app.metrics.disk_free.set((), free);
     }
@@ -172,11 +172,11 @@ async fn room_to_grow(app: App) -> Result<Round, StoreError> {
 async fn hold_reserve(app: &App) {
     let keep_free = app.config.disk_reserve_bytes;
     let Some(file) = app.config.database.file().map(Path::to_owned) else { return };
-    if keep_free == 0 || app.disk.room() != Room::Enough {
+    if keep_free == 0 || app.disk.space() != DiskSpace::Enough {
         return;
     }
     // Usually only a few looks at the file system.
-    let held = tokio::task::spawn_blocking(move || reserve::hold(&file, keep_free)).await;
+    let held = tokio::task::spawn_blocking(move || reserve::create(&file, keep_free)).await;
     if let Ok(Err(error)) = held {
         debug!(%error, "nothing could be held back on the disk for the next start");
     }
@@ -205,7 +205,7 @@ async fn used_refresh_tokens(app: App) -> Result<Round, StoreError> {
     app.store.expire_refresh_uses(app.clock.now() - REPEAT_WINDOW, STEP).await.map(round)
 }
 
-async fn past_seconds(app: App, after: Arc<AtomicI64>) -> Result<Round, StoreError> {
+async fn expired_revocations(app: App, after: Arc<AtomicI64>) -> Result<Round, StoreError> {
     let from = DeviceNo(after.load(Ordering::Relaxed));
     let last = app.store.clear_expired_revocations(from, app.clock.earliest(), STEP).await?;
     after.store(last.map_or(0, |device| device.0), Ordering::Relaxed);
@@ -216,10 +216,10 @@ async fn expired_links(app: App) -> Result<Round, StoreError> {
     app.store.expire_links(app.clock.now(), STEP).await.map(round)
 }
 
-async fn leftovers(app: App, walk: Arc<Mutex<Leftovers>>) -> Result<Round, StoreError> {
-    let from = *walk.lock().unwrap_or_else(PoisonError::into_inner);
+async fn leftovers(app: App, cursor: Arc<Mutex<Leftovers>>) -> Result<Round, StoreError> {
+    let from = *cursor.lock().unwrap_or_else(PoisonError::into_inner);
     let next = app.store.forget_leftovers(from, STEP).await?;
-    *walk.lock().unwrap_or_else(PoisonError::into_inner) = next.unwrap_or(Leftovers::START);
+    *cursor.lock().unwrap_or_else(PoisonError::into_inner) = next.unwrap_or(Leftovers::START);
     Ok(next.map_or(Round::Done, |_| Round::More))
 }
 

@@ -42,12 +42,12 @@ impl Tasks {
     }
 
     /// Runs what one client asked for, such as a connection, until it ends. A panic ends only that.
-    pub fn attend(&self, future: impl Future<Output = ()> + Send + 'static) {
+    pub fn spawn_tracked(&self, future: impl Future<Output = ()> + Send + 'static) {
         self.tracker.spawn(future);
     }
 
     /// Runs `future` to its end even if the caller is dropped meanwhile, as happens when a client hangs up.
-    pub async fn finish<T: Send + 'static>(&self, future: impl Future<Output = T> + Send + 'static) -> T {
+    pub async fn run_to_end<T: Send + 'static>(&self, future: impl Future<Output = T> + Send + 'static) -> T {
         match self.tracker.spawn(future).await {
             Ok(value) => value,
             Err(error) => std::panic::resume_unwind(error.into_panic()),
@@ -150,7 +150,7 @@ mod tests {
         let tasks = Tasks::new();
         let (go, wait) = tokio::sync::oneshot::channel::<()>();
         let (done, finished) = tokio::sync::oneshot::channel();
-        let mut call = Box::pin(tasks.finish(async move {
+        let mut call = Box::pin(tasks.run_to_end(async move {
             wait.await.unwrap();
             done.send(()).unwrap();
         }));

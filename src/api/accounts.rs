@@ -88,7 +88,7 @@ pub async fn reset(
     let keys = keys.check_pq(&app.limits, client).await?;
     app.tasks
         .clone()
-        .finish(async move {
+        .run_to_end(async move {
             let now = app.clock.latest();
             let session = NewSession::begin(&app.tokens, now);
             let identity = keys.identity;

@@ -22,7 +22,7 @@ use crate::app::App;
 use crate::blobs::{Staged, UploadError};
 use crate::clock::Timestamp;
 use crate::config;
-use crate::limits::{NoRoom, Payer, Wait};
+use crate::limits::{LimitSubject, NoRoom, RateLimited};
 use crate::model::ids::{AttachmentId, UserId};
 use crate::store::{Allowance, Reservation, Reserved, StoreError};
 use crate::telemetry::metrics::{BlobOperation, Direction, Refusal};
@@ -50,27 +50,27 @@ pub struct Attachment {
 pub async fn upload(
     State(app): State<App>,
     Unmetered(caller): Unmetered,
-    Holder(payer): Holder,
+    Holder(subject): Holder,
     headers: HeaderMap,
     body: Body,
 ) -> Result<(StatusCode, axum::Json<Attachment>), ApiError> {
     check_encoding(&headers)?;
     let size = announced_length(&headers).ok_or(ApiError::LengthRequired)?;
     check_size(size, &app.config.attachments)?;
-    let under_way = app.account_limits.upload(payer)?;
+    let under_way = app.account_limits.upload(subject)?;
     // In a bucket it takes nothing of our own disk but a row.
     let on_disk = if app.config.attachments.folder().is_some() { size } else { 0 };
     let claim = app.disk.room_for_attachment(on_disk).ok_or(ApiError::DiskFull)?;
     let upload = Upload {
         id: AttachmentId::random(),
         user: caller.user,
-        payer,
+        subject,
         size,
         began: app.clock.now(),
         born: app.clock.latest(),
         // A client that expects to be asked for the bytes would be asked for such as are refused then.
-        may_come_early: size <= EARLY_BYTES
-            && app.blobs.may_come_before_the_row()
+        can_stage_early: size <= EARLY_BYTES
+            && app.blobs.can_stage_before_row()
             && !headers.contains_key(header::EXPECT),
     };
     let attachment =
@@ -85,7 +85,7 @@ pub async fn upload(
         let _held = (claim, under_way);
         uploaded.await
     };
-    app.tasks.finish(with_current_span(uploaded)).await?;
+    app.tasks.run_to_end(with_current_span(uploaded)).await?;
     Ok((StatusCode::CREATED, axum::Json(attachment)))
 }
 
@@ -149,13 +149,13 @@ fn check_size(size: u64, limits: &config::Attachments) -> Result<(), ApiError> {
 struct Upload {
     id: AttachmentId,
     user: UserId,
-    payer: Payer,
+    subject: LimitSubject,
     size: u64,
     began: Timestamp,
     /// From when on its age counts.
     born: Timestamp,
     /// The bytes may come in while their room is being reserved.
-    may_come_early: bool,
+    can_stage_early: bool,
 }
 
 impl Upload {
@@ -163,9 +163,9 @@ impl Upload {
     async fn run(self, app: App, body: Body, abandoned: CancellationToken) -> Result<(), ApiError> {
         let over = abandoned.child_token();
         let staging = self.stage(&app, body, &over);
-        let staged = if self.may_come_early {
+        let staged = if self.can_stage_early {
             // A task of its own: others may wait for the same transaction, and the bytes must not hold it up.
-            let reserving = app.tasks.finish(with_current_span(self.reserve(app.clone())));
+            let reserving = app.tasks.run_to_end(with_current_span(self.reserve(app.clone())));
             let reserving = async { reserving.await.inspect_err(|_| over.cancel()) };
             let (reserved, staged) = tokio::join!(reserving, staging);
             // What has come in of a refused one goes by being dropped.
@@ -192,7 +192,7 @@ impl Upload {
             Reserved::QuotaExceeded => {
                 Err(ApiError::TooLarge("The account has no room left for this attachment".into()))
             }
-            Reserved::TooMuchToday(wait) => Err(Wait(wait, Refusal::UploadLimit).into()),
+            Reserved::TooMuchToday(wait) => Err(RateLimited(wait, Refusal::UploadLimit).into()),
         }
     }
 
@@ -202,7 +202,7 @@ impl Upload {
         let mut body = std::pin::pin!(body.into_data_stream().take_until(over.cancelled()));
         let first = tokio::time::timeout(FIRST_BYTE, body.next()).await.map_err(|_| Failure::NothingCame)?;
         let body = stream::iter(first).chain(body);
-        Ok(app.blobs.stage_for(self.payer, self.id, self.size, body).await?)
+        Ok(app.blobs.stage_for(self.subject, self.id, self.size, body).await?)
     }
 
     async fn store(&self, app: &App, staged: Result<Staged, Failure>) -> Result<(), Failure> {

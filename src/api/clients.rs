@@ -15,7 +15,7 @@ use crate::api::error::ApiError;
 use crate::app::App;
 use crate::config::Server;
 use crate::gateway::ConnectionProgress;
-use crate::limits::{Payer, Tier};
+use crate::limits::{LimitSubject, Tier};
 
 const FORWARDED_FOR: &str = "x-forwarded-for";
 /// Refusals, less other answers, that one connection gets at once …
@@ -27,9 +27,9 @@ const SLOWEST_REFUSAL: Duration = Duration::from_secs(1);
 
 /// What [`admit`] has found out about a request.
 #[derive(Clone, Copy, Debug)]
-pub struct Admitted {
+pub struct AdmittedRequest {
     /// The client's address; the account, once a valid token has been seen.
-    pub payer: Payer,
+    pub subject: LimitSubject,
     /// The client's address again, if it is that of a client. `None` for requests that a trusted proxy makes itself, or passes
     /// on without saying for whom.
     pub client: Option<IpAddr>,
@@ -37,20 +37,20 @@ pub struct Admitted {
     pub max_body: usize,
 }
 
-impl Admitted {
+impl AdmittedRequest {
     /// What is charged for what the request holds while it lasts: the account and its client's address. An account alone would let
     /// one client hold all there is, with a few accounts.
-    pub fn holder(&self) -> Payer {
-        match (self.payer, self.client) {
-            (Payer::Account(account), Some(address)) => Payer::AccountAt(account, address),
-            (payer, _) => payer,
+    pub fn limit_subject(&self) -> LimitSubject {
+        match (self.subject, self.client) {
+            (LimitSubject::Account(account), Some(address)) => LimitSubject::AccountAt(account, address),
+            (subject, _) => subject,
         }
     }
 }
 
 /// What the requests of a route need to be let in.
 #[derive(Clone)]
-pub struct Entrance {
+pub struct AdmissionConfig {
     /// Has the limits, and knows the proxies.
     pub app: App,
     /// The bucket that each request takes a token from.
@@ -59,8 +59,8 @@ pub struct Entrance {
     pub max_body: usize,
 }
 
-/// Lets a request through as [`Admitted`], or answers 429. It needs the peer's address as [`ConnectInfo`].
-pub async fn admit(State(entrance): State<Entrance>, request: Request, next: Next) -> Response {
+/// Lets a request through as [`AdmittedRequest`], or answers 429. It needs the peer's address as [`ConnectInfo`].
+pub async fn admit(State(entrance): State<AdmissionConfig>, request: Request, next: Next) -> Response {
     let Some(ConnectInfo(peer)) = request.extensions().get::<ConnectInfo<SocketAddr>>().copied() else {
         error!("a request came without the address of its peer");
         return ApiError::Internal.into_response();
@@ -75,15 +75,15 @@ pub async fn admit(State(entrance): State<Entrance>, request: Request, next: Nex
     response
 }
 
-async fn admitted(entrance: Entrance, peer: IpAddr, mut request: Request, next: Next) -> Response {
-    let Entrance { app, tier, max_body } = entrance;
+async fn admitted(entrance: AdmissionConfig, peer: IpAddr, mut request: Request, next: Next) -> Response {
+    let AdmissionConfig { app, tier, max_body } = entrance;
     let address = client_address(&app.config.server, peer, request.headers());
-    let (payer, client) =
-        (Payer::Address(address), Some(address).filter(|address| !app.config.server.trusts(*address)));
-    if let Err(wait) = app.limits.address(tier, payer) {
+    let (subject, client) =
+        (LimitSubject::Address(address), Some(address).filter(|address| !app.config.server.trusts(*address)));
+    if let Err(wait) = app.limits.address(tier, subject) {
         return ApiError::from(wait).into_response();
     }
-    request.extensions_mut().insert(Admitted { payer, client, max_body });
+    request.extensions_mut().insert(AdmittedRequest { subject, client, max_body });
     next.run(request).await
 }
 
@@ -105,7 +105,7 @@ pub fn client_address(server: &Server, peer: IpAddr, headers: &HeaderMap) -> IpA
     let lines: Vec<_> = headers.get_all(FORWARDED_FOR).iter().collect();
     if !server.trusts(peer) {
         if !lines.is_empty() {
-            tell_of_unbelieved(peer);
+            log_untrusted_proxy(peer);
         }
         return peer;
     }
@@ -129,7 +129,7 @@ fn parse_forwarded(item: &[u8]) -> Option<IpAddr> {
 }
 
 /// Logs once that a proxy is not trusted: all its clients then count as one.
-fn tell_of_unbelieved(peer: IpAddr) {
+fn log_untrusted_proxy(peer: IpAddr) {
     static LOGGED: AtomicBool = AtomicBool::new(false);
     if is_local(peer) && !LOGGED.swap(true, Ordering::Relaxed) {
         warn!(

@@ -5,7 +5,7 @@ use std::net::IpAddr;
 use std::sync::Arc;
 
 use crate::config::Server;
-use crate::limits::{Amount, Held, Payer, Quota, Rate, Scope, Terms};
+use crate::limits::{LimitSubject, Quota, RateLimit, ResourceLimit, ResourceLimitConfig, ResourcePermit, Scope};
 use crate::telemetry::metrics::Refusal;
 
 /// How many times the connections of one of its /64s an IPv6 /48 may have.
@@ -19,15 +19,15 @@ const OPENED_IN_A_SECOND: u32 = 4;
 /// The connections that are open. Cloning gives the same count.
 #[derive(Clone)]
 pub struct Connections {
-    open: Amount,
+    open: ResourceLimit,
     /// Opening a connection costs more than a request, and a new connection gets its first refusals without delay.
-    opened: Option<Arc<Rate>>,
+    opened: Option<Arc<RateLimit>>,
     /// Knows the trusted proxies. A proxy has many clients, so only the total counts for it.
     server: Option<Server>,
 }
 
 /// An open connection. Dropping it makes room for another.
-pub type Permit = Held;
+pub type Permit = ResourcePermit;
 
 impl Connections {
     /// At most `max` connections, and `max_per_client` from one IPv4 address or IPv6 /64. The trusted proxies of
@@ -35,7 +35,11 @@ impl Connections {
     pub fn new(max: usize, max_per_client: usize, server: Option<Server>) -> Self {
         let [total, own] = [max, max_per_client].map(|count| u32::try_from(count).unwrap_or(u32::MAX));
         let shares = vec![(Scope::Own, own), (Scope::Site, own.saturating_mul(SITE))];
-        Self { open: Amount::new(Terms { shares, ..Terms::total(total) }), opened: None, server }
+        Self {
+            open: ResourceLimit::new(ResourceLimitConfig { shares, ..ResourceLimitConfig::total(total) }),
+            opened: None,
+            server,
+        }
     }
 
     /// The same, with a limit on how often one address opens a connection: a quarter of `max_per_client` in a second, four
@@ -43,7 +47,7 @@ impl Connections {
     pub fn with_rate(self, max_per_client: usize) -> Self {
         let own = u32::try_from(max_per_client).unwrap_or(u32::MAX);
         let quota = Quota::per_second((own / OPENED_IN_A_SECOND).max(1), own.saturating_mul(OPENED_AT_ONCE));
-        Self { opened: Some(Arc::new(Rate::new(Refusal::AddressLimit).with(Scope::Own, quota))), ..self }
+        Self { opened: Some(Arc::new(RateLimit::new(Refusal::AddressLimit).with(Scope::Own, quota))), ..self }
     }
 
     /// A separate count with these limits and the same trusted proxies, of connections that this one has let in.
@@ -54,11 +58,11 @@ impl Connections {
     /// Counts a new connection, or refuses it.
     pub fn admit(&self, peer: IpAddr) -> Option<Permit> {
         let is_proxy = self.server.as_ref().is_some_and(|server| server.trusts(peer));
-        let payer = if is_proxy { Payer::Exempt } else { Payer::Address(peer) };
+        let subject = if is_proxy { LimitSubject::Exempt } else { LimitSubject::Address(peer) };
         if let Some(opened) = &self.opened {
-            opened.take(payer).ok()?;
+            opened.take(subject).ok()?;
         }
-        self.open.try_take(payer, 1)
+        self.open.try_take(subject, 1)
     }
 
     /// How many are open.

@@ -7,7 +7,7 @@ use serde::{Deserialize, Serialize};
 use tokio::task::spawn_blocking;
 
 use crate::api::error::ApiError;
-use crate::limits::{Limits, NoRoom, Payer};
+use crate::limits::{LimitSubject, Limits, NoRoom};
 use crate::model::keys::{
     KemPublicKey, KeyError, KeyId, OneTimePreKey, PqKeyId, PqPreKey, PreKeys, PublicKey, RegistrationId, Signature,
     SignedPreKey,
@@ -110,8 +110,8 @@ impl DeviceKeysBody {
 
 impl DeviceKeys {
     /// Checks the signatures of the Kyber keys: see [`check_pq`].
-    pub async fn check_pq(mut self, limits: &Limits, payer: Payer) -> Result<Self, ApiError> {
-        self.prekeys = check_pq(self.prekeys, self.identity, limits, payer).await?;
+    pub async fn check_pq(mut self, limits: &Limits, subject: LimitSubject) -> Result<Self, ApiError> {
+        self.prekeys = check_pq(self.prekeys, self.identity, limits, subject).await?;
         Ok(self)
     }
 }
@@ -122,12 +122,12 @@ pub async fn check_pq(
     prekeys: PreKeys,
     identity: PublicKey,
     limits: &Limits,
-    payer: Payer,
+    subject: LimitSubject,
 ) -> Result<PreKeys, ApiError> {
     if has_few_signatures(&prekeys) {
         return Ok(prekeys);
     }
-    let turn = limits.signatures.take(payer, 1, SIGNATURES_PATIENCE).await;
+    let turn = limits.signatures.take(subject, 1, SIGNATURES_PATIENCE).await;
     let turn = turn.map_err(|NoRoom| ApiError::unavailable(Refusal::Signatures))?;
     let checking = spawn_blocking(move || {
         // Held to the end of the work, also when the request is given up.
@@ -259,7 +259,7 @@ mod tests {
     async fn check(body: DeviceKeysBody) -> Result<DeviceKeys, ApiError> {
         let config = Config::embedded(Path::new("unused")).unwrap();
         let limits = Limits::new(&config.rate_limits, &config.account_rates, 0);
-        body.read(MAX)?.check_pq(&limits, Payer::Exempt).await
+        body.read(MAX)?.check_pq(&limits, LimitSubject::Exempt).await
     }
 
     /// The message for a full upload after `change`; empty when it passes.

@@ -91,7 +91,7 @@ pub async fn link(
     let device = NewDevice { id, name: keys.name, registration_id: keys.registration_id, prekeys: keys.prekeys };
     match app.store.link_device(&NewLink { hash, identity, is_proven, device, session: session.grant }, now).await? {
         Linked::Device { user, .. } => {
-            app.tasks.attend(tell_devices(app.clone(), user));
+            app.tasks.spawn_tracked(notify_devices(app.clone(), user));
             let answer = session.answer(&app.tokens, &app.tokens.claims(user, id, latest, 0));
             Ok((StatusCode::CREATED, axum::Json(answer)))
         }
@@ -148,7 +148,7 @@ pub async fn delete(
     if !caller.is_primary && caller.device != target {
         return Err(ApiError::forbidden("Only the primary device can delete other devices"));
     }
-    app.tasks.clone().finish(remove(app, caller, target)).await
+    app.tasks.clone().run_to_end(remove(app, caller, target)).await
 }
 
 async fn remove(app: App, caller: Caller, target: DeviceId) -> Result<StatusCode, ApiError> {
@@ -162,7 +162,7 @@ async fn remove(app: App, caller: Caller, target: DeviceId) -> Result<StatusCode
     match removed? {
         Removed::Device(device) => {
             dismiss(&app, &[Address { user: caller.user, device }]).await;
-            app.tasks.attend(tell_devices(app.clone(), caller.user));
+            app.tasks.spawn_tracked(notify_devices(app.clone(), caller.user));
             Ok(StatusCode::NO_CONTENT)
         }
         Removed::Unknown => Err(ApiError::NotFound),
@@ -172,7 +172,7 @@ async fn remove(app: App, caller: Caller, target: DeviceId) -> Result<StatusCode
 
 /// Lets the sockets of the account's devices look at the list of its devices, which has changed. If that fails, they find out
 /// with their next regular look.
-async fn tell_devices(app: App, user: UserId) {
+async fn notify_devices(app: App, user: UserId) {
     match app.store.addresses(&[user]).await {
         Ok(devices) => app.bus.notify(&devices, Signal::AuthChanged),
         Err(error) => debug!(%error, "the devices of an account could not be told of a change of their list"),
@@ -183,7 +183,7 @@ async fn tell_devices(app: App, user: UserId) {
 pub async fn dismiss(app: &App, removed: &[Address]) {
     app.bus.notify(removed, Signal::AuthChanged);
     let gone = removed.iter().map(|address| address.device).collect();
-    app.tasks.attend(clear_inboxes(app.clone(), gone));
+    app.tasks.spawn_tracked(clear_inboxes(app.clone(), gone));
 }
 
 /// Deletes step by step what did not fit into the transaction that removed the devices. What shutdown leaves expires.

@@ -12,8 +12,8 @@ use tracing::{debug, error};
 use crate::auth::passwords::Busy;
 use crate::blobs::BlobError;
 use crate::delivery::WriteError;
-use crate::disk::NoGrowth;
-use crate::limits::{NoRoom, Wait};
+use crate::disk::InsufficientSpace;
+use crate::limits::{NoRoom, RateLimited};
 use crate::store::StoreError;
 use crate::telemetry::metrics::Refusal;
 use crate::telemetry::throttle::LogThrottle;
@@ -202,9 +202,9 @@ impl From<Busy> for ApiError {
     }
 }
 
-impl From<Wait> for ApiError {
+impl From<RateLimited> for ApiError {
     /// The wait rounded down, plus one.
-    fn from(Wait(wait, limit): Wait) -> Self {
+    fn from(RateLimited(wait, limit): RateLimited) -> Self {
         Self::TooManyRequests { retry_after_secs: wait.as_secs() + 1, limit }
     }
 }
@@ -221,8 +221,8 @@ impl From<StoreError> for ApiError {
     }
 }
 
-impl From<NoGrowth> for ApiError {
-    fn from(_: NoGrowth) -> Self {
+impl From<InsufficientSpace> for ApiError {
+    fn from(_: InsufficientSpace) -> Self {
         Self::DiskFull
     }
 }

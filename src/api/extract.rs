@@ -13,11 +13,11 @@ use serde::de::{DeserializeOwned, IgnoredAny};
 use serde_json::error::Category;
 use tracing::error;
 
-use crate::api::clients::Admitted;
+use crate::api::clients::AdmittedRequest;
 use crate::api::error::ApiError;
 use crate::api::strict::Strict;
 use crate::app::App;
-use crate::limits::{Held, PATIENCE, Payer, kib};
+use crate::limits::{LimitSubject, PATIENCE, ResourcePermit, kib};
 use crate::model::ids::{Address, AttachmentId, DeviceId, DeviceNo, IdempotencyKey, UserId};
 
 /// The largest body that any route reads into memory, in bytes. Attachments are streamed.
@@ -78,8 +78,8 @@ impl FromRequestParts<App> for Unmetered {
             return Err(ApiError::Unauthorized);
         }
         app.store.record_use(claims.user);
-        if let Some(admitted) = parts.extensions.get_mut::<Admitted>() {
-            admitted.payer = Payer::Account(claims.user);
+        if let Some(admitted) = parts.extensions.get_mut::<AdmittedRequest>() {
+            admitted.subject = LimitSubject::Account(claims.user);
         }
         Ok(Self(Caller {
             user: claims.user,
@@ -98,27 +98,31 @@ fn bearer_token(headers: &HeaderMap) -> Option<&str> {
 
 /// Who a request is charged to: its account behind a [`Caller`], otherwise the address of its client.
 #[derive(Clone, Copy, Debug)]
-pub struct Client(pub Payer);
+pub struct Client(pub LimitSubject);
 
 impl FromRequestParts<App> for Client {
     type Rejection = ApiError;
 
     async fn from_request_parts(parts: &mut Parts, _: &App) -> Result<Self, ApiError> {
         // Every route lets requests in by `admit`.
-        parts.extensions.get::<Admitted>().map(|admitted| Self(admitted.payer)).ok_or(ApiError::Internal)
+        parts.extensions.get::<AdmittedRequest>().map(|admitted| Self(admitted.subject)).ok_or(ApiError::Internal)
     }
 }
 
 /// What is charged for what a request holds while it lasts. Comes after the [`Caller`].
 #[derive(Clone, Copy, Debug)]
-pub struct Holder(pub Payer);
+pub struct Holder(pub LimitSubject);
 
 impl FromRequestParts<App> for Holder {
     type Rejection = ApiError;
 
     async fn from_request_parts(parts: &mut Parts, _: &App) -> Result<Self, ApiError> {
         // Every route lets requests in by `admit`.
-        parts.extensions.get::<Admitted>().map(|admitted| Self(admitted.holder())).ok_or(ApiError::Internal)
+        parts
+            .extensions
+            .get::<AdmittedRequest>()
+            .map(|admitted| Self(admitted.limit_subject()))
+            .ok_or(ApiError::Internal)
     }
 }
 
@@ -180,18 +184,18 @@ pub struct RawBody {
     /// What the client sent.
     pub bytes: Bytes,
     /// The body's part of the memory that all bodies share. To be kept for as long as the bytes are.
-    pub share: Option<Held>,
+    pub share: Option<ResourcePermit>,
 }
 
 impl FromRequest<App> for RawBody {
     type Rejection = ApiError;
 
     async fn from_request(request: Request, app: &App) -> Result<Self, ApiError> {
-        let Some(admitted) = request.extensions().get::<Admitted>().copied() else {
+        let Some(admitted) = request.extensions().get::<AdmittedRequest>().copied() else {
             error!("a body came in on a route without a limit");
             return Err(ApiError::Internal);
         };
-        let (payer, max_body) = (admitted.holder(), admitted.max_body);
+        let (subject, max_body) = (admitted.limit_subject(), admitted.max_body);
         check_encoding(request.headers())?;
         let too_large = || ApiError::TooLarge("Payload too large".into());
         if announced_bytes(&request) > max_body as u64 {
@@ -207,7 +211,7 @@ impl FromRequest<App> for RawBody {
                 return Err(too_large());
             }
             if length > UNCOUNTED_BYTES {
-                let share = share.get_or_insert_with(|| app.limits.bodies(payer).holder(payer));
+                let share = share.get_or_insert_with(|| app.limits.bodies(subject).holder(subject));
                 share.grow_to(kib(length), PATIENCE).await?;
             }
             bytes.extend_from_slice(&data);

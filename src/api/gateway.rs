@@ -14,13 +14,13 @@ use tracing::debug;
 use tungstenite::error::{Error, ProtocolError};
 use tungstenite::handshake::server::create_response_with_body;
 
-use crate::api::clients::Admitted;
+use crate::api::clients::AdmittedRequest;
 use crate::api::error::ApiError;
 use crate::api::extract::Caller;
 use crate::app::App;
 use crate::auth::tokens::OpaqueSecret;
 use crate::gateway::{self, ConnectionProgress, Features};
-use crate::limits::Payer;
+use crate::limits::LimitSubject;
 use crate::store::NewTicket;
 
 /// `POST /v1/gateway/ticket`
@@ -39,7 +39,7 @@ pub async fn ticket(State(app): State<App>, caller: Caller) -> Result<(StatusCod
     let new = NewTicket { hash: ticket.hash(), device, token_expires_at, expires_at };
     // Others may share the transaction, so it doesn't end with this request.
     let store = app.store.clone();
-    if !app.tasks.finish(async move { store.issue_ticket(new).await }).await? {
+    if !app.tasks.run_to_end(async move { store.issue_ticket(new).await }).await? {
         return Err(ApiError::Unauthorized);
     }
     Ok((StatusCode::CREATED, Json(TicketResponse { ticket: ticket.text().to_owned() })))
@@ -93,7 +93,7 @@ impl Ticket {
 pub async fn connect(
     State(app): State<App>,
     Extension(progress): Extension<Arc<ConnectionProgress>>,
-    Extension(admitted): Extension<Admitted>,
+    Extension(admitted): Extension<AdmittedRequest>,
     request: Request,
 ) -> Result<Response, ApiError> {
     let mut request = request.map(drop);
@@ -104,7 +104,7 @@ pub async fn connect(
     let features = Features::named(&query.features);
     let ticket = Ticket::find(query, request.headers()).ok_or_else(missing)?;
     let (store, hash, now) = (app.store.clone(), OpaqueSecret::hash_of(ticket.text()), app.clock.now());
-    let redeemed = app.tasks.finish(async move { store.redeem_ticket(&hash, now).await }).await;
+    let redeemed = app.tasks.run_to_end(async move { store.redeem_ticket(&hash, now).await }).await;
     // The contract knows no other answer to a ticket that can't be looked up: the client asks for another one.
     // Its error is logged as those of other requests.
     let holder = redeemed.map_err(ApiError::from).ok().flatten().ok_or(ApiError::Unauthorized)?;
@@ -112,12 +112,12 @@ pub async fn connect(
     if matches!(ticket, Ticket::Protocol(_)) && protocols(request.headers()).any(|name| name == PROTOCOL) {
         response.headers_mut().insert(header::SEC_WEBSOCKET_PROTOCOL, HeaderValue::from_static(PROTOCOL));
     }
-    let payer = Admitted { payer: Payer::Account(holder.user), ..admitted }.holder();
-    app.tasks.clone().attend(async move {
+    let subject = AdmittedRequest { subject: LimitSubject::Account(holder.user), ..admitted }.limit_subject();
+    app.tasks.clone().spawn_tracked(async move {
         match upgrade.await {
             Ok(upgraded) => {
                 let connection = Box::new(TokioIo::new(upgraded));
-                gateway::run(app, (holder, payer), features, connection, progress).await;
+                gateway::run(app, (holder, subject), features, connection, progress).await;
             }
             Err(error) => debug!(%error, "a connection ended before it became a socket"),
         }

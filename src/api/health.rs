@@ -10,7 +10,7 @@ use tracing::{debug, info, warn};
 
 use crate::app::App;
 use crate::config;
-use crate::disk::Room;
+use crate::disk::DiskSpace;
 
 /// The health of the server. Cloning gives the same.
 #[derive(Clone)]
@@ -24,13 +24,13 @@ struct Inner {
     is_storage_open: AtomicBool,
     /// There from the moment on in which clients are served.
     app: OnceLock<App>,
-    is_leaving: AtomicBool,
-    told: Told,
+    is_shutting_down: AtomicBool,
+    logged: LoggedOutages,
 }
 
 /// Which parts are known to be away, as the log has it: probes come all the time, and each outage is told of once.
 #[derive(Default)]
-struct Told {
+struct LoggedOutages {
     database: AtomicBool,
     storage: AtomicBool,
     pubsub: AtomicBool,
@@ -39,10 +39,10 @@ struct Told {
 /// The answer of `GET /readyz`.
 #[derive(Debug, PartialEq, Eq, Serialize)]
 pub struct Readiness {
-    status: Word,
-    database: Word,
-    storage: Word,
-    pubsub: Word,
+    status: Status,
+    database: Status,
+    storage: Status,
+    pubsub: Status,
     /// Only while something is refused for lack of room. The node is ready all the same: acks make room again.
     #[serde(skip_serializing_if = "Option::is_none")]
     space: Option<&'static str>,
@@ -50,7 +50,7 @@ pub struct Readiness {
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "lowercase")]
-enum Word {
+enum Status {
     Ok,
     /// A part is away, or the whole is not ready.
     Error,
@@ -63,7 +63,7 @@ enum Word {
 impl Readiness {
     /// Whether the server should get requests.
     pub fn is_ready(&self) -> bool {
-        matches!(self.status, Word::Ok | Word::Degraded)
+        matches!(self.status, Status::Ok | Status::Degraded)
     }
 }
 
@@ -75,49 +75,49 @@ impl Health {
             is_database_open: AtomicBool::default(),
             is_storage_open: AtomicBool::default(),
             app: OnceLock::new(),
-            is_leaving: AtomicBool::default(),
-            told: Told::default(),
+            is_shutting_down: AtomicBool::default(),
+            logged: LoggedOutages::default(),
         };
         Self { inner: Arc::new(inner) }
     }
 
     /// The database has been opened. The server goes on starting.
-    pub fn database_is_open(&self) {
+    pub fn set_database_open(&self) {
         self.inner.is_database_open.store(true, Ordering::Relaxed);
     }
 
     /// The attachment storage has been opened. The server goes on starting.
-    pub fn storage_is_open(&self) {
+    pub fn set_storage_open(&self) {
         self.inner.is_storage_open.store(true, Ordering::Relaxed);
     }
 
     /// The start is over: from now on the parts are asked.
-    pub fn at_work(&self, app: &App) {
+    pub fn set_serving(&self, app: &App) {
         // There is one start, so nothing was there.
         let _ = self.inner.app.set(app.clone());
     }
 
     /// The server will stop: it is not ready from now on, whatever it still answers.
-    pub fn leaving(&self) {
-        self.inner.is_leaving.store(true, Ordering::Relaxed);
+    pub fn set_shutting_down(&self) {
+        self.inner.is_shutting_down.store(true, Ordering::Relaxed);
     }
 
     /// What there is to say now. All parts are asked at the same time, each within a limit of its own.
-    pub async fn look(&self) -> Readiness {
+    pub async fn check_all(&self) -> Readiness {
         let Some(app) = self.inner.app.get() else { return self.while_starting() };
-        let Inner { config, told, .. } = &*self.inner;
+        let Inner { config, logged, .. } = &*self.inner;
         let (database, storage, pubsub) = tokio::join!(
-            check("database", &told.database, config.database_timeout, app.store.check()),
-            check("storage", &told.storage, config.storage_timeout, app.blobs.check()),
-            check("pubsub", &told.pubsub, config.pubsub_timeout, app.bus.check()),
+            check("database", &logged.database, config.database_timeout, app.store.check()),
+            check("storage", &logged.storage, config.storage_timeout, app.blobs.check()),
+            check("pubsub", &logged.pubsub, config.pubsub_timeout, app.bus.check()),
         );
-        let space = match app.disk.room() {
-            Room::Enough => None,
-            Room::Low => Some("low"),
-            Room::Full => Some("full"),
+        let space = match app.disk.space() {
+            DiskSpace::Enough => None,
+            DiskSpace::Low => Some("low"),
+            DiskSpace::Full => Some("full"),
         };
-        let status = if self.inner.is_leaving.load(Ordering::Relaxed) {
-            Word::Error
+        let status = if self.inner.is_shutting_down.load(Ordering::Relaxed) {
+            Status::Error
         } else {
             overall(database, [(storage, config.is_storage_optional), (pubsub, config.is_pubsub_optional)])
         };
@@ -125,51 +125,51 @@ impl Health {
     }
 
     fn while_starting(&self) -> Readiness {
-        let word = |is_open: &AtomicBool| if is_open.load(Ordering::Relaxed) { Word::Ok } else { Word::Starting };
+        let word = |is_open: &AtomicBool| if is_open.load(Ordering::Relaxed) { Status::Ok } else { Status::Starting };
         Readiness {
-            status: Word::Starting,
+            status: Status::Starting,
             database: word(&self.inner.is_database_open),
             storage: word(&self.inner.is_storage_open),
-            pubsub: Word::Starting,
+            pubsub: Status::Starting,
             space: None,
         }
     }
 }
 
 /// Without its database a server can do nothing. The other parts come with whether they are optional.
-fn overall(database: Word, others: [(Word, bool); 2]) -> Word {
-    let is_away = |word: Word| word != Word::Ok;
+fn overall(database: Status, others: [(Status, bool); 2]) -> Status {
+    let is_away = |word: Status| word != Status::Ok;
     if is_away(database) || others.iter().any(|(part, is_optional)| is_away(*part) && !is_optional) {
-        Word::Error
+        Status::Error
     } else if others.iter().any(|(part, _)| is_away(*part)) {
-        Word::Degraded
+        Status::Degraded
     } else {
-        Word::Ok
+        Status::Ok
     }
 }
 
 async fn check<E: Display>(
     part: &str,
-    told: &AtomicBool,
+    logged: &AtomicBool,
     limit: Duration,
-    look: impl Future<Output = Result<(), E>>,
-) -> Word {
-    let error = match tokio::time::timeout(limit, look).await {
+    probe: impl Future<Output = Result<(), E>>,
+) -> Status {
+    let error = match tokio::time::timeout(limit, probe).await {
         Ok(Ok(())) => {
-            if told.swap(false, Ordering::Relaxed) {
+            if logged.swap(false, Ordering::Relaxed) {
                 info!(part, "a part of the server is ready again");
             }
-            return Word::Ok;
+            return Status::Ok;
         }
         Ok(Err(error)) => error.to_string(),
         Err(_) => "no answer in time".to_owned(),
     };
-    if told.swap(true, Ordering::Relaxed) {
+    if logged.swap(true, Ordering::Relaxed) {
         debug!(part, %error, "a part of the server is still not ready");
     } else {
         warn!(part, %error, "a part of the server is not ready");
     }
-    Word::Error
+    Status::Error
 }
 
 #[cfg(test)]
@@ -178,14 +178,14 @@ mod tests {
 
     #[test]
     fn only_a_part_that_is_optional_may_be_away() {
-        let (up, away) = (Word::Ok, Word::Error);
+        let (up, away) = (Status::Ok, Status::Error);
         for (database, storage, pubsub, status) in [
-            (up, (up, false), (up, false), Word::Ok),
-            (up, (away, false), (up, false), Word::Error),
-            (up, (away, true), (up, false), Word::Degraded),
-            (up, (away, true), (away, false), Word::Error),
-            (up, (away, true), (away, true), Word::Degraded),
-            (away, (up, true), (up, true), Word::Error),
+            (up, (up, false), (up, false), Status::Ok),
+            (up, (away, false), (up, false), Status::Error),
+            (up, (away, true), (up, false), Status::Degraded),
+            (up, (away, true), (away, false), Status::Error),
+            (up, (away, true), (away, true), Status::Degraded),
+            (away, (up, true), (up, true), Status::Error),
         ] {
             assert_eq!(overall(database, [storage, pubsub]), status);
         }

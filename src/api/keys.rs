@@ -85,7 +85,7 @@ pub async fn refill(
         false => app.store.refill(caller.no, &keys).await?,
     };
     if refilled != Refilled::Stored {
-        counted.was_refused();
+        counted.refund();
     }
     match refilled {
         Refilled::Stored => Ok(StatusCode::NO_CONTENT),
@@ -122,7 +122,7 @@ pub async fn bundles(
     PathId(user): PathId<UserId>,
 ) -> Result<axum::Json<BundleList>, ApiError> {
     app.limits.bundles(caller.user, user)?;
-    let bundles = app.tasks.clone().finish(asked_for(app, method, caller.user, (user, None))).await?;
+    let bundles = app.tasks.clone().run_to_end(asked_for(app, method, caller.user, (user, None))).await?;
     Ok(axum::Json(BundleList { bundles }))
 }
 
@@ -134,7 +134,7 @@ pub async fn bundle(
     PathIds(user, device): PathIds<UserId, DeviceId>,
 ) -> Result<axum::Json<BundleBody>, ApiError> {
     app.limits.bundles(caller.user, user)?;
-    let mut bundles = app.tasks.clone().finish(asked_for(app, method, caller.user, (user, Some(device)))).await?;
+    let mut bundles = app.tasks.clone().run_to_end(asked_for(app, method, caller.user, (user, Some(device)))).await?;
     bundles.pop().map(axum::Json).ok_or(ApiError::NotFound)
 }
 

@@ -34,7 +34,7 @@ async fn page(State(metrics): State<Metrics>) -> impl IntoResponse {
 }
 
 async fn ready(State(health): State<Health>) -> impl IntoResponse {
-    let readiness = health.look().await;
+    let readiness = health.check_all().await;
     let code = if readiness.is_ready() { StatusCode::OK } else { StatusCode::SERVICE_UNAVAILABLE };
     (code, Json(readiness))
 }

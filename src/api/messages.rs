@@ -8,7 +8,7 @@ use sha2::{Digest, Sha256};
 use crate::api::error::ApiError;
 use crate::api::extract::{Caller, Protobuf, RawBody, required_key};
 use crate::app::App;
-use crate::limits::Wait;
+use crate::limits::RateLimited;
 use crate::model::message::{Replay, SendRequest, SendResult, Sender};
 use crate::telemetry::metrics::Refusal;
 use crate::wire::{self, BadSend};
@@ -43,7 +43,7 @@ pub async fn send(
 
 /// Marks the recipients that get too many sends at the moment. Returns an error when all of them do.
 fn apply_rate_limits(app: &App, request: &mut SendRequest) -> Result<(), ApiError> {
-    let mut shortest: Option<Wait> = None;
+    let mut shortest: Option<RateLimited> = None;
     let mut limited = 0;
     for recipient in &mut request.recipients {
         if let Err(wait) = app.limits.send(request.sender.user, recipient.user) {
@@ -70,7 +70,7 @@ fn is_lenient(headers: &HeaderMap) -> bool {
 
 fn answer(sent: &SendResult, is_lenient: bool) -> Response {
     let mut response = match sent.retry_after {
-        Some(wait) if !is_lenient => ApiError::from(Wait(wait, Refusal::InboxRoom)).into_response(),
+        Some(wait) if !is_lenient => ApiError::from(RateLimited(wait, Refusal::InboxRoom)).into_response(),
         _ => Protobuf(wire::send_response(&sent.outcome)).into_response(),
     };
     if is_lenient {

@@ -14,10 +14,10 @@ pub mod health;
 pub mod keys;
 pub mod links;
 pub mod management;
-mod measured;
 pub mod messages;
 pub mod push_token;
 mod request;
+mod request_metrics;
 pub mod sessions;
 mod strict;
 
@@ -28,7 +28,7 @@ use axum::middleware::{from_fn, from_fn_with_state};
 use axum::response::IntoResponse;
 use axum::routing::{MethodRouter, delete, get, post, put};
 
-use crate::api::clients::{Entrance, admit};
+use crate::api::clients::{AdmissionConfig, admit};
 use crate::api::error::ApiError;
 use crate::api::extract::MAX_BODY_BYTES;
 use crate::app::App;
@@ -37,7 +37,7 @@ use crate::limits::Tier;
 
 /// What a route reads of a request's body.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Reads {
+pub enum BodyKind {
     /// None of it.
     Nothing,
     /// A few words: names, passwords, tokens.
@@ -52,7 +52,7 @@ pub enum Reads {
     Stream,
 }
 
-impl Reads {
+impl BodyKind {
     /// The largest body, in bytes; 0 for what is not read into memory.
     pub fn max_bytes(self, config: &Config) -> usize {
         const KIB: usize = 1 << 10;
@@ -70,7 +70,7 @@ impl Reads {
 
 /// The largest body of a request without a token, in bytes.
 pub fn largest_guest_body(config: &Config) -> usize {
-    Reads::Keys.max_bytes(config)
+    BodyKind::Keys.max_bytes(config)
 }
 
 /// A line of the contract: what may be asked, and every status that the answer may have. `openapi.yaml` is held
@@ -84,7 +84,7 @@ pub struct Route {
     /// The bucket of the client's address that it takes a token from.
     pub tier: Tier,
     /// What it reads of the body.
-    pub reads: Reads,
+    pub reads: BodyKind,
     /// Every status that it may answer with.
     pub statuses: &'static [u16],
 }
@@ -97,12 +97,12 @@ macro_rules! routes {
             method: stringify!($method),
             path: $path,
             tier: Tier::$tier,
-            reads: Reads::$reads,
+            reads: BodyKind::$reads,
             statuses: &[$($status),*],
         }),*];
 
         fn router_of(app: &App) -> Router<App> {
-            Router::new()$(.route($path, guarded(routes!(@method $method)($handler), Tier::$tier, Reads::$reads, app)))*
+            Router::new()$(.route($path, guarded(routes!(@method $method)($handler), Tier::$tier, BodyKind::$reads, app)))*
         }
     };
     (@method GET) => { get };
@@ -142,13 +142,13 @@ routes! {
 
 /// The API port.
 pub fn router(app: App) -> Router {
-    let elsewhere = || from_fn_with_state(Entrance { app: app.clone(), tier: Tier::Open, max_body: 0 }, admit);
+    let elsewhere = || from_fn_with_state(AdmissionConfig { app: app.clone(), tier: Tier::Open, max_body: 0 }, admit);
     let router = router_of(&app)
         .fallback((|| async { ApiError::NotFound }).layer(elsewhere()))
         .method_not_allowed_fallback((|| async { ApiError::MethodNotAllowed }).layer(elsewhere()))
         .layer(from_fn_with_state(app.clone(), request::bounded_in_time))
         .layer(from_fn(request::identified))
-        .layer(from_fn_with_state(app.clone(), measured::measured));
+        .layer(from_fn_with_state(app.clone(), request_metrics::record_metrics));
     // Without a collector there is nothing in the way, not even a look whether there is one.
     let router = match app.traces.are_recorded() {
         true => router.layer(from_fn_with_state(app.clone(), request::traced)),
@@ -157,8 +157,8 @@ pub fn router(app: App) -> Router {
     router.with_state(app)
 }
 
-fn guarded(route: MethodRouter<App>, tier: Tier, reads: Reads, app: &App) -> MethodRouter<App> {
-    let entrance = Entrance { app: app.clone(), tier, max_body: reads.max_bytes(&app.config) };
+fn guarded(route: MethodRouter<App>, tier: Tier, reads: BodyKind, app: &App) -> MethodRouter<App> {
+    let entrance = AdmissionConfig { app: app.clone(), tier, max_body: reads.max_bytes(&app.config) };
     route.layer(from_fn_with_state(entrance, admit))
 }
 

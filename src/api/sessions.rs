@@ -13,7 +13,7 @@ use crate::app::App;
 use crate::auth::tokens::{Claims, RefreshToken, Tokens};
 use crate::bus::Signal;
 use crate::clock::Timestamp;
-use crate::limits::{Guess, Payer, Wait};
+use crate::limits::{Guess, LimitSubject, RateLimited};
 use crate::model::ids::{Address, DeviceId, UserId};
 use crate::store::{Credentials, Refresh, Refreshed, SessionGrant, SessionHolder, StoreError};
 use crate::telemetry::throttle::LogThrottle;
@@ -71,7 +71,7 @@ pub async fn log_in(
     let user = authenticate(&app, client, claim).await?;
     let now = app.clock.latest();
     let session = NewSession::begin(&app.tokens, now);
-    let begun = app.tasks.finish(begin(app.clone(), user, request.device_id, session.grant)).await?;
+    let begun = app.tasks.run_to_end(begin(app.clone(), user, request.device_id, session.grant)).await?;
     let Some(device) = begun else {
         return Err(ApiError::Conflict("Device does not belong to this account".into()));
     };
@@ -91,7 +91,7 @@ pub async fn refresh(
     let next = NewSession::with(app.tokens.successor(&used, key), &app.tokens, latest);
     let revoked_until = app.tokens.latest_access_expiry(latest);
     let wish = Refresh { secret_hash: used.secret_hash(), key, next: next.grant, revoked_until };
-    let (next, device, exchanged_at) = match app.tasks.finish(exchange(app.clone(), wish, now)).await? {
+    let (next, device, exchanged_at) = match app.tasks.run_to_end(exchange(app.clone(), wish, now)).await? {
         Refreshed::Rotated(device) => (next, device, latest),
         Refreshed::Repeated { holder, used_at, secret_hash } => {
             // The answer may have been made under another signing secret. A token that the store doesn't know would end
@@ -110,7 +110,7 @@ pub async fn log_out(State(app): State<App>, caller: Caller) -> Result<StatusCod
     let revoked_until = app.tokens.latest_access_expiry(app.clock.latest());
     app.tasks
         .clone()
-        .finish(async move {
+        .run_to_end(async move {
             let ended = app.store.log_out(caller.no, revoked_until).await;
             // Also when it failed: it may have happened all the same.
             app.bus.notify(&[caller.address()], Signal::AuthChanged);
@@ -133,7 +133,7 @@ pub struct Claim<'a> {
 /// The account whose name and password these are; otherwise 401, after the same work whether or not the name exists. After
 /// many wrong passwords for one name, from any addresses, further tries get 429 until some time has passed, except those of a
 /// client with a live refresh token, and a few of a network that had hardly any wrong one.
-pub async fn authenticate(app: &App, client: Payer, claim: Claim<'_>) -> Result<UserId, ApiError> {
+pub async fn authenticate(app: &App, client: LimitSubject, claim: Claim<'_>) -> Result<UserId, ApiError> {
     let Claim { username, password, proof } = claim;
     if username.contains('\0') {
         return Err(ApiError::bad_request("The username must not contain a NUL character"));
@@ -145,7 +145,7 @@ pub async fn authenticate(app: &App, client: Payer, claim: Claim<'_>) -> Result<
     let (guess, found) = match app.account_limits.guess(&username) {
         Ok(guess) => credentials_of(app, &username, guess).await?,
         Err(wait) => {
-            tell_of_guessing();
+            log_guessing();
             guess_when_none_is_left(app, &username, client, proof, wait).await?
         }
     };
@@ -154,13 +154,13 @@ pub async fn authenticate(app: &App, client: Payer, claim: Claim<'_>) -> Result<
     let is_right = match app.passwords.verify(password, hash, client).await {
         Ok(is_right) => is_right,
         Err(busy) => {
-            guess.was_right();
+            guess.refund();
             return Err(busy.into());
         }
     };
     match user.filter(|_| is_right) {
         Some(user) => {
-            guess.was_right();
+            guess.refund();
             Ok(user)
         }
         None => {
@@ -179,7 +179,7 @@ async fn credentials_of<'a>(
     match app.store.credentials(username).await {
         Ok(found) => Ok((guess, found)),
         Err(error) => {
-            guess.was_right();
+            guess.refund();
             Err(error.into())
         }
     }
@@ -190,9 +190,9 @@ async fn credentials_of<'a>(
 async fn guess_when_none_is_left<'a>(
     app: &'a App,
     username: &str,
-    client: Payer,
+    client: LimitSubject,
     proof: Option<(&str, Option<DeviceId>)>,
-    wait: Wait,
+    wait: RateLimited,
 ) -> Result<(Guess<'a>, Option<Credentials>), ApiError> {
     let from_network = || app.account_limits.guess_from(username, client).map_err(|other| wait.min(other));
     let holder = match proof {
@@ -219,7 +219,7 @@ async fn holder_of(app: &App, token: &str) -> Result<Option<SessionHolder>, Stor
 }
 
 /// Logs at most once a minute that passwords are guessed, without any name.
-fn tell_of_guessing() {
+fn log_guessing() {
     static LOGGED: LogThrottle = LogThrottle::every(Duration::from_mins(1));
     if LOGGED.try_acquire() {
         warn!(

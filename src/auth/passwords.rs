@@ -10,7 +10,9 @@ use base64::engine::general_purpose::STANDARD_NO_PAD;
 use subtle::ConstantTimeEq;
 use tracing::error;
 
-use crate::limits::{Amount, Held as Place, Payer, Quota, Rate, Scope, Terms};
+use crate::limits::{
+    LimitSubject, Quota, RateLimit, ResourceLimit, ResourceLimitConfig, ResourcePermit as Place, Scope,
+};
 use crate::telemetry::metrics::{ActiveGuard, Metrics, Refusal};
 
 /// What one hash costs: 19 MiB, two passes, one lane (OWASP's first choice for Argon2id).
@@ -40,11 +42,11 @@ pub struct Passwords {
 
 struct Queue {
     /// One for each processor. Networks that wait take turns.
-    processors: Amount,
+    processors: ResourceLimit,
     /// Half as many in addition, for networks with wrong passwords, so that other networks never wait for them.
-    aside: Amount,
+    aside: ResourceLimit,
     /// Wrong passwords of each network.
-    wrong: Rate,
+    wrong: RateLimit,
     /// What hashes work in, one for each place at most. It is kept, because allocators hand such large pieces
     /// back late or never when threads take turns with them.
     memory: Mutex<Vec<Memory>>,
@@ -59,9 +61,9 @@ impl Passwords {
         let processors = std::thread::available_parallelism().map_or(1, usize::from);
         Self {
             queue: Arc::new(Queue {
-                processors: Amount::new(in_turn(processors)),
-                aside: Amount::new(in_turn(processors.div_ceil(2))),
-                wrong: Rate::new(Refusal::PasswordLimit)
+                processors: ResourceLimit::new(in_turn(processors)),
+                aside: ResourceLimit::new(in_turn(processors.div_ceil(2))),
+                wrong: RateLimit::new(Refusal::PasswordLimit)
                     .with(Scope::Block, Quota::per_hour_with_burst(WRONG_PER_HOUR, WRONG_AT_ONCE)),
                 memory: Mutex::default(),
                 metrics: metrics.clone(),
@@ -70,7 +72,7 @@ impl Passwords {
     }
 
     /// The hash of a password, with a salt of its own, in PHC form.
-    pub async fn hash(&self, password: String, client: Payer) -> Result<String, Busy> {
+    pub async fn hash(&self, password: String, client: LimitSubject) -> Result<String, Busy> {
         self.in_turn(&self.queue.processors, client, move |memory| {
             let salt: [u8; 16] = rand::random();
             let mut output = [0; Params::DEFAULT_OUTPUT_LEN];
@@ -83,7 +85,7 @@ impl Passwords {
 
     /// Whether the password is the one that was hashed. Without a hash it never is, and finding that out takes the same
     /// work: so the time tells nobody whether an account exists.
-    pub async fn verify(&self, password: String, hash: Option<String>, client: Payer) -> Result<bool, Busy> {
+    pub async fn verify(&self, password: String, hash: Option<String>, client: LimitSubject) -> Result<bool, Busy> {
         // Only a wrong password costs a token. Until the result is known, a try counts as wrong.
         let is_trusted = self.queue.wrong.take(client).is_ok();
         let places = if is_trusted { &self.queue.processors } else { &self.queue.aside };
@@ -100,7 +102,7 @@ impl Passwords {
             })
             .await;
         if is_trusted && is_right != Ok(false) {
-            self.queue.wrong.give_back(client);
+            self.queue.wrong.release(client);
         }
         is_right
     }
@@ -114,8 +116,8 @@ impl Passwords {
     /// keeps its processor to its end, because its memory is taken until then.
     async fn in_turn<T: Send + 'static>(
         &self,
-        places: &Amount,
-        client: Payer,
+        places: &ResourceLimit,
+        client: LimitSubject,
         work: impl FnOnce(&mut Memory) -> T + Send + 'static,
     ) -> Result<T, Busy> {
         let metrics = &self.queue.metrics;
@@ -138,9 +140,9 @@ impl Passwords {
 }
 
 /// Places for which networks take turns.
-fn in_turn(places: usize) -> Terms {
+fn in_turn(places: usize) -> ResourceLimitConfig {
     let total = u32::try_from(places).unwrap_or(u32::MAX);
-    Terms { max_waiting: MAX_WAITING, turns: Scope::Block, ..Terms::total(total) }
+    ResourceLimitConfig { max_waiting: MAX_WAITING, fairness: Scope::Block, ..ResourceLimitConfig::total(total) }
 }
 
 impl Queue {
@@ -197,7 +199,7 @@ mod tests {
 
     const PASSWORD: &str = "correct horse battery staple";
 
-    const CLIENT: Payer = Payer::Exempt;
+    const CLIENT: LimitSubject = LimitSubject::Exempt;
 
     fn processors() -> usize {
         std::thread::available_parallelism().map_or(1, usize::from)
@@ -270,8 +272,8 @@ mod tests {
         }
     }
 
-    fn network(n: usize) -> Payer {
-        Payer::Address(std::net::Ipv4Addr::new(198, 18, n as u8, 1).into())
+    fn network(n: usize) -> LimitSubject {
+        LimitSubject::Address(std::net::Ipv4Addr::new(198, 18, n as u8, 1).into())
     }
 
     fn taken(passwords: &Passwords) -> usize {
@@ -354,7 +356,7 @@ mod tests {
             assert_eq!(passwords.verify("wrong".into(), Some(hash.clone()), network(1)).await, Ok(false));
             assert_eq!(passwords.verify(PASSWORD.into(), Some(hash.clone()), network(2)).await, Ok(true));
         }
-        let all = |places: &Amount, n: usize| places.try_take(CLIENT, u32::try_from(n).unwrap()).unwrap();
+        let all = |places: &ResourceLimit, n: usize| places.try_take(CLIENT, u32::try_from(n).unwrap()).unwrap();
         let _aside = all(&passwords.queue.aside, processors().div_ceil(2));
         let mut guess = Box::pin(passwords.verify("wrong".into(), Some(hash.clone()), network(1)));
         assert!(poll!(&mut guess).is_pending());

@@ -21,7 +21,7 @@ use crate::blobs::bucket::memory::{Memory, PART_BYTES, Part};
 use crate::blobs::s3::{Service, limited};
 use crate::blobs::{Blob, BlobError, Deleted, Keys, OpenError, UploadError, start};
 use crate::config;
-use crate::limits::Payer;
+use crate::limits::LimitSubject;
 use crate::model::ids::AttachmentId;
 
 /// Objects that one request may delete.
@@ -54,12 +54,12 @@ impl Bucket {
         &self,
         id: AttachmentId,
         size: u64,
-        payer: Payer,
+        subject: LimitSubject,
         body: impl Stream<Item = Result<Bytes, E>>,
     ) -> Result<Staged, UploadError> {
         let object = Object { service: self.service.clone(), key: self.keys.of(id) };
-        let mut cut = if size > PART_BYTES as u64 { Some(object.begin().await?) } else { None };
-        let (mut part, mut received) = (self.memory.part(payer, size), 0);
+        let mut multipart = if size > PART_BYTES as u64 { Some(object.begin().await?) } else { None };
+        let (mut part, mut received) = (self.memory.part(subject, size), 0);
         let mut body = std::pin::pin!(body);
         while let Some(bytes) = body.next().await {
             let mut bytes = bytes.map_err(|_| UploadError::Body)?;
@@ -69,20 +69,20 @@ impl Bucket {
             }
             while !bytes.is_empty() {
                 part.take_in(&mut bytes).await?;
-                if let Some(cut) = cut.as_mut().filter(|_| part.is_full()) {
-                    let next = self.memory.part(payer, size - (received - bytes.len() as u64));
-                    object.put_part(cut, std::mem::replace(&mut part, next)).await?;
+                if let Some(multipart) = multipart.as_mut().filter(|_| part.is_full()) {
+                    let next = self.memory.part(subject, size - (received - bytes.len() as u64));
+                    object.put_part(multipart, std::mem::replace(&mut part, next)).await?;
                 }
             }
         }
         if received < size {
             return Err(UploadError::Body);
         }
-        let Some(mut cut) = cut else { return Ok(Staged { object, rest: Rest::Whole(part) }) };
+        let Some(mut multipart) = multipart else { return Ok(Staged { object, step: PublishStep::Whole(part) }) };
         if part.length() > 0 {
-            object.put_part(&mut cut, part).await?;
+            object.put_part(&mut multipart, part).await?;
         }
-        Ok(Staged { object, rest: Rest::Completion(cut) })
+        Ok(Staged { object, step: PublishStep::Completion(multipart) })
     }
 
     /// Reads an attachment, or `range` of it; `None` when there is no such attachment.
@@ -169,15 +169,15 @@ struct Object {
 impl Object {
     /// Begins an upload in parts. If that isn't answered, it isn't repeated: an upload that was begun all the same would
     /// stay behind when the other one is complete.
-    async fn begin(&self) -> Result<Cut, BlobError> {
+    async fn begin(&self) -> Result<MultipartUpload, BlobError> {
         let upload = limited(self.service.once.create_multipart(&self.key)).await?;
-        Ok(Cut { upload, parts: Vec::new() })
+        Ok(MultipartUpload { upload, parts: Vec::new() })
     }
 
-    async fn put_part(&self, cut: &mut Cut, part: Part) -> Result<(), BlobError> {
+    async fn put_part(&self, multipart: &mut MultipartUpload, part: Part) -> Result<(), BlobError> {
         let (payload, _memory) = part.finish();
-        let part = self.service.store.put_part(&self.key, &cut.upload, cut.parts.len(), payload);
-        cut.parts.push(limited(part).await?);
+        let part = self.service.store.put_part(&self.key, &multipart.upload, multipart.parts.len(), payload);
+        multipart.parts.push(limited(part).await?);
         Ok(())
     }
 
@@ -196,7 +196,7 @@ impl Object {
 }
 
 /// An upload in parts, as far as it is.
-struct Cut {
+struct MultipartUpload {
     upload: String,
     parts: Vec<PartId>,
 }
@@ -204,25 +204,25 @@ struct Cut {
 /// Bytes that have arrived in full and wait to become an object.
 pub(super) struct Staged {
     object: Object,
-    rest: Rest,
+    step: PublishStep,
 }
 
 /// What is still to do.
-enum Rest {
+enum PublishStep {
     Whole(Part),
-    Completion(Cut),
+    Completion(MultipartUpload),
 }
 
 impl Staged {
     /// Makes them the object.
     pub async fn publish(self) -> Result<(), BlobError> {
         let Object { service, key } = self.object;
-        match self.rest {
-            Rest::Whole(part) => {
+        match self.step {
+            PublishStep::Whole(part) => {
                 let (payload, _memory) = part.finish();
                 limited(service.store.put(&key, payload)).await?;
             }
-            Rest::Completion(Cut { upload, parts }) => {
+            PublishStep::Completion(MultipartUpload { upload, parts }) => {
                 limited(service.store.complete_multipart(&key, &upload, parts)).await?;
             }
         }

@@ -123,7 +123,7 @@ impl Folder {
         while let Some((id, deleted)) = deletions.next().await {
             outcome.add(id, deleted);
         }
-        match self.settle(&outcome.gone).await {
+        match self.sync_deletions(&outcome.gone).await {
             Ok(()) => outcome,
             Err(error) => Deleted { gone: Vec::new(), failed: Some((ids.len(), error)) },
         }
@@ -162,7 +162,7 @@ impl Folder {
     }
 
     /// Makes deletions survive a loss of power, so that a row that goes afterwards leaves no file behind.
-    async fn settle(&self, deleted: &[AttachmentId]) -> Result<(), BlobError> {
+    async fn sync_deletions(&self, deleted: &[AttachmentId]) -> Result<(), BlobError> {
         let Some(&id) = deleted.first() else { return Ok(()) };
         let path = self.path(&self.keys.of(id))?;
         let Some(folder) = path.parent() else { return Ok(()) };

@@ -21,7 +21,7 @@ const SEEN_WITHIN: Duration = Duration::from_secs(60);
 
 /// What an answer means for the start.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Trouble {
+enum StartError {
     /// The service will be there again, or a bucket that was just made will be seen.
     Passing,
     NoBucket,
@@ -42,9 +42,9 @@ pub(super) async fn until_usable(
     }
     let (mut pause, mut made, mut until) = (FIRST_PAUSE, false, None);
     loop {
-        let Err(mut cause) = look(service, keys).await else { return Ok(()) };
-        let mut trouble = Trouble::of(&cause);
-        let is_missing = trouble == Trouble::NoBucket && config.create_bucket;
+        let Err(mut cause) = probe(service, keys).await else { return Ok(()) };
+        let mut trouble = StartError::of(&cause);
+        let is_missing = trouble == StartError::NoBucket && config.create_bucket;
         // The time counts from when the service first says so: it may have been away for long.
         if is_missing && Instant::now() < *until.get_or_insert_with(|| Instant::now() + SEEN_WITHIN) {
             match service.create_bucket().await {
@@ -54,19 +54,19 @@ pub(super) async fn until_usable(
                     continue;
                 }
                 // Made before, and still not seen.
-                Ok(()) => trouble = Trouble::Passing,
+                Ok(()) => trouble = StartError::Passing,
                 Err(error) => {
-                    trouble = Trouble::of(&error);
+                    trouble = StartError::of(&error);
                     cause = error;
                 }
             }
         }
         match trouble {
-            Trouble::Passing => warn!(endpoint, %cause, "the attachment storage is waited for"),
-            Trouble::NoBucket => return Err(OpenError::Missing { bucket, endpoint }),
-            Trouble::Credentials => return Err(OpenError::Credentials { endpoint, cause }),
-            Trouble::Denied => return Err(OpenError::Denied { bucket, endpoint, cause }),
-            Trouble::Options => return Err(OpenError::Options { bucket, endpoint, cause }),
+            StartError::Passing => warn!(endpoint, %cause, "the attachment storage is waited for"),
+            StartError::NoBucket => return Err(OpenError::Missing { bucket, endpoint }),
+            StartError::Credentials => return Err(OpenError::Credentials { endpoint, cause }),
+            StartError::Denied => return Err(OpenError::Denied { bucket, endpoint, cause }),
+            StartError::Options => return Err(OpenError::Options { bucket, endpoint, cause }),
         }
         sleep(jittered(pause)).await;
         pause = (pause * 2).min(LONGEST_PAUSE);
@@ -74,12 +74,12 @@ pub(super) async fn until_usable(
 }
 
 /// Asks what will be asked later, and whether the bucket is there: not every service says so when it lists.
-async fn look(service: &Service, keys: &Keys) -> Result<(), BlobError> {
+async fn probe(service: &Service, keys: &Keys) -> Result<(), BlobError> {
     service.uploads(&keys.of(AttachmentId::random())).await?;
     service.head_bucket().await
 }
 
-impl Trouble {
+impl StartError {
     fn of(cause: &BlobError) -> Self {
         if cause.is_no_answer() {
             return Self::Passing;
@@ -103,21 +103,21 @@ mod tests {
     use super::*;
 
     #[test]
-    fn an_answer_is_waited_out_or_told_to_whoever_can_put_it_right() {
+    fn an_error_is_waited_out_or_reported_to_the_operator() {
         for (status, code, expected) in [
-            (503, "SlowDown", Trouble::Passing),
-            (409, "BucketAlreadyOwnedByYou", Trouble::Passing),
-            (404, "NoSuchBucket", Trouble::NoBucket),
-            (403, "SignatureDoesNotMatch", Trouble::Credentials),
-            (403, "AccessDenied", Trouble::Denied),
-            (403, "RequestTimeTooSkewed", Trouble::Options),
-            (301, "PermanentRedirect", Trouble::Options),
-            (501, "NotImplemented", Trouble::Options),
+            (503, "SlowDown", StartError::Passing),
+            (409, "BucketAlreadyOwnedByYou", StartError::Passing),
+            (404, "NoSuchBucket", StartError::NoBucket),
+            (403, "SignatureDoesNotMatch", StartError::Credentials),
+            (403, "AccessDenied", StartError::Denied),
+            (403, "RequestTimeTooSkewed", StartError::Options),
+            (301, "PermanentRedirect", StartError::Options),
+            (501, "NotImplemented", StartError::Options),
         ] {
             let cause = BlobError::answer(status, &format!("<Code>{code}</Code>"));
-            assert_eq!(Trouble::of(&cause), expected, "{code}");
+            assert_eq!(StartError::of(&cause), expected, "{code}");
         }
-        assert_eq!(Trouble::of(&BlobError::late()), Trouble::Passing);
-        assert_eq!(Trouble::of(&BlobError::other("not S3")), Trouble::Options);
+        assert_eq!(StartError::of(&BlobError::late()), StartError::Passing);
+        assert_eq!(StartError::of(&BlobError::other("not S3")), StartError::Options);
     }
 }

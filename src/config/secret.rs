@@ -269,7 +269,7 @@ mod tests {
     }
 
     #[test]
-    fn a_secret_that_anybody_could_know_or_guess_is_refused() {
+    fn a_known_or_guessable_secret_is_refused() {
         let mut config = Config::embedded(Path::new("nowhere")).unwrap();
         for (secret, problem) in [("", "is empty"), (SAMPLE, "published default"), ("fifteen bytes..", "too short")] {
             config.auth.jwt_secret = Secret::new(secret);

@@ -27,7 +27,7 @@ pub fn release(database: &Path) {
 
 /// Makes the reserve beside this database if it isn't there, as a part of the `keep_free` bytes that the operator wants to
 /// stay free. Call it while there is room.
-pub fn hold(database: &Path, keep_free: u64) -> io::Result<()> {
+pub fn create(database: &Path, keep_free: u64) -> io::Result<()> {
     let bytes = BYTES.min(keep_free / PART);
     for (n, path) in files(database).enumerate() {
         if path.exists() {
@@ -67,10 +67,10 @@ mod tests {
     fn a_reserve_is_made_once_and_given_up_whole() {
         let folder = tempfile::tempdir().unwrap();
         let database = folder.path().join("db");
-        hold(&database, 1 << 20).unwrap();
+        create(&database, 1 << 20).unwrap();
         let sizes = || -> Vec<u64> { files(&database).map(|file| fs::metadata(file).unwrap().len()).collect() };
         assert_eq!(sizes(), [128 << 10, 0, 0, 0]);
-        hold(&database, u64::MAX).unwrap();
+        create(&database, u64::MAX).unwrap();
         assert_eq!(sizes(), [128 << 10, 0, 0, 0], "it stays as it is");
         release(&database);
         assert_eq!(fs::read_dir(folder.path()).unwrap().count(), 0);

@@ -8,7 +8,7 @@ use std::time::Duration;
 use futures_util::future::BoxFuture;
 
 use crate::gateway::socket::MAX_INBOUND_BYTES;
-use crate::limits::{Amount, FRAMES_OF_ACCOUNT_KIB, Held, Payer, kib};
+use crate::limits::{FRAMES_OF_ACCOUNT_KIB, LimitSubject, ResourceLimit, ResourcePermit, kib};
 use crate::tasks::jittered;
 
 /// A frame with at most this many bytes of messages needs no memory of the budget.
@@ -24,14 +24,14 @@ const PAUSE: Duration = Duration::from_secs(1);
 
 /// The memory of one socket.
 pub(super) struct FrameMemory {
-    amount: Amount,
-    payer: Payer,
+    limit: ResourceLimit,
+    subject: LimitSubject,
     /// For the frame that is made next.
     reserved: Option<Reserved>,
     /// For the frame under way.
-    in_use: Option<Held>,
+    in_use: Option<ResourcePermit>,
     /// For a large message of the client.
-    incoming: Option<Held>,
+    incoming: Option<ResourcePermit>,
     /// Set while a message waits for room. It ends with nothing if there was none in time.
     waiting: Option<BoxFuture<'static, Option<Reserved>>>,
 }
@@ -39,18 +39,18 @@ pub(super) struct FrameMemory {
 struct Reserved {
     bytes: usize,
     /// `None` for a modest frame.
-    held: Option<Held>,
+    held: Option<ResourcePermit>,
 }
 
 impl FrameMemory {
     /// No memory yet.
-    pub(super) fn new(amount: Amount, payer: Payer) -> Self {
-        Self { amount, payer, reserved: None, in_use: None, incoming: None, waiting: None }
+    pub(super) fn new(limit: ResourceLimit, subject: LimitSubject) -> Self {
+        Self { limit, subject, reserved: None, in_use: None, incoming: None, waiting: None }
     }
 
     /// A large message of the client begins to need memory (true), or does so no longer. Returns false if there is none.
     pub(super) fn incoming(&mut self, is_large: bool) -> bool {
-        self.incoming = if is_large { self.amount.try_take(self.payer, kib(INCOMING_BYTES)) } else { None };
+        self.incoming = if is_large { self.limit.try_take(self.subject, kib(INCOMING_BYTES)) } else { None };
         self.incoming.is_some() == is_large
     }
 
@@ -65,7 +65,7 @@ impl FrameMemory {
         let most = most.min((FRAMES_OF_ACCOUNT_KIB as usize) << 10);
         for bytes in [most, SMALLER_BYTES.min(most)] {
             if bytes > SMALL_FRAME_BYTES
-                && let Some(held) = self.amount.try_take(self.payer, kib(bytes))
+                && let Some(held) = self.limit.try_take(self.subject, kib(bytes))
             {
                 return Reserved { bytes, held: Some(held) };
             }
@@ -83,13 +83,13 @@ impl FrameMemory {
             return true;
         }
         let units = kib(bytes).min(FRAMES_OF_ACCOUNT_KIB);
-        if let Some(held) = self.amount.try_take(self.payer, units) {
+        if let Some(held) = self.limit.try_take(self.subject, units) {
             self.reserved = Some(Reserved { bytes, held: Some(held) });
             return true;
         }
-        let (amount, payer) = (self.amount.clone(), self.payer);
+        let (limit, subject) = (self.limit.clone(), self.subject);
         self.waiting = Some(Box::pin(async move {
-            match amount.take(payer, units, PATIENCE).await {
+            match limit.take(subject, units, PATIENCE).await {
                 Ok(held) => Some(Reserved { bytes, held: Some(held) }),
                 Err(_) => {
                     tokio::time::sleep(jittered(PAUSE)).await;
@@ -141,83 +141,87 @@ mod tests {
     use futures_util::FutureExt;
 
     use super::*;
-    use crate::limits::Terms;
+    use crate::limits::ResourceLimitConfig;
     use crate::model::ids::UserId;
 
     const MIB: usize = 1 << 20;
 
     /// The memory of another account's socket.
-    fn memory(amount: &Amount) -> FrameMemory {
-        FrameMemory::new(amount.clone(), Payer::Account(UserId::random()))
+    fn memory(limit: &ResourceLimit) -> FrameMemory {
+        FrameMemory::new(limit.clone(), LimitSubject::Account(UserId::random()))
     }
 
-    fn amount(mebibytes: u32) -> Amount {
-        Amount::new(Terms { max_waiting: 4, in_turn: true, ..Terms::total(mebibytes << 10) })
+    fn limit(mebibytes: u32) -> ResourceLimit {
+        ResourceLimit::new(ResourceLimitConfig {
+            max_waiting: 4,
+            in_turn: true,
+            ..ResourceLimitConfig::total(mebibytes << 10)
+        })
     }
 
     #[test]
     fn a_large_message_of_a_client_takes_memory_until_it_needs_no_more() {
-        let amount = amount(1);
-        let mut sockets = [memory(&amount), memory(&amount), memory(&amount)];
+        let limit = limit(1);
+        let mut sockets = [memory(&limit), memory(&limit), memory(&limit)];
         let [one, two, three] = &mut sockets;
         assert!(one.incoming(true) && two.incoming(true));
-        assert_eq!(amount.taken(), 1 << 10);
+        assert_eq!(limit.taken(), 1 << 10);
         assert!(!three.incoming(true));
         assert!(one.incoming(false) && three.incoming(true));
     }
 
     #[test]
     fn a_frame_takes_what_it_may_have_then_what_it_has_and_then_nothing() {
-        let amount = amount(4);
-        let mut one = memory(&amount);
+        let limit = limit(4);
+        let mut one = memory(&limit);
         assert_eq!(one.reserve(MIB), MIB);
-        assert_eq!(amount.taken(), 1024);
+        assert_eq!(limit.taken(), 1024);
         one.keep(300 << 10);
-        assert_eq!(amount.taken(), 300);
+        assert_eq!(limit.taken(), 300);
         one.written();
         assert_eq!(one.reserve(MIB), MIB);
         one.keep(SMALL_FRAME_BYTES);
-        assert_eq!(amount.taken(), 0, "a modest frame is not charged");
+        assert_eq!(limit.taken(), 0, "a modest frame is not charged");
     }
 
     #[test]
     fn without_room_frames_are_smaller_and_in_the_end_modest() {
-        let amount = amount(1);
-        let mut sockets: Vec<_> = (0..6).map(|_| memory(&amount)).collect();
+        let limit = limit(1);
+        let mut sockets: Vec<_> = (0..6).map(|_| memory(&limit)).collect();
         let sizes: Vec<_> = sockets.iter_mut().map(|socket| socket.reserve(700 << 10) >> 10).collect();
         assert_eq!(sizes, [700, 256, 64, 64, 64, 64]);
     }
 
     #[test]
     fn no_frame_is_larger_than_what_an_account_may_have() {
-        let amount = amount(64);
-        assert_eq!(memory(&amount).reserve(64 * MIB), (FRAMES_OF_ACCOUNT_KIB as usize) << 10);
+        let limit = limit(64);
+        assert_eq!(memory(&limit).reserve(64 * MIB), (FRAMES_OF_ACCOUNT_KIB as usize) << 10);
     }
 
     #[tokio::test(start_paused = true)]
     async fn a_message_without_room_waits_and_is_charged_in_full() {
-        let amount = amount(4);
-        let (mut one, mut other) = (memory(&amount), memory(&amount));
+        let limit = limit(4);
+        let (mut one, mut other) = (memory(&limit), memory(&limit));
         assert!(one.reserve_for_message(3 * MIB));
         assert_eq!(one.reserve(SMALL_FRAME_BYTES), 3 * MIB);
         one.keep(3 * MIB);
         assert_eq!(other.reserve(MIB), MIB);
         assert!(!other.reserve_for_message(2 * MIB));
-        assert_eq!(amount.taken(), 3 << 10, "it holds nothing while it waits");
+        assert_eq!(limit.taken(), 3 << 10, "it holds nothing while it waits");
         assert!(other.is_waiting() && other.granted().now_or_never().is_none());
         one.written();
         other.granted().await;
         assert!(!other.is_waiting());
-        assert_eq!((other.reserve(MIB), amount.taken()), (2 * MIB, 2 << 10));
+        assert_eq!((other.reserve(MIB), limit.taken()), (2 * MIB, 2 << 10));
         other.keep(2 * MIB);
         other.written();
-        assert_eq!(amount.taken(), 0);
+        assert_eq!(limit.taken(), 0);
     }
 
     #[tokio::test(start_paused = true)]
     async fn a_message_that_finds_no_room_in_time_is_looked_at_again_after_a_pause() {
-        let amount = amount(1);
-        let (mut one, mut other) = (memory(&amount), memory(&amount));
+        let limit = limit(1);
+        let (mut one, mut other) = (memory(&limit), memory(&limit));
         assert!(one.reserve_for_message(MIB));
         let begun = tokio::time::Instant::now();
         assert!(!other.reserve_for_message(MIB));

@@ -24,17 +24,17 @@ use crate::gateway::read_limiter::{self, ReadLimiter};
 use crate::gateway::session_end::SessionEnd;
 use crate::gateway::socket::Connection;
 use crate::gateway::trace_links::TraceLinks;
-use crate::limits::Payer;
+use crate::limits::LimitSubject;
 use crate::model::ids::{Address, DeviceNo, MessageId, Position};
 use crate::store::{Notice, SessionHolder};
 use crate::tasks::jittered;
 use crate::telemetry::metrics::{Closed, Direction};
 use crate::wire;
 
-/// Serves one socket from its handshake to its end. The memory of large frames is charged to `payer`.
+/// Serves one socket from its handshake to its end. The memory of large frames is charged to `subject`.
 pub async fn run(
     app: App,
-    (holder, payer): (SessionHolder, Payer),
+    (holder, subject): (SessionHolder, LimitSubject),
     features: Features,
     connection: Box<dyn Connection>,
     progress: Arc<ConnectionProgress>,
@@ -44,7 +44,7 @@ pub async fn run(
     let _open = app.metrics.sockets.hold(());
     app.metrics.sockets_opened.increment(());
     let frame_socket = FrameSocket::new(connection, progress, app.config.gateway.longest_silence());
-    let mut session = Session::new(app, &holder, payer, frame_socket);
+    let mut session = Session::new(app, &holder, subject, frame_socket);
     session.notice_wanted = features.inbox_notice;
     session.device_list = features.device_list.then(|| Box::new(DeviceList::new(holder.user)));
     let end = session.serve(&subscription).await;
@@ -89,11 +89,11 @@ struct Session {
 }
 
 impl Session {
-    fn new(app: App, holder: &SessionHolder, payer: Payer, frame_socket: FrameSocket) -> Self {
+    fn new(app: App, holder: &SessionHolder, subject: LimitSubject, frame_socket: FrameSocket) -> Self {
         let now = Instant::now();
         let config = &app.config.gateway;
         let inflight = Inflight::new(app.config.messaging.max_inbox_size);
-        let memory = FrameMemory::new(app.limits.frames.clone(), payer);
+        let memory = FrameMemory::new(app.limits.frames.clone(), subject);
         Self {
             device: holder.no,
             epoch: holder.tokens_revoked_until,

@@ -1,13 +1,13 @@
 //! All budgets of this node, decided in one way: what one payer may use, what payers share, what there is in all.
 //!
-//! There are two kinds. A [`Rate`] says how often, an [`Amount`] how much at a time. Both know payers by a [`Payer`] and
+//! There are two kinds. A [`RateLimit`] says how often, an [`ResourceLimit`] how much at a time. Both know payers by a [`LimitSubject`] and
 //! share by a [`Scope`]. Stored quantities (bytes of attachments, messages of an inbox) count for the whole deployment
 //! and live in the store. `docs/SECURITY-LIMITS.md` lists every default.
 
 mod accounts;
-mod amounts;
-mod payer;
-mod rates;
+mod rate_limit;
+mod resource_limit;
+mod subject;
 
 use std::ops::Deref;
 use std::sync::Arc;
@@ -15,9 +15,9 @@ use std::thread::available_parallelism;
 use std::time::Duration;
 
 pub use accounts::{AccountLimits, Guess};
-pub use amounts::{Amount, Held, NoRoom, Terms};
-pub use payer::{Payer, Scope};
-pub use rates::{Quota, Rate, Wait};
+pub use rate_limit::{Quota, RateLimit, RateLimited};
+pub use resource_limit::{NoRoom, ResourceLimit, ResourceLimitConfig, ResourcePermit};
+pub use subject::{LimitSubject, Scope};
 
 use crate::config;
 use crate::model::ids::UserId;
@@ -98,23 +98,23 @@ impl Deref for Limits {
 
 /// The budgets, as fields of [`Limits`].
 pub struct Budgets {
-    standard: Rate,
-    auth: Rate,
-    open: Rate,
-    requests: Rate,
+    standard: RateLimit,
+    auth: RateLimit,
+    open: RateLimit,
+    requests: RateLimit,
     /// Sends that reach an account from all others together …
-    received: Rate,
+    received: RateLimit,
     /// … and from each of them while there are too many.
-    trickle: Rate,
-    bundles: Rate,
-    one_time_prekeys: Rate,
-    refills: Rate,
-    guest_bodies: Amount,
-    account_bodies: Amount,
+    trickle: RateLimit,
+    bundles: RateLimit,
+    one_time_prekeys: RateLimit,
+    refills: RateLimit,
+    guest_bodies: ResourceLimit,
+    account_bodies: ResourceLimit,
     /// Memory for the large frames of all sockets, in KiB.
-    pub frames: Amount,
+    pub frames: ResourceLimit,
     /// Threads that check signatures: half of the processors.
-    pub signatures: Amount,
+    pub signatures: ResourceLimit,
 }
 
 impl Limits {
@@ -123,21 +123,21 @@ impl Limits {
     pub fn new(addresses: &config::RateLimits, accounts: &config::AccountRates, largest_guest_body: usize) -> Self {
         let address_rate = |limit, per_second: u32, burst: u32| {
             let wide = Quota::per_second(per_second.saturating_mul(SITE), burst.saturating_mul(SITE));
-            Rate::new(limit).with(Scope::Own, Quota::per_second(per_second, burst)).with(Scope::Site, wide)
+            RateLimit::new(limit).with(Scope::Own, Quota::per_second(per_second, burst)).with(Scope::Site, wide)
         };
-        let rate = |limit, quota| Rate::new(limit).with(Scope::Own, quota);
+        let rate = |limit, quota| RateLimit::new(limit).with(Scope::Own, quota);
         // A rate of zero counts as one here.
         let [standard, burst] = [addresses.per_second.max(1), addresses.burst.max(1)];
         let received = Quota::per_second(accounts.target_per_second, accounts.target_burst);
         let bodies = |total, shares| {
             let (reserve, small) = (SMALL_BODIES_KIB, SMALL_BODY_KIB);
-            Amount::new(Terms {
+            ResourceLimit::new(ResourceLimitConfig {
                 total,
                 shares,
                 reserve,
                 small,
                 max_waiting: WAITING,
-                turns: Scope::Own,
+                fairness: Scope::Own,
                 in_turn: false,
             })
         };
@@ -168,30 +168,30 @@ impl Limits {
                     (Scope::Block, ACCOUNT_BODIES_OF_NETWORK_KIB),
                 ],
             ),
-            frames: Amount::new(frames()),
-            signatures: Amount::new(Terms {
+            frames: ResourceLimit::new(frames()),
+            signatures: ResourceLimit::new(ResourceLimitConfig {
                 max_waiting: WAITING,
-                turns: Scope::Block,
-                ..Terms::total(u32::try_from(halved).unwrap_or(u32::MAX))
+                fairness: Scope::Block,
+                ..ResourceLimitConfig::total(u32::try_from(halved).unwrap_or(u32::MAX))
             }),
         }))
     }
 }
 
 /// What the memory for large frames allows, in KiB.
-fn frames() -> Terms {
+fn frames() -> ResourceLimitConfig {
     let shares = vec![
         (Scope::Own, FRAMES_OF_ACCOUNT_KIB),
         (Scope::Client, FRAMES_OF_ADDRESS_KIB),
         (Scope::Block, FRAMES_OF_NETWORK_KIB),
     ];
-    let (max_waiting, turns, in_turn) = (FRAMES_WAITING, Scope::Client, true);
-    Terms { shares, max_waiting, turns, in_turn, ..Terms::total(FRAMES_KIB) }
+    let (max_waiting, fairness, in_turn) = (FRAMES_WAITING, Scope::Client, true);
+    ResourceLimitConfig { shares, max_waiting, fairness, in_turn, ..ResourceLimitConfig::total(FRAMES_KIB) }
 }
 
 impl Budgets {
     /// Takes a request from a client's address.
-    pub fn address(&self, tier: Tier, client: Payer) -> Result<(), Wait> {
+    pub fn address(&self, tier: Tier, client: LimitSubject) -> Result<(), RateLimited> {
         match tier {
             Tier::Standard => self.standard.take(client),
             Tier::Auth => self.auth.take(client),
@@ -200,41 +200,41 @@ impl Budgets {
     }
 
     /// Takes a request of this account.
-    pub fn request(&self, account: UserId) -> Result<(), Wait> {
-        self.requests.take(Payer::Account(account))
+    pub fn request(&self, account: UserId) -> Result<(), RateLimited> {
+        self.requests.take(LimitSubject::Account(account))
     }
 
     /// Takes a send from one account to another. Sends of an account to itself are free.
-    pub fn send(&self, sender: UserId, target: UserId) -> Result<(), Wait> {
+    pub fn send(&self, sender: UserId, target: UserId) -> Result<(), RateLimited> {
         if sender == target {
             return Ok(());
         }
-        let Err(wait) = self.received.take(Payer::Account(target)) else { return Ok(()) };
-        self.trickle.take(Payer::Pair(sender, target)).map_err(|other| wait.min(other))
+        let Err(wait) = self.received.take(LimitSubject::Account(target)) else { return Ok(()) };
+        self.trickle.take(LimitSubject::Pair(sender, target)).map_err(|other| wait.min(other))
     }
 
     /// Takes a fetch of another account's prekey bundles. An account's own are free.
-    pub fn bundles(&self, asker: UserId, target: UserId) -> Result<(), Wait> {
-        if asker == target { Ok(()) } else { self.bundles.take(Payer::Pair(asker, target)) }
+    pub fn bundles(&self, asker: UserId, target: UserId) -> Result<(), RateLimited> {
+        if asker == target { Ok(()) } else { self.bundles.take(LimitSubject::Pair(asker, target)) }
     }
 
     /// Returns true if a fetch may spend one-time prekeys of the target. All other accounts share this budget, and the target
     /// has the same for itself.
     pub fn may_spend_one_time_prekeys(&self, asker: UserId, target: UserId) -> bool {
-        let payer = if asker == target { Payer::Pair(asker, target) } else { Payer::Account(target) };
-        self.one_time_prekeys.take(payer).is_ok()
+        let subject = if asker == target { LimitSubject::Pair(asker, target) } else { LimitSubject::Account(target) };
+        self.one_time_prekeys.take(subject).is_ok()
     }
 
     /// Takes an upload of keys of this account.
-    pub fn refill(&self, account: UserId) -> Result<Refill<'_>, Wait> {
-        let payer = Payer::Account(account);
-        self.refills.take(payer)?;
-        Ok(Refill { rate: &self.refills, payer })
+    pub fn refill(&self, account: UserId) -> Result<Refill<'_>, RateLimited> {
+        let subject = LimitSubject::Account(account);
+        self.refills.take(subject)?;
+        Ok(Refill { rate: &self.refills, subject })
     }
 
     /// The memory for the bodies of this payer's requests, in KiB.
-    pub fn bodies(&self, payer: Payer) -> &Amount {
-        if matches!(payer, Payer::Account(_) | Payer::AccountAt(..)) {
+    pub fn bodies(&self, subject: LimitSubject) -> &ResourceLimit {
+        if matches!(subject, LimitSubject::Account(_) | LimitSubject::AccountAt(..)) {
             &self.account_bodies
         } else {
             &self.guest_bodies
@@ -242,16 +242,16 @@ impl Budgets {
     }
 }
 
-/// An upload of keys. It counts as one that changes something unless [`Refill::was_refused`] says otherwise.
+/// An upload of keys. It counts as one that changes something unless [`Refill::refund`] says otherwise.
 pub struct Refill<'a> {
-    rate: &'a Rate,
-    payer: Payer,
+    rate: &'a RateLimit,
+    subject: LimitSubject,
 }
 
 impl Refill<'_> {
     /// Nothing has changed: the upload costs nothing.
-    pub fn was_refused(self) {
-        self.rate.give_back(self.payer);
+    pub fn refund(self) {
+        self.rate.release(self.subject);
     }
 }
 

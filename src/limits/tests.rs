@@ -19,11 +19,11 @@ fn limits() -> Limits {
     Limits::new(&ADDRESSES, &ACCOUNTS, LARGEST_GUEST_BODY)
 }
 
-fn address(text: &str) -> Payer {
-    Payer::Address(text.parse().unwrap())
+fn address(text: &str) -> LimitSubject {
+    LimitSubject::Address(text.parse().unwrap())
 }
 
-fn taken(mut take: impl FnMut() -> Result<(), Wait>) -> u32 {
+fn taken(mut take: impl FnMut() -> Result<(), RateLimited>) -> u32 {
     (0..3000).map(|_| u32::from(take().is_ok())).sum()
 }
 
@@ -89,7 +89,7 @@ async fn an_asker_gets_so_many_bundles_of_an_account_in_an_hour() {
     let limits = limits();
     let (asker, target) = (UserId::random(), UserId::random());
     assert_eq!(taken(|| limits.bundles(asker, target)), 6);
-    assert_eq!(limits.bundles(asker, target), Err(Wait(HOUR / 6, Refusal::BundleLimit)));
+    assert_eq!(limits.bundles(asker, target), Err(RateLimited(HOUR / 6, Refusal::BundleLimit)));
     limits.bundles(asker, UserId::random()).unwrap();
     limits.bundles(target, asker).unwrap();
     tokio::time::advance(HOUR / 6).await;
@@ -125,7 +125,7 @@ async fn an_account_spends_as_many_of_its_own_one_time_prekeys_as_all_others_tog
 #[tokio::test(start_paused = true)]
 async fn an_account_replaces_so_many_signed_prekeys_in_an_hour() {
     let (limits, account) = (limits(), UserId::random());
-    (0..1000).for_each(|_| limits.refill(account).unwrap().was_refused());
+    (0..1000).for_each(|_| limits.refill(account).unwrap().refund());
     let replaced = || (0..1000).filter_map(|_| limits.refill(account).ok()).count();
     assert_eq!(replaced(), REFILLS_AT_ONCE as usize);
     tokio::time::advance(HOUR).await;
@@ -150,8 +150,8 @@ fn an_account_rate_of_zero_is_no_limit() {
 }
 
 /// Holders of bodies that grow to `kib`, one after another from as many payers as it takes, until there is no more room.
-fn hoard(limits: &Limits, kib: u32, mut payer: impl FnMut(u32) -> Payer) -> Vec<Held> {
-    (0..100_000).map_while(|number| limits.bodies(payer(number)).try_take(payer(number), kib)).collect()
+fn hoard(limits: &Limits, kib: u32, mut subject: impl FnMut(u32) -> LimitSubject) -> Vec<ResourcePermit> {
+    (0..100_000).map_while(|number| limits.bodies(subject(number)).try_take(subject(number), kib)).collect()
 }
 
 #[test]
@@ -166,10 +166,10 @@ fn one_address_holds_one_large_body_and_its_neighbours_get_theirs() {
 #[test]
 fn whatever_guests_hold_small_bodies_and_accounts_have_room() {
     let limits = limits();
-    let v4 = |number: u32| Payer::Address(std::net::Ipv4Addr::from_bits(number).into());
+    let v4 = |number: u32| LimitSubject::Address(std::net::Ipv4Addr::from_bits(number).into());
     let hoard = hoard(&limits, kib(LARGEST_GUEST_BODY), v4);
     assert_eq!(hoard.len(), 96, "48 MiB");
-    let (guest, account) = (address("192.0.2.1"), Payer::Account(UserId::random()));
+    let (guest, account) = (address("192.0.2.1"), LimitSubject::Account(UserId::random()));
     assert!(limits.bodies(guest).try_take(guest, SMALL_BODY_KIB).is_some());
     assert!(limits.bodies(account).try_take(account, 2 << 10).is_some());
 }
@@ -177,9 +177,9 @@ fn whatever_guests_hold_small_bodies_and_accounts_have_room() {
 #[test]
 fn whatever_accounts_hold_small_bodies_have_room() {
     let limits = limits();
-    let hoard = hoard(&limits, 2 << 10, |_| Payer::Account(UserId::random()));
+    let hoard = hoard(&limits, 2 << 10, |_| LimitSubject::Account(UserId::random()));
     assert_eq!(hoard.len(), 24, "48 MiB");
-    let account = Payer::Account(UserId::random());
+    let account = LimitSubject::Account(UserId::random());
     assert!(limits.bodies(account).try_take(account, SMALL_BODY_KIB).is_some());
 }
 
@@ -187,11 +187,11 @@ fn whatever_accounts_hold_small_bodies_have_room() {
 #[test]
 fn many_accounts_at_one_address_or_in_one_network_leave_room_for_others() {
     let limits = limits();
-    let at = |host: u8| Payer::AccountAt(UserId::random(), std::net::Ipv4Addr::new(192, 0, 2, host).into());
+    let at = |host: u8| LimitSubject::AccountAt(UserId::random(), std::net::Ipv4Addr::new(192, 0, 2, host).into());
     let of_address = hoard(&limits, 2 << 10, |_| at(1));
     assert_eq!(of_address.len(), 8, "16 MiB");
     let of_network = hoard(&limits, 2 << 10, |number| at(2 + number as u8));
     assert_eq!(of_address.len() + of_network.len(), 16, "32 MiB");
-    let stranger = Payer::AccountAt(UserId::random(), std::net::Ipv4Addr::new(192, 0, 3, 1).into());
+    let stranger = LimitSubject::AccountAt(UserId::random(), std::net::Ipv4Addr::new(192, 0, 3, 1).into());
     assert!(limits.bodies(stranger).try_take(stranger, 2 << 10).is_some());
 }

@@ -49,7 +49,7 @@ impl Lingering {
         let Some(turn) = stream.peer_addr().ok().and_then(|peer| self.places.admit(peer.ip())) else { return };
         if is_running {
             let tasks = self.tasks.clone();
-            self.tasks.attend(async move {
+            self.tasks.spawn_tracked(async move {
                 let _places: (Permit, _) = (turn, place);
                 tokio::select! {
                     () = tasks.stopping() => {}

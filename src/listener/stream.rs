@@ -39,7 +39,7 @@ pub(super) struct Common {
 /// A connection that counts the bytes its client takes, and ends when the client is too slow. It holds its place among the
 /// open connections as long as it lives, also as a WebSocket. If bytes of its client are unread at the end, the connection
 /// goes to [`Lingering`].
-pub(super) struct Bounded {
+pub(super) struct TimedStream {
     /// Present until it is dropped.
     stream: Option<TcpStream>,
     progress: Arc<ConnectionProgress>,
@@ -60,7 +60,7 @@ struct Stall {
     end: Pin<Box<Sleep>>,
 }
 
-impl Bounded {
+impl TimedStream {
     pub fn new(
         stream: TcpStream,
         progress: Arc<ConnectionProgress>,
@@ -140,7 +140,7 @@ fn bytes_in(time: Duration) -> u64 {
     u64::try_from(time.as_millis()).unwrap_or(u64::MAX).saturating_mul(LEAST_RATE) / 1000
 }
 
-impl Drop for Bounded {
+impl Drop for TimedStream {
     fn drop(&mut self) {
         let (Some(stream), place) = (self.stream.take(), self.place.take()) else { return };
         if self.progress.is_left_unread() {
@@ -149,7 +149,7 @@ impl Drop for Bounded {
     }
 }
 
-impl AsyncRead for Bounded {
+impl AsyncRead for TimedStream {
     fn poll_read(self: Pin<&mut Self>, context: &mut Context<'_>, buffer: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
         let (this, before) = (self.get_mut(), buffer.filled().len());
         let read = this.stream().poll_read(context, buffer);
@@ -158,7 +158,7 @@ impl AsyncRead for Bounded {
     }
 }
 
-impl AsyncWrite for Bounded {
+impl AsyncWrite for TimedStream {
     fn poll_write(self: Pin<&mut Self>, context: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
         let this = self.get_mut();
         let written = this.stream().poll_write(context, bytes);

@@ -38,7 +38,7 @@ pub enum SweepError {
 
 /// How far a round over the attachments has come, from the oldest on.
 #[derive(Debug, Default)]
-pub struct Walk {
+pub struct SweepCursor {
     state: Mutex<State>,
 }
 
@@ -49,29 +49,29 @@ struct State {
 }
 
 /// A step of the sweep over attachments past their age.
-pub async fn remove_expired(app: App, walk: Arc<Walk>) -> Result<Round, SweepError> {
+pub async fn remove_expired(app: App, cursor: Arc<SweepCursor>) -> Result<Round, SweepError> {
     let (limit, now) = (app.config.attachments.cleanup_batch_size, app.clock.earliest());
     app.store.correct_attachments(now, app.clock.latest(), limit).await?;
     // An upload can be found this old when nobody has swept for long. The oldest of both lists are the same rows.
     let before = now - app.config.retention + Duration::from_secs(1);
-    let unfinished = ids(&app.store.stale_reservations(before, walk.after(), limit).await?);
-    let expired = app.store.expired_attachments(now, walk.after(), limit).await?;
+    let unfinished = ids(&app.store.stale_reservations(before, cursor.after(), limit).await?);
+    let expired = app.store.expired_attachments(now, cursor.after(), limit).await?;
     let (unfinished, complete): (Vec<_>, Vec<_>) = ids(&expired).into_iter().partition(|id| unfinished.contains(id));
     let mut deleted = app.blobs.delete(&complete).await;
     deleted.add_all(app.blobs.discard(&unfinished).await);
-    conclude(&app, &walk, &expired, deleted, "expired attachments").await
+    conclude(&app, &cursor, &expired, deleted, "expired attachments").await
 }
 
 /// A step of the sweep over uploads that took far too long and left something.
 ///
 /// No node knows what the others are taking in, so the age has to tell. A client has the time limit before the bytes and
 /// behind them, and as long as its bytes take at the least rate: 50 MiB may come in for almost two hours.
-pub async fn remove_stale(app: App, walk: Arc<Walk>) -> Result<Round, SweepError> {
+pub async fn remove_stale(app: App, cursor: Arc<SweepCursor>) -> Result<Round, SweepError> {
     let limit = app.config.attachments.cleanup_batch_size;
     let before = app.clock.earliest() - app.config.attachments.timeout * 2 - UPLOAD_MARGIN;
-    let stale = app.store.overdue_reservations(before, LEAST_RATE, walk.after(), limit).await?;
+    let stale = app.store.overdue_reservations(before, LEAST_RATE, cursor.after(), limit).await?;
     let deleted = app.blobs.discard(&ids(&stale)).await;
-    conclude(&app, &walk, &stale, deleted, "stale uploads").await
+    conclude(&app, &cursor, &stale, deleted, "stale uploads").await
 }
 
 /// Removes what uploads left that the last run of the server did not finish. Only where no other node can be in the
@@ -85,12 +85,12 @@ pub async fn remove_interrupted(app: &App) {
     if !tokio::time::timeout(limit, app.blobs.check()).await.is_ok_and(|answer| answer.is_ok()) {
         return warn!("the attachment storage doesn't answer; interrupted uploads are left for a later sweep");
     }
-    let walk = Walk::default();
+    let cursor = SweepCursor::default();
     let step = async || {
         let (limit, all) = (app.config.attachments.cleanup_batch_size, Timestamp::from_millis(i64::MAX));
-        let interrupted = app.store.stale_reservations(all, walk.after(), limit).await?;
+        let interrupted = app.store.stale_reservations(all, cursor.after(), limit).await?;
         let deleted = app.blobs.discard(&ids(&interrupted)).await;
-        conclude(app, &walk, &interrupted, deleted, "interrupted uploads").await
+        conclude(app, &cursor, &interrupted, deleted, "interrupted uploads").await
     };
     loop {
         match step().await {
@@ -108,7 +108,7 @@ fn ids(batch: &[AttachmentAge]) -> Vec<AttachmentId> {
 /// Forgets what is gone of a batch, and says how the round goes on.
 async fn conclude(
     app: &App,
-    walk: &Walk,
+    cursor: &SweepCursor,
     batch: &[AttachmentAge],
     deleted: Deleted,
     what: &'static str,
@@ -120,10 +120,10 @@ async fn conclude(
         info!(count = deleted.gone.len(), "{what}");
     }
     let is_full = batch.len() >= app.config.attachments.cleanup_batch_size as usize;
-    walk.advance(batch.last().copied().filter(|_| is_full), deleted.gone.is_empty(), deleted.failed)
+    cursor.advance(batch.last().copied().filter(|_| is_full), deleted.gone.is_empty(), deleted.failed)
 }
 
-impl Walk {
+impl SweepCursor {
     fn after(&self) -> Option<AttachmentAge> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner).after
     }
@@ -165,31 +165,31 @@ mod tests {
 
     #[test]
     fn a_round_goes_on_behind_each_full_step_and_then_starts_over() {
-        let walk = Walk::default();
+        let cursor = SweepCursor::default();
         let first = place(1);
-        assert_eq!(walk.advance(first, false, None).unwrap(), Round::More);
-        assert_eq!(walk.after(), first);
-        assert_eq!(walk.advance(None, false, None).unwrap(), Round::Done);
-        assert_eq!(walk.after(), None);
+        assert_eq!(cursor.advance(first, false, None).unwrap(), Round::More);
+        assert_eq!(cursor.after(), first);
+        assert_eq!(cursor.advance(None, false, None).unwrap(), Round::Done);
+        assert_eq!(cursor.after(), None);
     }
 
     #[test]
     fn failures_are_passed_over_and_told_once_at_the_end_of_the_round() {
-        let walk = Walk::default();
-        assert_eq!(walk.advance(place(1), false, failed(2, "the first cause")).unwrap(), Round::More);
-        assert_eq!(walk.advance(place(2), false, failed(1, "another cause")).unwrap(), Round::More);
-        assert_eq!(walk.advance(place(3), false, None).unwrap(), Round::More);
-        let told = walk.advance(None, false, None).unwrap_err().to_string();
+        let cursor = SweepCursor::default();
+        assert_eq!(cursor.advance(place(1), false, failed(2, "the first cause")).unwrap(), Round::More);
+        assert_eq!(cursor.advance(place(2), false, failed(1, "another cause")).unwrap(), Round::More);
+        assert_eq!(cursor.advance(place(3), false, None).unwrap(), Round::More);
+        let told = cursor.advance(None, false, None).unwrap_err().to_string();
         assert!(told.contains("3 attachments") && told.contains("the first cause"), "{told}");
-        assert_eq!(walk.advance(None, true, None).unwrap(), Round::Done);
+        assert_eq!(cursor.advance(None, true, None).unwrap(), Round::Done);
     }
 
     #[test]
     fn a_step_in_which_everything_failed_ends_the_round_but_not_the_walk() {
-        let walk = Walk::default();
+        let cursor = SweepCursor::default();
         let last = place(1);
-        walk.advance(last, true, failed(2, "away")).unwrap_err();
-        assert_eq!(walk.after(), last, "the next round begins behind it");
-        assert_eq!(walk.advance(None, false, None).unwrap(), Round::Done);
+        cursor.advance(last, true, failed(2, "away")).unwrap_err();
+        assert_eq!(cursor.after(), last, "the next round begins behind it");
+        assert_eq!(cursor.advance(None, false, None).unwrap(), Round::Done);
     }
 }

@@ -28,7 +28,7 @@ const SERVER_DIFFERS: Duration = Duration::from_mins(5);
 const SERVER_OBJECTS: Duration = Duration::from_hours(1);
 
 /// What is kept between two comparisons.
-pub(super) struct Watch(Mutex<State>);
+pub(super) struct ClockMonitor(Mutex<State>);
 
 #[derive(Default)]
 struct State {
@@ -37,7 +37,7 @@ struct State {
     remembered: Option<Instant>,
     doubted_since: Option<Instant>,
     reminded: Option<Instant>,
-    is_server_told: bool,
+    is_server_logged: bool,
 }
 
 /// The result of a comparison while the clock is in doubt.
@@ -50,22 +50,22 @@ enum Verdict {
 
 /// Remembers which database answers now, for the first comparison. Call it before the server takes requests: if the database
 /// were replaced between the first request and the first comparison, what was stored could be lost unnoticed.
-pub(super) async fn begin(app: &App) -> Watch {
+pub(super) async fn begin(app: &App) -> ClockMonitor {
     let seen = app.store.stored_time().await;
     let seen = seen.inspect_err(|error| debug!(%error, "the database can't be asked for the time")).ok().flatten();
-    Watch(Mutex::new(State { seen, ..State::default() }))
+    ClockMonitor(Mutex::new(State { seen, ..State::default() }))
 }
 
 /// Compares once.
-pub(super) async fn compare(app: &App, watch: &Watch) -> Result<Round, StoreError> {
+pub(super) async fn compare(app: &App, watch: &ClockMonitor) -> Result<Round, StoreError> {
     let Some(seen) = app.store.stored_time().await? else { return lose(app) };
     let is_other = watch.state().seen.as_ref().is_some_and(|last| last.database_id != seen.database_id);
     if is_other {
         return lose(app);
     }
     watch.notice_steps_back(&seen);
-    let is_accepted = watch.judge(app, &seen);
-    app.clock.follow();
+    let is_accepted = watch.evaluate(app, &seen);
+    app.clock.track_wall_clock();
     let ahead = app.clock.doubt().unwrap_or_default();
     app.metrics.clock_ahead.set((), ahead / 1000);
     if is_accepted {
@@ -85,12 +85,12 @@ fn lose(app: &App) -> Result<Round, StoreError> {
              server stops: let the address lead to the right database, then start it again"
         );
         app.store.stop_writes();
-        app.files.lose();
+        app.files.set_lost();
     }
     Ok(Round::Done)
 }
 
-impl Watch {
+impl ClockMonitor {
     /// No code panics while it holds this.
     fn state(&self) -> MutexGuard<'_, State> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
@@ -111,7 +111,7 @@ impl Watch {
     }
 
     /// Returns true if the wall clock was accepted against the remembered time.
-    fn judge(&self, app: &App, seen: &StoredTime) -> bool {
+    fn evaluate(&self, app: &App, seen: &StoredTime) -> bool {
         let (mut state, wall) = (self.state(), app.clock.wall());
         let Some(ahead) = app.clock.doubt() else {
             if state.doubted_since.take().is_some() {
@@ -138,7 +138,7 @@ impl Watch {
                 false
             }
             verdict => {
-                app.clock.believe();
+                app.clock.trust_wall_clock();
                 state.doubted_since = None;
                 state.reminded = None;
                 match verdict {
@@ -154,10 +154,10 @@ impl Watch {
 impl State {
     fn compare_with_server(&mut self, seen: &StoredTime, wall: Timestamp) {
         let differs = seen.server.is_some_and(|server| !is_near(server, wall, SERVER_DIFFERS));
-        if differs && !self.is_server_told {
+        if differs && !self.is_server_logged {
             warn!("the clocks of this machine and of the database server differ by more than five minutes; set both");
         }
-        self.is_server_told = differs;
+        self.is_server_logged = differs;
     }
 }
 

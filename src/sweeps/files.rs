@@ -6,7 +6,7 @@ use tokio::time::{Instant, sleep};
 use tracing::{debug, error, warn};
 
 use crate::app::App;
-use crate::files::Lost;
+use crate::files::FilesLost;
 use crate::store::StoreError;
 
 /// Pause between two comparisons.
@@ -37,7 +37,7 @@ async fn run(app: App) {
         // Waits for the disk without a limit, and never with two comparisons at a time.
         tokio::select! {
             () = app.tasks.stopping() => return,
-            found = look(&app) => if found {
+            found = check(&app) => if found {
                 // The server answers for a little while, and then stops: `Server::failed`.
                 return app.tasks.stopping().await;
             },
@@ -52,14 +52,14 @@ async fn run(app: App) {
 }
 
 /// The last comparison before the database is closed. A server whose files are lost must not end well.
-pub async fn look_at_files(app: &App) {
-    if tokio::time::timeout(AT_THE_END, look(app)).await.is_err() {
+pub async fn check_files(app: &App) {
+    if tokio::time::timeout(AT_THE_END, check(app)).await.is_err() {
         warn!("the disk didn't answer when the files of the server were looked at");
     }
 }
 
 /// Returns true if something is lost. Nothing is stored from then on.
-async fn look(app: &App) -> bool {
+async fn check(app: &App) -> bool {
     if !app.files.are_watched() || app.files.are_lost() {
         return app.files.are_lost();
     }
@@ -73,9 +73,9 @@ async fn look(app: &App) -> bool {
     }
 }
 
-async fn compare(app: &App) -> Result<(), Lost> {
+async fn compare(app: &App) -> Result<(), FilesLost> {
     let files = app.files.clone();
-    let looked = tokio::task::spawn_blocking(move || files.look()).await;
+    let looked = tokio::task::spawn_blocking(move || files.check()).await;
     looked.unwrap_or_else(|panicked| std::panic::resume_unwind(panicked.into_panic()))?;
     match app.store.file_generation().await {
         Ok(Some(generation)) => app.files.check_generation(generation),

@@ -80,7 +80,7 @@ async fn sweeping_server() -> TestServer {
 }
 
 #[tokio::test]
-async fn a_clock_that_is_forty_days_wrong_for_a_while_deletes_nothing_hides_nothing_and_blocks_nobody() {
+async fn a_clock_that_is_forty_days_wrong_for_a_while_deletes_hides_and_blocks_nothing() {
     for wrong in [FORTY_DAYS_MILLIS, -FORTY_DAYS_MILLIS] {
         let server = sweeping_server().await;
         let (alice, bob) = (server.account().await, server.account().await);
@@ -174,7 +174,7 @@ async fn a_clock_that_is_wrong_at_the_first_start_of_all_is_compared_with_the_on
 
 /// The clock was wrong for longer than a doubt lasts, or before the server knew of doubts.
 #[tokio::test]
-async fn times_that_a_wrong_clock_has_left_are_corrected_and_block_nobody() {
+async fn times_that_a_wrong_clock_has_left_are_corrected_and_block_nothing() {
     let server = sweeping_server().await;
     let (alice, bob) = (server.account().await, server.account().await);
     upload(&alice).await;
@@ -214,11 +214,11 @@ async fn an_access_token_of_a_wrong_clock_is_worth_nothing_when_the_clock_is_rig
     let server = TestServer::start().await;
     let alice = server.account().await;
     server.clock.set_wrong(FORTY_DAYS_MILLIS);
-    server.clock.believe();
+    server.clock.trust_wall_clock();
     let later = alice.log_in().await;
     later.request("GET", "/v1/devices").send().await.expect(200);
     server.clock.set_wrong(0);
-    server.clock.believe();
+    server.clock.trust_wall_clock();
     later.request("GET", "/v1/devices").send().await.expect(401);
     refreshed(&later).await.request("GET", "/v1/devices").send().await.expect(200);
 }
@@ -231,11 +231,11 @@ async fn an_access_token_of_a_wrong_clock_does_not_come_back_after_the_session_w
         let (alice, bob) = (server.account().await, server.account().await);
         server.clock.set_wrong(FORTY_DAYS_MILLIS);
         if is_believed {
-            server.clock.believe();
+            server.clock.trust_wall_clock();
         }
         let stolen = [alice.log_in().await, bob.log_in().await];
         server.clock.set_wrong(0);
-        server.clock.believe();
+        server.clock.trust_wall_clock();
         let alice = refreshed(&stolen[0]).await;
         alice.log_out().await;
         let [mut alice, mut bob] = [alice.log_in().await, stolen[1].log_in().await];

@@ -10,7 +10,7 @@ use std::time::Duration;
 use bytes::Bytes;
 use object_store::{PutPayload, PutPayloadMut};
 
-use crate::limits::{Amount, Held, NoRoom, Payer, Scope, Terms, kib};
+use crate::limits::{LimitSubject, NoRoom, ResourceLimit, ResourceLimitConfig, ResourcePermit, Scope, kib};
 
 /// The smallest part that S3 allows. All but the last have this size; a body that fits into one is not cut.
 pub(super) const PART_BYTES: usize = 5 << 20;
@@ -46,14 +46,14 @@ const WAITING: usize = 1024;
 /// The memory of all parts on this node. Cloning gives the same memory.
 #[derive(Clone, Debug)]
 pub(super) struct Memory {
-    pieces: Amount,
-    wholes: Amount,
+    pieces: ResourceLimit,
+    wholes: ResourceLimit,
 }
 
 impl Memory {
     /// All of it is free.
     pub fn new() -> Self {
-        let pieces = Terms {
+        let pieces = ResourceLimitConfig {
             shares: vec![
                 (Scope::Own, PIECES_OF_ACCOUNT_KIB),
                 (Scope::Client, PIECES_OF_ADDRESS_KIB),
@@ -62,25 +62,25 @@ impl Memory {
             reserve: RESERVE_KIB,
             small: SMALL_KIB,
             max_waiting: WAITING,
-            ..Terms::total(PIECES_KIB)
+            ..ResourceLimitConfig::total(PIECES_KIB)
         };
-        let wholes = Terms {
+        let wholes = ResourceLimitConfig {
             shares: vec![
                 (Scope::Own, WHOLES_OF_ACCOUNT_KIB),
                 (Scope::Client, WHOLES_OF_ADDRESS_KIB),
                 (Scope::Block, WHOLES_OF_ADDRESS_KIB),
             ],
             max_waiting: WAITING,
-            ..Terms::total(WHOLES_KIB)
+            ..ResourceLimitConfig::total(WHOLES_KIB)
         };
-        Self { pieces: Amount::new(pieces), wholes: Amount::new(wholes) }
+        Self { pieces: ResourceLimit::new(pieces), wholes: ResourceLimit::new(wholes) }
     }
 
     /// A part of this payer, without any bytes yet, for the next of the `missing` bytes of its upload.
-    pub fn part(&self, payer: Payer, missing: u64) -> Part {
+    pub fn part(&self, subject: LimitSubject, missing: u64) -> Part {
         let bytes = PutPayloadMut::new().with_block_size(BLOCK_BYTES);
-        let most = usize::try_from(missing).unwrap_or(usize::MAX).min(PART_BYTES);
-        Part { bytes, most, pieces: self.pieces.holder(payer), whole: self.wholes.holder(payer) }
+        let final_size = usize::try_from(missing).unwrap_or(usize::MAX).min(PART_BYTES);
+        Part { bytes, final_size, pieces: self.pieces.holder(subject), whole: self.wholes.holder(subject) }
     }
 }
 
@@ -88,9 +88,9 @@ impl Memory {
 pub(super) struct Part {
     bytes: PutPayloadMut,
     /// Bytes that it will have in the end, if its upload has as many as announced.
-    most: usize,
-    pieces: Held,
-    whole: Held,
+    final_size: usize,
+    pieces: ResourcePermit,
+    whole: ResourcePermit,
 }
 
 impl Part {
@@ -117,13 +117,13 @@ impl Part {
         if self.whole.units() >= blocks(length) || self.pieces.try_grow_to(blocks(length)) {
             return Ok(());
         }
-        self.whole.grow_to(blocks(length.max(self.most)), TURN).await?;
+        self.whole.grow_to(blocks(length.max(self.final_size)), TURN).await?;
         self.pieces.shrink_to(0);
         Ok(())
     }
 
     /// The bytes, and their memory, which is to be kept for as long as they are.
-    pub fn finish(self) -> (PutPayload, [Held; 2]) {
+    pub fn finish(self) -> (PutPayload, [ResourcePermit; 2]) {
         (self.bytes.freeze(), [self.pieces, self.whole])
     }
 }
@@ -145,8 +145,8 @@ mod tests {
     const WHOLE: u64 = PART_BYTES as u64;
 
     /// An account of its own at this address.
-    fn account(address: [u8; 4]) -> Payer {
-        Payer::AccountAt(UserId::random(), Ipv4Addr::from(address).into())
+    fn account(address: [u8; 4]) -> LimitSubject {
+        LimitSubject::AccountAt(UserId::random(), Ipv4Addr::from(address).into())
     }
 
     /// So many accounts in networks of their own.
@@ -163,10 +163,10 @@ mod tests {
     }
 
     /// Parts of this payer that stop a byte before they are full, until there is no room for a further one.
-    async fn hoard(memory: &Memory, mut payer: impl FnMut(u8) -> Payer) -> Vec<Part> {
+    async fn hoard(memory: &Memory, mut subject: impl FnMut(u8) -> LimitSubject) -> Vec<Part> {
         let mut held = Vec::new();
         for number in 0..100 {
-            let mut part = memory.part(payer(number), WHOLE);
+            let mut part = memory.part(subject(number), WHOLE);
             if fill(&mut part, PART_BYTES - 1).await.is_err() {
                 return held;
             }

@@ -16,7 +16,7 @@ use reqwest::dns::{Addrs, Name, Resolve, Resolving};
 use tokio::sync::oneshot;
 use tokio::time::{Instant, timeout};
 
-use crate::limits::{Amount, Held, Payer, Scope, Terms};
+use crate::limits::{LimitSubject, ResourceLimit, ResourceLimitConfig, ResourcePermit, Scope};
 
 /// Threads in all.
 const THREADS: u32 = 32;
@@ -41,7 +41,7 @@ type Ask = dyn Fn(&str) -> io::Result<Vec<IpAddr>> + Send + Sync;
 /// Finds the addresses of names. Cloning gives the same threads and the same memory.
 #[derive(Clone)]
 pub(super) struct Names {
-    threads: Amount,
+    threads: ResourceLimit,
     found: Arc<Mutex<HashMap<String, Found>>>,
     ask: Arc<Ask>,
 }
@@ -58,10 +58,10 @@ impl Names {
     }
 
     fn asking(ask: impl Fn(&str) -> io::Result<Vec<IpAddr>> + Send + Sync + 'static) -> Self {
-        let threads = Amount::new(Terms {
+        let threads = ResourceLimit::new(ResourceLimitConfig {
             shares: vec![(Scope::Own, THREADS_OF_DOMAIN)],
             max_waiting: WAITING,
-            ..Terms::total(THREADS)
+            ..ResourceLimitConfig::total(THREADS)
         });
         Self { threads, found: Arc::default(), ask: Arc::new(ask) }
     }
@@ -73,7 +73,7 @@ impl Names {
             return Ok(addresses);
         }
         let asked = async {
-            let thread = self.threads.take(Payer::named(domain(&name)), 1, PATIENCE).await;
+            let thread = self.threads.take(LimitSubject::named(domain(&name)), 1, PATIENCE).await;
             let thread = thread.map_err(|_| io::Error::from(io::ErrorKind::ResourceBusy))?;
             let answer = timeout(PATIENCE, self.question(name.clone(), thread)?).await?;
             answer.map_err(|_| io::Error::from(io::ErrorKind::BrokenPipe))?
@@ -90,7 +90,7 @@ impl Names {
     }
 
     /// Asks on a thread of its own, which counts until the resolver is done.
-    fn question(&self, name: String, thread: Held) -> io::Result<oneshot::Receiver<io::Result<Vec<IpAddr>>>> {
+    fn question(&self, name: String, thread: ResourcePermit) -> io::Result<oneshot::Receiver<io::Result<Vec<IpAddr>>>> {
         let (answer, answered) = oneshot::channel();
         let ask = self.ask.clone();
         thread::Builder::new().name("resolver".into()).stack_size(STACK_BYTES).spawn(move || {
@@ -213,8 +213,9 @@ mod tests {
             assert_eq!(names.addresses(name).await.unwrap(), [ADDRESS]);
         }
         assert_eq!(asked.load(Ordering::Relaxed), 1);
-        let all: Vec<_> =
-            (0..THREADS).map(|n| names.threads.try_take(Payer::named(&format!("d{n}.test")), 1).unwrap()).collect();
+        let all: Vec<_> = (0..THREADS)
+            .map(|n| names.threads.try_take(LimitSubject::named(&format!("d{n}.test")), 1).unwrap())
+            .collect();
         tokio::time::pause();
         tokio::time::advance(FRESH).await;
         assert_eq!(names.addresses("push.example").await.unwrap(), [ADDRESS]);

@@ -124,7 +124,7 @@ impl Worker {
         let (finished, stopping, metrics) = (self.finished.0.clone(), tasks.clone(), self.metrics.clone());
         let span = self.traces.begin_client("push.send");
         span.set("obscura.push.provider", client.name.text());
-        tasks.attend(async move {
+        tasks.spawn_tracked(async move {
             let shutdown = async {
                 stopping.stopping().await;
                 tokio::time::sleep(SHUTDOWN_GRACE).await;

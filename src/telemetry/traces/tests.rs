@@ -76,7 +76,8 @@ async fn parts_belong_to_what_they_run_within_also_in_another_task() {
         .run(async {
             tokio::task::yield_now().await;
             let (part, tasks) = (Span::within("part"), Tasks::new());
-            part.run(async { tasks.finish(with_current_span(async { drop(Span::calling("elsewhere")) })).await }).await;
+            part.run(async { tasks.run_to_end(with_current_span(async { drop(Span::calling("elsewhere")) })).await })
+                .await;
         })
         .await;
     assert!(!Span::within("outside").is_recorded());

@@ -2,7 +2,7 @@
 
 use std::net::SocketAddr;
 
-use obscura_server::limits::Payer;
+use obscura_server::limits::LimitSubject;
 use obscura_server::model::ids::UserId;
 use prost::Message as _;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
@@ -178,7 +178,7 @@ async fn a_send_for_which_there_is_no_memory_hears_so_behind_its_body() {
         held.push(stream);
     }
     let limits = &server.server().app().limits;
-    let bodies = limits.bodies(Payer::Account(UserId::parse(&alice.user.to_string()).unwrap()));
+    let bodies = limits.bodies(LimitSubject::Account(UserId::parse(&alice.user.to_string()).unwrap()));
     eventually("the server to have read them", async || bodies.taken() as usize == SHARE * 2 * MIB / 1024).await;
     for _ in 0..3 {
         let head = head_of(&alice, "POST /v1/messages", BODY);

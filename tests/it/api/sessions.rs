@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use futures_util::poll;
 use obscura_server::auth::passwords::{Busy, Passwords};
-use obscura_server::limits::Payer;
+use obscura_server::limits::LimitSubject;
 use serde_json::{Value, json};
 use uuid::Uuid;
 
@@ -186,7 +186,7 @@ async fn a_log_in_under_an_unknown_name_costs_the_same_work() {
 }
 
 /// The network that the clients of a test are in. Another one would find room in a queue that this one fills.
-const US: Payer = Payer::Address(IpAddr::V4(Ipv4Addr::LOCALHOST));
+const US: LimitSubject = LimitSubject::Address(IpAddr::V4(Ipv4Addr::LOCALHOST));
 
 /// Fills the queue of passwords. Dropping the answer empties it.
 async fn fill(passwords: &Passwords) -> Vec<impl Future<Output = Result<String, Busy>>> {

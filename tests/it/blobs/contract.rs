@@ -128,7 +128,7 @@ async fn whatever_is_deleted_or_discarded_is_gone_and_the_rest_stays() {
 }
 
 #[tokio::test]
-async fn a_discarded_upload_is_found_though_nobody_remembers_it() {
+async fn a_discarded_upload_is_found_without_a_row() {
     let (bucket, blobs) = fresh().await;
     let (id, other) = (AttachmentId::random(), AttachmentId::random());
     for _ in 0..3 {

@@ -109,7 +109,7 @@ static EFFECTS: &[Effect] = &[
     both("rate-limit-burst", &["api/limits.rs:a_request_too_many_is_told_when_to_come_again"]),
     both("auth-rate-limit-per-second", &["src/limits/tests.rs:a_burst_is_there_at_first_and_a_token_comes_back_each_time", "api/limits.rs:waiting_as_long_as_told_suffices"]),
     both("auth-rate-limit-burst", &["api/limits.rs:the_tiers_do_not_share_their_tokens"]),
-    both("account-rate-limit-per-second", &["src/limits/rates/tests.rs:a_payer_has_a_burst_at_first_and_waiting_as_long_as_told_suffices"]),
+    both("account-rate-limit-per-second", &["src/limits/rate_limit/tests.rs:a_payer_has_a_burst_at_first_and_waiting_as_long_as_told_suffices"]),
     both("account-rate-limit-burst", &["api/account_limits.rs:an_account_is_limited_whatever_addresses_it_comes_from"]),
     both("target-rate-limit-per-second", &["src/limits/tests.rs:a_flood_at_one_account_is_slowed_and_others_still_reach_it"]),
     both("target-rate-limit-burst", &["api/account_limits.rs:a_flood_at_one_account_is_slowed_and_its_friends_still_reach_it"]),

@@ -9,7 +9,7 @@ use axum::extract::Request;
 use hyper_util::rt::TokioIo;
 use obscura_server::app::App;
 use obscura_server::gateway::{self, Features};
-use obscura_server::limits::Payer;
+use obscura_server::limits::LimitSubject;
 use obscura_server::model::ids::DeviceId;
 use obscura_server::store::{DeviceAuth, SessionHolder};
 use tokio::net::{TcpListener, TcpStream};
@@ -259,10 +259,10 @@ async fn serve_session(app: App, holder: SessionHolder) -> SocketAddr {
     let connect = move |request: Request| async move {
         let mut request = request.map(drop);
         let response = create_response_with_body(&request, Body::empty).unwrap();
-        let (upgrade, payer) = (hyper::upgrade::on(&mut request), Payer::Account(holder.user));
+        let (upgrade, subject) = (hyper::upgrade::on(&mut request), LimitSubject::Account(holder.user));
         tokio::spawn(async move {
             let connection = Box::new(TokioIo::new(upgrade.await.unwrap()));
-            gateway::run(app, (holder, payer), Features::default(), connection, Arc::default()).await;
+            gateway::run(app, (holder, subject), Features::default(), connection, Arc::default()).await;
         });
         response
     };

@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use futures_util::future::join_all;
-use obscura_server::limits::{Amount, Payer};
+use obscura_server::limits::{LimitSubject, ResourceLimit};
 use prost::Message as _;
 use tokio_tungstenite::tungstenite::Message;
 
@@ -227,7 +227,7 @@ async fn a_socket_that_waits_for_room_answers_pings_and_can_be_closed() {
     let server = TestServer::start_with(|config| config.gateway.write_timeout = Duration::from_secs(60)).await;
     let (alice, bob) = (server.account().await, server.account().await);
     let frames = server.server().app().limits.frames.clone();
-    let taken = frames.try_take(Payer::Exempt, units_in_all(&frames)).unwrap();
+    let taken = frames.try_take(LimitSubject::Exempt, units_in_all(&frames)).unwrap();
     alice.send_to(&bob, large(1)).await;
     let mut socket = bob.connect().await;
     assert_eq!(socket.until_pong().await, []);
@@ -240,8 +240,8 @@ async fn a_socket_that_waits_for_room_answers_pings_and_can_be_closed() {
 }
 
 /// How many units can be taken at once.
-fn units_in_all(frames: &Amount) -> u32 {
-    let fits = |units: &u32| frames.try_take(Payer::Exempt, *units).is_some();
+fn units_in_all(frames: &ResourceLimit) -> u32 {
+    let fits = |units: &u32| frames.try_take(LimitSubject::Exempt, *units).is_some();
     (1..=1024).map(|mebibytes| mebibytes << 10).take_while(fits).last().unwrap()
 }
 

@@ -4,13 +4,13 @@ use std::collections::BTreeSet;
 
 use axum::extract::{FromRequest, Request, State};
 use futures_util::FutureExt;
-use obscura_server::api::clients::Admitted;
+use obscura_server::api::clients::AdmittedRequest;
 use obscura_server::api::error::ApiError;
 use obscura_server::api::extract::Json;
 use obscura_server::api::gateway::ConnectQuery;
 use obscura_server::api::{accounts, devices, keys, links, push_token, sessions};
 use obscura_server::app::App;
-use obscura_server::limits::Payer;
+use obscura_server::limits::LimitSubject;
 use serde::de::DeserializeOwned;
 use serde_json::{Map, Value, json};
 
@@ -70,7 +70,7 @@ fn body_of<Arguments, H: TakesJson<Arguments>>(_: H) -> Read {
 }
 
 fn read<T: DeserializeOwned>(app: &App, value: &Value) -> Result<Structs, ApiError> {
-    let admitted = Admitted { payer: Payer::Exempt, client: None, max_body: 1 << 20 };
+    let admitted = AdmittedRequest { subject: LimitSubject::Exempt, client: None, max_body: 1 << 20 };
     let request = Request::builder().header("content-type", "application/json").extension(admitted);
     let request = request.body(value.to_string().into());
     let reading = Json::<T>::from_request(request.expect("a request"), app);

@@ -15,7 +15,7 @@ use crate::telemetry::metrics::{self, ActiveGuard, Class, Metrics, Refusal};
 const UNMATCHED: &str = "unmatched";
 
 /// Measures a request from its head to its answer's head. The innermost reason of a refusal is what counts.
-pub(super) async fn measured(State(app): State<App>, request: Request, next: Next) -> Response {
+pub(super) async fn record_metrics(State(app): State<App>, request: Request, next: Next) -> Response {
     let route = request.extensions().get::<MatchedPath>().map_or(UNMATCHED, |path| template(path.as_str()));
     let method = method(request.method());
     let mut unanswered =

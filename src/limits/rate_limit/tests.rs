@@ -5,20 +5,20 @@ use proptest::prelude::*;
 use super::*;
 use crate::model::ids::UserId;
 
-fn account() -> Payer {
-    Payer::Account(UserId::random())
+fn account() -> LimitSubject {
+    LimitSubject::Account(UserId::random())
 }
 
-fn address(text: &str) -> Payer {
-    Payer::Address(text.parse().unwrap())
+fn address(text: &str) -> LimitSubject {
+    LimitSubject::Address(text.parse().unwrap())
 }
 
-fn per_second(rate: u32, burst: u32) -> Rate {
-    Rate::new(Refusal::AccountLimit).with(Scope::Own, Quota::per_second(rate, burst))
+fn per_second(rate: u32, burst: u32) -> RateLimit {
+    RateLimit::new(Refusal::AccountLimit).with(Scope::Own, Quota::per_second(rate, burst))
 }
 
-fn taken(rate: &Rate, payer: Payer) -> u32 {
-    (0..1000).map(|_| u32::from(rate.take(payer).is_ok())).sum()
+fn taken(rate: &RateLimit, subject: LimitSubject) -> u32 {
+    (0..1000).map(|_| u32::from(rate.take(subject).is_ok())).sum()
 }
 
 #[tokio::test(start_paused = true)]
@@ -28,7 +28,7 @@ async fn a_payer_has_a_burst_at_first_and_waiting_as_long_as_told_suffices() {
     assert_eq!(taken(&rate, busy), 20);
     rate.take(quiet).unwrap();
     for _ in 0..50 {
-        let Wait(wait, _) = rate.take(busy).unwrap_err();
+        let RateLimited(wait, _) = rate.take(busy).unwrap_err();
         assert!(wait <= Duration::from_millis(100), "{wait:?}");
         tokio::time::advance(wait.max(Duration::from_millis(1))).await;
         rate.take(busy).unwrap();
@@ -41,7 +41,7 @@ async fn a_payer_has_a_burst_at_first_and_waiting_as_long_as_told_suffices() {
 fn a_rate_of_zero_is_no_limit_and_a_burst_of_zero_is_one() {
     assert_eq!(taken(&per_second(0, 5), account()), 1000);
     assert_eq!(taken(&per_second(1, 0), account()), 1);
-    assert_eq!(taken(&Rate::new(Refusal::AccountLimit), account()), 1000);
+    assert_eq!(taken(&RateLimit::new(Refusal::AccountLimit), account()), 1000);
 }
 
 #[tokio::test(start_paused = true)]
@@ -70,7 +70,7 @@ async fn many_other_payers_neither_fill_an_empty_bucket_nor_take_anything_from_o
     let (empty, quiet) = (account(), account());
     assert_eq!(taken(&rate, empty), 200);
     for host in 0..5 * CELLS as u128 {
-        let neighbour = Payer::Address(IpAddr::V6(Ipv6Addr::from_bits(host << 64)));
+        let neighbour = LimitSubject::Address(IpAddr::V6(Ipv6Addr::from_bits(host << 64)));
         rate.take(neighbour).unwrap();
     }
     rate.take(empty).unwrap_err();
@@ -103,7 +103,7 @@ proptest! {
                 tokio::time::advance(Duration::from_micros(micros)).await;
                 let spent = taken(&limit, client);
                 assert!(spent <= burst + 1);
-                let Wait(wait, _) = limit.take(client).unwrap_err();
+                let RateLimited(wait, _) = limit.take(client).unwrap_err();
                 assert!(wait <= Duration::from_secs(1), "a token comes within a second");
                 tokio::time::advance(wait + Duration::from_millis(1)).await;
                 limit.take(client).unwrap();

@@ -10,7 +10,7 @@ use std::time::Duration;
 
 use tokio::time::Instant;
 
-use crate::limits::payer::{Key, Payer, Scope};
+use crate::limits::subject::{Key, LimitSubject, Scope};
 use crate::telemetry::metrics::Refusal;
 
 /// Cells of a row: half a MiB.
@@ -18,7 +18,7 @@ const CELLS: usize = 1 << 16;
 
 /// Refused by this limit. The same request is allowed after this time.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-pub struct Wait(pub Duration, pub Refusal);
+pub struct RateLimited(pub Duration, pub Refusal);
 
 /// The size of a bucket and how fast it fills.
 #[derive(Clone, Copy, Debug)]
@@ -56,14 +56,14 @@ impl Quota {
 }
 
 /// A limit of how often, with a quota for each scope.
-pub struct Rate {
+pub struct RateLimit {
     opened: Instant,
     limit: Refusal,
     /// From narrow to wide.
     tables: Vec<(Scope, Table)>,
 }
 
-impl Rate {
+impl RateLimit {
     /// No limit yet. What it refuses is counted as `limit`.
     pub fn new(limit: Refusal) -> Self {
         Self { opened: Instant::now(), limit, tables: Vec::new() }
@@ -77,10 +77,10 @@ impl Rate {
     }
 
     /// Takes a token in every scope of this payer, or none at all.
-    pub fn take(&self, payer: Payer) -> Result<(), Wait> {
+    pub fn take(&self, subject: LimitSubject) -> Result<(), RateLimited> {
         let now = nanos(self.opened.elapsed());
-        let refuse = |wait| Wait(Duration::from_nanos(wait), self.limit);
-        let tables = || self.tables.iter().filter_map(|(scope, table)| Some((table, payer.key(*scope)?)));
+        let refuse = |wait| RateLimited(Duration::from_nanos(wait), self.limit);
+        let tables = || self.tables.iter().filter_map(|(scope, table)| Some((table, subject.key(*scope)?)));
         // First the wider scopes are checked without taking a token. Otherwise a request that is refused by one scope would
         // already have taken a token in another.
         for (table, key) in tables().skip(1) {
@@ -90,9 +90,9 @@ impl Rate {
     }
 
     /// Gives a token back in every scope of this payer, for a request that does not count after all.
-    pub fn give_back(&self, payer: Payer) {
+    pub fn release(&self, subject: LimitSubject) {
         for (scope, table) in &self.tables {
-            payer.key(*scope).iter().for_each(|key| table.give_back(*key));
+            subject.key(*scope).iter().for_each(|key| table.release(*key));
         }
     }
 }
@@ -133,7 +133,7 @@ impl Table {
     }
 
     /// A cell that another payer has emptied meanwhile also gets a token, which does no harm.
-    fn give_back(&self, key: Key) {
+    fn release(&self, key: Key) {
         for cell in self.cells(key) {
             let back = |full_at: u64| Some(full_at.saturating_sub(self.step));
             // It always succeeds.

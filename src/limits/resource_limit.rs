@@ -13,7 +13,7 @@ use std::time::Duration;
 use tokio::sync::oneshot;
 use tokio::time::timeout;
 
-use crate::limits::payer::{Key, Payer, Scope};
+use crate::limits::subject::{Key, LimitSubject, Scope};
 
 /// Scopes that an amount can have shares for.
 const MAX_SHARES: usize = 3;
@@ -24,7 +24,7 @@ pub struct NoRoom;
 
 /// What an amount allows. The unit is the user's: bytes, KiB, places.
 #[derive(Clone, Debug)]
-pub struct Terms {
+pub struct ResourceLimitConfig {
     /// Units in all.
     pub total: u32,
     /// The most that the holders of one scope may have together; at most three scopes.
@@ -36,27 +36,27 @@ pub struct Terms {
     /// Requests that may wait at a time.
     pub max_waiting: usize,
     /// Who takes turns while they wait.
-    pub turns: Scope,
+    pub fairness: Scope,
     /// True if units that become free are kept for the request whose turn it is. Otherwise it can be overtaken by smaller
     /// ones, without end.
     pub in_turn: bool,
 }
 
-impl Terms {
+impl ResourceLimitConfig {
     /// A total without shares, reserve or queue.
     pub fn total(total: u32) -> Self {
-        Self { total, shares: Vec::new(), reserve: 0, small: 0, max_waiting: 0, turns: Scope::Own, in_turn: false }
+        Self { total, shares: Vec::new(), reserve: 0, small: 0, max_waiting: 0, fairness: Scope::Own, in_turn: false }
     }
 }
 
 /// Something of which there is a limited amount. Cloning gives the same amount.
 #[derive(Clone)]
-pub struct Amount {
+pub struct ResourceLimit {
     inner: Arc<Inner>,
 }
 
 struct Inner {
-    terms: Terms,
+    config: ResourceLimitConfig,
     state: Mutex<State>,
 }
 
@@ -66,47 +66,47 @@ struct State {
     /// Units by key; a key without any has no entry.
     held: HashMap<Key, u32>,
     /// In the order of their arrival.
-    waiting: Vec<Waiting>,
+    waiting: Vec<WaitingRequest>,
     /// When a payer that still waits was served last.
     served: HashMap<Key, u64>,
     turn: u64,
 }
 
 /// A request that has found no room.
-struct Waiting {
-    payer: Payer,
+struct WaitingRequest {
+    subject: LimitSubject,
     charged: Charged,
     turn: Key,
     /// What its holder has already.
     has: u32,
     units: u32,
-    answer: oneshot::Sender<Held>,
+    answer: oneshot::Sender<ResourcePermit>,
 }
 
 /// The keys that a payer's units count for, with the share of each.
 type Charged = [Option<(Key, u32)>; MAX_SHARES];
 
-impl Amount {
+impl ResourceLimit {
     /// All of it is free.
-    pub fn new(terms: Terms) -> Self {
-        debug_assert!(terms.shares.len() <= MAX_SHARES);
-        Self { inner: Arc::new(Inner { terms, state: Mutex::default() }) }
+    pub fn new(config: ResourceLimitConfig) -> Self {
+        debug_assert!(config.shares.len() <= MAX_SHARES);
+        Self { inner: Arc::new(Inner { config, state: Mutex::default() }) }
     }
 
     /// A holder that has nothing yet.
-    pub fn holder(&self, payer: Payer) -> Held {
-        Held { of: self.clone(), payer, units: 0 }
+    pub fn holder(&self, subject: LimitSubject) -> ResourcePermit {
+        ResourcePermit { of: self.clone(), subject, units: 0 }
     }
 
     /// Takes units that can be had at once.
-    pub fn try_take(&self, payer: Payer, units: u32) -> Option<Held> {
-        let mut held = self.holder(payer);
+    pub fn try_take(&self, subject: LimitSubject, units: u32) -> Option<ResourcePermit> {
+        let mut held = self.holder(subject);
         held.try_grow(units).then_some(held)
     }
 
     /// Takes units, and waits for them in turn, no longer than `patience`.
-    pub async fn take(&self, payer: Payer, units: u32, patience: Duration) -> Result<Held, NoRoom> {
-        let mut held = self.holder(payer);
+    pub async fn take(&self, subject: LimitSubject, units: u32, patience: Duration) -> Result<ResourcePermit, NoRoom> {
+        let mut held = self.holder(subject);
         held.grow_to(units, patience).await?;
         Ok(held)
     }
@@ -116,19 +116,19 @@ impl Amount {
         self.state().taken
     }
 
-    fn charged(&self, payer: Payer) -> Charged {
-        let mut shares = self.inner.terms.shares.iter();
-        std::array::from_fn(|_| shares.next().and_then(|(scope, share)| Some((payer.key(*scope)?, *share))))
+    fn charged(&self, subject: LimitSubject) -> Charged {
+        let mut shares = self.inner.config.shares.iter();
+        std::array::from_fn(|_| shares.next().and_then(|(scope, share)| Some((subject.key(*scope)?, *share))))
     }
 
     fn state(&self) -> MutexGuard<'_, State> {
         self.inner.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn give_back(&self, payer: Payer, units: u32) {
-        let charged = self.charged(payer);
+    fn release(&self, subject: LimitSubject, units: u32) {
+        let charged = self.charged(subject);
         let mut state = self.state();
-        state.give_back(&charged, units);
+        state.release(&charged, units);
         self.serve(state);
     }
 
@@ -141,15 +141,15 @@ impl Amount {
     }
 
     /// Serves those that wait, for as long as one of them fits.
-    fn grant(&self, state: &mut State) -> Vec<(oneshot::Sender<Held>, Held)> {
+    fn grant(&self, state: &mut State) -> Vec<(oneshot::Sender<ResourcePermit>, ResourcePermit)> {
         state.waiting.retain(|waiting| !waiting.answer.is_closed());
         let mut granted = Vec::new();
-        while let Some(index) = state.next(&self.inner.terms) {
-            let Waiting { payer, charged, turn, units, answer, .. } = state.waiting.remove(index);
+        while let Some(index) = state.next(&self.inner.config) {
+            let WaitingRequest { subject, charged, turn, units, answer, .. } = state.waiting.remove(index);
             state.take(&charged, units);
             state.turn += 1;
             state.served.insert(turn, state.turn);
-            granted.push((answer, Held { of: self.clone(), payer, units }));
+            granted.push((answer, ResourcePermit { of: self.clone(), subject, units }));
         }
         let State { served, waiting, .. } = state;
         served.retain(|key, _| waiting.iter().any(|waiting| waiting.turn == *key));
@@ -158,13 +158,13 @@ impl Amount {
 }
 
 impl State {
-    fn fits(&self, terms: &Terms, charged: &Charged, has: u32, units: u32) -> bool {
-        self.has_room(terms, has, units) && self.is_within_shares(charged, units)
+    fn fits(&self, config: &ResourceLimitConfig, charged: &Charged, has: u32, units: u32) -> bool {
+        self.has_room(config, has, units) && self.is_within_shares(charged, units)
     }
 
-    fn has_room(&self, terms: &Terms, has: u32, units: u32) -> bool {
-        let is_small = has.saturating_add(units) <= terms.small;
-        let room = if is_small { terms.total } else { terms.total.saturating_sub(terms.reserve) };
+    fn has_room(&self, config: &ResourceLimitConfig, has: u32, units: u32) -> bool {
+        let is_small = has.saturating_add(units) <= config.small;
+        let room = if is_small { config.total } else { config.total.saturating_sub(config.reserve) };
         self.taken.saturating_add(units) <= room
     }
 
@@ -172,7 +172,7 @@ impl State {
         charged.iter().flatten().all(|(key, share)| self.of(*key).saturating_add(units) <= *share)
     }
 
-    /// True if a waiting request needs units that a holder with these keys would take. For [`Terms::in_turn`].
+    /// True if a waiting request needs units that a holder with these keys would take. For [`ResourceLimitConfig::in_turn`].
     fn is_owed_to_others(&self, charged: &Charged) -> bool {
         let counts_for = |key: Key| charged.iter().flatten().any(|(own, _)| *own == key);
         self.waiting.iter().filter(|waiting| !waiting.answer.is_closed()).any(|waiting| {
@@ -199,7 +199,7 @@ impl State {
         charged.iter().flatten().for_each(|(key, _)| *self.held.entry(*key).or_default() += units);
     }
 
-    fn give_back(&mut self, charged: &Charged, units: u32) {
+    fn release(&mut self, charged: &Charged, units: u32) {
         self.taken -= units;
         for (key, _) in charged.iter().flatten() {
             let Entry::Occupied(mut held) = self.held.entry(*key) else { continue };
@@ -211,14 +211,14 @@ impl State {
     }
 
     /// Which request that waits is served next: of those that fit, the one whose payer was served the longest time ago.
-    /// With [`Terms::in_turn`] the total need not have room for it yet; the others then wait as well.
-    fn next(&self, terms: &Terms) -> Option<usize> {
-        let fits = |w: &Waiting| {
-            self.is_within_shares(&w.charged, w.units) && (terms.in_turn || self.has_room(terms, w.has, w.units))
+    /// With [`ResourceLimitConfig::in_turn`] the total need not have room for it yet; the others then wait as well.
+    fn next(&self, config: &ResourceLimitConfig) -> Option<usize> {
+        let fits = |w: &WaitingRequest| {
+            self.is_within_shares(&w.charged, w.units) && (config.in_turn || self.has_room(config, w.has, w.units))
         };
         let fitting = self.waiting.iter().enumerate().filter(|(_, waiting)| fits(waiting));
         let next = fitting.min_by_key(|(index, w)| (self.served.get(&w.turn).copied().unwrap_or_default(), *index));
-        next.filter(|(_, waiting)| self.has_room(terms, waiting.has, waiting.units)).map(|(index, _)| index)
+        next.filter(|(_, waiting)| self.has_room(config, waiting.has, waiting.units)).map(|(index, _)| index)
     }
 
     /// Makes room for one more request of this payer in the queue. Returns false if it is full and
@@ -238,14 +238,14 @@ impl State {
     }
 }
 
-impl fmt::Debug for Amount {
+impl fmt::Debug for ResourceLimit {
     fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(formatter, "Amount({} of {})", self.taken(), self.inner.terms.total)
+        write!(formatter, "ResourceLimit({} of {})", self.taken(), self.inner.config.total)
     }
 }
 
-/// Ends the waiting of a request, however it ends. With [`Terms::in_turn`] those behind it may have waited for it alone.
-struct EndOfWait<'a>(&'a Amount);
+/// Ends the waiting of a request, however it ends. With [`ResourceLimitConfig::in_turn`] those behind it may have waited for it alone.
+struct EndOfWait<'a>(&'a ResourceLimit);
 
 impl Drop for EndOfWait<'_> {
     fn drop(&mut self) {
@@ -254,13 +254,13 @@ impl Drop for EndOfWait<'_> {
 }
 
 /// What one holder has taken. Dropping it gives it back.
-pub struct Held {
-    of: Amount,
-    payer: Payer,
+pub struct ResourcePermit {
+    of: ResourceLimit,
+    subject: LimitSubject,
     units: u32,
 }
 
-impl Held {
+impl ResourcePermit {
     /// Grows to `units`, and waits for its turn, no longer than `patience`. On an error the holder keeps what it has.
     pub async fn grow_to(&mut self, units: u32, patience: Duration) -> Result<(), NoRoom> {
         let missing = units.saturating_sub(self.units);
@@ -280,7 +280,7 @@ impl Held {
         let excess = self.units.saturating_sub(units);
         if excess > 0 {
             self.units -= excess;
-            self.of.give_back(self.payer, excess);
+            self.of.release(self.subject, excess);
         }
     }
 
@@ -298,11 +298,11 @@ impl Held {
         if units == 0 {
             return true;
         }
-        let charged = self.of.charged(self.payer);
+        let charged = self.of.charged(self.subject);
         let mut state = self.of.state();
-        let terms = &self.of.inner.terms;
+        let config = &self.of.inner.config;
         let fits =
-            state.fits(terms, &charged, self.units, units) && !(terms.in_turn && state.is_owed_to_others(&charged));
+            state.fits(config, &charged, self.units, units) && !(config.in_turn && state.is_owed_to_others(&charged));
         if fits {
             state.take(&charged, units);
             self.units += units;
@@ -310,19 +310,19 @@ impl Held {
         fits
     }
 
-    fn queue(&self, units: u32) -> Option<oneshot::Receiver<Held>> {
-        let terms = &self.of.inner.terms;
-        let turn = self.payer.key(terms.turns).or_else(|| self.payer.key(Scope::Own)).unwrap_or(Key(0));
+    fn queue(&self, units: u32) -> Option<oneshot::Receiver<ResourcePermit>> {
+        let config = &self.of.inner.config;
+        let turn = self.subject.key(config.fairness).or_else(|| self.subject.key(Scope::Own)).unwrap_or(Key(0));
         let (answer, answered) = oneshot::channel();
-        let charged = self.of.charged(self.payer);
+        let charged = self.of.charged(self.subject);
         let mut state = self.of.state();
         // A request that is above its share, or finds the queue full, is refused at once.
         let can_fit = charged.iter().flatten().all(|(_, share)| self.units.saturating_add(units) <= *share);
-        if !can_fit || !state.make_room(turn, terms.max_waiting) {
+        if !can_fit || !state.make_room(turn, config.max_waiting) {
             return None;
         }
-        let (payer, has) = (self.payer, self.units);
-        state.waiting.push(Waiting { payer, charged, turn, has, units, answer });
+        let (subject, has) = (self.subject, self.units);
+        state.waiting.push(WaitingRequest { subject, charged, turn, has, units, answer });
         // Room may have been made since it was looked for.
         let granted = self.of.grant(&mut state);
         drop(state);
@@ -331,13 +331,13 @@ impl Held {
     }
 }
 
-impl Drop for Held {
+impl Drop for ResourcePermit {
     fn drop(&mut self) {
         self.shrink_to(0);
     }
 }
 
-impl fmt::Debug for Held {
+impl fmt::Debug for ResourcePermit {
     fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(formatter, "Held({})", self.units)
     }

@@ -8,7 +8,7 @@ use crate::model::ids::UserId;
 
 /// What a request, a body or a connection is charged to.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Payer {
+pub enum LimitSubject {
     /// A client, by its address.
     Address(IpAddr),
     /// An account, from all addresses together.
@@ -17,7 +17,7 @@ pub enum Payer {
     AccountAt(UserId, IpAddr),
     /// An account that does something to another one: first the actor, then the target.
     Pair(UserId, UserId),
-    /// A user name or a domain, by the hash that [`Payer::named`] makes.
+    /// A user name or a domain, by the hash that [`LimitSubject::named`] makes.
     Named(u64),
     /// The server itself, or a trusted proxy: only the total counts.
     Exempt,
@@ -45,7 +45,7 @@ pub(super) struct Key(pub(super) u64);
 /// Clients can't choose names, addresses or ids that collide, because they don't know this.
 static SECRET: LazyLock<RandomState> = LazyLock::new(RandomState::new);
 
-impl Payer {
+impl LimitSubject {
     /// A payer with this name.
     pub fn named(name: &str) -> Self {
         Self::Named(SECRET.hash_one(name))
@@ -100,7 +100,7 @@ mod tests {
     use super::*;
 
     fn key(address: &str, scope: Scope) -> Option<Key> {
-        Payer::Address(address.parse().unwrap()).key(scope)
+        LimitSubject::Address(address.parse().unwrap()).key(scope)
     }
 
     #[test]
@@ -127,17 +127,18 @@ mod tests {
     #[test]
     fn only_addresses_have_neighbours() {
         let (one, other) = (UserId::random(), UserId::random());
-        for payer in [Payer::Account(one), Payer::Pair(one, other), Payer::named("example.org")] {
-            assert!(payer.key(Scope::Own).is_some() && payer.key(Scope::All).is_some());
-            assert_eq!([Scope::Client, Scope::Site, Scope::Block].map(|scope| payer.key(scope)), [None; 3]);
+        for subject in [LimitSubject::Account(one), LimitSubject::Pair(one, other), LimitSubject::named("example.org")]
+        {
+            assert!(subject.key(Scope::Own).is_some() && subject.key(Scope::All).is_some());
+            assert_eq!([Scope::Client, Scope::Site, Scope::Block].map(|scope| subject.key(scope)), [None; 3]);
         }
         let address = "2001:db8::1".parse().unwrap();
-        let both = Payer::AccountAt(one, address);
-        assert_eq!(both.key(Scope::Own), Payer::Account(one).key(Scope::Own));
+        let both = LimitSubject::AccountAt(one, address);
+        assert_eq!(both.key(Scope::Own), LimitSubject::Account(one).key(Scope::Own));
         for scope in [Scope::Client, Scope::Site, Scope::Block] {
-            assert_eq!(both.key(scope), Payer::Address(address).key(scope));
+            assert_eq!(both.key(scope), LimitSubject::Address(address).key(scope));
         }
-        assert_ne!(Payer::Pair(one, other).key(Scope::Own), Payer::Pair(other, one).key(Scope::Own));
-        assert_eq!(Payer::Exempt.key(Scope::Own), None);
+        assert_ne!(LimitSubject::Pair(one, other).key(Scope::Own), LimitSubject::Pair(other, one).key(Scope::Own));
+        assert_eq!(LimitSubject::Exempt.key(Scope::Own), None);
     }
 }

@@ -8,26 +8,30 @@ use super::*;
 
 const SOON: Duration = Duration::from_secs(2);
 
-fn terms(total: u32) -> Terms {
-    Terms { max_waiting: 8, ..Terms::total(total) }
+fn config(total: u32) -> ResourceLimitConfig {
+    ResourceLimitConfig { max_waiting: 8, ..ResourceLimitConfig::total(total) }
 }
 
 /// Client `host` of network `block`.
-fn client(block: u8, host: u8) -> Payer {
-    Payer::Address(IpAddr::V4(Ipv4Addr::new(192, 0, block, host)))
+fn client(block: u8, host: u8) -> LimitSubject {
+    LimitSubject::Address(IpAddr::V4(Ipv4Addr::new(192, 0, block, host)))
 }
 
 /// A request that waits in the queue from here on.
-fn waiting(amount: &Amount, payer: Payer, units: u32) -> BoxFuture<'static, Result<Held, NoRoom>> {
+fn waiting(
+    amount: &ResourceLimit,
+    subject: LimitSubject,
+    units: u32,
+) -> BoxFuture<'static, Result<ResourcePermit, NoRoom>> {
     let amount = amount.clone();
-    let mut request = async move { amount.take(payer, units, SOON).await }.boxed();
+    let mut request = async move { amount.take(subject, units, SOON).await }.boxed();
     assert!((&mut request).now_or_never().is_none(), "it waits");
     request
 }
 
 #[tokio::test(start_paused = true)]
 async fn an_amount_is_shared_and_given_back() {
-    let amount = Amount::new(terms(4));
+    let amount = ResourceLimit::new(config(4));
     let (mut first, mut second) = (amount.holder(client(0, 1)), amount.holder(client(0, 2)));
     first.grow_to(1, SOON).await.unwrap();
     first.grow_to(1, SOON).await.unwrap();
@@ -48,7 +52,8 @@ async fn an_amount_is_shared_and_given_back() {
 
 #[test]
 fn no_payer_has_more_than_its_share_and_neighbours_no_more_than_theirs() {
-    let amount = Amount::new(Terms { shares: vec![(Scope::Own, 2), (Scope::Block, 3)], ..terms(100) });
+    let amount =
+        ResourceLimit::new(ResourceLimitConfig { shares: vec![(Scope::Own, 2), (Scope::Block, 3)], ..config(100) });
     let held = amount.try_take(client(0, 1), 2).unwrap();
     assert!(amount.try_take(client(0, 1), 1).is_none());
     let _neighbour = amount.try_take(client(0, 2), 1).unwrap();
@@ -56,12 +61,12 @@ fn no_payer_has_more_than_its_share_and_neighbours_no_more_than_theirs() {
     let _stranger = amount.try_take(client(1, 1), 2).unwrap();
     drop(held);
     assert!(amount.try_take(client(0, 3), 2).is_some());
-    assert!(amount.try_take(Payer::Exempt, 97).is_some(), "only the total counts");
+    assert!(amount.try_take(LimitSubject::Exempt, 97).is_some(), "only the total counts");
 }
 
 #[test]
 fn the_reserve_is_for_small_holders() {
-    let amount = Amount::new(Terms { reserve: 4, small: 2, ..terms(10) });
+    let amount = ResourceLimit::new(ResourceLimitConfig { reserve: 4, small: 2, ..config(10) });
     let _large = amount.try_take(client(0, 1), 6).unwrap();
     assert!(amount.try_take(client(0, 2), 3).is_none());
     let mut small = amount.try_take(client(0, 2), 2).unwrap();
@@ -71,7 +76,7 @@ fn the_reserve_is_for_small_holders() {
 
 #[tokio::test(start_paused = true)]
 async fn in_turn_a_large_request_is_not_overtaken_by_small_ones() {
-    let amount = Amount::new(Terms { in_turn: true, ..terms(4) });
+    let amount = ResourceLimit::new(ResourceLimitConfig { in_turn: true, ..config(4) });
     let mut held: Vec<_> = (1..5).map(|host| amount.try_take(client(0, host), 1).unwrap()).collect();
     let large = waiting(&amount, client(1, 1), 3);
     let small = waiting(&amount, client(2, 1), 1);
@@ -87,7 +92,7 @@ async fn in_turn_a_large_request_is_not_overtaken_by_small_ones() {
 
 #[tokio::test(start_paused = true)]
 async fn in_turn_a_request_above_its_share_delays_only_those_with_whom_it_shares() {
-    let amount = Amount::new(Terms { in_turn: true, shares: vec![(Scope::Own, 3)], ..terms(10) });
+    let amount = ResourceLimit::new(ResourceLimitConfig { in_turn: true, shares: vec![(Scope::Own, 3)], ..config(10) });
     let held = amount.try_take(client(0, 1), 2).unwrap();
     let large = waiting(&amount, client(0, 1), 3);
     assert!(amount.try_take(client(0, 1), 1).is_none(), "its own units are kept for it");
@@ -98,7 +103,7 @@ async fn in_turn_a_request_above_its_share_delays_only_those_with_whom_it_shares
 
 #[tokio::test(start_paused = true)]
 async fn in_turn_the_next_request_is_served_when_the_one_before_it_stops_waiting() {
-    let amount = Amount::new(Terms { in_turn: true, ..terms(4) });
+    let amount = ResourceLimit::new(ResourceLimitConfig { in_turn: true, ..config(4) });
     let _held = amount.try_take(client(0, 1), 2).unwrap();
     let first = waiting(&amount, client(1, 1), 3);
     let mut second = waiting(&amount, client(0, 2), 2);
@@ -114,7 +119,7 @@ async fn in_turn_the_next_request_is_served_when_the_one_before_it_stops_waiting
 #[tokio::test(start_paused = true)]
 async fn in_turn_a_request_above_the_share_of_its_payer_delays_no_neighbour() {
     let shares = vec![(Scope::Own, 3), (Scope::Block, 8)];
-    let amount = Amount::new(Terms { in_turn: true, shares, ..terms(10) });
+    let amount = ResourceLimit::new(ResourceLimitConfig { in_turn: true, shares, ..config(10) });
     let _held = amount.try_take(client(0, 1), 3).unwrap();
     let _waiting = waiting(&amount, client(0, 1), 2);
     assert!(amount.try_take(client(0, 2), 3).is_some(), "of the same network");
@@ -122,7 +127,7 @@ async fn in_turn_a_request_above_the_share_of_its_payer_delays_no_neighbour() {
 
 #[tokio::test(start_paused = true)]
 async fn in_turn_a_request_that_has_stopped_waiting_delays_no_other() {
-    let amount = Amount::new(Terms { in_turn: true, ..terms(4) });
+    let amount = ResourceLimit::new(ResourceLimitConfig { in_turn: true, ..config(4) });
     let _held = amount.try_take(client(0, 1), 2).unwrap();
     drop(waiting(&amount, client(1, 1), 3));
     assert!(amount.try_take(client(0, 2), 2).is_some());
@@ -130,7 +135,7 @@ async fn in_turn_a_request_that_has_stopped_waiting_delays_no_other() {
 
 #[tokio::test(start_paused = true)]
 async fn networks_take_turns_however_many_requests_one_of_them_has() {
-    let amount = Amount::new(Terms { turns: Scope::Block, ..terms(1) });
+    let amount = ResourceLimit::new(ResourceLimitConfig { fairness: Scope::Block, ..config(1) });
     let held = amount.try_take(client(0, 1), 1).unwrap();
     let mut crowd = Vec::new();
     for host in 2..6 {
@@ -149,7 +154,7 @@ async fn networks_take_turns_however_many_requests_one_of_them_has() {
 
 #[tokio::test(start_paused = true)]
 async fn a_full_queue_drops_from_the_payer_that_waits_with_the_most() {
-    let amount = Amount::new(Terms { turns: Scope::Block, max_waiting: 3, ..terms(1) });
+    let amount = ResourceLimit::new(ResourceLimitConfig { fairness: Scope::Block, max_waiting: 3, ..config(1) });
     let held = amount.try_take(client(0, 1), 1).unwrap();
     let mut crowd = Vec::new();
     for host in 2..5 {
@@ -166,7 +171,7 @@ async fn a_full_queue_drops_from_the_payer_that_waits_with_the_most() {
 
 #[tokio::test(start_paused = true)]
 async fn a_request_that_no_longer_waits_takes_nothing() {
-    let amount = Amount::new(terms(1));
+    let amount = ResourceLimit::new(config(1));
     let held = amount.try_take(client(0, 1), 1).unwrap();
     let given_up = waiting(&amount, client(0, 2), 1);
     let too_late = waiting(&amount, client(0, 3), 1);
@@ -181,7 +186,7 @@ async fn a_request_that_no_longer_waits_takes_nothing() {
 
 #[tokio::test(start_paused = true)]
 async fn what_can_never_be_had_is_not_waited_for() {
-    let amount = Amount::new(Terms { shares: vec![(Scope::Own, 2)], ..terms(10) });
+    let amount = ResourceLimit::new(ResourceLimitConfig { shares: vec![(Scope::Own, 2)], ..config(10) });
     let begun = tokio::time::Instant::now();
     assert_eq!(amount.take(client(0, 1), 3, SOON).await.unwrap_err(), NoRoom);
     assert_eq!(begun.elapsed(), Duration::ZERO);
@@ -197,8 +202,8 @@ proptest! {
         steps in prop::collection::vec((0u8..3, 0u8..3, 0usize..12, 0u32..12), 1..200),
     ) {
         let shares = vec![(Scope::Own, own), (Scope::Block, block)];
-        let amount = Amount::new(Terms { shares, reserve, small, ..terms(total) });
-        let mut holders: Vec<Option<(u8, u8, Held)>> = (0..12).map(|_| None).collect();
+        let amount = ResourceLimit::new(ResourceLimitConfig { shares, reserve, small, ..config(total) });
+        let mut holders: Vec<Option<(u8, u8, ResourcePermit)>> = (0..12).map(|_| None).collect();
         for (network, host, index, units) in steps {
             match &mut holders[index] {
                 Some((_, _, held)) if units % 3 == 0 => held.shrink_to(units),
