@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use crate::people::Device;
-use crate::wire::{Label, Letter};
+use crate::wire::{DeviceMessage, Label};
 
 /// Devices, and which of them one send is for. Cloning gives the same.
 #[derive(Clone)]
@@ -52,7 +52,7 @@ impl Audience {
     }
 
     /// A letter to device number `n`.
-    pub fn letter(&self, n: usize, label: Label) -> Letter<'_> {
-        Letter::to(&self.devices[n], label)
+    pub fn device_message(&self, n: usize, label: Label) -> DeviceMessage<'_> {
+        DeviceMessage::to(&self.devices[n], label)
     }
 }

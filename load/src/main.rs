@@ -42,11 +42,11 @@ use server::Server;
 #[tokio::main(flavor = "current_thread")]
 async fn main() -> Result<()> {
     let job = Job::new(Options::parse());
-    let mut told_to_end = ToldToEnd::listen()?;
+    let mut termination = TerminationSignals::listen()?;
     if job.options.mode == Mode::Attack {
         return tokio::select! {
             outcome = modes::attack::run(&job) => outcome,
-            () = told_to_end.wait() => bail!("interrupted"),
+            () = termination.wait() => bail!("interrupted"),
         };
     }
     let subjects = &job.options.subjects;
@@ -60,7 +60,7 @@ async fn main() -> Result<()> {
         for subject in order {
             let name = subjects[subject].name();
             eprintln!("run {run} of {}, {name}, load average {:.2}", job.options.runs, proc::load_average());
-            let measured = measure(&job, &subjects[subject], &mut told_to_end).await;
+            let measured = measure(&job, &subjects[subject], &mut termination).await;
             let figures = measured.with_context(|| format!("while measuring {name}"))?;
             runs[subject].push(figures);
         }
@@ -69,22 +69,22 @@ async fn main() -> Result<()> {
 }
 
 /// One run on one subject. Our own server ends with it, also on Ctrl-C and when the tool is told to end.
-async fn measure(job: &Job, subject: &Subject, told_to_end: &mut ToldToEnd) -> Result<Figures> {
+async fn measure(job: &Job, subject: &Subject, termination: &mut TerminationSignals) -> Result<Figures> {
     if job.options.mode == Mode::Growth {
         return tokio::select! {
             figures = modes::growth::measure(job, subject) => figures,
-            () = job.watch.tell() => bail!("the clock has stopped"),
-            () = told_to_end.wait() => bail!("interrupted"),
+            () = job.watch.report() => bail!("the clock has stopped"),
+            () = termination.wait() => bail!("interrupted"),
         };
     }
     let mut server = tokio::select! {
         server = Server::start(&job.options, subject) => server?,
-        () = told_to_end.wait() => bail!("interrupted"),
+        () = termination.wait() => bail!("interrupted"),
     };
     let figures = tokio::select! {
         figures = once(job, &mut server) => figures,
-        () = job.watch.tell() => Err(anyhow!("the clock has stopped")),
-        () = told_to_end.wait() => Err(anyhow!("interrupted")),
+        () = job.watch.report() => Err(anyhow!("the clock has stopped")),
+        () = termination.wait() => Err(anyhow!("interrupted")),
     };
     let stopped = server.stop().await;
     // Why it failed says more than what failed because of that.
@@ -94,12 +94,12 @@ async fn measure(job: &Job, subject: &Subject, told_to_end: &mut ToldToEnd) -> R
 }
 
 /// Ctrl-C, and the word of whoever manages processes. What is said between two runs is heard at the next.
-struct ToldToEnd {
+struct TerminationSignals {
     interrupt: Signal,
     terminate: Signal,
 }
 
-impl ToldToEnd {
+impl TerminationSignals {
     fn listen() -> Result<Self> {
         Ok(Self { interrupt: signal(SignalKind::interrupt())?, terminate: signal(SignalKind::terminate())? })
     }

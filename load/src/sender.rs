@@ -11,7 +11,7 @@ use uuid::Uuid;
 
 use crate::http::{Connection, bearer};
 use crate::people::Device;
-use crate::wire::{LABEL, Label, Letter, SendMessageRequest, SendMessageResponse, put_request, request_length};
+use crate::wire::{DeviceMessage, LABEL, Label, SendMessageRequest, SendMessageResponse, put_request, request_length};
 
 /// The pause before a refused send is repeated, and how often it is.
 const PAUSE: Duration = Duration::from_millis(200);
@@ -42,13 +42,13 @@ impl Sender {
 
     /// Sends these, and makes sure that all of it was queued. A send that the server has no room for at the moment is
     /// repeated under its key, so it counts once whatever became of the first attempt.
-    pub async fn send(&mut self, letters: &[Letter<'_>]) -> Result<()> {
+    pub async fn send(&mut self, device_messages: &[DeviceMessage<'_>]) -> Result<()> {
         self.request.truncate(self.before_key);
         let mut key = Uuid::encode_buffer();
         self.request.extend_from_slice(Uuid::from_bytes(rand::random()).hyphenated().encode_lower(&mut key).as_bytes());
-        write!(self.request, "\r\ncontent-length: {}\r\n\r\n", request_length(letters, &self.filling))?;
+        write!(self.request, "\r\ncontent-length: {}\r\n\r\n", request_length(device_messages, &self.filling))?;
         let body = self.request.len();
-        put_request(&mut self.request, letters, &self.filling);
+        put_request(&mut self.request, device_messages, &self.filling);
         debug_assert!(SendMessageRequest::decode(&self.request[body..]).is_ok());
         for _ in 0..ATTEMPTS {
             let answer = self.connection.call(&self.request, &[]).await?;
@@ -79,9 +79,9 @@ pub async fn fill(api: SocketAddr, senders: &[Device], devices: &[Device], messa
         work.spawn(async move {
             for _ in (first..messages).step_by(step) {
                 for some in devices.chunks(MOST_RECIPIENTS) {
-                    let letter = |to| Letter::to(to, Label::default());
-                    let letters: Vec<_> = some.iter().map(letter).collect();
-                    sender.send(&letters).await?;
+                    let device_message = |to| DeviceMessage::to(to, Label::default());
+                    let device_messages: Vec<_> = some.iter().map(device_message).collect();
+                    sender.send(&device_messages).await?;
                 }
             }
             anyhow::Ok(())

@@ -112,7 +112,7 @@ impl Watch {
     }
 
     /// Tells a line each second, for as long as it is polled.
-    pub async fn tell(&self) {
+    pub async fn report(&self) {
         let mut clock = tokio::time::interval(Duration::from_secs(1));
         clock.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
         clock.tick().await;

@@ -54,35 +54,35 @@ impl Label {
 
 /// A message for one device. Letters to devices of one user stand next to each other.
 #[derive(Clone, Copy, Debug)]
-pub struct Letter<'a> {
+pub struct DeviceMessage<'a> {
     pub user: &'a [u8; 16],
     pub device: &'a [u8; 16],
     pub label: Label,
 }
 
-impl<'a> Letter<'a> {
+impl<'a> DeviceMessage<'a> {
     pub fn to(device: &'a Device, label: Label) -> Self {
         Self { user: &device.user, device: &device.id, label }
     }
 }
 
 /// How long the body of such a send is.
-pub fn request_length(letters: &[Letter<'_>], filling: &[u8]) -> usize {
-    let recipients = letters.chunk_by(|one, other| one.user == other.user);
+pub fn request_length(device_messages: &[DeviceMessage<'_>], filling: &[u8]) -> usize {
+    let recipients = device_messages.chunk_by(|one, other| one.user == other.user);
     recipients.map(|recipient| field(recipient_length(recipient.len(), filling))).sum()
 }
 
 /// Appends a `SendMessageRequest`; every message is its label and then the filling.
-pub fn put_request(request: &mut Vec<u8>, letters: &[Letter<'_>], filling: &[u8]) {
+pub fn put_request(request: &mut Vec<u8>, device_messages: &[DeviceMessage<'_>], filling: &[u8]) {
     let message = LABEL + filling.len();
-    for recipient in letters.chunk_by(|one, other| one.user == other.user) {
+    for recipient in device_messages.chunk_by(|one, other| one.user == other.user) {
         put_length(request, RECIPIENT, recipient_length(recipient.len(), filling));
         put_id(request, USER_ID, recipient[0].user);
-        for letter in recipient {
+        for device_message in recipient {
             put_length(request, SUBMISSION, ID_FIELD + field(message));
-            put_id(request, DEVICE_ID, letter.device);
+            put_id(request, DEVICE_ID, device_message.device);
             put_length(request, MESSAGE, message);
-            request.extend_from_slice(&letter.label.bytes());
+            request.extend_from_slice(&device_message.label.bytes());
             request.extend_from_slice(filling);
         }
     }
@@ -118,16 +118,16 @@ mod tests {
     fn what_is_built_by_hand_is_what_the_contract_says() {
         let label = |number| Label { sender: 7, number, intended: 1 << 40, attachment: [9; 16] };
         let (one, two) = ([1; 16], [2; 16]);
-        let letters = [
-            Letter { user: &one, device: &[3; 16], label: label(0) },
-            Letter { user: &one, device: &[4; 16], label: label(1) },
-            Letter { user: &two, device: &[5; 16], label: label(2) },
+        let device_messages = [
+            DeviceMessage { user: &one, device: &[3; 16], label: label(0) },
+            DeviceMessage { user: &one, device: &[4; 16], label: label(1) },
+            DeviceMessage { user: &two, device: &[5; 16], label: label(2) },
         ];
         for size in [0, 90, 5000] {
             let filling = vec![0xa5; size];
             let mut bytes = Vec::new();
-            put_request(&mut bytes, &letters, &filling);
-            assert_eq!(bytes.len(), request_length(&letters, &filling));
+            put_request(&mut bytes, &device_messages, &filling);
+            assert_eq!(bytes.len(), request_length(&device_messages, &filling));
             let message = |number| [&label(number).bytes()[..], &filling].concat();
             let submission =
                 |device: u8, number| Submission { device_id: vec![device; 16].into(), message: message(number).into() };

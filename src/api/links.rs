@@ -108,8 +108,8 @@ pub async fn open(
     let expires_at = now + LIFETIME;
     app.store.open_link(user, &id.hash(), expires_at, now).await?;
     // A client goes by its own clock. While ours is in doubt, the one that is ahead may be right.
-    let told = (app.clock.latest() + LIFETIME).seconds();
-    let session = LinkSession { id: id.text().to_owned(), user_id: user.to_string(), expires_at: told };
+    let announced = (app.clock.latest() + LIFETIME).seconds();
+    let session = LinkSession { id: id.text().to_owned(), user_id: user.to_string(), expires_at: announced };
     Ok((StatusCode::CREATED, axum::Json(session)))
 }
 

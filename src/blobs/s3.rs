@@ -295,8 +295,8 @@ mod tests {
         let mut nameless = settings(None, false);
         nameless.bucket = "a/b".into();
         assert!(Service::new(&nameless).is_err());
-        let told = Service::new(&settings(Some("http://user:secret@host"), true)).unwrap_err().to_string();
-        assert!(told.contains("http://host") && !told.contains("secret"), "{told}");
+        let sentence = Service::new(&settings(Some("http://user:secret@host"), true)).unwrap_err().to_string();
+        assert!(sentence.contains("http://host") && !sentence.contains("secret"), "{sentence}");
     }
 
     #[test]

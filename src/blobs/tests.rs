@@ -242,8 +242,8 @@ async fn what_cannot_be_opened_is_told_in_one_sentence() {
         (settings(&file.join("below"), ""), "the attachment folder"),
         (settings(folder.path(), "../"), "--attachment-prefix \"../\""),
     ] {
-        let told = Blobs::open(&settings).await.unwrap_err().to_string();
-        assert!(told.contains(expected) && !told.contains('\n'), "{told}");
+        let sentence = Blobs::open(&settings).await.unwrap_err().to_string();
+        assert!(sentence.contains(expected) && !sentence.contains('\n'), "{sentence}");
     }
 }
 
@@ -279,8 +279,8 @@ async fn an_error_does_not_name_the_attachment() {
     );
     errors.push(blobs.read(id, None).await.err().unwrap());
     for error in errors {
-        let told = format!("{error} {error:?}");
-        assert!(told.contains("os error") && !told.contains(&id.to_string()), "{told}");
+        let sentence = format!("{error} {error:?}");
+        assert!(sentence.contains("os error") && !sentence.contains(&id.to_string()), "{sentence}");
     }
     fs::remove_file(folder.path()).unwrap();
 }

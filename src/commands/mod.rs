@@ -92,8 +92,8 @@ impl Command {
             Self::Transfer(request) => request.run(config),
         };
         // Half a file of settings, because the disk behind standard output is full, is no success.
-        let told = done.and_then(|text| writeln!(io::stdout(), "{text}").context("standard output takes no more"));
-        match told {
+        let printed = done.and_then(|text| writeln!(io::stdout(), "{text}").context("standard output takes no more"));
+        match printed {
             Ok(()) => ExitCode::SUCCESS,
             Err(error) => {
                 eprintln!("obscura-server: {error:#}");

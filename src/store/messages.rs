@@ -91,8 +91,8 @@ impl PostgresStore {
         let rows: Vec<PlacedRow> = self.all(question).await?;
         let mut pages: Vec<Vec<MessageRow>> = queries.iter().map(|_| Vec::new()).collect();
         for row in rows {
-            let of_look = usize::try_from(row.place - 1).ok().and_then(|place| pages.get_mut(place));
-            of_look
+            let of_query = usize::try_from(row.place - 1).ok().and_then(|place| pages.get_mut(place));
+            of_query
                 .ok_or_else(|| sqlx::Error::Protocol("a row for a look that was not in the statement".into()))?
                 .push(row.row);
         }

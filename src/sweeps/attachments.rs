@@ -179,8 +179,8 @@ mod tests {
         assert_eq!(cursor.advance(place(1), false, failed(2, "the first cause")).unwrap(), Round::More);
         assert_eq!(cursor.advance(place(2), false, failed(1, "another cause")).unwrap(), Round::More);
         assert_eq!(cursor.advance(place(3), false, None).unwrap(), Round::More);
-        let told = cursor.advance(None, false, None).unwrap_err().to_string();
-        assert!(told.contains("3 attachments") && told.contains("the first cause"), "{told}");
+        let sentence = cursor.advance(None, false, None).unwrap_err().to_string();
+        assert!(sentence.contains("3 attachments") && sentence.contains("the first cause"), "{sentence}");
         assert_eq!(cursor.advance(None, true, None).unwrap(), Round::Done);
     }
 

@@ -5,7 +5,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 
 /// Plain values. They may use each other as far as this says.
-const GROUND: &[(&str, &[&str])] = &[
+const FOUNDATION: &[(&str, &[&str])] = &[
     ("clock", &[]),
     ("model", &["clock"]),
     ("config", &["model", "clock"]),
@@ -15,7 +15,7 @@ const GROUND: &[(&str, &[&str])] = &[
 ];
 
 /// Rooms that hold something. Each uses the ground; what else it may use is listed.
-const MIDDLE: &[(&str, &[&str])] = &[
+const SERVICES: &[(&str, &[&str])] = &[
     ("auth", &["limits"]),
     ("blobs", &["limits"]),
     ("limits", &[]),
@@ -28,7 +28,7 @@ const MIDDLE: &[(&str, &[&str])] = &[
 ];
 
 /// What starts work. Each uses ground and middle; what else it may use is listed.
-const ENTRANCES: &[(&str, &[&str])] = &[
+const ENTRY_POINTS: &[(&str, &[&str])] = &[
     ("app", &[]),
     ("api", &["app", "gateway"]),
     ("gateway", &["app"]),
@@ -44,7 +44,7 @@ const LOAD_TOOL: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/load");
 struct SourceFile {
     path: PathBuf,
     /// The room it belongs to: the first folder or file below `src`.
-    room: String,
+    module: String,
     text: String,
 }
 
@@ -53,8 +53,9 @@ fn sources() -> Vec<SourceFile> {
     collect(Path::new(SOURCE), &mut files);
     let file = |path: PathBuf| {
         let below = path.strip_prefix(SOURCE).unwrap();
-        let room = below.components().next().unwrap().as_os_str().to_string_lossy().trim_end_matches(".rs").to_owned();
-        SourceFile { text: std::fs::read_to_string(&path).unwrap(), room, path }
+        let module =
+            below.components().next().unwrap().as_os_str().to_string_lossy().trim_end_matches(".rs").to_owned();
+        SourceFile { text: std::fs::read_to_string(&path).unwrap(), module, path }
     };
     files.into_iter().map(file).collect()
 }
@@ -81,14 +82,14 @@ impl SourceFile {
         code.lines().filter(|line| !line.trim_start().starts_with("//")).collect::<Vec<_>>().join("\n")
     }
 
-    /// The rooms that the code mentions as `crate::room`.
+    /// The rooms that the code mentions as `crate::module`.
     fn uses(&self) -> BTreeSet<String> {
         let code = self.code();
         let mentioned = code.split("crate::").skip(1).flat_map(|rest| match rest.strip_prefix('{') {
             Some(list) => first_segments(list),
             None => vec![segment(rest)],
         });
-        mentioned.filter(|room| *room != self.room && !room.is_empty()).collect()
+        mentioned.filter(|module| *module != self.module && !module.is_empty()).collect()
     }
 }
 
@@ -115,35 +116,35 @@ fn segment(text: &str) -> String {
     text.chars().take_while(|character| character.is_alphanumeric() || *character == '_').collect()
 }
 
-fn names(rooms: &[(&'static str, &[&str])]) -> Vec<&'static str> {
-    rooms.iter().map(|(room, _)| *room).collect()
+fn names(modules: &[(&'static str, &[&str])]) -> Vec<&'static str> {
+    modules.iter().map(|(module, _)| *module).collect()
 }
 
 /// Who may use whom.
 fn allowed() -> BTreeMap<&'static str, BTreeSet<&'static str>> {
-    let (ground, middle) = (names(GROUND), names(MIDDLE));
-    let below = |rooms: &[(&'static str, &'static [&'static str])], base: Vec<&'static str>| {
-        let rule = |(room, more): &(&'static str, &'static [&'static str])| {
-            (*room, base.iter().chain(*more).copied().collect::<BTreeSet<_>>())
+    let (foundation, services) = (names(FOUNDATION), names(SERVICES));
+    let below = |modules: &[(&'static str, &'static [&'static str])], base: Vec<&'static str>| {
+        let rule = |(module, more): &(&'static str, &'static [&'static str])| {
+            (*module, base.iter().chain(*more).copied().collect::<BTreeSet<_>>())
         };
-        rooms.iter().map(rule).collect::<Vec<_>>()
+        modules.iter().map(rule).collect::<Vec<_>>()
     };
-    let everything_below = ground.iter().chain(&middle).copied().collect::<Vec<_>>();
+    let everything_below = foundation.iter().chain(&services).copied().collect::<Vec<_>>();
     // The protobuf types stop at `wire`, which only the entrances use.
-    let without_wire = ground.iter().filter(|room| **room != "wire").copied().collect();
-    let rules = [below(GROUND, Vec::new()), below(MIDDLE, without_wire), below(ENTRANCES, everything_below)];
+    let without_wire = foundation.iter().filter(|module| **module != "wire").copied().collect();
+    let rules = [below(FOUNDATION, Vec::new()), below(SERVICES, without_wire), below(ENTRY_POINTS, everything_below)];
     rules.into_iter().flatten().collect()
 }
 
 #[test]
-fn rooms_use_only_the_rooms_below_them() {
+fn modules_use_only_the_modules_below_them() {
     let allowed = allowed();
     let mut broken = Vec::new();
     for file in sources() {
-        if ["main", "lib"].contains(&file.room.as_str()) {
+        if ["main", "lib"].contains(&file.module.as_str()) {
             continue;
         }
-        let Some(may) = allowed.get(file.room.as_str()) else {
+        let Some(may) = allowed.get(file.module.as_str()) else {
             broken.push(format!("{} is in a room that tests/it/architecture.rs doesn't know", file.path.display()));
             continue;
         };
@@ -157,11 +158,11 @@ fn rooms_use_only_the_rooms_below_them() {
 }
 
 /// Fails when one of these words is in the code of a room that isn't listed.
-fn assert_confined(words: &[&str], rooms: &[&str]) {
+fn assert_confined(words: &[&str], modules: &[&str]) {
     for file in sources() {
         let code = file.code();
         for word in words {
-            let is_allowed = rooms.contains(&file.room.as_str());
+            let is_allowed = modules.contains(&file.module.as_str());
             assert!(is_allowed || !code.contains(word), "{} mentions {word}", file.path.display());
         }
     }
@@ -204,7 +205,7 @@ fn every_connection_is_told_to_flush_its_commits() {
 }
 
 #[test]
-fn http_stops_at_the_entrances() {
+fn http_stops_at_the_entry_points() {
     assert_confined(&["axum"], &["api", "listener", "server"]);
     // Telemetry names it among those whose log lines are not exported.
     assert_confined(&["hyper"], &["api", "listener", "server", "telemetry"]);
@@ -212,7 +213,7 @@ fn http_stops_at_the_entrances() {
 }
 
 #[test]
-fn the_types_of_telemetry_stop_at_its_room() {
+fn the_types_of_telemetry_stop_at_its_module() {
     assert_confined(&["opentelemetry", "prometheus::"], &["telemetry"]);
 }
 
@@ -239,7 +240,7 @@ fn no_file_is_longer_than_four_hundred_lines() {
 #[test]
 fn the_load_tool_is_by_itself() {
     let mut files = Vec::new();
-    ["src", "tests"].iter().for_each(|room| collect(&Path::new(LOAD_TOOL).join(room), &mut files));
+    ["src", "tests"].iter().for_each(|module| collect(&Path::new(LOAD_TOOL).join(module), &mut files));
     for path in files {
         let text = std::fs::read_to_string(&path).unwrap();
         assert!(!text.contains(concat!("obscura_", "server::")), "{} uses the server", path.display());
@@ -258,7 +259,7 @@ fn every_method_of_the_store_is_named_in_a_contract_test() {
     let mut tests = Vec::new();
     collect(Path::new(folder), &mut tests);
     let tests: String = tests.iter().map(|path| std::fs::read_to_string(path).unwrap()).collect();
-    for file in sources().iter().filter(|file| file.room == "store") {
+    for file in sources().iter().filter(|file| file.module == "store") {
         let code = file.code();
         for method in code.split("pub async fn ").skip(1).map(segment) {
             assert!(tests.contains(&format!("{method}(")), "no test calls {method} of {}", file.path.display());
@@ -278,7 +279,7 @@ fn every_file_of_the_source_says_what_it_is() {
 fn no_test_is_skipped() {
     let folder = Path::new(env!("CARGO_MANIFEST_DIR"));
     let mut files = Vec::new();
-    ["src", "tests/it", "load"].iter().for_each(|room| collect(&folder.join(room), &mut files));
+    ["src", "tests/it", "load"].iter().for_each(|module| collect(&folder.join(module), &mut files));
     let scripts = std::fs::read_dir(folder.join("tests/libsignal")).unwrap().map(|entry| entry.unwrap().path());
     files.extend(scripts.filter(|path| path.to_string_lossy().ends_with(".test.mjs")));
     for path in files {
@@ -298,7 +299,7 @@ fn no_test_is_skipped() {
 #[test]
 fn every_change_of_device_auth_is_registered() {
     let changing = ["SET tokens_void_to", "DELETE FROM devices ", "SET is_primary", "REPLACE INTO devices"];
-    let store = sources().into_iter().filter(|file| file.room == "store");
+    let store = sources().into_iter().filter(|file| file.module == "store");
     let changers: Vec<_> = store.filter(|file| changing.iter().any(|text| file.text.contains(text))).collect();
     assert_eq!(changers.len(), 2, "sessions and devices");
     for file in changers {

@@ -92,7 +92,7 @@ fn assert_memory_is_bounded(server: &Binary) {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn unfinished_bodies_of_one_address_stop_nobody() {
+async fn unfinished_bodies_of_one_address_stop_no_other_client() {
     let folder = tempfile::tempdir().unwrap();
     let server = Binary::start_limited(folder.path(), &[]).await;
     let mut honest = Honest::begin(&server).await;
@@ -109,7 +109,7 @@ async fn unfinished_bodies_of_one_address_stop_nobody() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn unfinished_bodies_of_many_addresses_stop_nobody() {
+async fn unfinished_bodies_of_many_addresses_stop_no_other_client() {
     let folder = tempfile::tempdir().unwrap();
     let server = Binary::start_limited(folder.path(), &[]).await;
     let mut honest = Honest::begin(&server).await;
@@ -125,7 +125,7 @@ async fn unfinished_bodies_of_many_addresses_stop_nobody() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn unfinished_sends_of_one_account_stop_nobody() {
+async fn unfinished_sends_of_one_account_stop_no_other_client() {
     let folder = tempfile::tempdir().unwrap();
     let server = Binary::start_limited(folder.path(), &[]).await;
     let mut honest = Honest::begin(&server).await;
@@ -149,7 +149,7 @@ async fn unfinished_sends_of_one_account_stop_nobody() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn unfinished_sends_of_four_accounts_at_one_address_stop_nobody() {
+async fn unfinished_sends_of_four_accounts_at_one_address_stop_no_other_client() {
     let folder = tempfile::tempdir().unwrap();
     let server = Binary::start_limited(folder.path(), &[]).await;
     let mut honest = Honest::begin(&server).await;

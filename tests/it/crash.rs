@@ -132,7 +132,7 @@ async fn fetch(asker: Device, target: Device, diary: Arc<Diary>) {
 
 /// Writes down which acknowledged messages are deleted for good. The connection is gone again before the crash, so that
 /// the next start has to recover the database.
-async fn look_at_the_database(folder: &Path, diary: &Diary) {
+async fn inspect_the_database(folder: &Path, diary: &Diary) {
     let acknowledged = diary.acknowledged.lock().unwrap().clone();
     let database = Database::of(folder).await;
     let stored = database.message_ids().await;
@@ -171,7 +171,7 @@ async fn what_was_answered_survives_twenty_crashes() {
         eventually("clients to get on", far_enough).await;
         // A crash may come at any moment, so at a random one.
         tokio::time::sleep(Duration::from_millis(rand::random_range(0..300))).await;
-        look_at_the_database(folder.path(), &diary).await;
+        inspect_the_database(folder.path(), &diary).await;
         tokio::time::sleep(Duration::from_micros(rand::random_range(0..20_000))).await;
         server.kill();
         server = server.start_again(&options).await;

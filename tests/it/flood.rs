@@ -137,7 +137,7 @@ fn seconds_asked_for() -> Duration {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_flood_from_a_hundred_thousand_addresses_takes_little_memory_and_stops_nobody() {
+async fn a_flood_from_a_hundred_thousand_addresses_takes_little_memory_and_stops_no_other_client() {
     let folder = tempfile::tempdir().unwrap();
     let head = format!("--server-header-timeout-secs={HEAD_SECS}");
     let server = Binary::start_limited_on(deployment::embedded_options(folder.path()), &[&head]).await;

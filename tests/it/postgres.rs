@@ -33,7 +33,7 @@ async fn it_keeps_what_was_committed_across_a_stop_and_a_kill_on_the_same_port()
 }
 
 #[tokio::test]
-async fn frozen_it_answers_nobody_and_thawed_it_goes_on() {
+async fn frozen_it_answers_no_client_and_thawed_it_goes_on() {
     let postgres = Postgres::start().await;
     let mut connection = connect(&postgres).await;
     sqlx::raw_sql("CREATE TABLE kept (id int)").execute(&mut connection).await.unwrap();

@@ -153,7 +153,7 @@ async fn send_as(plan: &Plan, by: usize) -> Result<Sent> {
     let api = plan.nodes[by % plan.nodes.len()];
     let mut sender = Sender::open(api, &plan.senders[by], plan.job.options.size).await?;
     let (mut to, mut sends) = (vec![0; plan.audience.devices.len()], 0);
-    let (mut letters, number) = (Vec::new(), u32::try_from(by)?);
+    let (mut device_messages, number) = (Vec::new(), u32::try_from(by)?);
     for turn in 0.. {
         let mut intended = Instant::now();
         if let Some(rate) = plan.job.options.rate {
@@ -164,13 +164,13 @@ async fn send_as(plan: &Plan, by: usize) -> Result<Sent> {
             break;
         }
         let micros = (intended - plan.began).as_micros() as u64;
-        letters.clear();
+        device_messages.clear();
         for receiver in plan.audience.set(by + turn) {
             let label = Label { sender: number, number: to[*receiver], intended: micros, ..Label::default() };
-            letters.push(plan.audience.letter(*receiver, label));
+            device_messages.push(plan.audience.device_message(*receiver, label));
             to[*receiver] += 1;
         }
-        sender.send(&letters).await?;
+        sender.send(&device_messages).await?;
         sends += 1;
     }
     Ok(Sent { by, to, sends, refused: sender.refused })

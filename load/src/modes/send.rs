@@ -76,15 +76,15 @@ async fn keep_sending(
     from: Instant,
     until: Instant,
 ) -> Result<(u64, u64)> {
-    let (mut count, mut letters) = (0, Vec::new());
+    let (mut count, mut device_messages) = (0, Vec::new());
     for turn in first.. {
         let began = Instant::now();
         if began >= until {
             break;
         }
-        letters.clear();
-        letters.extend(audience.set(turn).iter().map(|n| audience.letter(*n, Label::default())));
-        sender.send(&letters).await?;
+        device_messages.clear();
+        device_messages.extend(audience.set(turn).iter().map(|n| audience.device_message(*n, Label::default())));
+        sender.send(&device_messages).await?;
         let ended = Instant::now();
         if ended >= from && ended < until {
             watch.record(ended - began);

@@ -22,7 +22,7 @@ fn taken(rate: &RateLimit, subject: LimitSubject) -> u32 {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_payer_has_a_burst_at_first_and_waiting_as_long_as_told_suffices() {
+async fn a_subject_has_a_burst_at_first_and_waiting_as_long_as_stated_suffices() {
     let rate = per_second(10, 20);
     let (busy, quiet) = (account(), account());
     assert_eq!(taken(&rate, busy), 20);

@@ -51,7 +51,7 @@ async fn an_amount_is_shared_and_given_back() {
 }
 
 #[test]
-fn no_payer_has_more_than_its_share_and_neighbours_no_more_than_theirs() {
+fn no_subject_has_more_than_its_share_and_neighbours_no_more_than_theirs() {
     let amount =
         ResourceLimit::new(ResourceLimitConfig { shares: vec![(Scope::Own, 2), (Scope::Block, 3)], ..config(100) });
     let held = amount.try_take(client(0, 1), 2).unwrap();
@@ -153,7 +153,7 @@ async fn networks_take_turns_however_many_requests_one_of_them_has() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_full_queue_drops_from_the_payer_that_waits_with_the_most() {
+async fn a_full_queue_drops_from_the_subject_that_waits_with_the_most() {
     let amount = ResourceLimit::new(ResourceLimitConfig { fairness: Scope::Block, max_waiting: 3, ..config(1) });
     let held = amount.try_take(client(0, 1), 1).unwrap();
     let mut crowd = Vec::new();

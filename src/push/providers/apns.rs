@@ -135,11 +135,11 @@ mod tests {
 
     #[test]
     fn only_a_410_with_its_reason_ends_a_token() {
-        let judged = |status: u16, reason: &str| {
+        let classified = |status: u16, reason: &str| {
             let body = json!({ "reason": reason }).to_string();
             classify(StatusCode::from_u16(status).unwrap(), body.as_bytes(), None)
         };
-        assert_eq!(judged(410, "Unregistered"), PushResult::TokenGone);
+        assert_eq!(classified(410, "Unregistered"), PushResult::TokenGone);
         for (status, reason) in [
             (400, "BadDeviceToken"),
             (400, "DeviceTokenNotForTopic"),
@@ -149,7 +149,7 @@ mod tests {
             (410, ""),
             (503, "Shutdown"),
         ] {
-            assert_ne!(judged(status, reason), PushResult::TokenGone, "{status} {reason}");
+            assert_ne!(classified(status, reason), PushResult::TokenGone, "{status} {reason}");
         }
     }
 }

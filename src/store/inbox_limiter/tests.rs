@@ -205,8 +205,8 @@ fn a_row_that_another_node_has_written_is_not_believed_after_a_refusal() {
         Unsure::default(),
         "it is refused whatever the other one did"
     );
-    let judged = inbox_limiter.admit(&[large], NOW, |_| Some(AccountRow { before: row(1), now: row(2) })).unwrap();
-    assert!(judged.0[0].is_err());
+    let admitted = inbox_limiter.admit(&[large], NOW, |_| Some(AccountRow { before: row(1), now: row(2) })).unwrap();
+    assert!(admitted.0[0].is_err());
     let small = Candidate { bytes: 1, ..large };
     assert_eq!(
         inbox_limiter.uncertain(&[small], |_| Some(row(2))).unknown,
@@ -264,10 +264,10 @@ fn an_inbox_is_not_taken_for_empty_when_too_many_are_remembered() {
     let small = Candidate { device: DeviceNo(-1), ..incoming[0] };
     empty(&inbox_limiter, small.device);
     taken(&inbox_limiter, small).unwrap();
-    let judged = || inbox_limiter.admit(&incoming, NOW, |_| Some(AccountRow::default()));
-    assert!(judged().unwrap().0.iter().all(Result::is_err), "all of them are full");
+    let admitted = || inbox_limiter.admit(&incoming, NOW, |_| Some(AccountRow::default()));
+    assert!(admitted().unwrap().0.iter().all(Result::is_err), "all of them are full");
     inbox_limiter.evict();
-    assert!(judged().is_none(), "they have to be counted again");
+    assert!(admitted().is_none(), "they have to be counted again");
     assert_eq!(uncertain(&inbox_limiter, &incoming).unknown.len(), incoming.len());
     assert_eq!(uncertain(&inbox_limiter, &[small]), Unsure::default(), "one without senders is still remembered");
 }

@@ -102,7 +102,7 @@ async fn a_refused_send_queues_nothing_and_may_be_repeated_under_its_key() {
 }
 
 #[tokio::test]
-async fn nobody_drains_the_prekeys_of_another() {
+async fn an_account_cannot_drain_the_prekeys_of_another() {
     let server = TestServer::start_with(scarce).await;
     let (victim, asker, friend) = (server.account().await, server.account().await, server.account().await);
     let mut turn = 0;

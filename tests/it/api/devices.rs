@@ -302,7 +302,7 @@ mod removing {
     }
 
     #[tokio::test]
-    async fn a_linked_device_removes_itself_and_nobody_else() {
+    async fn a_linked_device_removes_itself_and_no_other_device() {
         let server = TestServer::start().await;
         let (alice, bob) = (server.account().await, server.account().await);
         let (second, third) = (alice.link().await, alice.link().await);

@@ -119,7 +119,7 @@ async fn wrong_credentials_are_unauthorized_whatever_the_device() {
 }
 
 #[tokio::test]
-async fn the_right_password_with_a_device_of_somebody_else_is_a_conflict() {
+async fn the_right_password_with_a_device_of_another_account_is_a_conflict() {
     let server = TestServer::start().await;
     let (alice, bob) = (server.account().await, server.account().await);
     let linked = alice.link().await;

@@ -35,7 +35,7 @@ pub async fn psql(url: &str, statement: &str) {
 /// One account is locked by somebody who hangs (another node that is frozen in its group, up to 30 s). People who have
 /// nothing to do with it must go on.
 #[tokio::test(flavor = "multi_thread")]
-async fn an_account_that_somebody_holds_stops_nobody_else() {
+async fn an_account_that_another_transaction_holds_stops_no_other_account() {
     let a = TestServer::start_node_with(|config| {
         config.database.lock_timeout = Duration::from_secs(5);
         config.database.statement_timeout = Duration::from_secs(10);

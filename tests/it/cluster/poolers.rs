@@ -101,7 +101,7 @@ async fn a_database_of_another_encoding_is_refused_with_a_sentence_that_says_how
 
 /// The primary was demoted and goes on answering; its name leads to the new one.
 #[tokio::test(flavor = "multi_thread")]
-async fn connections_to_a_demoted_postgres_are_not_lent_again_and_readiness_heals_within_seconds() {
+async fn connections_to_a_demoted_postgres_are_not_reused_and_readiness_heals_within_seconds() {
     let mut old = Postgres::start().await;
     let proxy = Proxy::start(([127, 0, 0, 1], old.port()).into()).await;
     let url = old.url().replace(&format!(":{}/", old.port()), &format!(":{}/", proxy.address().port()));

@@ -40,7 +40,7 @@ const fn neither(option: &'static str, reason: &'static str) -> Effect {
 
 const READERS: &str = "SQLite has one writer and a fixed number of readers, which are never replaced";
 const NO_SERVER: &str = "it is a setting of connections to PostgreSQL";
-const NO_WIRE: &str = "signals stay in the process; with --pubsub-url it is as in distributed mode";
+const NO_BROKER: &str = "signals stay in the process; with --pubsub-url it is as in distributed mode";
 const IN_MEMORY: &str = "the queue is in memory; with --pubsub-url it is as in distributed mode";
 const AT_ONCE: &str = "a folder answers at once, or says why not; with a bucket it is as in distributed mode";
 const MERGED: &str = "accepted for compatibility: signals merge and are passed on at once, so none ever wait";
@@ -109,11 +109,11 @@ static EFFECTS: &[Effect] = &[
     both("rate-limit-burst", &["api/limits.rs:a_request_too_many_is_told_when_to_come_again"]),
     both("auth-rate-limit-per-second", &["src/limits/tests.rs:a_burst_is_there_at_first_and_a_token_comes_back_each_time", "api/limits.rs:waiting_as_long_as_told_suffices"]),
     both("auth-rate-limit-burst", &["api/limits.rs:the_tiers_do_not_share_their_tokens"]),
-    both("account-rate-limit-per-second", &["src/limits/rate_limit/tests.rs:a_payer_has_a_burst_at_first_and_waiting_as_long_as_told_suffices"]),
+    both("account-rate-limit-per-second", &["src/limits/rate_limit/tests.rs:a_subject_has_a_burst_at_first_and_waiting_as_long_as_stated_suffices"]),
     both("account-rate-limit-burst", &["api/account_limits.rs:an_account_is_limited_whatever_addresses_it_comes_from"]),
     both("target-rate-limit-per-second", &["src/limits/tests.rs:a_flood_at_one_account_is_slowed_and_others_still_reach_it"]),
     both("target-rate-limit-burst", &["api/account_limits.rs:a_flood_at_one_account_is_slowed_and_its_friends_still_reach_it"]),
-    both("prekey-fetches-per-hour", &["api/account_limits.rs:nobody_drains_the_prekeys_of_another"]),
+    both("prekey-fetches-per-hour", &["api/account_limits.rs:an_account_cannot_drain_the_prekeys_of_another"]),
     both("one-time-prekeys-per-hour", &["src/limits/tests.rs:all_askers_share_the_one_time_prekeys_of_an_account"]),
     both("one-time-prekeys-burst", &["api/account_limits.rs:many_askers_do_not_drain_the_one_time_prekeys_of_an_account"]),
     both("sign-ups-per-hour", &["src/limits/accounts.rs:sign_ups_have_a_share_for_each_address_and_network_and_a_total"]),
@@ -130,7 +130,7 @@ static EFFECTS: &[Effect] = &[
         distributed: By(&["health.rs:each_part_is_asked_within_a_limit_of_its_own_that_holds_up_no_other"]),
     },
     distributed("storage-timeout-ms", AT_ONCE, &["health.rs:each_part_is_asked_within_a_limit_of_its_own_that_holds_up_no_other"]),
-    distributed("pubsub-timeout-ms", NO_WIRE, &["health.rs:each_part_is_asked_within_a_limit_of_its_own_that_holds_up_no_other"]),
+    distributed("pubsub-timeout-ms", NO_BROKER, &["health.rs:each_part_is_asked_within_a_limit_of_its_own_that_holds_up_no_other"]),
     Effect {
         option: "health-optional",
         embedded: By(&["health.rs:a_node_that_may_do_without_its_storage_starts_without_it_and_uses_it_once_it_is_there"]),
@@ -160,7 +160,7 @@ static EFFECTS: &[Effect] = &[
     both("worker-interval-secs", &["push/options.rs:the_queue_is_looked_at_once_in_an_interval"]),
     both("worker-concurrency", &["push/answers.rs:a_provider_that_hangs_does_not_stop_another"]),
     distributed("push-queue-key", IN_MEMORY, &["push/rebuilt.rs:the_queue_in_valkey_wakes_once_and_is_empty_then"]),
-    distributed("channel-prefix", NO_WIRE, &["bus/crossing.rs:a_node_subscribes_the_channels_of_its_own_accounts_only_and_leaves_them_later"]),
+    distributed("channel-prefix", NO_BROKER, &["bus/crossing.rs:a_node_subscribes_the_channels_of_its_own_accounts_only_and_leaves_them_later"]),
     both("visibility-timeout-secs", &["push/answers.rs:a_failed_push_is_tried_again_when_its_lease_is_over_and_then_no_more", "push/rebuilt.rs:a_lease_that_was_lost_runs_out"]),
     both("janitor-interval-secs", &["push/options.rs:the_janitor_comes_once_in_an_interval"]),
     both("janitor-batch-size", &["push/options.rs:the_janitor_removes_so_many_tokens_at_a_time"]),
@@ -171,9 +171,9 @@ static EFFECTS: &[Effect] = &[
         embedded: By(&["bus/readiness.rs:an_outage_is_told_once_and_its_end_too_and_waiting_for_it_costs_nothing"]),
         distributed: By(&["cluster/nodes.rs:a_message_sent_at_one_node_reaches_a_socket_at_another"]),
     },
-    distributed("pubsub-min-backoff-secs", NO_WIRE, &["bus/faults.rs:a_valkey_that_stays_away_is_asked_ever_more_rarely"]),
-    distributed("pubsub-max-backoff-secs", NO_WIRE, &["bus/faults.rs:a_valkey_that_stays_away_is_asked_ever_more_rarely"]),
-    distributed("pubsub-stable-after-secs", NO_WIRE, &["src/bus/backoff.rs:it_grows_by_half_up_to_its_limit_and_starts_over_after_a_good_connection"]),
+    distributed("pubsub-min-backoff-secs", NO_BROKER, &["bus/faults.rs:a_valkey_that_stays_away_is_asked_ever_more_rarely"]),
+    distributed("pubsub-max-backoff-secs", NO_BROKER, &["bus/faults.rs:a_valkey_that_stays_away_is_asked_ever_more_rarely"]),
+    distributed("pubsub-stable-after-secs", NO_BROKER, &["src/bus/backoff.rs:it_grows_by_half_up_to_its_limit_and_starts_over_after_a_good_connection"]),
 
     neither("ws-outbound-buffer-size", ONE_FRAME),
     both("ws-ack-buffer-size", &["options.rs:a_socket_is_read_no_further_while_as_many_acks_wait_as_may"]),

@@ -78,8 +78,8 @@ impl Record {
             Value::String(text) => self.use_word(text),
             Value::Array(values) => values.iter().for_each(|value| self.use_json(value)),
             Value::Object(members) => {
-                let telling = members.iter().filter(|(name, _)| !WORDS.contains(&name.as_str()));
-                telling.for_each(|(_, value)| self.use_json(value));
+                let own_members = members.iter().filter(|(name, _)| !WORDS.contains(&name.as_str()));
+                own_members.for_each(|(_, value)| self.use_json(value));
             }
             _ => {}
         }

@@ -143,8 +143,8 @@ async fn the_inboxes_are_looked_through_once_in_an_interval() {
     // The first look comes soon after the start in any case; the second only when the interval is over.
     for pushes in 1..=3 {
         project.fcm.pushed("bob", pushes).await;
-        let settled = "SELECT count(*) FROM push_tokens WHERE pushed_to > 0";
-        eventually("the push to be settled", async || database.number(settled).await == 1).await;
+        let recorded = "SELECT count(*) FROM push_tokens WHERE pushed_to > 0";
+        eventually("the push to be settled", async || database.number(recorded).await == 1).await;
         // As if nobody had been woken for what waits, and the queue were lost.
         database.execute("UPDATE push_tokens SET pushed_to = 0").await;
     }

@@ -332,9 +332,9 @@ async fn postgres_reads_what_it_needs_after(former: usize) {
     let store = TestStore::open_in_postgres().await;
     let (alice, bob) = (store.account().await, store.account().await);
     let database = store.database().await;
-    let letters = |count| (0..count).map(|_| to(&alice, &bob, "hello")).collect::<Vec<SendRequest>>();
+    let sends = |count| (0..count).map(|_| to(&alice, &bob, "hello")).collect::<Vec<SendRequest>>();
     let ack = |envelope: &Envelope| (bob.no, envelope.position);
-    store.commit_group(&letters(former), &[], NOW).await.unwrap();
+    store.commit_group(&sends(former), &[], NOW).await.unwrap();
     let acks: Vec<_> = inbox(&store, &bob, NOW).await.iter().map(ack).collect();
     store.commit_group(&[], &acks, NOW).await.unwrap();
     // A connection tells what it did when it ends.
@@ -347,7 +347,7 @@ async fn postgres_reads_what_it_needs_after(former: usize) {
 
     let store = store.reopened().await;
     for _ in 0..30 {
-        store.commit_group(&letters(10), &[], NOW).await.unwrap();
+        store.commit_group(&sends(10), &[], NOW).await.unwrap();
     }
     let mut after = START;
     for _ in 0..30 {
@@ -391,18 +391,18 @@ async fn a_message_that_is_acknowledged_while_its_time_is_corrected_is_deleted()
         let acks: Vec<_> = inbox(&store, &bob, NOW).await.iter().map(|envelope| (bob.no, envelope.position)).collect();
         let correction = format!("UPDATE messages SET received_at = received_at - 1 WHERE device_no = {}", bob.no.0);
         let held = database.hold(&correction).await;
-        let is_settled = Cell::new(false);
+        let is_committed = Cell::new(false);
         let release = async {
             let waiting = "SELECT count(*) FROM pg_stat_activity
                            WHERE datname = current_database() AND wait_event_type = 'Lock'";
-            let waits = async || is_settled.get() || database.number(waiting).await > 0;
+            let waits = async || is_committed.get() || database.number(waiting).await > 0;
             eventually("the acks to wait for it", waits).await;
             held.release().await;
         };
         // It waits for a moment only, which may be over on a busy machine; then it is tried again, as sessions do.
         let commit_group = async {
             let result = Store::commit_group(&store, &sends, &acks, NOW).await;
-            is_settled.set(true);
+            is_committed.set(true);
             result
         };
         let (result, ()) = tokio::join!(commit_group, release);

@@ -227,8 +227,8 @@ async fn counts_leave_out_the_last_resort_key() {
     hand_out(&store, alice.user).await;
     assert_eq!(counts(&store, &alice).await, PrekeyCounts { ec: 4, pq: 2, uses_pq: true });
 
-    let nobody = DeviceNo(i64::MAX);
-    assert_eq!(store.prekey_counts(nobody).await.unwrap(), None);
+    let unknown_device = DeviceNo(i64::MAX);
+    assert_eq!(store.prekey_counts(unknown_device).await.unwrap(), None);
 }
 
 #[tokio::test]

@@ -19,7 +19,7 @@ use crate::modes::attachments::upload_one;
 use crate::people::{PASSWORD, device};
 use crate::sender::random_bytes;
 use crate::socket::{SMALL_BUFFER, Socket};
-use crate::wire::{Label, Letter, SendMessageResponse, put_request};
+use crate::wire::{DeviceMessage, Label, SendMessageResponse, put_request};
 
 /// Pauses between two operations of one client.
 const SENDS: Duration = Duration::from_secs(1);
@@ -39,7 +39,7 @@ pub type Ending = watch::Receiver<bool>;
 
 /// The running clients.
 pub struct Clients {
-    lanes: JoinSet<()>,
+    client_loops: JoinSet<()>,
     sockets: JoinSet<()>,
 }
 
@@ -51,7 +51,7 @@ impl Clients {
             let socket = open(scene, n).await?;
             sockets.spawn(receive(scene.clone(), n, socket));
         }
-        Ok(Self { lanes: JoinSet::new(), sockets })
+        Ok(Self { client_loops: JoinSet::new(), sockets })
     }
 
     /// Begins to send, fetch, refresh, log in, sign up, upload and download; for `duration` in all.
@@ -59,16 +59,16 @@ impl Clients {
         for n in 0..CLIENTS {
             for operation in Operation::ALL {
                 let pause = operation.pause().unwrap_or(duration);
-                let lane = Lane { scene: scene.clone(), n, operation, pause, ending: ending.clone() };
-                self.lanes.spawn(lane.run());
+                let client_loop = ClientLoop { scene: scene.clone(), n, operation, pause, ending: ending.clone() };
+                self.client_loops.spawn(client_loop.run());
             }
         }
-        self.lanes.spawn(readiness(scene.clone(), ending.clone()));
+        self.client_loops.spawn(readiness(scene.clone(), ending.clone()));
     }
 
     /// Waits for what is still under way, and for the last messages.
     pub async fn end(mut self, scene: &Scene) {
-        while self.lanes.join_next().await.is_some() {}
+        while self.client_loops.join_next().await.is_some() {}
         scene.record.wait_for_deliveries().await;
         self.sockets.shutdown().await;
     }
@@ -123,7 +123,7 @@ impl Operation {
 }
 
 /// One kind of operation of one client.
-struct Lane {
+struct ClientLoop {
     scene: Arc<Scene>,
     n: usize,
     operation: Operation,
@@ -131,7 +131,7 @@ struct Lane {
     ending: Ending,
 }
 
-impl Lane {
+impl ClientLoop {
     /// Does the same at fixed times over one connection, which is opened again after a failure.
     async fn run(mut self) {
         // The clients one after the other, not all at once.
@@ -251,8 +251,8 @@ async fn receive(scene: Arc<Scene>, n: usize, mut socket: Socket) {
 async fn send(scene: &Scene, connection: &mut Connection, from: &Account, label: Label, to: usize) -> Result<()> {
     scene.record.expect(to, label.sender, label.number);
     let sent = async {
-        let letter = Letter::to(&scene.clients[to].device.device, label);
-        let (status, said) = put(connection, from, "", &[letter]).await?;
+        let device_message = DeviceMessage::to(&scene.clients[to].device.device, label);
+        let (status, said) = put(connection, from, "", &[device_message]).await?;
         ensure!(status == 200, "the server answered {status} instead of 200");
         ensure!(said == SendMessageResponse::default(), "something was not queued");
         Ok(())
@@ -269,10 +269,10 @@ pub async fn put(
     connection: &mut Connection,
     from: &Account,
     fields: &str,
-    letters: &[Letter<'_>],
+    device_messages: &[DeviceMessage<'_>],
 ) -> Result<(u16, SendMessageResponse)> {
     let mut body = Vec::new();
-    put_request(&mut body, letters, &[0x5a; MESSAGE]);
+    put_request(&mut body, device_messages, &[0x5a; MESSAGE]);
     let key = Uuid::from_bytes(rand::random());
     let fields = format!("{}idempotency-key: {key}\r\n{fields}", bearer(&from.token()));
     let answer = connection.request("POST", "/v1/messages", &fields, &body).await?;

@@ -9,7 +9,7 @@ use uuid::Uuid;
 use super::attacker::{Attacker, Request, elsewhere};
 use crate::http::{Connection, bearer};
 use crate::people::{Device, Registrar};
-use crate::wire::{LABEL, Label, Letter, put_request};
+use crate::wire::{DeviceMessage, LABEL, Label, put_request};
 
 /// Accounts that fill one inbox, and accounts that flood a member of a group.
 const FILLERS: usize = 30;
@@ -71,7 +71,7 @@ pub async fn queue(attacker: &Attacker, n: usize, from: &Device, to: &Device, si
 /// A send of this many bytes under a new key.
 fn message(from: &Device, to: &Device, size: usize) -> Request {
     let mut body = Vec::new();
-    put_request(&mut body, &[Letter::to(to, Label::default())], &vec![0; size.saturating_sub(LABEL)]);
+    put_request(&mut body, &[DeviceMessage::to(to, Label::default())], &vec![0; size.saturating_sub(LABEL)]);
     let fields = format!("{}idempotency-key: {}\r\n", bearer(&from.token), Uuid::from_bytes(rand::random()));
     Request::post("/v1/messages", fields, body)
 }

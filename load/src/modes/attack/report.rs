@@ -238,7 +238,7 @@ mod tests {
     }
 
     #[test]
-    fn each_reach_is_judged() {
+    fn each_reach_is_evaluated() {
         assert!(row(|_| {}).is_met(true));
         assert!(!row(|ran| ran.honest.failures = BTreeMap::from([("send: 503".to_owned(), 1)])).is_met(false));
         assert!(!row(|ran| ran.honest.succeeded = 0).is_met(false));

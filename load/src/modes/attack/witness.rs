@@ -15,7 +15,7 @@ use super::record::PATIENCE;
 use super::scene::Scene;
 use crate::http::Connection;
 use crate::socket::{LARGE_BUFFER, Socket};
-use crate::wire::{Label, Letter};
+use crate::wire::{DeviceMessage, Label};
 
 /// Messages that a friend has queued before an attack.
 const BEFORE: u32 = 200;
@@ -174,8 +174,8 @@ async fn turn(witness: Witness, scene: &Scene, number: u32) -> bool {
 /// One message of the friend to the target. Answers whether it was accepted.
 async fn write(scene: &Scene, connection: &mut Connection, number: u32) -> Result<bool> {
     let label = Label { sender: FRIEND, number, ..Label::default() };
-    let letter = Letter::to(&scene.target.device, label);
-    Ok(put(connection, &scene.friend, "", &[letter]).await?.0 == 200)
+    let device_message = DeviceMessage::to(&scene.target.device, label);
+    Ok(put(connection, &scene.friend, "", &[device_message]).await?.0 == 200)
 }
 
 /// One message of the friend to the target and five others, who have to get it.
@@ -183,13 +183,13 @@ async fn group_send(scene: &Scene, number: u32) -> Result<()> {
     let label = Label { sender: GROUP, number, ..Label::default() };
     let members = MEMBERS.map(|n| &scene.clients[n].device.device);
     let devices = std::iter::once(&scene.target.device).chain(members);
-    let letters: Vec<Letter<'_>> = devices.map(|device| Letter::to(device, label)).collect();
+    let device_messages: Vec<DeviceMessage<'_>> = devices.map(|device| DeviceMessage::to(device, label)).collect();
     MEMBERS.iter().for_each(|n| scene.record.expect(*n, GROUP, number));
     let mut connection = scene.friend.connect(scene.api).await?;
     // A client that accepts a partial answer gets 200. Other clients get 429, and the other members have their messages.
     let is_lenient = number.is_multiple_of(2);
     let preference = if is_lenient { "prefer: handling=lenient\r\n" } else { "" };
-    let (status, said) = put(&mut connection, &scene.friend, preference, &letters).await?;
+    let (status, said) = put(&mut connection, &scene.friend, preference, &device_messages).await?;
     ensure!(status == 200 || (status == 429 && !is_lenient), "the server answered {status} instead of 200");
     ensure!(said.device_mismatches.is_empty() && said.invalid_device_ids.is_empty(), "mismatches");
     Ok(())

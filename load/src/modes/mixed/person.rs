@@ -14,7 +14,7 @@ use crate::http::Connection;
 use crate::modes::attachments::upload_one;
 use crate::pace;
 use crate::sender::Sender;
-use crate::wire::{Label, Letter};
+use crate::wire::{DeviceMessage, Label};
 
 /// Of a hundred actions so many are for a group, and so many have an attachment.
 const TO_GROUPS: u32 = 10;
@@ -44,7 +44,7 @@ pub async fn act(plan: &Plan, by: usize) -> Result<Accepted> {
     let mut uploads = None;
     let mut chance = SmallRng::from_rng(&mut rand::rng());
     let mut accepted = Accepted { by, to: HashMap::new(), sends: 0, group_sends: 0, refused: 0, seconds: 0.0 };
-    let mut letters = Vec::new();
+    let mut device_messages = Vec::new();
     // Without a rate everybody goes on at once.
     let pause = plan.job.options.rate.map_or(Duration::ZERO, |rate| Duration::from_secs_f64(people as f64 / rate));
     let mut intended = plan.began + pause.mul_f64(by as f64 / people as f64);
@@ -56,12 +56,12 @@ pub async fn act(plan: &Plan, by: usize) -> Result<Accepted> {
         }
         let mut label = Label { sender: by as u32, ..Label::default() };
         label.intended = (intended.max(plan.began) - plan.began).as_micros() as u64;
-        letters.clear();
+        device_messages.clear();
         let kind = chance.random_range(0..100);
         if kind < TO_GROUPS {
             let first = by / GROUP * GROUP;
             for member in (first..people.min(first + GROUP)).filter(|member| *member != by) {
-                letters.push(accepted.letter(plan, member, label));
+                device_messages.push(accepted.device_message(plan, member, label));
             }
             accepted.group_sends += 1;
         } else {
@@ -74,11 +74,11 @@ pub async fn act(plan: &Plan, by: usize) -> Result<Accepted> {
                 label.attachment = id.parse::<Uuid>()?.into_bytes();
             }
             // Anybody but oneself.
-            let somebody = (by + chance.random_range(1..people)) % people;
-            letters.push(accepted.letter(plan, somebody, label));
+            let recipient = (by + chance.random_range(1..people)) % people;
+            device_messages.push(accepted.device_message(plan, recipient, label));
         }
-        if !letters.is_empty() {
-            sender.send(&letters).await?;
+        if !device_messages.is_empty() {
+            sender.send(&device_messages).await?;
             accepted.sends += 1;
         }
         intended = if pause.is_zero() { Instant::now() } else { intended + pause };
@@ -90,10 +90,10 @@ pub async fn act(plan: &Plan, by: usize) -> Result<Accepted> {
 
 impl Accepted {
     /// The next letter to this person.
-    fn letter<'a>(&mut self, plan: &'a Plan, to: usize, label: Label) -> Letter<'a> {
+    fn device_message<'a>(&mut self, plan: &'a Plan, to: usize, label: Label) -> DeviceMessage<'a> {
         let count = self.to.entry(to as u32).or_default();
         let number = *count;
         *count += 1;
-        Letter::to(&plan.devices[to], Label { number, ..label })
+        DeviceMessage::to(&plan.devices[to], Label { number, ..label })
     }
 }

@@ -15,9 +15,9 @@ use crate::tally::Tally;
 use crate::wire::Label;
 
 /// One of so many is a phone that mostly sleeps.
-const SLEEPERS: usize = 4;
+const SLEEPY_SHARE: usize = 4;
 /// Milliseconds awake and away. Nobody is away for less than it may take until acks are written.
-const SLEEPER: [Range<u64>; 2] = [500..2000, 1500..4000];
+const SLEEPY: [Range<u64>; 2] = [500..2000, 1500..4000];
 const OTHER: [Range<u64>; 2] = [5_000..15_000, 1000..2000];
 
 /// What one person has read.
@@ -30,7 +30,7 @@ pub struct Read {
 /// Comes and goes until the night.
 pub async fn read(plan: &Plan, by: usize) -> Result<Read> {
     let mut read = Read { by, tallies: HashMap::new(), wakes: 0 };
-    let [awake, away] = if by.is_multiple_of(SLEEPERS) { SLEEPER } else { OTHER };
+    let [awake, away] = if by.is_multiple_of(SLEEPY_SHARE) { SLEEPY } else { OTHER };
     loop {
         // A connection for the ticket only: whoever sleeps holds none.
         let mut connection = Connection::open(plan.api).await?;

@@ -186,7 +186,7 @@ async fn sixteen_uploads_and_downloads_at_once_need_little_memory() {
     // Forgets the peak that hashing a password has left.
     server.forget_peak();
     let before = server.resident_bytes();
-    let everybody = tokio::sync::Barrier::new(16);
+    let all_started = tokio::sync::Barrier::new(16);
     let chunk = Bytes::from(vec![7; 64 << 10]);
 
     let uploads = (0..16).map(|_| {
@@ -194,11 +194,11 @@ async fn sixteen_uploads_and_downloads_at_once_need_little_memory() {
         let (sender, receiver) = tokio::sync::mpsc::channel::<Result<Bytes, std::io::Error>>(1);
         let body = stream::unfold(receiver, |mut receiver| async { Some((receiver.recv().await?, receiver)) });
         let request = upload(&device, reqwest::Body::wrap_stream(body)).header("content-length", SIZE.to_string());
-        let (everybody, device) = (&everybody, &device);
+        let (all_started, device) = (&all_started, &device);
         async move {
             let feed = async {
                 sender.send(Ok(first)).await.unwrap();
-                everybody.wait().await; // all are under way before any goes on
+                all_started.wait().await; // all are under way before any goes on
                 for _ in 1..SIZE / rest.len() {
                     sender.send(Ok(rest.clone())).await.unwrap();
                 }

@@ -97,11 +97,11 @@ async fn ones_own_bundles_can_be_fetched() {
 async fn unknown_users_and_devices_give_404_and_malformed_ids_400() {
     let server = TestServer::start().await;
     let (alice, bob) = (server.account().await, server.account().await);
-    let (nobody, user) = (Uuid::new_v4(), alice.user);
+    let (unknown_user, user) = (Uuid::new_v4(), alice.user);
     for path in [
-        format!("/v1/keys/{nobody}"),
-        format!("/v1/keys/{nobody}/devices/{}", alice.id),
-        format!("/v1/keys/{user}/devices/{nobody}"),
+        format!("/v1/keys/{unknown_user}"),
+        format!("/v1/keys/{unknown_user}/devices/{}", alice.id),
+        format!("/v1/keys/{user}/devices/{unknown_user}"),
         format!("/v1/keys/{user}/devices/{}", bob.id),
     ] {
         alice.request("GET", &path).send().await.expect(404);
