@@ -8,6 +8,7 @@ use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
+use anyhow::{Context, Result};
 use axum::Router;
 use axum::extract::{ConnectInfo, Request};
 use axum::http::header;
@@ -18,7 +19,7 @@ use hyper::service::service_fn;
 use hyper_util::rt::{TokioIo, TokioTimer};
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use socket2::SockRef;
-use tokio::net::TcpListener;
+use tokio::net::{TcpListener, TcpSocket};
 use tower::ServiceExt;
 use tracing::{debug, error, info, warn};
 
@@ -35,6 +36,8 @@ const BUFFER_BYTES: usize = 64 << 10;
 /// After accepting has failed (no descriptors left, say), before it is tried again.
 const PAUSE_AFTER_FAILURE: Duration = Duration::from_millis(100);
 
+/// Connections to the API port that wait to be accepted.
+const BACKLOG: u32 = 1024;
 /// Open files beside connections: databases, attachments on their way, logs.
 const OTHER_FILES: u64 = 128;
 
@@ -170,6 +173,26 @@ fn answer(
         }
         Ok(response)
     }
+}
+
+/// Takes a port without listening yet: connections to it are refused at once. An error if it is in use.
+pub fn claim(address: SocketAddr) -> Result<TcpSocket> {
+    let socket = if address.is_ipv4() { TcpSocket::new_v4() } else { TcpSocket::new_v6() }?;
+    // A port whose last connections are still fading away may be used again.
+    socket.set_reuseaddr(true)?;
+    socket.bind(address).with_context(|| in_use(address))?;
+    Ok(socket)
+}
+
+/// Takes connections from now on. An error if the port is in use.
+pub fn listen(socket: TcpSocket) -> Result<TcpListener> {
+    let address = socket.local_addr()?;
+    // Another process that claimed the port as well may have been quicker.
+    socket.listen(BACKLOG).with_context(|| in_use(address))
+}
+
+fn in_use(address: SocketAddr) -> String {
+    format!("can't listen on {address}; stop what uses that port, or choose another with --server-port or --mgmt-port")
 }
 
 #[cfg(test)]

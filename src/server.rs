@@ -43,8 +43,6 @@ const FINAL_ANSWER_TIME: Duration = Duration::from_secs(5);
 const FIRST_WAIT: Duration = Duration::from_secs(1);
 /// The longest such pause.
 const LONGEST_WAIT: Duration = Duration::from_secs(10);
-/// Connections to the API port that wait to be accepted.
-const BACKLOG: u32 = 1024;
 
 /// A running server.
 pub struct Server {
@@ -88,8 +86,11 @@ impl Server {
         }
         files::reject_orphaned_files(&config)?;
         let lock = open_folder(&mut config).await?;
-        let api = claim(SocketAddr::new(config.server.host, config.server.port))?;
-        let management = listen(claim(SocketAddr::new(config.server.management_host, config.server.management_port))?)?;
+        let api = listener::claim(SocketAddr::new(config.server.host, config.server.port))?;
+        let management = listener::listen(listener::claim(SocketAddr::new(
+            config.server.management_host,
+            config.server.management_port,
+        ))?)?;
         let (api_address, management_address) = (api.local_addr()?, management.local_addr()?);
         let (health, task_groups) = (Health::new(&config.health), TaskGroups::default());
         serve_probes(management, &health, &telemetry, &config, &task_groups.management_tasks);
@@ -277,7 +278,7 @@ async fn serve_clients(app: &App, api: TcpSocket) -> Result<()> {
     let of_address = server.max_connections_per_address;
     let connections = Connections::new(max, of_address, Some(server.clone())).with_rate(of_address);
     sweeps::start(app).await;
-    let api = listen(api)?;
+    let api = listener::listen(api)?;
     let router = api::router(app.clone());
     app.tasks.spawn(
         "api",
@@ -341,25 +342,6 @@ async fn open_folder(config: &mut Config) -> Result<Option<Lock>> {
         lock = Some(files::lock(file, config.data_dir.as_deref()).await?);
     }
     Ok(lock)
-}
-
-/// Takes a port without listening yet: whoever connects to it is refused at once.
-fn claim(address: SocketAddr) -> Result<TcpSocket> {
-    let socket = if address.is_ipv4() { TcpSocket::new_v4() } else { TcpSocket::new_v6() }?;
-    // A port whose last connections are still fading away may be used again.
-    socket.set_reuseaddr(true)?;
-    socket.bind(address).with_context(|| in_use(address))?;
-    Ok(socket)
-}
-
-fn listen(socket: TcpSocket) -> Result<TcpListener> {
-    let address = socket.local_addr()?;
-    // Somebody else who claimed the port as well may have been quicker.
-    socket.listen(BACKLOG).with_context(|| in_use(address))
-}
-
-fn in_use(address: SocketAddr) -> String {
-    format!("can't listen on {address}; stop what uses that port, or choose another with --server-port or --mgmt-port")
 }
 
 /// Opens the database. A server that isn't there yet is waited for: in a deployment whose parts start together, one is
