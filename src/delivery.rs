@@ -33,12 +33,12 @@ use crate::telemetry::metrics::{Content, GroupFailure, Metrics};
 use crate::telemetry::throttle::LogThrottle;
 use crate::telemetry::traces::{Span, Traces};
 
-/// Letters that may wait in the channel. Those that are gathered, or wait for their turn, come on top.
+/// Write requests that may wait in the channel. Those that are gathered, or wait for their turn, come on top.
 const MAX_QUEUED_REQUESTS: usize = 4096;
 /// Bytes of sealed messages that may wait or be in a group, in KiB.
 const MAX_QUEUED_KIB: usize = 64 << 10;
 
-/// Letters with which a group begins beside another one. A smaller one would cost more for each letter, and so waits for the
+/// Write requests with which a group begins beside another one. A smaller one would cost more for each write request, and so waits for the
 /// other one's end.
 const MIN_CONCURRENT_GROUP: usize = 24;
 
@@ -49,7 +49,7 @@ const MAX_DEFERRAL: Duration = Duration::from_secs(10);
 /// Accounts that are remembered to be told later. The slow look of their sessions finds the mail of the others.
 const MAX_UNCERTAIN_ACCOUNTS: usize = 10_000;
 
-/// Why a letter was not stored, or why nobody can tell whether it was.
+/// Why a write request was not stored, or why nobody can tell whether it was.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum WriteError {
     /// The disk is full. Nothing was stored.
@@ -60,7 +60,7 @@ pub enum WriteError {
     Unavailable,
 }
 
-/// The way into the mailroom. Cloning gives another door to the same room.
+/// A handle to the message writer. Cloning gives another one to the same.
 #[derive(Clone)]
 pub struct MessageWriter {
     requests: mpsc::Sender<WriteRequest>,
@@ -68,7 +68,7 @@ pub struct MessageWriter {
 }
 
 impl MessageWriter {
-    /// Opens the mailroom. Its task runs until `tasks` are stopped and everything handed over has been stored.
+    /// Opens the message writer. Its task runs until `tasks` are stopped and everything handed over has been stored.
     pub fn open(
         grouping: Grouping,
         store: Store,
@@ -171,7 +171,7 @@ struct UncertainDevices {
     addresses: store::Result<Vec<Address>>,
 }
 
-/// The next letter, if there is one, or if one comes before `until`.
+/// The next write request, if there is one, or if one comes before `until`.
 async fn next(requests: &mut mpsc::Receiver<WriteRequest>, until: Option<Instant>) -> Option<WriteRequest> {
     match (requests.try_recv(), until) {
         (Ok(request), _) => Some(request),
@@ -185,7 +185,7 @@ impl Worker {
         let at_once = self.store.max_concurrent_groups();
         let (mut under_way, mut lookups) = (FuturesUnordered::new(), FuturesUnordered::new());
         let mut is_drained = false;
-        // What waited for its turn comes into `next_group` when the group before it ends, also behind the last letter.
+        // What waited for its turn comes into `next_group` when the group before it ends, also behind the last write request.
         while !is_drained || !under_way.is_empty() || !self.next_group.is_empty() || !lookups.is_empty() {
             if under_way.len() < at_once && self.is_ready(under_way.is_empty()) {
                 under_way.extend(self.start_group());
@@ -232,7 +232,7 @@ impl Worker {
         self.next_group.requests() >= enough || self.next_group.is_full(max_requests)
     }
 
-    /// Gathers this letter and whatever comes with it.
+    /// Gathers this write request and whatever comes with it.
     async fn collect(&mut self, request: WriteRequest, requests: &mut mpsc::Receiver<WriteRequest>) {
         let until = self.grouping.linger.map(|linger| Instant::now() + linger);
         let mut next_one = Some(request);

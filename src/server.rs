@@ -69,9 +69,9 @@ pub enum Drained {
 struct TaskGroups {
     /// What serves clients, and the repeated jobs. The app has it too.
     client_tasks: Tasks,
-    /// The mailroom, which outlives the entrances, because all of them call it.
+    /// The message writer, which outlives the entrances, because all of them call it.
     delivery_tasks: Tasks,
-    /// The wire to other nodes, which outlives the mailroom, because the readers of the last group are woken over it.
+    /// The broker connection, which outlives the message writer, because the receivers of the last group are notified over it.
     broker_tasks: Tasks,
     /// The management port, which is there before everything else. Nobody waits for those who ask there.
     management_tasks: Tasks,

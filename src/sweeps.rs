@@ -30,7 +30,7 @@ pub use crate::sweeps::files::check_files;
 const STEP: u32 = 500;
 /// Pages that one step gives back to the file system: 4 MiB.
 const RECLAIM_PAGES: u32 = 1000;
-/// How often secrets that live for minutes at the most are cleaned up.
+/// How often secrets that live for minutes at most are cleaned up.
 const SHORT_LIVED: Duration = Duration::from_mins(1);
 /// How often the seconds in which access tokens have expired are cleared. One round looks at every device.
 const REVOCATION_CLEANUP_INTERVAL: Duration = Duration::from_hours(12);

@@ -51,7 +51,7 @@ impl Audience {
         self.sets.first().map_or(1, Vec::len)
     }
 
-    /// A letter to device number `n`.
+    /// A message to device number `n`.
     pub fn device_message(&self, n: usize, label: Label) -> DeviceMessage<'_> {
         DeviceMessage::to(&self.devices[n], label)
     }

@@ -52,7 +52,7 @@ impl Label {
     }
 }
 
-/// A message for one device. Letters to devices of one user stand next to each other.
+/// A message for one device. Messages to devices of one user stand next to each other.
 #[derive(Clone, Copy, Debug)]
 pub struct DeviceMessage<'a> {
     pub user: &'a [u8; 16],

@@ -116,7 +116,7 @@ impl DeviceKeys {
     }
 }
 
-/// Checks the signatures of the Kyber keys of an upload that has many: off the async threads, and in the payer's turn, because
+/// Checks the signatures of the Kyber keys of an upload that has many: off the async threads, and in the subject's turn, because
 /// a few milliseconds of work are easily asked for. Those of an upload with few were checked when it was read.
 pub async fn check_pq(
     prekeys: PreKeys,

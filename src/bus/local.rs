@@ -1,4 +1,4 @@
-//! The sleepers of this process. A sleeper's mailbox is one byte, so nothing can overflow. While traces are kept there is
+//! The subscribers of this process. A subscriber's state is one byte, so nothing can overflow. While traces are kept there is
 //! a slot for a few of them beside it.
 
 use std::collections::HashMap;
@@ -15,7 +15,7 @@ use crate::telemetry::traces::TraceLink;
 
 /// The map is cut into this many parts, each with a lock of its own.
 const SHARDS: usize = 16;
-/// Traces that a sleeper hears of between two looks. Further ones end without a delivery.
+/// Traces that a subscriber hears of between two looks. Further ones end without a delivery.
 const MAX_TRACE_LINKS: usize = 4;
 
 type Shard = HashMap<DeviceNo, Vec<Arc<Subscriber>>>;

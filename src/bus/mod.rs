@@ -86,7 +86,7 @@ pub enum BusError {
     Valkey(#[from] redis::RedisError),
 }
 
-/// Brings signals to the sessions of this process, and over the wire, if there is one, to those of other nodes. Cloning
+/// Brings signals to the sessions of this process, and over the broker connection, if there is one, to those of other nodes. Cloning
 /// gives the same bus.
 #[derive(Clone)]
 pub struct Bus {
@@ -144,7 +144,7 @@ impl Bus {
     }
 
     /// Leaves word of a trace for the sessions of these devices. It lies there until their next signal, which the
-    /// caller sends. Few are kept for each session, and those that are under way when the wire breaks are lost: traces have
+    /// caller sends. Few are kept for each session, and those that are under way when the broker connection breaks are lost: traces have
     /// gaps then.
     pub fn send_trace_link(&self, addresses: &[Address], trace_link: TraceLink) {
         for address in addresses {

@@ -36,7 +36,7 @@ pub(super) struct Resync {
 }
 
 impl Resync {
-    /// The wire counts as away until it is connected.
+    /// The broker connection counts as away until it is connected.
     pub(super) fn new(local: LocalBus, metrics: Metrics) -> Self {
         Self { local, requested: Arc::default(), is_disconnected: Arc::new(watch::Sender::new(true)), metrics }
     }
@@ -46,7 +46,7 @@ impl Resync {
         self.requested.notify_one();
     }
 
-    /// While `is_disconnected`, every session looks at its inbox and its standing once in 10 to 14 s.
+    /// While `is_disconnected`, every session looks at its inbox and its device auth once in 10 to 14 s.
     pub(super) fn set_disconnected(&self, is_disconnected: bool) {
         self.is_disconnected.send_replace(is_disconnected);
     }
@@ -65,7 +65,7 @@ impl Resync {
         tokio::select! {
             biased;
             () = self.requested.notified() => {}
-            // Dropped in the middle when the wire is back, because then every session looks at everything.
+            // Dropped in the middle when the broker connection is back, because then every session looks at everything.
             () = self.periodic_round() => return,
         }
         self.metrics.bus_resyncs.increment(());
@@ -79,7 +79,7 @@ impl Resync {
         sleep(PAUSE_BETWEEN_ROUNDS).await;
     }
 
-    /// Waits until the wire is away, and has each session look once.
+    /// Waits until the broker connection is away, and has each session look once.
     async fn periodic_round(&self) {
         // It can't fail: the sender is ours.
         let _ = self.is_disconnected.subscribe().wait_for(|is_disconnected| *is_disconnected).await;

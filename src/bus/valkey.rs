@@ -1,4 +1,4 @@
-//! The wire to other nodes, over the pub/sub of Valkey or Redis: one connection that is always being kept, or looked for.
+//! The broker connection to other nodes, over the pub/sub of Valkey or Redis: one connection that is always being kept, or looked for.
 //!
 //! Each account has a channel, which a node subscribes while the account has a session there, and one small channel says
 //! "everybody, look at everything"; over it nodes also say hello now and then, and goodbye. Whatever may have been lost
@@ -43,7 +43,7 @@ const FLUSH_TIMEOUT: Duration = Duration::from_secs(1);
 /// The end of the name of the channel to all nodes. No account is called so.
 const ALL_NODES: &str = "all";
 
-/// The wire as the bus uses it. Nothing here waits for Valkey, except the check.
+/// The broker connection as the bus uses it. Nothing here waits for Valkey, except the check.
 #[derive(Clone)]
 pub(super) struct BrokerConnection {
     pending: Arc<PendingSignals>,
@@ -103,7 +103,7 @@ impl BrokerConnection {
     }
 
     pub(super) async fn connected(&self) {
-        // An error means that the wire has been closed, and nobody waits for that.
+        // An error means that the broker connection has been closed, and nobody waits for that.
         let _ = self.connection.clone().wait_for(Option::is_some).await;
     }
 
@@ -126,7 +126,7 @@ struct Connected {
 /// The task that keeps the connection.
 struct BrokerTask {
     servers: Vec<ConnectionInfo>,
-    /// The seed that is tried next.
+    /// The URL that is tried next.
     server_index: usize,
     prefix: String,
     /// The key that the heartbeat writes to, without changing anything.
@@ -188,7 +188,7 @@ impl BrokerTask {
         Some(since.elapsed())
     }
 
-    /// Tries each seed once, and stays with a primary that answers.
+    /// Tries each URL once, and stays with a primary that answers.
     async fn connect(&mut self) -> Result<Connected, ConnectionLost> {
         let mut attempts = self.servers.len();
         loop {

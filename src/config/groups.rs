@@ -322,7 +322,7 @@ pub struct Gateway {
 }
 
 impl Gateway {
-    /// How long a client that is there says nothing at the most.
+    /// At most so long a client that is there says nothing.
     pub fn longest_silence(&self) -> Duration {
         self.ping_interval + self.ping_timeout
     }

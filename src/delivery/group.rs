@@ -127,7 +127,7 @@ impl Group {
         self.requests == 0
     }
 
-    /// A trace of the group, if one of its letters is traced.
+    /// A trace of the group, if one of its write requests is traced.
     pub fn traced(&mut self, traces: &Traces) -> Span {
         let sends = self.pending_sends.iter_mut().map(|pending| &mut pending.span);
         let all = traces

@@ -1,4 +1,4 @@
-//! A WebSocket that is read while it is being written, with one frame of ours under way at the most.
+//! A WebSocket that is read while it is being written, with one frame of ours under way at most.
 
 use std::future::poll_fn;
 use std::pin::Pin;

@@ -1,6 +1,6 @@
-//! All budgets of this node, decided in one way: what one payer may use, what payers share, what there is in all.
+//! All budgets of this node, decided in one way: what one subject may use, what subjects share, what there is in all.
 //!
-//! There are two kinds. A [`RateLimit`] says how often, an [`ResourceLimit`] how much at a time. Both know payers by a [`LimitSubject`] and
+//! There are two kinds. A [`RateLimit`] says how often, a [`ResourceLimit`] how much at a time. Both know subjects by a [`LimitSubject`] and
 //! share by a [`Scope`]. Stored quantities (bytes of attachments, messages of an inbox) count for the whole deployment
 //! and live in the store. `docs/SECURITY-LIMITS.md` lists every default.
 
@@ -232,7 +232,7 @@ impl Budgets {
         Ok(Refill { rate: &self.refills, subject })
     }
 
-    /// The memory for the bodies of this payer's requests, in KiB.
+    /// The memory for the bodies of this subject's requests, in KiB.
     pub fn bodies(&self, subject: LimitSubject) -> &ResourceLimit {
         if matches!(subject, LimitSubject::Account(_) | LimitSubject::AccountAt(..)) {
             &self.account_bodies

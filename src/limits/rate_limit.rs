@@ -1,9 +1,9 @@
 //! How often: token buckets in a fixed amount of memory.
 //!
-//! Each scope of a rate is a table with two rows of cells. A payer has one cell in each row, chosen by its secret hash,
-//! and a request needs a token in one of them. A payer that shares a cell with a busy one still has its other cell.
+//! Each scope of a rate is a table with two rows of cells. A subject has one cell in each row, chosen by its secret hash,
+//! and a request needs a token in one of them. A subject that shares a cell with a busy one still has its other cell.
 //! Nothing is ever forgotten, so an empty bucket can't be refilled by using up many others, and there is nothing to
-//! clean up. The buckets are this node's: with several nodes a payer has more.
+//! clean up. The buckets are this node's: with several nodes a subject has more.
 
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
@@ -76,7 +76,7 @@ impl RateLimit {
         self
     }
 
-    /// Takes a token in every scope of this payer, or none at all.
+    /// Takes a token in every scope of this subject, or none at all.
     pub fn take(&self, subject: LimitSubject) -> Result<(), RateLimited> {
         let now = nanos(self.opened.elapsed());
         let refuse = |wait| RateLimited(Duration::from_nanos(wait), self.limit);
@@ -89,7 +89,7 @@ impl RateLimit {
         tables().try_for_each(|(table, key)| table.take(key, now).map_err(refuse))
     }
 
-    /// Gives a token back in every scope of this payer, for a request that does not count after all.
+    /// Gives a token back in every scope of this subject, for a request that does not count after all.
     pub fn release(&self, subject: LimitSubject) {
         for (scope, table) in &self.tables {
             subject.key(*scope).iter().for_each(|key| table.release(*key));
@@ -114,7 +114,7 @@ impl Table {
         Self { rows: [row(cells), row(cells)], step, fill: step.saturating_mul(quota.burst.into()) }
     }
 
-    /// The payer's cell in each row. The two halves of the hash are independent of each other.
+    /// The subject's cell in each row. The two halves of the hash are independent of each other.
     fn cells(&self, Key(hash): Key) -> [&AtomicU64; 2] {
         let [one, other] = &self.rows;
         [&one[hash as usize % one.len()], &other[(hash >> 32) as usize % other.len()]]
@@ -127,12 +127,12 @@ impl Table {
             cell.fetch_update(Ordering::Relaxed, Ordering::Relaxed, take)
                 .map_or_else(|full_at| self.after(full_at, now).map(drop), |_| Ok(()))
         };
-        // From both cells, or a payer that shares neither of them would have two bursts.
+        // From both cells, or a subject that shares neither of them would have two bursts.
         let [one, other] = self.cells(key).map(take);
         one.or_else(|wait| other.map_err(|other| wait.min(other)))
     }
 
-    /// A cell that another payer has emptied meanwhile also gets a token, which does no harm.
+    /// A cell that another subject has emptied meanwhile also gets a token, which does no harm.
     fn release(&self, key: Key) {
         for cell in self.cells(key) {
             let back = |full_at: u64| Some(full_at.saturating_sub(self.step));

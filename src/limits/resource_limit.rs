@@ -1,8 +1,8 @@
 //! How much at a time: bytes of bodies, places at a processor, connections.
 //!
-//! An amount has a total, a share for each scope of a payer, and a reserve that only small holders may use. Requests
-//! that find no room wait in a bounded queue, in which payers take turns: the next unit goes to the payer that was
-//! served the longest time ago, and a full queue drops a request of the payer that has the most in it.
+//! A resource limit has a total, a share for each scope of a subject, and a reserve that only small holders may use. Requests
+//! that find no room wait in a bounded queue, in which subjects take turns: the next unit goes to the subject that was
+//! served the longest time ago, and a full queue drops a request of the subject that has the most in it.
 
 use std::collections::HashMap;
 use std::collections::hash_map::Entry;
@@ -18,7 +18,7 @@ use crate::limits::subject::{Key, LimitSubject, Scope};
 /// Scopes that an amount can have shares for.
 const MAX_SHARES: usize = 3;
 
-/// Other holders have taken all of it, or this payer has taken its share.
+/// Other holders have taken all of it, or this subject has taken its share.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct NoRoom;
 
@@ -67,7 +67,7 @@ struct State {
     held: HashMap<Key, u32>,
     /// In the order of their arrival.
     waiting: Vec<WaitingRequest>,
-    /// When a payer that still waits was served last.
+    /// When a subject that still waits was served last.
     served: HashMap<Key, u64>,
     turn: u64,
 }
@@ -83,7 +83,7 @@ struct WaitingRequest {
     answer: oneshot::Sender<ResourcePermit>,
 }
 
-/// The keys that a payer's units count for, with the share of each.
+/// The keys that a subject's units count for, with the share of each.
 type Charged = [Option<(Key, u32)>; MAX_SHARES];
 
 impl ResourceLimit {
@@ -210,7 +210,7 @@ impl State {
         }
     }
 
-    /// Which request that waits is served next: of those that fit, the one whose payer was served the longest time ago.
+    /// Which request that waits is served next: of those that fit, the one whose subject was served the longest time ago.
     /// With [`ResourceLimitConfig::in_turn`] the total need not have room for it yet; the others then wait as well.
     fn next(&self, config: &ResourceLimitConfig) -> Option<usize> {
         let fits = |w: &WaitingRequest| {
@@ -221,8 +221,8 @@ impl State {
         next.filter(|(_, waiting)| self.has_room(config, waiting.has, waiting.units)).map(|(index, _)| index)
     }
 
-    /// Makes room for one more request of this payer in the queue. Returns false if it is full and
-    /// no other payer has at least two requests more in it.
+    /// Makes room for one more request of this subject in the queue. Returns false if it is full and
+    /// no other subject has at least two requests more in it.
     fn make_room(&mut self, turn: Key, max_waiting: usize) -> bool {
         self.waiting.retain(|waiting| !waiting.answer.is_closed());
         if self.waiting.len() < max_waiting {

@@ -1,4 +1,4 @@
-//! Who pays for a request, and with whom the payer shares a budget.
+//! What a request is charged to, and with whom that shares a limit.
 
 use std::hash::{BuildHasher, Hash, RandomState};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
@@ -26,7 +26,7 @@ pub enum LimitSubject {
 /// How far a budget is shared. From narrow to wide.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub enum Scope {
-    /// The payer alone: an account, a pair, a name, an IPv4 address, or the /64 that an IPv6 client has.
+    /// The subject alone: an account, a pair, a name, an IPv4 address, or the /64 that an IPv6 client has.
     Own,
     /// The address of a client: an IPv4 address, or the /64 that an IPv6 client has. Accounts by themselves have none.
     Client,
@@ -34,11 +34,11 @@ pub enum Scope {
     Site,
     /// An IPv4 /24 or an IPv6 /48. Accounts by themselves have none.
     Block,
-    /// All payers together.
+    /// All subjects together.
     All,
 }
 
-/// A secret hash of a payer within a scope: 64 bits, different after each start.
+/// A secret hash of a subject within a scope: 64 bits, different after each start.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub(super) struct Key(pub(super) u64);
 
@@ -46,17 +46,17 @@ pub(super) struct Key(pub(super) u64);
 static SECRET: LazyLock<RandomState> = LazyLock::new(RandomState::new);
 
 impl LimitSubject {
-    /// A payer with this name.
+    /// A subject with this name.
     pub fn named(name: &str) -> Self {
         Self::Named(SECRET.hash_one(name))
     }
 
-    /// A payer with this name within the network (/24, /48) of a client.
+    /// A subject with this name within the network (/24, /48) of a client.
     pub fn named_within_network(name: &str, client: Self) -> Self {
         Self::Named(SECRET.hash_one((name, client.key(Scope::Block))))
     }
 
-    /// Payers with the same key share a budget of this scope. `None` if this payer has no budget of this scope.
+    /// Subjects with the same key share a budget of this scope. `None` if this subject has no budget of this scope.
     pub(super) fn key(self, scope: Scope) -> Option<Key> {
         let hash = match (scope, self) {
             (Scope::All, _) => 0,

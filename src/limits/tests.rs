@@ -149,7 +149,7 @@ fn an_account_rate_of_zero_is_no_limit() {
     assert!((0..100).all(|_| limits.may_spend_one_time_prekeys(one, other)));
 }
 
-/// Holders of bodies that grow to `kib`, one after another from as many payers as it takes, until there is no more room.
+/// Holders of bodies that grow to `kib`, one after another from as many subjects as it takes, until there is no more room.
 fn hoard(limits: &Limits, kib: u32, mut subject: impl FnMut(u32) -> LimitSubject) -> Vec<ResourcePermit> {
     (0..100_000).map_while(|number| limits.bodies(subject(number)).try_take(subject(number), kib)).collect()
 }
@@ -183,7 +183,7 @@ fn whatever_accounts_hold_small_bodies_have_room() {
     assert!(limits.bodies(account).try_take(account, SMALL_BODY_KIB).is_some());
 }
 
-/// With an account alone as payer, three of them hold all the room there is for large bodies.
+/// With an account alone as subject, three of them hold all the room there is for large bodies.
 #[test]
 fn many_accounts_at_one_address_or_in_one_network_leave_room_for_others() {
     let limits = limits();

@@ -1,4 +1,4 @@
-//! A lane for each provider: how many pushes may be under way, and whether it makes sense to try. One that hangs or
+//! A client for each provider: how many pushes may be under way, and whether it makes sense to try. One that hangs or
 //! refuses us holds up nobody else.
 
 use std::collections::HashMap;
@@ -31,7 +31,7 @@ const REMEMBERED: usize = 1000;
 /// The longest pause after repeated failures, unless the provider asks for a longer one.
 const MAX_PAUSE: Duration = Duration::from_mins(15);
 
-/// The lanes of all providers.
+/// The clients of all providers.
 pub(super) struct ProviderClients {
     pub(super) fcm: Arc<ProviderClient>,
     pub(super) apns: Arc<ProviderClient>,

@@ -1,4 +1,4 @@
-//! Rebuilds the push queue from the inboxes: whatever was lost, be it Valkey, a node or a full outbox, costs time and
+//! Rebuilds the push queue from the inboxes: whatever was lost, be it Valkey, a node or a full list of pending pushes, costs time and
 //! never a push. One node does it for all.
 
 use std::sync::Arc;

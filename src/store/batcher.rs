@@ -1,7 +1,7 @@
 //! Questions of one kind that come at the same time are asked in one statement, as sends are stored in groups. While some
 //! are being answered the next ones gather, so nobody waits for company.
 //!
-//! There is no task for it: whoever asks while a lane is free asks for all that wait, once, and then leaves the lane to
+//! There is no task for it: whoever asks while a query slot is free asks for all that wait, once, and then leaves the slot to
 //! the first of those who have come meanwhile.
 
 use std::collections::VecDeque;
@@ -21,7 +21,7 @@ pub(super) struct QueryBatcher<Q, A> {
 }
 
 struct State<Q, A> {
-    /// As many as there are requests and sockets at the most.
+    /// As many as there are requests and sockets at most.
     pending: VecDeque<PendingQuery<Q, A>>,
     running: usize,
 }
@@ -33,7 +33,7 @@ struct PendingQuery<Q, A> {
 
 enum Reply<Q, A> {
     Answer(Result<A>),
-    /// The lane is yours: ask yourself, and for the others.
+    /// The slot is yours: ask yourself, and for the others.
     Run(Q, BatchPermit<Q, A>),
 }
 
@@ -71,7 +71,7 @@ impl<Q: Clone, A> QueryBatcher<Q, A> {
         Some(BatchPermit { batcher: Some(self.clone()) })
     }
 
-    /// False when a lane has become free in between.
+    /// False when a query slot has become free in between.
     fn enqueue(&self, pending: PendingQuery<Q, A>) -> bool {
         let mut state = self.state();
         let has_to_wait = state.running >= self.concurrency;
@@ -111,7 +111,7 @@ impl<Q, A> QueryBatcher<Q, A> {
 
 /// The right to have a statement under way. Dropping it passes it on, wherever it is at that moment.
 struct BatchPermit<Q, A> {
-    /// Taken out when the lane has been passed on.
+    /// Taken out when the slot has been passed on.
     batcher: Option<Arc<QueryBatcher<Q, A>>>,
 }
 

@@ -127,7 +127,7 @@ impl PostgresTx {
 /// What the connections and the files of a database are at the moment.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct DatabaseStats {
-    /// Each pool with how many of its connections are lent, and how many are idle.
+    /// Each pool with how many of its connections are borrowed, and how many are idle.
     pub connections: Vec<(PoolName, usize, usize)>,
     /// SQLite's file and its write-ahead log, in bytes.
     pub files: Option<(u64, u64)>,

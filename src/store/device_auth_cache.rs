@@ -14,7 +14,7 @@ use crate::store::Result;
 use crate::store::batcher::QueryBatcher;
 use crate::store::devices::DeviceAuth;
 
-/// Statements at the same time that ask for the standing of devices.
+/// Statements at the same time that ask for the auth of devices.
 const CONCURRENT_BATCHES: usize = 2;
 /// Questions in one statement.
 const QUERIES_PER_BATCH: usize = 128;
@@ -40,7 +40,7 @@ impl DeviceAuthCache {
         Self { batcher: Arc::new(QueryBatcher::new(CONCURRENT_BATCHES, QUERIES_PER_BATCH)), cache }
     }
 
-    /// The standing of `device`; `load` answers for many at once, in their order.
+    /// The auth of `device`; `load` answers for many at once, in their order.
     pub(super) async fn of(
         &self,
         device: DeviceId,
@@ -196,7 +196,7 @@ mod tests {
         DeviceAuth { no: NO, user: UserId::from_bytes(&[1; 16]).unwrap(), is_primary: true, tokens_revoked_until }
     }
 
-    /// What the standings say while the database says `read`; `None` when they don't ask it.
+    /// What the cache says while the database says `read`; `None` when it doesn't ask it.
     async fn asked(device_auth_cache: &DeviceAuthCache, read: i64) -> (i64, bool) {
         let mut is_asked = false;
         let found = device_auth_cache.of(device(), async |_| {

@@ -100,7 +100,7 @@ impl Counting {
 /// The inboxes that a group has to count, or should.
 #[derive(Debug, Default, PartialEq, Eq)]
 pub(super) struct Unsure {
-    /// Too little is known of these to judge the messages for them. In the order of the messages.
+    /// Too little is known of these to evaluate the messages for them. In the order of the messages.
     pub(super) unknown: Vec<(UserId, DeviceNo)>,
     /// What is remembered of these has no room for a message, and mail may have left them since. In the order in which they
     /// were counted last, so that each has its turn.
@@ -146,7 +146,7 @@ impl InboxLimiter {
         }
     }
 
-    /// The devices whose inboxes have to be counted before these messages can be judged, or should be. `before` gives the
+    /// The devices whose inboxes have to be counted before these messages can be evaluated, or should be. `before` gives the
     /// row of an account as it was before this group; accounts for which it is `None` have room.
     pub(super) fn uncertain(&self, incoming: &[Candidate], before: impl Fn(UserId) -> Option<AccountBound>) -> Unsure {
         let now = Instant::now();
@@ -205,11 +205,11 @@ impl InboxLimiter {
         }
     }
 
-    /// Judges these messages one after the other; each admitted one counts for those after it. `row` gives the row of an
+    /// Evaluates these messages one after the other; each admitted one counts for those after it. `row` gives the row of an
     /// account; an account for which it is `None` has room in any case.
     ///
     /// A refusal has the time after which there may be room. The days of the senders are charged with what is admitted.
-    /// Returns `None`, and judges nothing, when an inbox is not remembered any more because another group has begun: it has
+    /// Returns `None`, and evaluates nothing, when an inbox is not remembered any more because another group has begun: it has
     /// to be counted again, or it would be taken for empty.
     pub(super) fn admit(
         &self,

@@ -20,7 +20,7 @@ const ENVELOPE_OVERHEAD: i32 = 80;
 
 /// How far ahead of the clock a time of receipt may be, the clock having been corrected meanwhile.
 pub(super) const CLOCK_TOLERANCE: Duration = Duration::from_hours(24);
-/// Bytes of bodies that one transaction deletes at the most.
+/// Bytes of bodies that one transaction deletes at most.
 const STEP_BYTES: i64 = 16 << 20;
 
 /// A part of an inbox, oldest first.

@@ -1,8 +1,8 @@
-//! Connections to a database. They are lent and given back without ceremony: a general pool asks a connection whether
+//! Connections to a database. They are borrowed and given back without ceremony: a general pool asks a connection whether
 //! it still lives, from a task of its own, each time it comes back, and that costs more than most of our reads.
 //!
 //! So it is the borrower who tells whether the connection is still good. One of which nobody can tell is closed, and then
-//! the idle ones are asked before they are lent again: their server may have gone, or may have been demoted.
+//! the idle ones are asked before they are borrowed again: their server may have gone, or may have been demoted.
 
 use std::ops::{Deref, DerefMut};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -17,7 +17,7 @@ use crate::store::Result;
 use crate::tasks::jittered;
 use crate::telemetry::metrics::{Metrics, PoolName};
 
-/// A connection that was idle for longer is checked before it is lent.
+/// A connection that was idle for longer is checked before it is borrowed.
 const CHECK_AFTER_IDLE: Duration = Duration::from_secs(1);
 /// The pause before a server that can't be reached is tried again, while somebody waits.
 const RETRY_PAUSE: Duration = Duration::from_millis(200);
@@ -28,7 +28,7 @@ const MADE_AT_ONCE: usize = 32;
 /// How many connections there may be, and how long each is kept.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct PoolLimits {
-    /// So many at the most, lent and idle ones together.
+    /// At most so many, borrowed and idle ones together.
     pub(super) max: u32,
     /// So many are kept though nobody needs them.
     pub(super) min: u32,
@@ -42,18 +42,18 @@ pub(super) struct PoolLimits {
     pub(super) reusable_after_cancel: bool,
 }
 
-/// A database whose connections can be lent.
+/// A database whose connections can be borrowed.
 pub(super) trait Poolable: Database {
     /// The settings of a connection that are not in its options.
     type Settings: Clone + Send + Sync + 'static;
 
-    /// Makes a new connection ready to be lent. An error means that it can't be.
+    /// Makes a new connection ready to be borrowed. An error means that it can't be.
     fn prepare(
         connection: &mut Self::Connection,
         settings: &Self::Settings,
     ) -> impl Future<Output = sqlx::Result<()>> + Send;
 
-    /// Whether a connection that was idle can be lent again.
+    /// Whether a connection that was idle can be borrowed again.
     fn is_usable(connection: &mut Self::Connection) -> impl Future<Output = bool> + Send;
 }
 
@@ -80,9 +80,9 @@ struct Inner<DB: Poolable> {
     options: Options<DB>,
     settings: DB::Settings,
     limits: PoolLimits,
-    /// The one that came back last is at the end, and is lent first.
+    /// The one that came back last is at the end, and is borrowed first.
     idle: Mutex<Vec<Idle<DB>>>,
-    /// Connections that were idle at this moment are asked before they are lent.
+    /// Connections that were idle at this moment are asked before they are borrowed.
     suspect_before: Mutex<Instant>,
     permits: Arc<Semaphore>,
     making: Arc<Semaphore>,
@@ -171,12 +171,12 @@ impl<DB: Poolable> Pool<DB> {
         Ok(())
     }
 
-    /// How many are lent, and how many are idle.
+    /// How many are borrowed, and how many are idle.
     pub(super) fn used_and_idle(&self) -> (usize, usize) {
         (self.inner.in_use(), lock(&self.inner.idle).len())
     }
 
-    /// Waits for those that are lent, and closes all.
+    /// Waits for those that are borrowed, and closes all.
     pub(super) async fn close(&self) {
         let _all =
             timeout(self.inner.limits.acquire_timeout, self.inner.permits.acquire_many(self.inner.limits.max)).await;
@@ -268,7 +268,7 @@ impl<DB: Poolable> Inner<DB> {
         outdated
     }
 
-    /// Lent and idle connections.
+    /// Borrowed and idle connections.
     fn count(&self) -> usize {
         self.in_use() + lock(&self.idle).len()
     }

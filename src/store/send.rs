@@ -1,4 +1,4 @@
-//! Queueing: the one transaction in which sends are judged and stored, and acknowledged messages deleted.
+//! Queueing: the one transaction in which sends are evaluated and stored, and acknowledged messages deleted.
 //!
 //! The judgement and its order are the same on both databases; their statements are in `sqlite` and `postgres`.
 
@@ -144,7 +144,7 @@ impl Store {
 
     /// Deletes acknowledged messages and queues new ones, all in one transaction, in the order given. Former sends are found
     /// until they are too old by the earliest time of `now`; new messages get the latest time. Durable when it
-    /// returns. Each send is judged by itself; repeats of a send within one group are found as well.
+    /// returns. Each send is evaluated by itself; repeats of a send within one group are found as well.
     ///
     /// A send is left for a later group, so that the others need not wait for it, when too many inboxes would have to be
     /// counted at once, or when another transaction holds one of its accounts for too long; an ack, when another transaction

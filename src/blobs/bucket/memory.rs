@@ -76,7 +76,7 @@ impl Memory {
         Self { pieces: ResourceLimit::new(pieces), wholes: ResourceLimit::new(wholes) }
     }
 
-    /// A part of this payer, without any bytes yet, for the next of the `missing` bytes of its upload.
+    /// A part of this subject, without any bytes yet, for the next of the `missing` bytes of its upload.
     pub fn part(&self, subject: LimitSubject, missing: u64) -> Part {
         let bytes = PutPayloadMut::new().with_block_size(BLOCK_BYTES);
         let final_size = usize::try_from(missing).unwrap_or(usize::MAX).min(PART_BYTES);
@@ -162,7 +162,7 @@ mod tests {
         Ok(())
     }
 
-    /// Parts of this payer that stop a byte before they are full, until there is no room for a further one.
+    /// Parts of this subject that stop a byte before they are full, until there is no room for a further one.
     async fn hoard(memory: &Memory, mut subject: impl FnMut(u8) -> LimitSubject) -> Vec<Part> {
         let mut held = Vec::new();
         for number in 0..100 {

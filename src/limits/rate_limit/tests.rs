@@ -63,7 +63,7 @@ fn the_total_counts_for_all_payers() {
     assert_eq!((taken(&rate, account()), taken(&rate, account()), taken(&rate, account())), (3, 1, 0));
 }
 
-/// In a map with a bound, enough other payers would push an empty bucket out, and so fill it.
+/// In a map with a bound, enough other subjects would push an empty bucket out, and so fill it.
 #[tokio::test(start_paused = true)]
 async fn many_other_payers_neither_fill_an_empty_bucket_nor_take_anything_from_others() {
     let rate = per_second(1, 200);
@@ -77,7 +77,7 @@ async fn many_other_payers_neither_fill_an_empty_bucket_nor_take_anything_from_o
     rate.take(quiet).unwrap();
 }
 
-/// A flood from many payers takes cells from others in one row or the other, hardly ever in both.
+/// A flood from many subjects takes cells from others in one row or the other, hardly ever in both.
 #[test]
 fn a_thousand_flooding_payers_leave_others_alone() {
     let rate = per_second(10, 20);

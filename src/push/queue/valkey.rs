@@ -48,7 +48,7 @@ const LENGTH: &str = "return redis.call('ZCARD', KEYS[1])";
 /// A sorted set in Valkey. Its connection is made when it is needed, and again whenever it is lost.
 pub struct ValkeyQueue {
     servers: Vec<ConnectionInfo>,
-    /// The seed that is tried next.
+    /// The URL that is tried next.
     server_index: usize,
     key: String,
     connection: Option<MultiplexedConnection>,

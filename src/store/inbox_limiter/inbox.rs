@@ -115,7 +115,7 @@ impl Inbox {
         self.count.take().map_or(0, |count| count.senders.len())
     }
 
-    /// Whether the inbox has to be counted before these messages are judged, or should be.
+    /// Whether the inbox has to be counted before these messages are evaluated, or should be.
     pub(super) fn doubt(
         &self,
         bounds: &Bounds,

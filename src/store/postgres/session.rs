@@ -15,7 +15,7 @@ use crate::store::postgres::takes_no_writes;
 
 /// True for a replica, and for a server that was set to read-only.
 pub(super) const TAKES_NO_WRITES: &str = "pg_is_in_recovery() OR current_setting('transaction_read_only')::bool";
-/// True for a connection that can be lent: it takes writes, and has kept the setting on which the promise to store depends.
+/// True for a connection that can be borrowed: it takes writes, and has kept the setting on which the promise to store depends.
 const IS_USABLE: &str = "SELECT NOT (pg_is_in_recovery() OR current_setting('transaction_read_only')::bool)
      AND current_setting('synchronous_commit') = 'on'";
 /// How often the processes of two connections are compared. A pooler that has other clients may hand another process to

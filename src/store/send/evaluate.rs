@@ -41,7 +41,7 @@ impl<'a> SendCase<'a> {
 /// The decision about a group, before anything is written.
 #[derive(Default)]
 pub(super) struct Evaluation<'a> {
-    /// An answer for each send that was judged.
+    /// An answer for each send that was evaluated.
     pub(super) sent: Vec<Option<SendResult>>,
     /// The messages to queue, each with its send.
     pub(super) rows: Vec<(&'a SendRequest, Queued<'a>)>,

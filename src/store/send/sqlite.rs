@@ -94,7 +94,7 @@ impl Store {
         Ok((sent, GroupCounts { acked: deleted.changed, ..counts }))
     }
 
-    /// Judges the sends, and stores what is queued. Commits.
+    /// Evaluates the sends, and stores what is queued. Commits.
     async fn write_in_sqlite(
         &self,
         mut tx: Transaction,

@@ -20,7 +20,7 @@ use crate::store::sqlite::MIGRATIONS;
 use crate::store::transfer::TransferError;
 use crate::store::transfer::table::{KeyValue, Table, Unfit};
 
-/// A batch ends when it has so many bytes, so it has one large message more at the most.
+/// A batch ends when it has so many bytes, so it has at most one large message more.
 const BATCH_BYTES: usize = 4 << 20;
 /// Or so many rows.
 const BATCH_ROWS: u64 = 5_000;

@@ -89,7 +89,7 @@ pub async fn act(plan: &Plan, by: usize) -> Result<Accepted> {
 }
 
 impl Accepted {
-    /// The next letter to this person.
+    /// The next message to this person.
     fn device_message<'a>(&mut self, plan: &'a Plan, to: usize, label: Label) -> DeviceMessage<'a> {
         let count = self.to.entry(to as u32).or_default();
         let number = *count;
