@@ -75,7 +75,7 @@ impl Blobs {
         }))
     }
 
-    /// Ends when the storage can be used. Only what somebody has to put right is an error. `config` is what it was
+    /// Ends when the storage can be used. Only what an operator has to put right is an error. `config` is what it was
     /// prepared with.
     pub async fn until_usable(&self, config: &config::Attachments) -> Result<(), OpenError> {
         match &self.0 {

@@ -1,7 +1,7 @@
-//! Takes sends and acks from everybody, stores them in groups, then wakes who must know.
+//! Takes sends and acks of all requests and sessions, stores them in groups, then notifies the receivers.
 //!
 //! One task owns the writing. While one group is being committed the next one gathers, so the wait for the disk is
-//! shared by everybody who waits, and nobody waits for company longer than until a group ends. Where the database can take
+//! shared by all that wait, and none waits for company longer than until a group ends. Where the database can take
 //! several groups at once, no two of them queue mail for the same account. Cancelling a request makes no difference: what it
 //! handed over is stored and its readers are woken all the same.
 
@@ -49,7 +49,7 @@ const MAX_DEFERRAL: Duration = Duration::from_secs(10);
 /// Accounts that are remembered to be told later. The slow look of their sessions finds the mail of the others.
 const MAX_UNCERTAIN_ACCOUNTS: usize = 10_000;
 
-/// Why a write request was not stored, or why nobody can tell whether it was.
+/// Why a write request was not stored, or why it is not known whether it was.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum WriteError {
     /// The disk is full. Nothing was stored.
@@ -151,7 +151,7 @@ struct Worker {
     schedule: AccountSchedule,
     /// What goes into the next group.
     next_group: Group,
-    /// Accounts that may have got mail of which nobody was told, because a commit was not answered.
+    /// Accounts that may have got mail of which no session was notified, because a commit was not answered.
     uncertain: HashSet<UserId>,
     /// When that was last found out.
     uncertain_since: Instant,
@@ -273,14 +273,14 @@ impl Worker {
         }
     }
 
-    /// Tells everybody who waits for a group what became of it, and wakes who has mail now. Answers whether it showed that
-    /// the database can be asked again about those of whom nobody knows.
+    /// Answers all that wait for a group, and notifies the devices that have mail now. Answers whether it showed that
+    /// the database can be asked again about the uncertain ones.
     fn finish_group(&mut self, attempt: Attempt, requests: &mut mpsc::Receiver<WriteRequest>) -> bool {
         self.schedule.finish(&attempt.group);
         self.schedule.admit_waiting(&mut self.next_group, self.grouping.max_requests);
         let is_database_back = attempt.began >= self.uncertain_since;
         match self.report_outcome(attempt) {
-            // Whoever waits would wait for the same.
+            // Those that wait would wait for the same.
             Err(WriteError::Unavailable) => {
                 std::mem::take(&mut self.next_group).fail(WriteError::Unavailable);
                 self.schedule.take_waiting().for_each(|waiting| waiting.pending.fail(WriteError::Unavailable));

@@ -41,7 +41,7 @@ struct Inner {
     reserve_bytes: u64,
     /// The largest database that may still grow; zero means any.
     max_database_bytes: u64,
-    /// How large the database was when somebody last looked.
+    /// How large the database was when it was last looked at.
     database_bytes: AtomicU64,
     opened: Instant,
     /// When the file system was last asked, in milliseconds since `opened`.
@@ -122,7 +122,7 @@ impl Disk {
         (is_room && !self.inner.database_is_full()).then_some(claim)
     }
 
-    /// Whether somebody has to look how large the database is.
+    /// Whether the size of the database has to be known.
     pub fn bounds_database(&self) -> bool {
         self.inner.max_database_bytes > 0
     }

@@ -17,7 +17,7 @@ static ALLOCATOR: tikv_jemallocator::Jemalloc = tikv_jemallocator::Jemalloc;
 
 /// What telemetry may take at the very end, when the server has stopped.
 const FLUSHING: Duration = Duration::from_secs(2);
-/// What it may take after a second signal, when whoever sent it waits for nothing any more.
+/// What it may take after a second signal, when its sender waits for nothing any more.
 const LAST_WORDS: Duration = Duration::from_millis(200);
 
 /// The ways in which a process is asked to stop.
@@ -66,7 +66,7 @@ async fn run(loaded: Loaded, telemetry: Telemetry, stop: &mut Stop) -> anyhow::R
         server = Server::start(loaded.config, Clock::system(), telemetry) => server?,
         () = asked(stop) => return Ok((ExitCode::SUCCESS, FLUSHING)),
     };
-    // Whoever closed our standard output doesn't want to know.
+    // A closed standard output means that nothing is wanted there.
     let _ = writeln!(std::io::stdout(), "{}", commands::welcome(&server, data_dir.as_deref()));
     let mut exit = tokio::select! {
         () = asked(stop) => if server.has_its_files().await { ExitCode::SUCCESS } else { ExitCode::FAILURE },

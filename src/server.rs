@@ -51,7 +51,7 @@ pub struct Server {
     task_groups: TaskGroups,
     api_address: SocketAddr,
     management_address: SocketAddr,
-    /// Held for as long as the server runs: nobody else may use the file of a database.
+    /// Held for as long as the server runs: no other process may use the file of a database.
     _lock: Option<Lock>,
 }
 
@@ -73,13 +73,13 @@ struct TaskGroups {
     delivery_tasks: Tasks,
     /// The broker connection, which outlives the message writer, because the receivers of the last group are notified over it.
     broker_tasks: Tasks,
-    /// The management port, which is there before everything else. Nobody waits for those who ask there.
+    /// The management port, which is there before everything else. Its requests are not waited for.
     management_tasks: Tasks,
 }
 
 impl Server {
     /// Starts a server. The management port answers at once. When this returns, so does the API; until then connections
-    /// to it are refused, so that nobody hangs. Errors are sentences for whoever started it.
+    /// to it are refused, so that no client hangs. Errors are sentences for the operator.
     pub async fn start(mut config: Config, clock: Clock, telemetry: Telemetry) -> Result<Self> {
         if clock.now() < EARLIEST {
             bail!("the clock of this machine is wrong (it is before 2026); set it, and start the server then");
@@ -142,7 +142,7 @@ impl Server {
         !self.app.files.are_lost()
     }
 
-    /// Says that it is not ready, and serves on for the drain delay, so that balancers send nobody here any more when
+    /// Says that it is not ready, and serves on for the drain delay, so that balancers send no client here any more when
     /// [`Server::stop`] follows. It ends early when a task dies.
     pub async fn drain(&self) -> Drained {
         self.health.set_shutting_down();
@@ -188,7 +188,7 @@ impl Server {
 }
 
 impl TaskGroups {
-    /// Ends everything without an order, and waits for nobody.
+    /// Ends everything without an order, and does not wait.
     fn stop_all(&self) {
         [&self.client_tasks, &self.delivery_tasks, &self.broker_tasks, &self.management_tasks]
             .into_iter()

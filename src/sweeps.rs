@@ -108,7 +108,7 @@ where
             }
             let round = app.traces.begin(span).attempt(job(app.clone())).await;
             if round.is_err() {
-                // Whoever tries next may do it. If this fails too, the claim runs out.
+                // The next node that tries may do it. If this fails too, the claim runs out.
                 let _ = app.store.release_job(name.text(), app.clock.now()).await;
             }
             under_way.store(matches!(round, Ok(Round::More)), Ordering::Relaxed);

@@ -28,7 +28,7 @@ impl Job {
         self.watch.phase(what, server.process());
     }
 
-    /// Keeps folders that nobody needs any more, emptied, until all runs are over. See [`Leftovers`].
+    /// Keeps folders that are not needed any more, emptied, until all runs are over. See [`Leftovers`].
     pub fn put_away(&self, folders: impl IntoIterator<Item = TempDir>) {
         let mut leftovers = self.leftovers.lock().unwrap_or_else(PoisonError::into_inner);
         for folder in folders {

@@ -52,7 +52,7 @@ async fn main() -> Result<()> {
     let subjects = &job.options.subjects;
     let mut runs: Vec<Vec<Figures>> = subjects.iter().map(|_| Vec::new()).collect();
     for run in 1..=job.options.runs {
-        // In turn, and each second time in the other order, so that a machine that gets slower favours nobody.
+        // In turn, and each second time in the other order, so that a machine that gets slower favours neither.
         let mut order: Vec<usize> = (0..subjects.len()).collect();
         if run % 2 == 0 {
             order.reverse();
@@ -93,7 +93,7 @@ async fn measure(job: &Job, subject: &Subject, termination: &mut TerminationSign
     Ok(figures)
 }
 
-/// Ctrl-C, and the word of whoever manages processes. What is said between two runs is heard at the next.
+/// Ctrl-C, and the signal of a process manager. What is said between two runs is heard at the next.
 struct TerminationSignals {
     interrupt: Signal,
     terminate: Signal,

@@ -1,4 +1,4 @@
-//! What a piece of work costs: time, and CPU time of everybody who has to do with it.
+//! What a piece of work costs: time, and CPU time of all processes that take part in it.
 
 use std::time::Instant;
 

@@ -35,7 +35,7 @@ pub fn give(options: &Options, runs: &[Vec<Figures>]) -> Result<()> {
 
 fn line(options: &Options, subjects: &[(String, Vec<Summary>)]) -> Value {
     let subject = |(name, summaries): &(String, Vec<Summary>)| {
-        // Not the folders above it, which are nobody's business.
+        // Not the folders above it, which are not ours.
         let name = name.rsplit('/').next().unwrap_or(name);
         json!({"name": name, "figures": figures::json(summaries)})
     };

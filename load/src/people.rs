@@ -28,7 +28,7 @@ pub struct Device {
     pub refresh_token: String,
 }
 
-/// Makes sign-ups with names that nobody else has.
+/// Makes sign-ups with names that no other run has.
 #[derive(Clone)]
 pub struct Registrar {
     run: u64,

@@ -60,7 +60,7 @@ pub fn peak_kib(process: u32) -> Option<f64> {
     status(process, "VmHWM:")
 }
 
-/// False when it may not be, because the process is somebody else's.
+/// False when it may not be, because the process belongs to another user.
 pub fn forget_peak(process: u32) -> bool {
     fs::write(format!("/proc/{process}/clear_refs"), "5").is_ok()
 }

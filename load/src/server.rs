@@ -140,7 +140,7 @@ impl Server {
         Ok(server)
     }
 
-    /// Ends our own server and removes what was made for it, but for its folder, which is answered.
+    /// Ends our own server and removes what was made for it, except its folder, which is returned.
     pub async fn stop(mut self) -> Result<Option<TempDir>> {
         let Some(mut own) = self.own.take() else { return Ok(None) };
         own.more.drain(..).try_for_each(|node| end(node, "TERM"))?;
@@ -243,7 +243,7 @@ impl Server {
         }
     }
 
-    /// From now on the most memory that the process has is kept in mind. False when nobody may ask for that.
+    /// From now on the most memory that the process has is kept in mind. False when that may not be asked for.
     pub fn forget_peak(&self) -> bool {
         self.process.is_some_and(forget_peak)
     }

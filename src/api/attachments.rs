@@ -197,7 +197,7 @@ impl Upload {
     }
 
     async fn stage(&self, app: &App, body: Body, over: &CancellationToken) -> Result<Staged, Failure> {
-        // The body ends early when nobody waits for it any more. What the storage is busy with is not cut off, since it
+        // The body ends early when the request is over. What the storage is busy with is not cut off, since it
         // might go on with it behind our back.
         let mut body = std::pin::pin!(body.into_data_stream().take_until(over.cancelled()));
         let first = tokio::time::timeout(FIRST_BYTE, body.next()).await.map_err(|_| Failure::NothingCame)?;

@@ -156,7 +156,7 @@ async fn remove(app: App, caller: Caller, target: DeviceId) -> Result<StatusCode
     let addresses: Vec<_> = device_auth.iter().map(|found| Address { user: caller.user, device: found.no }).collect();
     let removed = app.store.remove_device(caller.user, target).await;
     if removed.is_err() {
-        // It may have happened all the same. Whoever is told then looks, and nothing is lost if it has not.
+        // It may have happened all the same. A session that is notified reads again, and nothing is lost if it has not.
         dismiss(&app, &addresses).await;
     }
     match removed? {

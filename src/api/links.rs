@@ -101,7 +101,7 @@ pub async fn open(
     let proof = request.refresh_token.as_deref().map(|token| (token, None));
     let claim = Claim { username: &request.username, password: request.password, proof };
     let user = authenticate(&app, client, claim).await?;
-    // Now, and not only when somebody has typed in what links the device.
+    // Now, and not only when the user has typed in what links the device.
     app.disk.check_growth()?;
     let id = OpaqueSecret::random();
     let now = app.clock.now();

@@ -1,4 +1,4 @@
-//! Who somebody is: passwords and tokens.
+//! Authentication: passwords and tokens.
 
 pub mod passwords;
 pub mod tokens;

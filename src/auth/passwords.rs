@@ -84,7 +84,7 @@ impl Passwords {
     }
 
     /// Whether the password is the one that was hashed. Without a hash it never is, and finding that out takes the same
-    /// work: so the time tells nobody whether an account exists.
+    /// work: so the time does not tell whether an account exists.
     pub async fn verify(&self, password: String, hash: Option<String>, client: LimitSubject) -> Result<bool, Busy> {
         // Only a wrong password costs a token. Until the result is known, a try counts as wrong.
         let is_trusted = self.queue.wrong.take(client).is_ok();

@@ -54,7 +54,7 @@ pub struct Claims {
     pub user: UserId,
     /// The device.
     pub device: DeviceId,
-    /// The Unix second in which it expires, but for the leeway.
+    /// The Unix second in which it expires, without the leeway.
     pub expires_at: i64,
     /// The Unix second up to which the device's tokens were void when this one was made, if that lies too far ahead for the
     /// token to outlive it: a wrong clock has left it. The token is good until the second changes, which ends the session.
@@ -78,7 +78,7 @@ struct Payload {
     epoch: Option<i64>,
 }
 
-/// A secret of 32 random bytes, in URL-safe base64: a gateway ticket or the id of a link session. Whoever has it may use
+/// A secret of 32 random bytes, in URL-safe base64: a gateway ticket or the id of a link session. Its holder may use
 /// it; the store knows only its hash.
 #[derive(Clone)]
 pub struct OpaqueSecret {

@@ -1,7 +1,7 @@
 //! Attachments in a bucket of an S3-compatible service.
 //!
 //! A small body goes up as one object, a larger one in parts, of which one at a time is in memory. The service keeps
-//! parts for ever that nobody completes or aborts, so [`Bucket::discard`] asks it for them: whoever began an upload may
+//! parts for ever that are neither completed nor aborted, so [`Bucket::discard`] asks it for them: the node that began an upload may
 //! be gone.
 
 mod memory;
@@ -133,7 +133,7 @@ impl Bucket {
         outcome
     }
 
-    /// Removes what uploads have left: parts that were not put together, and objects that nobody may know.
+    /// Removes what uploads have left: parts that were not put together, and objects that have not become visible.
     pub async fn discard(&self, ids: &[AttachmentId]) -> Deleted {
         let mut outcome = Deleted::new();
         self.one_by_one(ids, &mut outcome, Object::discard).await;

@@ -20,7 +20,7 @@ pub(super) struct Draft {
 }
 
 impl Draft {
-    /// Nothing is there yet. `path` must be a name that nobody else uses.
+    /// Nothing is there yet. `path` must be a name that is not in use.
     pub fn new(path: PathBuf) -> Self {
         Self { path, file: None }
     }
@@ -93,7 +93,7 @@ impl Draft {
 impl Drop for Draft {
     fn drop(&mut self) {
         let Some(leftover) = self.leftover() else { return };
-        // Whoever drops it may not wait for the disk. A runtime that is ending drops what it does not run any more.
+        // A drop may not wait for the disk. A runtime that is ending drops what it does not run any more.
         match Handle::try_current() {
             Ok(runtime) => drop(runtime.spawn_blocking(move || drop(leftover))),
             Err(_) => drop(leftover),

@@ -20,7 +20,7 @@ use crate::blobs::draft::Draft;
 use crate::blobs::{Blob, BlobError, Deleted, Keys, OpenError, UploadError};
 use crate::model::ids::AttachmentId;
 
-/// An upload is written in parts of exactly this size, but for the last, so that every
+/// An upload is written in parts of exactly this size, except the last one, so that every
 /// write but the last begins and ends with a page of memory. Hardly more of it is in memory at a time: a piece that is
 /// kept as it arrived may hold the buffer that it came in.
 pub(super) const PART_BYTES: usize = 256 << 10;

@@ -148,7 +148,7 @@ impl Service {
         Ok(listed.uploads.into_iter().filter(|upload| upload.key == key.as_ref()).map(|upload| upload.id).collect())
     }
 
-    /// Aborts all multipart uploads to this object, also those that nobody remembers. When it returns, there are none.
+    /// Aborts all multipart uploads to this object, also those that no node remembers. When it returns, there are none.
     pub async fn abort_uploads(&self, key: &Key) -> Result<(), BlobError> {
         for _ in 0..ABORT_ROUNDS {
             let uploads = self.uploads(key).await?;

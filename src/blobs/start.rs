@@ -30,7 +30,7 @@ enum StartError {
     Options,
 }
 
-/// Ends when the bucket can be used. Only what somebody has to put right is an error.
+/// Ends when the bucket can be used. Only what an operator has to put right is an error.
 pub(super) async fn until_usable(
     service: &Service,
     config: &config::Attachments,

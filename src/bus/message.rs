@@ -4,7 +4,7 @@
 //! signals. What is said to all nodes has formats of its own and nothing behind the node.
 //!
 //! While traces are kept, a device's number and the numbers of a trace may go before its signal, as a message of
-//! their own: whoever doesn't understand it passes over it, and no signal depends on it.
+//! their own: a node that doesn't understand it passes over it, and no signal depends on it.
 
 use crate::bus::Signals;
 use crate::model::ids::DeviceNo;
@@ -12,7 +12,7 @@ use crate::telemetry::traces::TraceLink;
 
 /// "These devices".
 const DEVICES: u8 = 1;
-/// "Everybody, look at everything again".
+/// "All sessions, read everything again".
 const RESYNC_ALL: u8 = 2;
 /// "I am here".
 const HELLO: u8 = 3;

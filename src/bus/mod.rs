@@ -121,7 +121,7 @@ impl Bus {
         Ok(Self { broker: Some(broker), ..bus })
     }
 
-    /// Listens for signals to a device. Whoever reads the database after this call misses nothing. Dropping the answer
+    /// Listens for signals to a device. A session that reads the database after this call misses nothing. Dropping the answer
     /// ends it.
     pub fn subscribe(&self, address: Address) -> SignalSubscription {
         // In this order, so that the session is there when its account's channel is confirmed.

@@ -1,4 +1,4 @@
-//! Which other nodes there are. A node that dies may take signals with it that it had not sent yet, and nobody else
+//! Which other nodes there are. A node that dies may take signals with it that it had not sent yet, and no other node
 //! knows of them: so each says hello now and then, and when one falls silent without a goodbye, the others look at
 //! everything. The same when it is back, as after a cluster was torn apart: what it said meanwhile was not heard.
 
@@ -46,7 +46,7 @@ impl Peers {
         self.0.values_mut().filter(silent).map(|peer| peer.is_missing = true).count() > 0
     }
 
-    /// We could not hear anybody up to now, so nobody's silence meant anything.
+    /// No node could be heard up to now, so no silence meant anything.
     pub(super) fn reset(&mut self, now: Instant) {
         self.0.values_mut().filter(|peer| !peer.is_missing).for_each(|peer| peer.heard = now);
     }

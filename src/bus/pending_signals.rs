@@ -1,5 +1,5 @@
-//! Signals to other nodes that Valkey has not confirmed yet. Equal ones merge, so nobody waits for Valkey and the set
-//! stays small; past its bound it becomes one "look at everything" to everybody.
+//! Signals to other nodes that Valkey has not confirmed yet. Equal ones merge, so no caller waits for Valkey and the set
+//! stays small; past its bound it becomes one "read everything" to all sessions.
 
 use std::collections::BTreeMap;
 use std::sync::{Mutex, MutexGuard, PoisonError};
@@ -79,7 +79,7 @@ impl PendingSignals {
         self.not_empty.notify_one();
     }
 
-    /// Nobody is told by this alone that something waits: a signal follows.
+    /// This alone tells no session that something waits: a signal follows.
     pub(super) fn send_trace_link(&self, addresses: &[Address], trace_link: TraceLink) {
         let trace_links = &mut self.state().waiting.trace_links;
         let room = MAX_TRACE_LINKS - trace_links.len();

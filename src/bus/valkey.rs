@@ -1,7 +1,7 @@
 //! The broker connection to other nodes, over the pub/sub of Valkey or Redis: one connection that is always being kept, or looked for.
 //!
 //! Each account has a channel, which a node subscribes while the account has a session there, and one small channel says
-//! "everybody, look at everything"; over it nodes also say hello now and then, and goodbye. Whatever may have been lost
+//! "all sessions, read everything"; over it nodes also say hello now and then, and goodbye. What may have been lost
 //! while a connection was gone is made good by waking every session of this node once, after all their channels are
 //! subscribed again.
 
@@ -103,7 +103,7 @@ impl BrokerConnection {
     }
 
     pub(super) async fn connected(&self) {
-        // An error means that the broker connection has been closed, and nobody waits for that.
+        // An error means that the broker connection has been closed, and no caller waits for that.
         let _ = self.connection.clone().wait_for(Option::is_some).await;
     }
 
@@ -257,7 +257,7 @@ impl BrokerTask {
         redis::cmd("PUBLISH").arg(self.all_nodes_channel()).arg(message).query_async(connection).await
     }
 
-    /// Subscribes the channels of those who listen, has everybody look at what was missed, and follows who comes and goes.
+    /// Subscribes the channels of the sessions that listen, makes all of them read what was missed, and follows who comes and goes.
     async fn keep_subscribed(&self, mut connection: MultiplexedConnection) -> RedisResult<Infallible> {
         for users in self.channels.reset().chunks(BATCH) {
             connection.subscribe(self.channel_names(users)).await?;
@@ -314,7 +314,7 @@ impl BrokerTask {
         pipeline.query_async(connection).await
     }
 
-    /// Nobody adds any more. What is still here goes out, if the connection stands.
+    /// Nothing is added any more. What is still here goes out, if the connection stands.
     async fn flush_and_leave(&self) {
         let Some(mut connection) = self.connection.borrow().clone() else { return };
         self.pending.requeue();

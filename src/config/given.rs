@@ -34,7 +34,7 @@ pub enum ConfigError {
 impl ConfigError {
     /// Prints what there is to say and tells how the process should end: with success after `--help` and `--version`.
     pub fn report(&self) -> ExitCode {
-        // When printing fails, the terminal is gone and nobody is left to tell.
+        // When printing fails, the terminal is gone, and no one is left to tell.
         match self {
             Self::Usage(error) => {
                 let _ = error.print();
@@ -51,7 +51,7 @@ impl ConfigError {
 /// How environment variables are looked up, so that tests need not touch the real ones.
 pub(super) type Lookup<'a> = &'a dyn Fn(&str) -> Option<OsString>;
 
-/// A text somebody wrote, and the flag or variable as it was spelled there.
+/// A text that an operator wrote, and the flag or variable as it was spelled there.
 struct Written {
     source: String,
     text: String,
@@ -108,7 +108,7 @@ impl Given {
         Ok(given)
     }
 
-    /// Whether somebody wrote this, that is, it is not a default.
+    /// Whether an operator wrote this; otherwise it is a default.
     pub(super) fn is_written(&self, flag: &str) -> bool {
         self.found(flag).written.is_some()
     }

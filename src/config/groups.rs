@@ -89,7 +89,7 @@ impl Database {
         path.split('?').next().map(Path::new)
     }
 
-    /// Whether this is the published default, which is nobody's database.
+    /// Whether this is the published default, which is no real database.
     pub fn is_sample(&self) -> bool {
         self.url.expose() == SAMPLE_DATABASE
     }
@@ -147,7 +147,7 @@ pub struct Auth {
     pub jwt_secret: Secret,
     /// Signs nothing, but tokens that were signed with it are accepted.
     pub jwt_secret_previous: Option<Secret>,
-    /// Lifetime of an access token; zero means dead on arrival, but for the leeway.
+    /// Lifetime of an access token; zero means dead on arrival, except for the leeway.
     pub access_token_lifetime: Duration,
     /// Lifetime of a refresh token; zero means dead on arrival.
     pub refresh_token_lifetime: Duration,
@@ -250,7 +250,7 @@ pub struct Prekeys {
 /// Signals to connected devices and pushes to sleeping ones.
 #[derive(Clone, Debug)]
 pub struct Notifications {
-    /// Pause between two removals of subscriptions nobody listens to, and between two looks for devices that should have
+    /// Pause between two removals of subscriptions that no session uses, and between two looks for devices that should have
     /// been pushed to.
     pub gc_interval: Duration,
     /// Without a meaning here: signals from other nodes are passed on as they come in, so none ever wait.

@@ -15,7 +15,7 @@ pub(super) struct AccountSchedule {
     /// The sends themselves that are under way.
     keys: HashSet<(DeviceNo, IdempotencyKey)>,
     waiting: VecDeque<QueuedSend>,
-    /// The accounts of those who wait. Whoever comes later does not overtake them there, so that each has its turn.
+    /// The accounts of the sends that wait. A later send does not overtake them there, so that each has its turn.
     reserved: HashSet<UserId>,
 }
 
@@ -104,7 +104,7 @@ mod tests {
         group.sends.iter().map(|send| send.sender.no.0).collect()
     }
 
-    /// A group of whoever may go of these.
+    /// A group of those of these that may go.
     fn started(schedule: &mut AccountSchedule, sends: impl IntoIterator<Item = QueuedSend>) -> Group {
         let mut group = Group::default();
         sends.into_iter().for_each(|queued| schedule.admit(queued, &mut group));

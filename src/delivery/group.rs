@@ -27,7 +27,7 @@ impl WriteRequest {
     }
 }
 
-/// A send that somebody waits for.
+/// A send that a request waits for.
 pub(super) struct QueuedSend {
     pub send: SendRequest,
     pub pending: PendingSend,
@@ -52,11 +52,11 @@ impl PendingSend {
 
 fn fail<T>(reply: Reply<T>, span: &Span, error: WriteError) {
     span.set_failed();
-    // A reply fails only when nobody waits for it any more.
+    // A reply fails only when its request is gone.
     let _ = reply.send(Err(error));
 }
 
-/// Acks of one device that somebody waits for.
+/// Acks of one device that a session waits for.
 pub(super) struct QueuedAcks {
     pub device: DeviceNo,
     pub positions: Vec<Position>,
@@ -117,7 +117,7 @@ impl Group {
         self.requests
     }
 
-    /// Tells everybody who waits for it that nothing of it was stored, or that nobody can tell.
+    /// Answers all that wait for it that nothing of it was stored, or that it is not known.
     pub fn fail(self, error: WriteError) {
         self.pending_sends.into_iter().for_each(|pending| pending.fail(error));
         self.pending_acks.into_iter().for_each(|pending| pending.fail(error));

@@ -352,7 +352,7 @@ impl Session {
         if self.frame_socket.is_writing() && self.progress_check_due <= now {
             self.progress_check_due = now + self.progress_check_interval();
             if self.pacer.record_progress(self.frame_socket.taken(), now) {
-                // Bytes of a long frame are being taken, so somebody is there.
+                // Bytes of a long frame are being taken, so the client is there.
                 self.last_heard = now;
             }
         }

@@ -68,7 +68,7 @@ uuid_type!(
     MessageId
 );
 uuid_type!(
-    /// A stored attachment. Whoever knows it (and has an account) may read the attachment.
+    /// A stored attachment. A client that knows it (and has an account) may read the attachment.
     AttachmentId
 );
 uuid_type!(

@@ -9,7 +9,7 @@
 //! What is accepted besides the usual is what libsignal accepts, because a stricter relay would turn away working clients:
 //! - a key that isn't reduced mod 2^255 - 19, or has its top bit set, counts as the reduced one (RFC 7748 section 5);
 //! - `s` may be any number below 2^253, so signatures are malleable: never use one as an identifier;
-//! - a key of small order is a key. Anybody can sign for it, which harms nobody but the account that chose it. (The
+//! - a key of small order is a key. Everyone can sign for it, which harms only the account that chose it. (The
 //!   `verify_strict` of `ed25519-dalek` refuses those; ours is named after the sign bit.)
 //!
 //! A key that belongs to no point of the curve (but to its twist) verifies nothing.

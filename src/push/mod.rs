@@ -1,6 +1,6 @@
 //! Push: "wake up", told to a phone that isn't connected.
 //!
-//! Whoever queues mail, or sees that prekeys run low, says so here, and never waits. After a grace the device is looked
+//! Code that queues mail, or sees that prekeys run low, says so here, and never waits. After a grace the device is looked
 //! at: only the inbox says whether it is still to be woken, so neither a connection nor an ack cancels anything that mail
 //! is left for. The queue between the two holds nothing but "look at this device then", and is rebuilt from the inboxes.
 

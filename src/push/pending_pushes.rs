@@ -1,4 +1,4 @@
-//! What has not reached the push queue yet. Nobody who adds to it waits, and equal jobs merge. What doesn't fit is found
+//! What has not reached the push queue yet. Adding to it never waits, and equal jobs merge. What doesn't fit is found
 //! in the inboxes later.
 
 use std::collections::{HashMap, HashSet};

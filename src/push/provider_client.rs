@@ -1,5 +1,5 @@
 //! A client for each provider: how many pushes may be under way, and whether it makes sense to try. One that hangs or
-//! refuses us holds up nobody else.
+//! refuses us holds up no other one.
 
 use std::collections::HashMap;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
@@ -117,7 +117,7 @@ impl ProviderClient {
         Self { name, provider, slots: Arc::new(Semaphore::new(concurrency)), services, breaker: Mutex::default() }
     }
 
-    /// Whether somebody is told of the pushes.
+    /// Whether pushes are sent at all.
     pub(super) fn is_configured(&self) -> bool {
         !matches!(self.provider, Provider::Log)
     }

@@ -82,7 +82,7 @@ impl PushResult {
         }
     }
 
-    /// What a trace calls it. That nobody was told, or that it was the last attempt, only the metrics tell apart.
+    /// What a trace calls it. That no push was sent, or that it was the last attempt, only the metrics tell apart.
     pub fn name(&self) -> &'static str {
         match self {
             Self::Accepted => "accepted",
@@ -122,7 +122,7 @@ pub enum Provider {
     Apns(Box<Apns>),
     /// Web Push and UnifiedPush.
     WebPush(WebPush),
-    /// Nobody: there are no credentials, so that a push was due is all that happens.
+    /// None: there are no credentials, so that a push was due is all that happens.
     Log,
 }
 
@@ -137,7 +137,7 @@ impl Provider {
         Ok(Apns::open(config, clock)?.map_or(Self::Log, |apns| Self::Apns(Box::new(apns))))
     }
 
-    /// Web Push, which needs nobody's permission.
+    /// Web Push, which needs no permission.
     pub fn web_push(config: &Config, clock: &Clock, key: VapidKey) -> Result<Self, PushError> {
         Ok(Self::WebPush(WebPush::open(config, clock, key)?))
     }

@@ -15,7 +15,7 @@ pub use valkey::ValkeyQueue;
 /// Why a device may have to be woken.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub enum Reason {
-    /// There may be mail that nobody has fetched.
+    /// There may be mail that was not fetched.
     NewMessages,
     /// Its one-time prekeys run low.
     Keys,
@@ -30,7 +30,7 @@ pub struct Job {
     pub reason: Reason,
 }
 
-/// A job that is ours until somebody else may have it.
+/// A job that is ours until another node may have it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Leased {
     /// The job.
@@ -88,7 +88,7 @@ impl Queue {
         Ok(())
     }
 
-    /// Takes up to `limit` jobs that are due. Nobody else gets them for as long as `visibility`, and then they are due
+    /// Takes up to `limit` jobs that are due. No other node gets them for as long as `visibility`, and then they are due
     /// again.
     pub async fn lease(&mut self, limit: usize, visibility: Duration) -> Result<Vec<Leased>, QueueError> {
         match self {
@@ -105,7 +105,7 @@ impl Queue {
         }
     }
 
-    /// Ends leases. One that has run out already, and may be somebody else's by now, is left alone.
+    /// Ends leases. One that has run out already, and may be another node's by now, is left alone.
     pub async fn finish(&mut self, finished: &[(Leased, JobOutcome)]) -> Result<(), QueueError> {
         match self {
             Self::Memory(memory) => memory.finish(finished),

@@ -265,7 +265,7 @@ impl Worker {
         self.end_leases(finished_leases).await
     }
 
-    /// Ends leases. Mail that came while a job was leased found it in the queue, so whoever is done is looked at once
+    /// Ends leases. Mail that came while a job was leased found it in the queue, so a device that is done is looked at once
     /// more after it has left.
     async fn end_leases(&mut self, finished_leases: Vec<(Leased, JobOutcome)>) -> Result<(), RoundError> {
         self.queue.finish(&finished_leases).await?;

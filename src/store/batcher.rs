@@ -1,7 +1,7 @@
 //! Questions of one kind that come at the same time are asked in one statement, as sends are stored in groups. While some
-//! are being answered the next ones gather, so nobody waits for company.
+//! are being answered the next ones gather, so none waits for company.
 //!
-//! There is no task for it: whoever asks while a query slot is free asks for all that wait, once, and then leaves the slot to
+//! There is no task for it: a caller that finds a free query slot asks for all that wait, once, and then leaves the slot to
 //! the first of those who have come meanwhile.
 
 use std::collections::VecDeque;
@@ -43,7 +43,7 @@ impl<Q: Clone, A> QueryBatcher<Q, A> {
         Self { state: Mutex::new(State { pending: VecDeque::new(), running: 0 }), concurrency, max_batch }
     }
 
-    /// The answer to `query`. `run` answers many at once, in their order. Dropping the future harms nobody else.
+    /// The answer to `query`. `run` answers many at once, in their order. Dropping the future harms no other caller.
     pub(super) async fn run(self: &Arc<Self>, query: Q, run: impl AsyncFnOnce(&[Q]) -> Result<Vec<A>>) -> Result<A> {
         loop {
             if let Some(permit) = self.try_acquire() {
@@ -56,7 +56,7 @@ impl<Q: Clone, A> QueryBatcher<Q, A> {
             match replied.await {
                 Ok(Reply::Answer(answer)) => return answer,
                 Ok(Reply::Run(query, permit)) => return permit.run(query, run).await,
-                // Whoever asked for us has given up.
+                // The caller that asked for us has given up.
                 Err(_) => {}
             }
         }
@@ -124,7 +124,7 @@ impl<Q: Clone, A> BatchPermit<Q, A> {
         }
         let answered = run(&queries).await;
         if answered.as_ref().is_err_and(StoreError::is_lost_connection) {
-            // Whoever waits would wait for the same.
+            // Those that wait would wait for the same.
             replies.extend(self.batcher.iter().flat_map(|batcher| batcher.take_all()));
         }
         drop(self);
@@ -132,7 +132,7 @@ impl<Q: Clone, A> BatchPermit<Q, A> {
             Ok(answers) => answers.into_iter(),
             Err(error) => {
                 for reply in replies {
-                    // Fails when nobody waits any more.
+                    // Fails when the caller is gone.
                     let _ = reply.send(Reply::Answer(Err(error.duplicate())));
                 }
                 return Err(error);
@@ -150,7 +150,7 @@ impl<Q, A> Drop for BatchPermit<Q, A> {
     fn drop(&mut self) {
         while let Some(batcher) = self.batcher.take() {
             let Some(PendingQuery { query, reply }) = batcher.take_first() else { return };
-            // Comes back when nobody waits there any more.
+            // Comes back when the caller is gone.
             if let Err(Reply::Run(_, mut permit)) =
                 reply.send(Reply::Run(query, BatchPermit { batcher: Some(batcher) }))
             {

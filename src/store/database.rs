@@ -134,7 +134,7 @@ pub struct DatabaseStats {
 }
 
 impl Database {
-    /// It asks the file system, and nobody else.
+    /// It asks the file system alone.
     pub(super) fn stats(&self) -> DatabaseStats {
         match self {
             Self::Sqlite(sqlite) => {
@@ -157,7 +157,7 @@ impl Database {
     }
 }
 
-/// The answer of the database, or an error when it takes longer than `limit`. Nobody waits for a server that is frozen
+/// The answer of the database, or an error when it takes longer than `limit`. No caller waits for a server that is frozen
 /// or behind a broken network.
 pub(super) async fn timely<T>(limit: Duration, answer: impl Future<Output = sqlx::Result<T>>) -> Result<T> {
     match tokio::time::timeout(limit, answer).await {

@@ -1,6 +1,6 @@
 //! Where devices stand, which every request asks first.
 //!
-//! Questions that come at the same time are asked in one statement. With SQLite, where nobody else writes, answers are
+//! Questions that come at the same time are asked in one statement. With SQLite, where no other process writes, answers are
 //! also remembered, and a change can't be missed: a transaction registers it before it commits, and only once the commit
 //! is known to have happened, or not, are answers remembered again. An answer that was read beside a change is not
 //! remembered at all, and what was remembered of the device before is not used any more when the change returns.
@@ -34,7 +34,7 @@ pub(super) struct DeviceAuthCache {
 }
 
 impl DeviceAuthCache {
-    /// `is_caching` is only for a database that nobody else writes to.
+    /// `is_caching` is only for a database that no other process writes to.
     pub(super) fn new(is_caching: bool) -> Self {
         let cache = is_caching.then(Arc::<Cache>::default);
         Self { batcher: Arc::new(QueryBatcher::new(CONCURRENT_BATCHES, QUERIES_PER_BATCH)), cache }
@@ -140,7 +140,7 @@ impl Cache {
 pub(super) struct AuthChanges {
     cache: Option<Arc<Cache>>,
     devices: Vec<DeviceNo>,
-    /// Whether the transaction may be committed or not, and nobody knows yet.
+    /// Whether the transaction may be committed or not; it is not known yet.
     is_uncertain: bool,
 }
 

@@ -130,7 +130,7 @@ impl Store {
         reading!(self, |db| sqlx::query_as(statement).bind(user).fetch_all(db))
     }
 
-    /// Removes a linked device of the account, with everything that was kept for it, but for the rest of a very large
+    /// Removes a linked device of the account, with everything that was kept for it, except the rest of a very large
     /// inbox: see [`Store::clear_inboxes`]. What it sent to others stays.
     pub async fn remove_device(&self, user: UserId, device: DeviceId) -> Result<Removed> {
         let mut tx = self.begin_on(Rows::OfAccount(user)).await?;
@@ -154,7 +154,7 @@ impl Store {
     }
 
     /// Deletes a part of the messages that wait for devices which are gone. Answers whether there may be more. Until then
-    /// nobody can read them.
+    /// no device can read them.
     pub async fn clear_inboxes(&self, gone: &[DeviceNo]) -> Result<bool> {
         let mut tx = self.begin().await?;
         let deleted = delete_messages(&mut tx, gone).await?;
@@ -172,7 +172,7 @@ pub(super) async fn make_lock(tx: &mut Tx, user: UserId) -> Result<()> {
     Ok(())
 }
 
-/// Keeps everybody else from queueing for the account and from changing its devices, until the commit. What is read
+/// Keeps other transactions from queueing for the account and from changing its devices, until the commit. What is read
 /// afterwards is how it stays until then.
 pub(super) async fn lock_account(tx: &mut Tx, user: UserId) -> Result<()> {
     if matches!(tx, Tx::Postgres(_)) {
@@ -182,7 +182,7 @@ pub(super) async fn lock_account(tx: &mut Tx, user: UserId) -> Result<()> {
     Ok(())
 }
 
-/// Keeps everybody else from changing the device and its session, until the commit.
+/// Keeps other transactions from changing the device and its session, until the commit.
 pub(super) async fn lock(tx: &mut Tx, no: DeviceNo) -> Result<()> {
     if matches!(tx, Tx::Postgres(_)) {
         let statement = "SELECT no FROM devices WHERE no = $1 FOR NO KEY UPDATE";
@@ -215,7 +215,7 @@ pub(super) async fn insert(tx: &mut Tx, user: UserId, device: &NewDevice, is_pri
     Ok(no)
 }
 
-/// Forgets devices and everything that was kept for them, but for the rest of very large inboxes. Messages that they
+/// Forgets devices and everything that was kept for them, except the rest of very large inboxes. Messages that they
 /// sent stay. The account is locked. Answers how many messages were deleted.
 pub(super) async fn delete_devices(tx: &mut Tx, nos: &[DeviceNo]) -> Result<u64> {
     tx.register_auth_change(nos);
@@ -226,7 +226,7 @@ pub(super) async fn delete_devices(tx: &mut Tx, nos: &[DeviceNo]) -> Result<u64>
             }
         }
         Tx::Postgres(tx) => {
-            // The devices go first: whoever is about to keep something for one of them holds its row, and finds it gone
+            // The devices go first: a transaction that is about to keep something for one of them holds its row, and finds it gone
             // afterwards.
             for statement in DELETE_IN_POSTGRES {
                 tx.run(sqlx::query(statement).bind(nos)).await?;
@@ -249,7 +249,7 @@ async fn delete_messages(tx: &mut Tx, gone: &[DeviceNo]) -> Result<u64> {
 }
 
 /// Bytes of messages that are deleted at once. A full inbox of the largest messages has 2 GB; deleting it takes many
-/// seconds, during which nobody else could write.
+/// seconds, during which no other transaction could write.
 const MESSAGES_AT_ONCE: i64 = 16 << 20;
 
 /// $1 is a JSON array of device numbers.

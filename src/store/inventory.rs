@@ -27,7 +27,7 @@ pub struct Inventory {
 }
 
 impl Store {
-    /// Counts everything once, on a connection that nobody else waits for. Numbers come from indexes where that is best; the
+    /// Counts everything once, on a connection that no request waits for. Numbers come from indexes where that is best; the
     /// bytes of messages, which no index has, are known from a thousand of them.
     pub async fn inventory(&self) -> Result<Inventory> {
         match &self.database {

@@ -7,7 +7,7 @@ use crate::store::database::run;
 use crate::store::{Result, Store};
 
 impl Store {
-    /// Whether the job is due and ours to do. Of several nodes one gets it, and nobody else before `period` is over; if
+    /// Whether the job is due and ours to do. Of several nodes one gets it, and no other one before `period` is over; if
     /// that node dies meanwhile, another one does it then. On SQLite there is one node, and every job is its own.
     pub async fn claim_job(&self, name: &'static str, period: Duration, now: Timestamp) -> Result<bool> {
         if self.is_exclusive() {

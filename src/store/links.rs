@@ -131,7 +131,7 @@ impl Store {
     ///
     /// Unless the link session itself is invalid, a refusal leaves it usable.
     pub async fn link_device(&self, link: &NewLink, now: Timestamp) -> Result<Linked> {
-        // Ids that never were must not keep the one writer busy: everybody may try.
+        // Ids that never were must not keep the one writer busy: every client may try.
         let statement = "SELECT user_id FROM link_sessions WHERE hash = $1 AND expires_at > $2";
         let found: Option<UserId> =
             reading!(self, |db| sqlx::query_scalar(statement).bind(&link.hash[..]).bind(now).fetch_optional(db))?;

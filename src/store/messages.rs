@@ -149,7 +149,7 @@ impl Store {
         }
     }
 
-    /// Deletes messages that are past the retention, in a step of up to `limit` messages and 16 MiB, so that nobody
+    /// Deletes messages that are past the retention, in a step of up to `limit` messages and 16 MiB, so that no one
     /// waits long for the writer. `now` is the earliest that it may be, `latest` the latest. A message that is a day behind
     /// that was received while the clock was wrong; it counts as received now, or it would outlive its age. Its device is
     /// told how many expired: see [`Store::notice`].
@@ -355,7 +355,7 @@ const EXPIRE: &str = "\
         WHERE total <= $3 OR total = size) \
     RETURNING device_no";
 
-/// What somebody else is deleting at this moment is left to them.
+/// What another transaction is deleting at this moment is left to it.
 const EXPIRE_IN_POSTGRES: &str = "\
     WITH oldest AS MATERIALIZED ( \
         SELECT device_no, position, received_at, octet_length(body) AS size FROM messages \

@@ -95,13 +95,13 @@ pub struct Store {
     inbox_limiter: InboxLimiter,
     limits: Limits,
     metrics: Metrics,
-    /// When a group last had to pass over accounts that somebody else holds.
+    /// When a group last had to pass over accounts that another transaction holds.
     last_contention: Arc<Mutex<Option<Instant>>>,
     /// Questions that every request asks.
     device_auth_cache: DeviceAuthCache,
     /// Questions that every message asks.
     inbox_reads: Arc<QueryBatcher<InboxQuery, Page>>,
-    /// What whoever connects needs.
+    /// What a connecting session needs.
     tickets: Arc<Tickets>,
     uploads: Arc<Uploads>,
     /// When accounts were last used.
@@ -251,7 +251,7 @@ impl Store {
         }
     }
 
-    /// Closes connections to PostgreSQL that nobody needs, and makes those that are to be kept.
+    /// Closes connections to PostgreSQL that are not needed, and makes those that are to be kept.
     pub async fn maintain_connections(&self) -> Result<()> {
         match &self.database {
             Database::Sqlite(_) => Ok(()),

@@ -1,7 +1,7 @@
 //! Connections to a database. They are borrowed and given back without ceremony: a general pool asks a connection whether
 //! it still lives, from a task of its own, each time it comes back, and that costs more than most of our reads.
 //!
-//! So it is the borrower who tells whether the connection is still good. One of which nobody can tell is closed, and then
+//! So it is the borrower who tells whether the connection is still good. One of which that is not known is closed, and then
 //! the idle ones are asked before they are borrowed again: their server may have gone, or may have been demoted.
 
 use std::ops::{Deref, DerefMut};
@@ -19,7 +19,7 @@ use crate::telemetry::metrics::{Metrics, PoolName};
 
 /// A connection that was idle for longer is checked before it is borrowed.
 const CHECK_AFTER_IDLE: Duration = Duration::from_secs(1);
-/// The pause before a server that can't be reached is tried again, while somebody waits.
+/// The pause before a server that can't be reached is tried again, while a caller waits.
 const RETRY_PAUSE: Duration = Duration::from_millis(200);
 
 /// Connections that are made at a time. Each takes a thread, and at times another one to look up a name.
@@ -30,7 +30,7 @@ const MADE_AT_ONCE: usize = 32;
 pub(super) struct PoolLimits {
     /// At most so many, borrowed and idle ones together.
     pub(super) max: u32,
-    /// So many are kept though nobody needs them.
+    /// So many are kept though none is needed.
     pub(super) min: u32,
     /// Longest wait for one.
     pub(super) acquire_timeout: Duration,
@@ -209,7 +209,7 @@ impl<DB: Poolable> Inner<DB> {
         }
     }
 
-    /// A new connection. If nobody waits for it any more when it is made, the others find it.
+    /// A new connection. If its caller is gone when it is made, the others find it.
     ///
     /// It is made on a thread of its own. The proof that one knows the password takes milliseconds, and `sqlx` cuts it into
     /// 820 pieces, between which all other tasks come first: on a busy node it would take as many rounds of them.
@@ -298,7 +298,7 @@ impl<DB: Poolable> PooledConnection<DB> {
         Self { connection: Some(connection), created_at, is_reusable: true, pool: pool.clone(), permit: Some(permit) }
     }
 
-    /// Tells whether the connection can serve somebody else.
+    /// Tells whether the connection can serve another borrower.
     pub(super) fn set_reusable(&mut self, is_reusable: bool) {
         self.is_reusable = is_reusable;
     }
@@ -325,7 +325,7 @@ impl<DB: Poolable> Drop for PooledConnection<DB> {
         } else if let Some(connection) = self.connection.take().filter(|_| !self.pool.permits.is_closed()) {
             lock(&self.pool.idle).push(Idle { connection, created_at: self.created_at, idle_since: Instant::now() });
         }
-        // Whoever gets the permit finds the connection.
+        // The next holder of the permit finds the connection.
         drop(self.permit.take());
     }
 }

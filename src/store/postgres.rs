@@ -33,7 +33,7 @@ const ENCODING: &str = "UTF8";
 /// worth compiling. Statistics are of the past: an empty queue that was analyzed would be read as a whole, and go on to be
 /// when a million messages are in it.
 const BY_INDEX: [(&str, &str); 3] = [("enable_seqscan", "off"), ("enable_bitmapscan", "off"), ("jit", "off")];
-/// A group, for which everybody waits, waits only a moment for others. Its statements find each row by a key; they are
+/// A group, for which many requests wait, waits only a moment for others. Its statements find each row by a key; they are
 /// planned once for a connection, and nothing is hashed or merged, so that the plan is the same for any statistics.
 const BEGIN_GROUP: &str = "
     BEGIN ISOLATION LEVEL READ COMMITTED; SET LOCAL lock_timeout = '300ms'; SET LOCAL plan_cache_mode = force_generic_plan;

@@ -1,6 +1,6 @@
-//! Prekeys: uploaded by their device, handed to whoever wants to write to it, the one-time ones at most once.
+//! Prekeys: uploaded by their device, handed to clients that want to write to it, the one-time ones at most once.
 //!
-//! A one-time prekey is deleted in the transaction that reads it, and that transaction is on disk before anybody sees
+//! A one-time prekey is deleted in the transaction that reads it, and that transaction is on disk before a client sees
 //! the key. So no crash and no race gives one key to two askers. The same transaction records that the key was used, so that
 //! an upload can't bring it back. A key that was recorded before is not handed out: a database may hold one twice that an
 //! earlier version stored under two ids or on two devices.
@@ -37,14 +37,14 @@ pub struct Bundle {
     pub identity: PublicKey,
     /// The device's newest signed prekey.
     pub signed: SignedPreKey,
-    /// One that nobody else gets; `None` when there are none left.
+    /// One that no other client gets; `None` when there are none left.
     pub one_time: Option<OneTimePreKey>,
-    /// One that nobody else gets, or the last-resort key when there are none left; `None` when the device has no such
+    /// One that no other client gets, or the last-resort key when there are none left; `None` when the device has no such
     /// keys at all.
     pub pq: Option<PqPreKey>,
 }
 
-/// Bundles for somebody who asked, and who has to hear of it.
+/// Bundles for a client that asked, and the devices to notify of it.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct HandedOut {
     /// One for each device asked for, oldest device first.

@@ -13,7 +13,7 @@ use crate::store::database::{Database, reading, run};
 use crate::store::push_tokens::target;
 use crate::store::{Result, Store, json_list};
 
-/// After so long a push that brought nobody here is sent once more.
+/// After so long a push after which no device came is sent once more.
 const PUSH_VALID_FOR: Duration = Duration::from_hours(24);
 /// A first 404 older than this is forgotten. Otherwise two 404s, days apart, would look like one that lasted. It has to exceed
 /// the time between two attempts for a target that stays unknown: up to 10 h for ten attempts, then a day without a push.
@@ -95,7 +95,7 @@ impl Store {
         tx.commit().await
     }
 
-    /// Forgets the pushes of those of these devices whose inboxes hold mail, because whoever came for it has gone without
+    /// Forgets the pushes of those of these devices whose inboxes hold mail, because the session that came for it has gone without
     /// it. Answers which they are.
     pub async fn reset_pushes(&self, devices: &[DeviceNo]) -> Result<Vec<DeviceNo>> {
         let left = self.with_list(UNDELIVERED, UNDELIVERED_IN_POSTGRES);

@@ -30,7 +30,7 @@ const ATTEMPTS: u32 = 5;
 /// the disk and the network; further ones made no difference.
 const GROUPS_IN_POSTGRES: usize = 2;
 
-/// So long after a group met accounts that somebody held, the next ones don't wait for any.
+/// So long after a group met accounts that another transaction held, the next ones don't wait for any.
 const CONTENTION_WINDOW: Duration = Duration::from_secs(1);
 
 /// The outcomes of former sends.
@@ -156,7 +156,7 @@ impl Store {
         now: impl Into<Moment>,
     ) -> Result<GroupResult> {
         let now = now.into();
-        // Whoever held the last group up is likely to hold this one up too.
+        // What held the last group up is likely to hold this one up too.
         let mut locking = if self.saw_lock_contention() { Locking::SkipLocked } else { Locking::Wait };
         for _ in 1..ATTEMPTS {
             match self.try_commit_group(sends, acks, now, locking).await {

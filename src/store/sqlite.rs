@@ -192,7 +192,7 @@ impl Transaction {
     /// came of each. After an error the transaction is to be given up.
     ///
     /// A failed fsync ends the process: the kernel may already have dropped the pages it could not write, so nothing that
-    /// is read from now on can be trusted. Whoever supervises the process starts it again on what is really there.
+    /// is read from now on can be trusted. A supervisor starts the process again on what is really there.
     pub(super) async fn run<const N: usize>(
         &mut self,
         text: Query<'_, Sqlite, SqliteArguments>,
@@ -223,7 +223,7 @@ impl Transaction {
             tracing::error!(%error, "the disk did not confirm a write; stopping so that nothing unsure is served");
             std::process::exit(74); // EX_IOERR
         }
-        // Without its thread a connection is of no use to anybody.
+        // Without its thread a connection is of no use.
         self.connection.set_reusable(!matches!(error.0, sqlx::Error::WorkerCrashed));
         Err(error)
     }
@@ -253,7 +253,7 @@ impl DerefMut for Transaction {
 impl Drop for Transaction {
     fn drop(&mut self) {
         if self.is_open {
-            // The connection's thread takes this before anything of the next borrower, though nobody waits for it. Often
+            // The connection's thread takes this before anything of the next borrower, though no caller waits for it. Often
             // there is nothing to roll back any more, which is as good.
             let _ = sqlx::query("ROLLBACK").execute(&mut *self.connection).now_or_never();
         }

@@ -1,6 +1,6 @@
 //! Carries everything from the database of a stopped embedded server into an empty PostgreSQL database.
 //!
-//! Each step is small and can be repeated: whoever runs it again after an interruption goes on behind the last batch that
+//! Each step is small and can be repeated: a run after an interruption goes on behind the last batch that
 //! arrived. At the end both sides are read from the first row to the last and compared.
 
 mod source;

@@ -52,7 +52,7 @@ struct State {
 pub async fn remove_expired(app: App, cursor: Arc<SweepCursor>) -> Result<Round, SweepError> {
     let (limit, now) = (app.config.attachments.cleanup_batch_size, app.clock.earliest());
     app.store.correct_attachments(now, app.clock.latest(), limit).await?;
-    // An upload can be found this old when nobody has swept for long. The oldest of both lists are the same rows.
+    // An upload can be found this old when no sweep has run for long. The oldest of both lists are the same rows.
     let before = now - app.config.retention + Duration::from_secs(1);
     let unfinished = ids(&app.store.stale_reservations(before, cursor.after(), limit).await?);
     let expired = app.store.expired_attachments(now, cursor.after(), limit).await?;

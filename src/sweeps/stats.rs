@@ -63,7 +63,7 @@ async fn inventory(app: App) -> Result<Round, StoreError> {
     let (held, size) = match counted(&app.store).await {
         Ok(counted) => counted,
         Err(error) => {
-            // Whoever tries next may do it.
+            // The next node that tries may do it.
             let _ = app.store.release_job(Job::Inventory.text(), now).await;
             return Err(error);
         }

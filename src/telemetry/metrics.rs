@@ -53,7 +53,7 @@ impl Metrics {
         Self::with_page(builder.with_reader(reader.build()))
     }
 
-    /// Instruments that nobody reads: for a room that is opened without a server around it, as a command does.
+    /// Instruments that are not read: for a room that is opened without a server around it, as a command does.
     pub fn unexported() -> Self {
         Self::of(SdkMeterProvider::builder().build(), Registry::new())
     }

@@ -1,6 +1,6 @@
 //! The trace that a request says it is a part of: W3C Trace Context, `traceparent` and `tracestate`.
 //!
-//! Anybody may name a trace. What else the headers say counts only from a proxy that the operator trusts, since a client
+//! Every client may name a trace. What else the headers say counts only from a proxy that the operator trusts, since a client
 //! could otherwise have the server keep every one of its traces, or write texts into the operator's telemetry.
 
 use opentelemetry::trace::{SpanContext, SpanId, TraceFlags, TraceId, TraceState};
@@ -45,7 +45,7 @@ impl Parent {
         context.is_valid().then_some(Self { context, is_trusted })
     }
 
-    /// Whether somebody who may say so says that this trace is not kept.
+    /// Whether a proxy that may say so says that this trace is not kept.
     pub(super) fn is_unsampled(&self) -> bool {
         self.is_trusted && !self.context.is_sampled()
     }

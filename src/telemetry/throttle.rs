@@ -1,4 +1,4 @@
-//! So that what anybody can cause at will, such as a request while the database is away, doesn't fill the log.
+//! So that what every client can cause at will, such as a request while the database is away, doesn't fill the log.
 
 use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};

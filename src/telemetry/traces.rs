@@ -79,7 +79,7 @@ impl Traces {
         self.begin_as(SpanKind::Internal, name)
     }
 
-    /// Begins a trace that is a call to somebody else. It is kept by chance, and the other isn't told of it.
+    /// Begins a trace that is a call to another server. It is kept by chance, and the other isn't told of it.
     pub fn begin_client(&self, name: &'static str) -> Span {
         self.begin_as(SpanKind::Client, name)
     }
@@ -92,7 +92,7 @@ impl Traces {
     }
 
     /// Begins the part of a trace that is a request to us. Others may have begun the trace; whether our part is kept
-    /// is up to chance all the same, unless whoever may say so says that it is not.
+    /// is up to chance all the same, unless a proxy that may say so says that it is not.
     pub fn begin_server(&self, name: impl Into<Cow<'static, str>>, parent: Option<Parent>) -> Span {
         if parent.as_ref().is_some_and(Parent::is_unsampled) {
             return Span::default();
@@ -161,7 +161,7 @@ impl Span {
         Self::of_kind(name, SpanKind::Internal)
     }
 
-    /// A call to somebody else, as a part of what runs now.
+    /// A call to another server, as a part of what runs now.
     pub fn calling(name: &'static str) -> Self {
         Self::of_kind(name, SpanKind::Client)
     }

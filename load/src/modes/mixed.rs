@@ -47,14 +47,14 @@ struct Plan {
     until: Instant,
     /// Messages that came for the first time.
     delivered: AtomicU64,
-    /// The senders are done: nobody sleeps any more.
+    /// The senders are done: no reader sleeps any more.
     evening: CancellationToken,
     /// Everything has come, or never will.
     night: CancellationToken,
     fetches: mpsc::Sender<Fetch>,
 }
 
-/// An attachment that somebody was told about.
+/// An attachment that a reader was told about.
 struct Fetch {
     reader: usize,
     id: [u8; 16],
@@ -122,7 +122,7 @@ async fn live(plan: &Arc<Plan>) -> Result<(Vec<Accepted>, Vec<Read>, u64)> {
     Ok((accepted, read, late))
 }
 
-/// Fetches what is asked for and compares it; ends when nobody can ask any more.
+/// Fetches what is asked for and compares it; ends when no reader can ask any more.
 async fn fetch(plan: &Plan, incoming: mpsc::Receiver<Fetch>) -> Result<JoinSet<Result<u64>>> {
     let incoming = Arc::new(tokio::sync::Mutex::new(incoming));
     let mut work = JoinSet::new();

@@ -37,7 +37,7 @@ enum Compared {
 
 impl Bytes {
     /// Copies those that have not arrived yet. One that is missing from the source or cut short there is passed over:
-    /// nobody could download it there either, so it is no reason to stay. `verify` counts those.
+    /// no client could download it there either, so it is no reason to stay. `verify` counts those.
     pub(super) async fn copy(&self, transfer: &mut Transfer, report: &mut Report) -> anyhow::Result<()> {
         let all = transfer.attachment_count().await?;
         let mut progress = transfer.bytes_progress().await?;

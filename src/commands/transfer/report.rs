@@ -51,7 +51,7 @@ impl Report {
         if !self.is_open {
             text.push('\n');
         }
-        // Whoever closed our standard error doesn't want to know.
+        // A closed standard error means that no report is wanted.
         let _ = std::io::stderr().write_all(text.as_bytes());
     }
 }

@@ -1,4 +1,4 @@
-//! Which endpoints are called. A client names them, and nobody should be able to make this server call its own
+//! Which endpoints are called. A client names them, and must not be able to make this server call its own
 //! neighbours: only https, only public addresses, and every address of a name has to be one.
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};

@@ -17,7 +17,7 @@ pub(super) const TIMEOUT: Duration = Duration::from_secs(10);
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
 /// No answer that we understand is longer.
 const MAX_ANSWER: usize = 64 << 10;
-/// Nobody makes us wait for longer.
+/// No provider makes us wait for longer.
 const MAX_WAIT: Duration = Duration::from_hours(6);
 
 /// A client that also trusts the authorities of this file.

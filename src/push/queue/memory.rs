@@ -10,7 +10,7 @@ use crate::push::queue::{Job, JobOutcome, Leased};
 /// Jobs in the queue. Past it new ones are left to the sweep.
 const BOUND: usize = 1 << 20;
 
-/// Its times are milliseconds since it was made, on a clock that nobody sets.
+/// Its times are milliseconds since it was made, on a monotonic clock.
 pub struct MemoryQueue {
     since: Instant,
     due: HashMap<Job, i64>,

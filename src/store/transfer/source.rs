@@ -1,7 +1,7 @@
 //! The database of a stopped embedded server, read without changing a byte of it.
 //!
 //! A server that was stopped in order has folded its write-ahead log into the file and removed it: then the file is
-//! opened as one that nobody can change, and SQLite puts nothing beside it. A server that was killed has left the log and
+//! opened as one that can't change, and SQLite puts nothing beside it. A server that was killed has left the log and
 //! its index (`-wal` and `-shm`). Then SQLite is told that it may not write the index either (`readonly_shm`); it makes
 //! one of its own in memory and reads the log through that. To copy or fold the log would cost space or change the
 //! source. Only a log without its index can't be read so.

@@ -17,7 +17,7 @@ use crate::store::transfer::source::{Batch, Numbers};
 use crate::store::transfer::table::{HEADER, TABLES, TRAILER, Table};
 use crate::store::transfer::{BYTES_OF_ATTACHMENTS, TransferError};
 
-/// Held by a transfer for as long as it is connected. Any number that nobody else uses.
+/// Held by a transfer for as long as it is connected. Any number that no other program uses.
 const LOCK: i64 = 0x6f62_7363_7572_6100;
 /// How often the lock is asked for, with [`PAUSE`] between: PostgreSQL may need a moment to notice that a transfer was
 /// killed.
@@ -43,7 +43,7 @@ pub(super) struct Progress {
 }
 
 impl Target {
-    /// Connects, sees that nobody else uses the database and that it has nothing but what an earlier run from the same
+    /// Connects, sees that no other process uses the database and that it has nothing but what an earlier run from the same
     /// source has left. Then it has the tables, and a transfer is under way.
     pub(super) async fn open(config: &config::Database, source: [u8; 32]) -> Result<(Self, bool), TransferError> {
         let options = postgres::connect_options(config).map_err(TransferError::Target)?;
@@ -196,7 +196,7 @@ impl Target {
         Ok((count.unsigned_abs(), hash.finalize().into()))
     }
 
-    /// Tells PostgreSQL how much is where now, before anybody asks for it.
+    /// Tells PostgreSQL how much is where now, before a query needs it.
     pub(super) async fn analyze(&mut self) -> Result<(), TransferError> {
         let names: Vec<&str> = TABLES.iter().map(|table| table.name).collect();
         self.run_whole(&format!("ANALYZE {}", names.join(", "))).await

@@ -1,5 +1,5 @@
 //! Uploads on SQLite. A trip to the thread of the connection costs as much as a statement, so a group makes two, and one
-//! when nobody asks for room.
+//! when no upload asks for room.
 
 use std::collections::HashMap;
 

@@ -1,6 +1,6 @@
 //! The kinds of instruments.
 //!
-//! Counters and gauges are atomics that the SDK reads when somebody asks for the metrics: counting is one addition,
+//! Counters and gauges are atomics that the SDK reads when the metrics are asked for: counting is one addition,
 //! without a look-up or a lock (some 20 ns), and a series is there from the start, at zero. Histograms are the SDK's own,
 //! because it has no other way in; recording in one costs 100 to 200 ns.
 
@@ -102,7 +102,7 @@ impl<L: Labels> Instrument for Counter<L> {
     }
 }
 
-/// Time that only grows, in seconds, as somebody else counts it.
+/// Time that only grows, in seconds, as another part counts it.
 #[derive(Clone, Debug)]
 pub struct TimeCounter<L = ()> {
     micros: Arc<[AtomicU64]>,

@@ -54,7 +54,7 @@ fn the_ratio_is_the_share_of_traces_that_is_kept() {
     }
 }
 
-/// Whoever chooses the number of a trace does not choose with it whether the trace is kept.
+/// A client that chooses the number of a trace does not choose with it whether the trace is kept.
 #[test]
 fn the_number_of_a_trace_is_no_reason_to_keep_it() {
     let (traces, ended) = traces(0.25);

@@ -1,4 +1,4 @@
-//! Who acts: a message to somebody, to a group, or with an attachment.
+//! Who acts: a message to one person, to a group, or with an attachment.
 
 use std::collections::HashMap;
 use std::time::{Duration, Instant};
@@ -45,7 +45,7 @@ pub async fn act(plan: &Plan, by: usize) -> Result<Accepted> {
     let mut chance = SmallRng::from_rng(&mut rand::rng());
     let mut accepted = Accepted { by, to: HashMap::new(), sends: 0, group_sends: 0, refused: 0, seconds: 0.0 };
     let mut device_messages = Vec::new();
-    // Without a rate everybody goes on at once.
+    // Without a rate each goes on at once.
     let pause = plan.job.options.rate.map_or(Duration::ZERO, |rate| Duration::from_secs_f64(people as f64 / rate));
     let mut intended = plan.began + pause.mul_f64(by as f64 / people as f64);
     loop {
@@ -73,7 +73,7 @@ pub async fn act(plan: &Plan, by: usize) -> Result<Accepted> {
                 let id = upload_one(connection, &me.token, &plan.attachment).await?;
                 label.attachment = id.parse::<Uuid>()?.into_bytes();
             }
-            // Anybody but oneself.
+            // Any other person.
             let recipient = (by + chance.random_range(1..people)) % people;
             device_messages.push(accepted.device_message(plan, recipient, label));
         }

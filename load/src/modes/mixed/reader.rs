@@ -16,7 +16,7 @@ use crate::wire::Label;
 
 /// One of so many is a phone that mostly sleeps.
 const SLEEPY_SHARE: usize = 4;
-/// Milliseconds awake and away. Nobody is away for less than it may take until acks are written.
+/// Milliseconds awake and away. A reader is not away for less than it may take until acks are written.
 const SLEEPY: [Range<u64>; 2] = [500..2000, 1500..4000];
 const OTHER: [Range<u64>; 2] = [5_000..15_000, 1000..2000];
 
@@ -32,7 +32,7 @@ pub async fn read(plan: &Plan, by: usize) -> Result<Read> {
     let mut read = Read { by, tallies: HashMap::new(), wakes: 0 };
     let [awake, away] = if by.is_multiple_of(SLEEPY_SHARE) { SLEEPY } else { OTHER };
     loop {
-        // A connection for the ticket only: whoever sleeps holds none.
+        // A connection for the ticket only: a sleeping reader holds none.
         let mut connection = Connection::open(plan.api).await?;
         let mut socket = Socket::open(&mut connection, plan.api, &plan.devices[by], LARGE_BUFFER).await?;
         drop(connection);
