@@ -273,8 +273,8 @@ impl Worker {
         }
     }
 
-    /// Answers all that wait for a group, and notifies the devices that have mail now. Answers whether it showed that
-    /// the database can be asked again about the uncertain ones.
+    /// Answers the requests of a group, and notifies the devices that have mail now. Returns true if the result shows
+    /// that the database can be asked again about uncertain commits.
     fn finish_group(&mut self, attempt: Attempt, requests: &mut mpsc::Receiver<WriteRequest>) -> bool {
         self.schedule.finish(&attempt.group);
         self.schedule.admit_waiting(&mut self.next_group, self.grouping.max_requests);

@@ -138,7 +138,7 @@ async fn serve_connection(stream: TimedStream, peer: SocketAddr, router: Router,
     }
 }
 
-/// Answers one request, with `connection: close` if much of its body was not read.
+/// Serves one request. If much of its body was not read, the response has `connection: close`.
 fn answer(
     router: Router,
     request: Request<Incoming>,

@@ -117,7 +117,7 @@ impl Group {
         self.requests
     }
 
-    /// Answers all that wait for it that nothing of it was stored, or that it is not known.
+    /// Ends all requests that wait for it with this error: nothing of it was stored, or it is unknown whether it was.
     pub fn fail(self, error: WriteError) {
         self.pending_sends.into_iter().for_each(|pending| pending.fail(error));
         self.pending_acks.into_iter().for_each(|pending| pending.fail(error));

@@ -227,7 +227,7 @@ impl<DB: Poolable> Inner<DB> {
             let connection = connection.map_err(|_| sqlx::Error::PoolTimedOut)??;
             Ok(PooledConnection::new(&pool, connection, Instant::now(), permit))
         });
-        // All such threads may be busy. It is cancelled only when the runtime ends.
+        // A limit here too: all such threads may be busy. The task is cancelled only when the runtime ends.
         let made = tokio::time::timeout_at(deadline, connecting).await.map_err(|_| sqlx::Error::PoolTimedOut)?;
         made.map_err(|_| sqlx::Error::WorkerCrashed)?
     }

@@ -2,13 +2,13 @@
 
 use std::time::Duration;
 
-use bytes::Bytes;
 use obscura_server::clock::{Moment, Timestamp};
-use obscura_server::model::ids::{AttachmentId, IdempotencyKey, Position};
-use obscura_server::model::message::{Recipient, Replay, Sealed, SendRequest, SendResult, Sender};
+use obscura_server::model::ids::AttachmentId;
+use obscura_server::model::message::{Replay, SendRequest, SendResult};
 use obscura_server::store::{Allowance, Reservation, Reserved, Store};
 
 use super::fixture::{NOW, Person, TestStore};
+use super::support::{self, acknowledge, waiting};
 use crate::harness::eventually;
 
 const DAY: Duration = Duration::from_hours(24);
@@ -20,32 +20,12 @@ fn ahead(by: Duration) -> Moment {
 }
 
 fn send(from: &Person, to: &[&Person]) -> SendRequest {
-    let recipient = |person: &&Person| Recipient {
-        user: person.user,
-        submissions: vec![(person.device, Sealed(Bytes::from(vec![7; 200])))],
-        throttled_for: None,
-    };
-    SendRequest {
-        sender: Sender { user: from.user, device: from.device, no: from.no },
-        key: IdempotencyKey::random(),
-        digest: [1; 16],
-        recipients: to.iter().map(recipient).collect(),
-    }
+    support::send(from, &to.iter().map(|person| (*person, 200)).collect::<Vec<_>>())
 }
 
 async fn commit_group(store: &Store, mail: &SendRequest, now: impl Into<Moment>) -> SendResult {
     let result = store.commit_group(std::slice::from_ref(mail), &[], now).await.unwrap();
     result.sent.into_iter().next().flatten().expect("a send that needs not wait")
-}
-
-async fn waiting(store: &TestStore, person: &Person) -> Vec<Position> {
-    let page = store.unsent(person.no, Position(0), NOW, 1000, 1 << 30).await.unwrap();
-    page.envelopes.iter().map(|envelope| envelope.position).collect()
-}
-
-async fn acknowledge(store: &TestStore, person: &Person) {
-    let acks: Vec<_> = waiting(store, person).await.into_iter().map(|position| (person.no, position)).collect();
-    store.commit_group(&[], &acks, NOW).await.unwrap();
 }
 
 /// Sweeps, in steps of so many, until there is nothing more to do.

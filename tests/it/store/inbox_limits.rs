@@ -2,32 +2,18 @@
 
 use std::time::Duration;
 
-use bytes::Bytes;
-use obscura_server::model::ids::{DeviceId, IdempotencyKey, Position};
-use obscura_server::model::message::{Recipient, RefusalReason, Replay, Sealed, SendRequest, SendResult, Sender};
+use obscura_server::model::ids::DeviceId;
+use obscura_server::model::message::{RefusalReason, Replay, SendRequest, SendResult, Sender};
 use obscura_server::store::{Limits, Notice};
 use uuid::Uuid;
 
 use super::fixture::{NOW, Person, TestStore};
+use super::support::{acknowledge, deny_messages_of_49_bytes, send, waiting};
 use crate::harness::{Database, eventually};
 
 mod counting;
 
 const HOUR: Duration = Duration::from_hours(1);
-
-fn send(from: &Person, to: &[(&Person, usize)]) -> SendRequest {
-    let recipient = |(person, bytes): &(&Person, usize)| Recipient {
-        user: person.user,
-        submissions: vec![(person.device, Sealed(Bytes::from(vec![7; *bytes])))],
-        throttled_for: None,
-    };
-    SendRequest {
-        sender: Sender { user: from.user, device: from.device, no: from.no },
-        key: IdempotencyKey::random(),
-        digest: [1; 16],
-        recipients: to.iter().map(recipient).collect(),
-    }
-}
 
 async fn commit_group(store: &TestStore, mail: &SendRequest) -> SendResult {
     store.commit_group(std::slice::from_ref(mail), &[], NOW).await.unwrap().remove(0)
@@ -35,16 +21,6 @@ async fn commit_group(store: &TestStore, mail: &SendRequest) -> SendResult {
 
 fn refused(sent: &SendResult) -> Vec<(DeviceId, RefusalReason)> {
     sent.outcome.refused.iter().map(|refused| (refused.device, refused.reason)).collect()
-}
-
-async fn waiting(store: &TestStore, person: &Person) -> Vec<Position> {
-    let page = store.unsent(person.no, Position(0), NOW, 10_000, 1 << 30).await.unwrap();
-    page.envelopes.iter().map(|envelope| envelope.position).collect()
-}
-
-async fn acknowledge(store: &TestStore, person: &Person) {
-    let acks: Vec<_> = waiting(store, person).await.into_iter().map(|position| (person.no, position)).collect();
-    store.commit_group(&[], &acks, NOW).await.unwrap();
 }
 
 fn counts(notice: Option<Notice>) -> Option<(i64, i64)> {
@@ -349,18 +325,7 @@ async fn a_day_is_charged_with_what_was_queued_and_not_with_groups_that_failed()
     let store = TestStore::open_with(|limits| limits.sender_bytes_per_day = 6400).await;
     let (alice, bob) = (store.account().await, store.account().await);
     let database = store.database().await;
-    let deny = match &database {
-        Database::Sqlite(_) => {
-            "CREATE TRIGGER deny BEFORE INSERT ON messages WHEN LENGTH(NEW.body) = 49
-             BEGIN SELECT RAISE(ABORT, 'denied'); END"
-        }
-        Database::Postgres(_) => {
-            "CREATE FUNCTION deny() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN RAISE 'denied'; END $$;
-             CREATE TRIGGER deny BEFORE INSERT ON messages FOR EACH ROW WHEN (octet_length(NEW.body) = 49)
-             EXECUTE FUNCTION deny()"
-        }
-    };
-    database.execute(deny).await;
+    deny_messages_of_49_bytes(&database).await;
     for number in 0..128 {
         let fails = [send(&alice, &[(&bob, 49)])];
         assert!(store.commit_group(&fails, &[], NOW).await.is_err());

@@ -1,15 +1,18 @@
-//! Accounts with keys of their own, and devices that join them.
+//! Accounts with keys of their own, devices that join them, and what they send and acknowledge.
 
 use std::ops::RangeInclusive;
 use std::time::Duration;
 
-use obscura_server::model::ids::{DeviceId, DeviceNo, UserId};
+use bytes::Bytes;
+use obscura_server::model::ids::{DeviceId, DeviceNo, IdempotencyKey, Position, UserId};
 use obscura_server::model::keys::{
     KemPublicKey, KeyId, OneTimePreKey, PqKeyId, PqPreKey, PreKeys, PublicKey, RegistrationId, Signature, SignedPreKey,
 };
+use obscura_server::model::message::{Recipient, Sealed, SendRequest, Sender};
 use obscura_server::store::{Approval, Linked, NewAccount, NewDevice, NewLink, Registered, Store};
 
-use super::fixture::{NOW, TestStore, grant};
+use super::fixture::{NOW, Person, TestStore, grant};
+use crate::harness::Database;
 use crate::harness::signer::{Identity, ec_public_key, fake_kem_public_key};
 use crate::harness::unique_name;
 
@@ -24,6 +27,49 @@ pub async fn number(store: &TestStore, query: &str) -> i64 {
 /// Rows of a table.
 pub async fn count(store: &TestStore, table: &str) -> i64 {
     number(store, &format!("SELECT count(*) FROM {table}")).await
+}
+
+/// A send from one person to others, each with the size of the message in bytes.
+pub fn send(from: &Person, to: &[(&Person, usize)]) -> SendRequest {
+    let recipient = |(person, bytes): &(&Person, usize)| Recipient {
+        user: person.user,
+        submissions: vec![(person.device, Sealed(Bytes::from(vec![7; *bytes])))],
+        throttled_for: None,
+    };
+    SendRequest {
+        sender: Sender { user: from.user, device: from.device, no: from.no },
+        key: IdempotencyKey::random(),
+        digest: [1; 16],
+        recipients: to.iter().map(recipient).collect(),
+    }
+}
+
+/// What waits for a device.
+pub async fn waiting(store: &TestStore, person: &Person) -> Vec<Position> {
+    let page = store.unsent(person.no, Position(0), NOW, 10_000, 1 << 30).await.unwrap();
+    page.envelopes.iter().map(|envelope| envelope.position).collect()
+}
+
+/// Acknowledges all that waits for a device.
+pub async fn acknowledge(store: &TestStore, person: &Person) {
+    let acks: Vec<_> = waiting(store, person).await.into_iter().map(|position| (person.no, position)).collect();
+    store.commit_group(&[], &acks, NOW).await.unwrap();
+}
+
+/// Makes a group fail that queues a message of this size.
+pub async fn deny_messages_of_49_bytes(database: &Database) {
+    let deny = match database {
+        Database::Sqlite(_) => {
+            "CREATE TRIGGER deny BEFORE INSERT ON messages WHEN LENGTH(NEW.body) = 49
+             BEGIN SELECT RAISE(ABORT, 'denied'); END"
+        }
+        Database::Postgres(_) => {
+            "CREATE FUNCTION deny() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN RAISE 'denied'; END $$;
+             CREATE TRIGGER deny BEFORE INSERT ON messages FOR EACH ROW WHEN (octet_length(NEW.body) = 49)
+             EXECUTE FUNCTION deny()"
+        }
+    };
+    database.execute(deny).await;
 }
 
 /// A device in the store.

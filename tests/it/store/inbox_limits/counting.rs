@@ -27,7 +27,7 @@ async fn accounts(store: &TestStore, count: usize) -> Vec<Person> {
     people
 }
 
-async fn settle_at(store: &Store, mail: &SendRequest) -> SendResult {
+async fn commit_group_at(store: &Store, mail: &SendRequest) -> SendResult {
     let result = store.commit_group(std::slice::from_ref(mail), &[], NOW).await.unwrap();
     result.sent.into_iter().next().flatten().expect("a send that needs not wait")
 }
@@ -96,18 +96,7 @@ async fn a_group_that_fails_has_no_other_inboxes_counted_again() {
     let (alice, bob, carol) = (store.account().await, store.account().await, store.account().await);
     fill(&store, &alice, std::slice::from_ref(&bob), 5).await;
     let database = store.database().await;
-    let deny = match &database {
-        Database::Sqlite(_) => {
-            "CREATE TRIGGER deny BEFORE INSERT ON messages WHEN LENGTH(NEW.body) = 49
-             BEGIN SELECT RAISE(ABORT, 'denied'); END"
-        }
-        Database::Postgres(_) => {
-            "CREATE FUNCTION deny() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN RAISE 'denied'; END $$;
-             CREATE TRIGGER deny BEFORE INSERT ON messages FOR EACH ROW WHEN (octet_length(NEW.body) = 49)
-             EXECUTE FUNCTION deny()"
-        }
-    };
-    database.execute(deny).await;
+    deny_messages_of_49_bytes(&database).await;
     let before = store.counted();
     assert!(store.commit_group(&[send(&alice, &[(&carol, 49)])], &[], NOW).await.is_err());
     assert!(refused(&commit_group(&store, &send(&carol, &[(&bob, 1)])).await).is_empty());
@@ -125,13 +114,13 @@ async fn refusals_at_one_node_make_no_other_one_count() {
     let beside = store.open_again().await.unwrap();
     let (alice, bob, carol) = (store.account().await, store.account().await, store.account().await);
     fill(&store, &alice, std::slice::from_ref(&bob), 9).await;
-    assert!(refused(&settle_at(&beside, &send(&carol, &[(&bob, 1)])).await).is_empty());
+    assert!(refused(&commit_group_at(&beside, &send(&carol, &[(&bob, 1)])).await).is_empty());
     for _ in 0..5 {
         let sent = commit_group(&store, &send(&alice, &[(&bob, 1)])).await;
         assert_eq!(refused(&sent), [(bob.device, RefusalReason::Share)]);
     }
     let before = store.counted();
-    assert!(refused(&settle_at(&beside, &send(&carol, &[(&bob, 1)])).await).is_empty());
+    assert!(refused(&commit_group_at(&beside, &send(&carol, &[(&bob, 1)])).await).is_empty());
     assert_eq!(store.counted() - before, 0);
     assert_eq!(waiting(&store, &bob).await.len(), 11);
 }
@@ -149,7 +138,7 @@ async fn an_inbox_takes_no_more_than_its_limit_though_another_node_fills_it_betw
     let too_large = || send(&alice, &[(&bob, 9_999)]);
     assert_eq!(refused(&commit_group(&store, &too_large()).await), [(bob.device, RefusalReason::Inbox)]);
     for _ in 0..2 {
-        assert!(refused(&settle_at(&beside, &send(&alice, &[(&bob, 1)])).await).is_empty());
+        assert!(refused(&commit_group_at(&beside, &send(&alice, &[(&bob, 1)])).await).is_empty());
         assert_eq!(refused(&commit_group(&store, &too_large()).await), [(bob.device, RefusalReason::Inbox)]);
     }
     assert_eq!(refused(&commit_group(&store, &send(&alice, &[(&bob, 1)])).await), [(bob.device, RefusalReason::Inbox)]);
